@@ -1,0 +1,217 @@
+//! The memory that holds a worker's KV blocks, shared by the engine (kernels read and write it) and the links (which
+//! move blocks in and out). Which of them may touch a block at a moment is decided by the cache's guards, not here.
+//!
+//! ```text
+//! arena = block 0 | block 1 | ...            every block the same size
+//! block = (kv_head, layer, K|V, token, head_dim)     head outermost: one extent per head slice
+//! ```
+
+use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+
+use serde::{Deserialize, Serialize};
+
+/// Element type of keys and values in the cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum KvDtype {
+    Bf16,
+    F32,
+}
+
+impl KvDtype {
+    pub fn bytes(self) -> usize {
+        match self {
+            KvDtype::Bf16 => 2,
+            KvDtype::F32 => 4,
+        }
+    }
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            KvDtype::Bf16 => "bf16",
+            KvDtype::F32 => "f32",
+        }
+    }
+}
+
+/// Key or value half of a (kv_head, layer) slice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Half {
+    Key = 0,
+    Value = 1,
+}
+
+/// Shape of one block. What two workers must agree on before blocks can pass between them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct BlockLayout {
+    pub layers: u32,
+    pub kv_heads: u32,
+    pub head_dim: u32,
+    pub block_tokens: u32,
+    pub dtype: KvDtype,
+}
+
+impl BlockLayout {
+    /// Bytes of one (kv_head, layer, K or V): (token, head_dim).
+    pub fn half_bytes(&self) -> usize {
+        self.block_tokens as usize * self.head_dim as usize * self.dtype.bytes()
+    }
+
+    /// Bytes of one (kv_head, layer): K then V. The unit a layer's block moves in: `kv_heads` of these.
+    pub fn slice_bytes(&self) -> usize {
+        2 * self.half_bytes()
+    }
+
+    /// Bytes between the same (layer, half) of two neighbouring kv heads.
+    pub fn head_stride(&self) -> usize {
+        self.layers as usize * self.slice_bytes()
+    }
+
+    /// Bytes one layer of one block takes on the wire.
+    pub fn layer_bytes(&self) -> usize {
+        self.kv_heads as usize * self.slice_bytes()
+    }
+
+    pub fn block_bytes(&self) -> usize {
+        self.kv_heads as usize * self.head_stride()
+    }
+
+    /// Offset in a block of (kv_head, layer, half).
+    pub fn offset(&self, kv_head: usize, layer: usize, half: Half) -> usize {
+        kv_head * self.head_stride() + layer * self.slice_bytes() + half as usize * self.half_bytes()
+    }
+
+    /// Text that is equal exactly for equal layouts.
+    pub fn describe(&self) -> String {
+        let BlockLayout { layers, kv_heads, head_dim, block_tokens, dtype } = self;
+        format!("full:l{layers}:h{kv_heads}:d{head_dim}:t{block_tokens}:{}", dtype.as_str())
+    }
+}
+
+/// Memory for `blocks` blocks, zeroed, aligned to 2 MiB so that the kernel can back it with huge pages.
+pub struct Arena {
+    base: *mut u8,
+    allocation: Layout,
+    layout: BlockLayout,
+    blocks: usize,
+}
+
+// SAFETY: the arena is plain memory; exclusive access to a block's bytes is the callers' duty (see `block`).
+unsafe impl Send for Arena {}
+// SAFETY: as above.
+unsafe impl Sync for Arena {}
+
+impl Arena {
+    /// # Panics
+    /// If `blocks` is zero or the size overflows; callers have checked both against the machine's memory.
+    pub fn new(layout: BlockLayout, blocks: usize) -> Arena {
+        let bytes = layout.block_bytes().checked_mul(blocks).expect("arena size overflows");
+        assert!(bytes > 0, "an arena holds at least one block");
+        let allocation = Layout::from_size_align(bytes, 2 << 20).expect("arena size overflows");
+        // SAFETY: the size is not zero.
+        let base = unsafe { alloc_zeroed(allocation) };
+        if base.is_null() {
+            handle_alloc_error(allocation);
+        }
+        Arena { base, allocation, layout, blocks }
+    }
+
+    pub fn layout(&self) -> &BlockLayout {
+        &self.layout
+    }
+
+    pub fn blocks(&self) -> usize {
+        self.blocks
+    }
+
+    /// First byte of a block. Reading or writing through it is sound only while the caller holds the block: a reader
+    /// a guard on a filled block, a writer the one guard on a reserved block.
+    ///
+    /// # Panics
+    /// If the index is out of range.
+    pub fn block(&self, index: u32) -> *mut u8 {
+        assert!((index as usize) < self.blocks, "block {index} of {}", self.blocks);
+        // SAFETY: in bounds by the assertion.
+        unsafe { self.base.add(index as usize * self.layout.block_bytes()) }
+    }
+
+    /// Copies one layer of a block out, as (kv_head, K|V, token, head_dim), into `out` of `layer_bytes`.
+    ///
+    /// # Safety
+    /// The caller holds the block as filled, so that nobody writes it meanwhile.
+    pub unsafe fn read_layer(&self, index: u32, layer: usize, out: &mut [u8]) {
+        let slice = self.layout.slice_bytes();
+        assert!(out.len() == self.layout.layer_bytes() && layer < self.layout.layers as usize);
+        let block = self.block(index);
+        for (head, part) in out.chunks_exact_mut(slice).enumerate() {
+            // SAFETY: offset + slice stays inside the block; the caller holds it.
+            unsafe {
+                let from = block.add(self.layout.offset(head, layer, Half::Key));
+                std::ptr::copy_nonoverlapping(from, part.as_mut_ptr(), slice);
+            }
+        }
+    }
+
+    /// Copies one layer of a block in; the inverse of `read_layer`.
+    ///
+    /// # Safety
+    /// The caller holds the block as reserved, so that nobody else reads or writes it meanwhile.
+    pub unsafe fn write_layer(&self, index: u32, layer: usize, bytes: &[u8]) {
+        let slice = self.layout.slice_bytes();
+        assert!(bytes.len() == self.layout.layer_bytes() && layer < self.layout.layers as usize);
+        let block = self.block(index);
+        for (head, part) in bytes.chunks_exact(slice).enumerate() {
+            // SAFETY: offset + slice stays inside the block; the caller holds it.
+            unsafe {
+                let to = block.add(self.layout.offset(head, layer, Half::Key));
+                std::ptr::copy_nonoverlapping(part.as_ptr(), to, slice);
+            }
+        }
+    }
+}
+
+impl Drop for Arena {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `new` with this layout.
+        unsafe { dealloc(self.base, self.allocation) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LAYOUT: BlockLayout =
+        BlockLayout { layers: 3, kv_heads: 2, head_dim: 4, block_tokens: 8, dtype: KvDtype::Bf16 };
+
+    #[test]
+    fn layers_tile_a_block_exactly() {
+        let mut seen = vec![0u8; LAYOUT.block_bytes()];
+        for head in 0..2 {
+            for layer in 0..3 {
+                for half in [Half::Key, Half::Value] {
+                    let at = LAYOUT.offset(head, layer, half);
+                    seen[at..at + LAYOUT.half_bytes()].iter_mut().for_each(|b| *b += 1);
+                }
+            }
+        }
+        assert!(seen.iter().all(|&count| count == 1));
+    }
+
+    #[test]
+    fn a_layer_written_reads_back_and_touches_no_other() {
+        let arena = Arena::new(LAYOUT, 2);
+        let bytes: Vec<u8> = (0..LAYOUT.layer_bytes()).map(|i| i as u8 | 1).collect();
+        let mut back = vec![0; bytes.len()];
+        // SAFETY: this test is the only user of the arena.
+        unsafe {
+            arena.write_layer(1, 2, &bytes);
+            arena.read_layer(1, 2, &mut back);
+            assert_eq!(back, bytes);
+            for (block, layer) in [(0, 0), (0, 2), (1, 0), (1, 1)] {
+                arena.read_layer(block, layer, &mut back);
+                assert!(back.iter().all(|&b| b == 0));
+            }
+        }
+    }
+}

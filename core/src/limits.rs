@@ -1,0 +1,43 @@
+//! Every bound of the system that is not a flag, in one place.
+
+/// Token positions in a KV block.
+pub const BLOCK_TOKENS: usize = 16;
+
+/// Body of an HTTP request.
+pub const HTTP_BODY_BYTES_MAX: usize = 8 << 20;
+/// A gRPC message; a model card carries the tokenizer.
+pub const MESSAGE_BYTES_MAX: usize = 64 << 20;
+/// Requests one gateway works on at a time; more are refused with 429.
+pub const GATEWAY_REQUESTS_MAX: usize = 4096;
+/// Bytes of events a slow client may leave unread before its request is cancelled.
+pub const STREAM_BUFFER_EVENTS_MAX: usize = 4096;
+
+pub const CHOICES_MAX: u32 = 16;
+pub const TOP_LOGPROBS_MAX: u32 = 20;
+pub const STOP_STRINGS_MAX: usize = 16;
+pub const STOP_STRING_BYTES_MAX: usize = 256;
+pub const STOP_TOKENS_MAX: usize = 64;
+pub const LOGIT_BIAS_MAX: usize = 1024;
+
+/// Assignments one request may take before it ends in an error.
+pub const ATTEMPTS_MAX: u32 = 8;
+pub const REQUEST_DEADLINE_MS: u64 = 600_000;
+/// How long a request waits for a worker to come back before 503.
+pub const NO_WORKERS_WAIT_MS: u64 = 5_000;
+
+pub const HEARTBEAT_MS: u64 = 250;
+/// A worker that has not been heard of for so long is fenced.
+pub const WORKER_LEASE_MS: u64 = 1_500;
+/// How long workers keep serving what they hold while no coordinator answers.
+pub const AUTONOMY_GRACE_MS: u64 = 30_000;
+pub const RPC_TIMEOUT_MS: u64 = 2_000;
+
+/// Longest silence on a handoff before it is aborted.
+pub const HANDOFF_IDLE_MS: u64 = 2_000;
+/// Requests waiting in one worker's queue.
+pub const WORKER_QUEUE_MAX: usize = 256;
+
+const _: () = assert!(WORKER_LEASE_MS > 3 * HEARTBEAT_MS);
+const _: () = assert!(AUTONOMY_GRACE_MS > WORKER_LEASE_MS);
+const _: () = assert!(REQUEST_DEADLINE_MS > NO_WORKERS_WAIT_MS);
+const _: () = assert!(HTTP_BODY_BYTES_MAX < MESSAGE_BYTES_MAX);
