@@ -1,0 +1,62 @@
+//! bf16 and f16 as integers.
+
+/// Nearest bf16, ties to even; NaN stays a (quiet) NaN.
+pub(crate) fn round(x: f32) -> u16 {
+    let bits = x.to_bits();
+    if x.is_nan() {
+        return (bits >> 16) as u16 | 0x40;
+    }
+    (bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16
+}
+
+pub(crate) fn widen(x: u16) -> f32 {
+    f32::from_bits((x as u32) << 16)
+}
+
+/// The f32 that stands for the nearest bf16.
+pub(crate) fn rounded(x: f32) -> f32 {
+    widen(round(x))
+}
+
+/// Exact value of an IEEE half.
+pub(crate) fn widen_f16(x: u16) -> f32 {
+    let sign = (x as u32 & 0x8000) << 16;
+    let (exponent, fraction) = (x as u32 >> 10 & 31, x as u32 & 0x3ff);
+    match exponent {
+        // 2^-24 is the unit of subnormal halves.
+        0 => f32::from_bits(sign | (fraction as f32 * f32::from_bits(103 << 23)).to_bits()),
+        31 => f32::from_bits(sign | 0x7f80_0000 | fraction << 13),
+        _ => f32::from_bits(sign | (exponent + 112) << 23 | fraction << 13),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rounds_to_nearest_even() {
+        assert_eq!(round(1.0), 0x3f80);
+        assert_eq!(round(f32::from_bits(0x3f80_8000)), 0x3f80);
+        assert_eq!(round(f32::from_bits(0x3f81_8000)), 0x3f82);
+        assert_eq!(round(f32::from_bits(0x3f80_8001)), 0x3f81);
+        assert_eq!(round(f32::MAX), 0x7f80);
+        assert!(widen(round(f32::from_bits(0x7f80_0001))).is_nan());
+    }
+
+    #[test]
+    fn bf16_round_trips() {
+        for bits in (0..=u16::MAX).filter(|&b| !widen(b).is_nan()) {
+            assert_eq!(round(widen(bits)), bits);
+        }
+    }
+
+    #[test]
+    fn halves_widen_exactly() {
+        for (bits, value) in [(0x3c00, 1.0), (0xc000, -2.0), (0x0001, 5.960_464_5e-8), (0x7bff, 65504.0), (0x03ff, 6.097_555e-5)] {
+            assert_eq!(widen_f16(bits), value);
+        }
+        assert_eq!(widen_f16(0xfc00), f32::NEG_INFINITY);
+        assert!(widen_f16(0x7e00).is_nan());
+    }
+}
