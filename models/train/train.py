@@ -1,0 +1,175 @@
+"""Trains baton-3m. Usage: train.py OUT --tokenizer FILE (--tokens N | --minutes N) [--resume CHECKPOINT]
+
+The lengths grow with progress, from 256 tokens to 2,048, so that looking back is learnt where it is cheap.
+"""
+
+import argparse
+import random
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+
+import texts
+from model import CONFIG, Llama
+from samples import END, Sampler
+
+PAD = "<|pad|>"
+
+# Up to this progress: (sequence tokens, sequences in a step, share of streams)
+LESSONS = [(0.10, 256, 16, 0.6), (0.20, 512, 8, 0.35), (0.40, 1024, 5, 0.15), (1.01, 1536, 4, 0.08)]
+LONG = (2048, 3)  # one step in eight of the last lesson
+
+
+def held_out(verses):
+    """Splits the verses: two in a hundred, in runs of 100, are never trained on."""
+    held = [v for i, v in enumerate(verses) if i // 100 % 50 == 7]
+    return [v for i, v in enumerate(verses) if i // 100 % 50 != 7], held
+
+
+class Batches:
+    def __init__(self, sampler, tokenizer):
+        self.sampler, self.tokenizer = sampler, tokenizer
+        self.pad = tokenizer.token_to_id(PAD)
+
+    def row(self, tokens, stream_share):
+        """Ids and weights of tokens + 1 positions: one sample, then plain text up to the end."""
+        r = self.sampler.random
+        parts = [(END, 0.0)] if r.random() < 0.3 else []
+        parts += self.sampler.sample(tokens, stream_share)
+        parts += [(END, 0.3)] + self.sampler.text(40)
+        text = "".join(p for p, _ in parts)
+        char_weight = np.concatenate([np.full(len(p), w, np.float32) for p, w in parts])
+        coded = self.tokenizer.encode(text)
+        ids = coded.ids[: tokens + 1]
+        weights = [char_weight[end - 1] for _, end in coded.offsets[: tokens + 1]]
+        fill = tokens + 1 - len(ids)
+        return ids + [self.pad] * fill, weights + [0.0] * fill
+
+    def batch(self, tokens, rows, stream_share):
+        made = [self.row(tokens, stream_share) for _ in range(rows)]
+        ids = torch.tensor([ids for ids, _ in made])
+        weights = torch.tensor(np.array([w for _, w in made], dtype=np.float32))
+        return ids[:, :-1], ids[:, 1:], weights[:, 1:]
+
+
+class Muon:
+    """Momentum whose step is made orthogonal (Newton-Schulz), for the matrices; equal shapes go together."""
+
+    def __init__(self, params):
+        self.groups = {}
+        for p in params:
+            self.groups.setdefault(tuple(sorted(p.shape)), []).append(p)
+        self.moment = {p: torch.zeros_like(p) for p in params}
+
+    def state(self):
+        return [self.moment[p] for ps in self.groups.values() for p in ps]
+
+    @torch.no_grad()
+    def step(self, rate, decay=0.01, momentum=0.95):
+        for ps in self.groups.values():
+            moves = []
+            for p in ps:
+                m = self.moment[p].lerp_(p.grad, 1 - momentum)
+                move = p.grad.lerp(m, momentum)
+                moves.append(move.T if move.shape[0] > move.shape[1] else move)
+            for p, move in zip(ps, orthogonal(torch.stack(moves))):
+                rows, columns = p.shape
+                move = move.T if rows > columns else move
+                p.mul_(1 - rate * decay).add_(move, alpha=-rate * max(1, rows / columns) ** 0.5)
+
+
+def orthogonal(x, steps=5):
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        a = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x
+
+
+def rate_at(progress):
+    """Warm-up, a plateau, then straight down to 3 %."""
+    if progress < 0.02:
+        return 0.1 + 0.9 * progress / 0.02
+    return min(1.0, max(0.03, (1.0 - progress) / 0.5))
+
+
+def lesson_at(progress, step):
+    for until, tokens, rows, stream in LESSONS:
+        if progress < until:
+            last = until > 1
+            return (*LONG, stream) if last and step % 8 == 0 else (tokens, rows, stream)
+
+
+def main():
+    args = argparse.ArgumentParser()
+    args.add_argument("out")
+    args.add_argument("--tokenizer", required=True)
+    args.add_argument("--tokens", type=float, default=0)
+    args.add_argument("--minutes", type=float, default=0)
+    args.add_argument("--resume")
+    args.add_argument("--start", type=float, default=0.0, help="progress to start from")
+    args.add_argument("--seed", type=int, default=1)
+    args.add_argument("--bf16", action="store_true")
+    a = args.parse_args()
+
+    torch.set_num_threads(2)
+    torch.manual_seed(a.seed)
+    tokenizer = Tokenizer.from_file(a.tokenizer)
+    verses, _ = held_out(texts.verses())
+    batches = Batches(Sampler(random.Random(a.seed), tokenizer, verses, texts.devil()), tokenizer)
+    model = Llama()
+    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
+    others = [p for n, p in model.named_parameters() if p.dim() < 2 or "embed" in n]
+    muon = Muon(matrices)
+    adam = torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    if a.resume:
+        saved = torch.load(a.resume)
+        model.load_state_dict(saved["model"])
+        if "adam" in saved:
+            adam.load_state_dict(saved["adam"])
+            for mine, theirs in zip(muon.state(), saved["muon"]):
+                mine.copy_(theirs)
+    print("parameters", sum(p.numel() for p in model.parameters()), flush=True)
+
+    begin, seen, step, progress, saved_at = time.time(), 0, 0, a.start, time.time()
+    shown = {"loss": [], "known": [], "text": []}
+    while progress < 1.0:
+        tokens, rows, stream = lesson_at(progress, step)
+        ids, targets, weights = batches.batch(tokens, rows, stream)
+        with torch.autocast("cpu", torch.bfloat16, enabled=a.bf16):
+            logits = model(ids)
+        each = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view_as(weights)
+        loss = (each * weights).sum() / weights.sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(others, 1.0)
+        rate = rate_at(progress)
+        muon.step(0.02 * rate)
+        for group in adam.param_groups:
+            group["lr"] = 3e-3 * rate
+        adam.step()
+        model.zero_grad()
+        seen += ids.numel()
+        step += 1
+        with torch.no_grad():
+            known, plain = weights == 5.0, weights == 1.0
+            right = (logits.argmax(-1) == targets)[known].float().mean().item()
+            for name, value in (("loss", loss.item()), ("known", right), ("text", each[plain].mean().item())):
+                shown[name].append(value)
+        spent = time.time() - begin
+        gone = seen / a.tokens if a.tokens else spent / 60 / a.minutes
+        progress = a.start + (1 - a.start) * gone
+        if step % 20 == 0:
+            figures = " ".join(f"{k} {np.nanmean(v):.3f}" for k, v in shown.items())
+            print(f"step {step} progress {progress:.3f} length {tokens} {figures} tokens {seen} per_s {seen / spent:.0f}", flush=True)
+            shown = {k: [] for k in shown}
+        if time.time() - saved_at > 90 or progress >= 1.0:
+            saved_at = time.time()
+            torch.save({"model": model.state_dict(), "adam": adam.state_dict(), "muon": muon.state()}, a.out)
+    print(f"done: {step} steps, {seen} tokens, {(time.time() - begin) / 60:.1f} minutes", flush=True)
+
+
+if __name__ == "__main__":
+    main()
