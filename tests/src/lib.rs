@@ -1,1 +1,9 @@
-//! tests
+//! The harness of the black-box tests: real `baton up` clusters as child processes, and an HTTP client that reads
+//! OpenAI's streams. Waits for conditions, never for a time.
+#![allow(clippy::disallowed_methods)] // The harness stands outside the product: it opens sockets and reads the environment.
+
+pub mod client;
+pub mod cluster;
+
+pub use client::{Client, Reply, Streamed};
+pub use cluster::{Cluster, Process};

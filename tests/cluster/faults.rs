@@ -1,0 +1,102 @@
+//! Workers killed under load: every stream ends complete and equal to the undisturbed one, and the cluster heals.
+
+use baton_tests::cluster::{signal, wait_for};
+use baton_tests::{Client, Cluster, Streamed};
+use serde_json::{Value, json};
+
+use crate::same_bytes::joined;
+use crate::serving::{CHAT, chat, long_prompt};
+
+/// Long enough that a kill lands in the middle; sampled, with log-probabilities and two choices.
+fn request(number: usize, tokens: u32) -> Value {
+    let mut body = chat(&long_prompt(number), tokens);
+    for (key, value) in [("temperature", json!(0.8)), ("seed", json!(number)), ("n", json!(2)), ("logprobs", json!(true))] {
+        body[key] = value;
+    }
+    body
+}
+
+async fn replacement(cluster: &Cluster, role: &str, killed: i32) {
+    wait_for("a replacement of the killed process", || async {
+        let processes = cluster.processes();
+        let role = processes.iter().any(|p| p.role == role && p.pid != killed && p.pid > 0);
+        role.then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_decode_worker_killed_mid_stream_changes_no_byte() {
+    for flags in [&["--decode", "2"][..], &[]] {
+        let cluster = Cluster::up(flags).await;
+        let undisturbed = joined(cluster.client.stream(CHAT, &request(1, 400)).await);
+        assert_eq!(undisturbed.error, None);
+        for kill_after in [1, 200, 700] {
+            let mut events = cluster.client.open(CHAT, &request(1, 400)).await;
+            events.until_text(kill_after).await;
+            for worker in cluster.processes().iter().filter(|p| p.role == "decode") {
+                signal(worker.pid, libc::SIGKILL);
+                replacement(&cluster, "decode", worker.pid).await;
+            }
+            let disturbed = joined(events.finish().await);
+            assert_eq!(disturbed, undisturbed, "{flags:?}, killed after {kill_after} bytes");
+        }
+        cluster.quiet().await;
+    }
+}
+
+#[tokio::test]
+async fn a_prefill_worker_killed_mid_request_changes_no_byte() {
+    let cluster = Cluster::up(&[]).await;
+    // Prompts differ from one another, so that none is answered from the prefix cache of decode.
+    let undisturbed = all(&cluster.client, 100..108).await;
+    let other = Cluster::up(&[]).await;
+    let running = {
+        let client = other.client.clone();
+        tokio::spawn(async move { all(&client, 100..108).await })
+    };
+    for _ in 0..3 {
+        let worker = other.process("prefill");
+        signal(worker.pid, libc::SIGKILL);
+        replacement(&other, "prefill", worker.pid).await;
+    }
+    assert_eq!(running.await.expect("the streams end"), undisturbed);
+    other.quiet().await;
+}
+
+#[tokio::test]
+async fn without_any_prefill_worker_decode_prefills() {
+    let cluster = Cluster::up(&["--prefill", "0"]).await;
+    assert_eq!(cluster.client.stream(CHAT, &request(3, 30)).await.error, None);
+}
+
+#[tokio::test]
+async fn a_gateway_and_a_coordinator_killed_come_back() {
+    let cluster = Cluster::up(&[]).await;
+    for role in ["gateway", "coordinator"] {
+        let process = cluster.process(role);
+        signal(process.pid, libc::SIGKILL);
+        wait_for("the cluster to answer again", || async {
+            let reply = cluster.client.try_get("/health").await.ok()?;
+            let whole = cluster.processes().iter().any(|p| p.role == role && p.pid != process.pid);
+            (reply.status == 200 && whole).then_some(())
+        })
+        .await;
+        let after = cluster.client.stream(CHAT, &request(4, 20)).await;
+        assert_eq!(after.error, None, "after the {role}'s death");
+    }
+}
+
+async fn all(client: &Client, numbers: std::ops::Range<usize>) -> Vec<Streamed> {
+    let streams: Vec<_> = numbers
+        .map(|i| {
+            let client = client.clone();
+            tokio::spawn(async move { joined(client.stream(CHAT, &request(i, 60)).await) })
+        })
+        .collect();
+    let mut answers = Vec::new();
+    for stream in streams {
+        answers.push(stream.await.expect("a stream ends"));
+    }
+    answers
+}

@@ -1,0 +1,7 @@
+//! Black-box tests on real processes: `baton up`, HTTP, signals.
+
+mod bad_input;
+mod faults;
+mod recall;
+mod same_bytes;
+mod serving;

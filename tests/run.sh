@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Installs what the tests need and runs them all. The last line is `N passed, M failed`.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+step() { printf '\n== %s\n' "$*"; }
+passed=0
+failed=0
+
+step "build"
+cargo build --release --locked || exit 1
+
+step "cargo test"
+log=target/test.log
+cargo test --release --locked --workspace --no-fail-fast 2>&1 | tee "$log"
+[ "${PIPESTATUS[0]}" -eq 0 ] || failing=1
+passed=$(awk '/^test result:/ {n += $4} END {print n + 0}' "$log")
+failed=$(awk '/^test result:/ {n += $6} END {print n + 0}' "$log")
+# A test binary that did not build or was killed prints no result line.
+if [ "${failing:-0}" -eq 1 ] && [ "$failed" -eq 0 ]; then failed=1; fi
+
+step "the official openai client"
+venv=target/clients-venv
+if [ ! -x "$venv/bin/python" ]; then
+    python3 -m venv "$venv" 2>/dev/null || {
+        # Debian ships venv apart from python3.
+        apt-get install -y -q python3 python3-venv >/dev/null 2>&1 || { apt-get update -q && apt-get install -y -q python3 python3-venv; }
+        python3 -m venv "$venv"
+    } || true
+fi
+if "$venv/bin/python" -c 'import openai' 2>/dev/null || "$venv/bin/pip" install -q -r tests/clients/requirements.txt; then
+    if "$venv/bin/python" tests/clients/openai_client.py target/release/baton; then
+        passed=$((passed + 1))
+    else
+        failed=$((failed + 1))
+    fi
+else
+    echo "the openai client could not be installed"
+    failed=$((failed + 1))
+fi
+
+echo
+echo "$passed passed, $failed failed"
+[ "$failed" -eq 0 ]

@@ -1,0 +1,185 @@
+//! A small client of the OpenAI API over one connection per call, so that a dropped call is a dropped connection.
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full};
+use hyper::body::Incoming;
+use hyper::header::{CONTENT_TYPE, HOST, HeaderMap};
+use hyper::{Method, Request, Response};
+use hyper_util::rt::TokioIo;
+use serde_json::Value;
+
+/// Talks to one gateway.
+#[derive(Clone, Debug)]
+pub struct Client {
+    /// `host:port`
+    pub address: String,
+}
+
+/// A whole answer.
+#[derive(Debug)]
+pub struct Reply {
+    pub status: u16,
+    pub headers: HeaderMap,
+    pub body: Bytes,
+}
+
+impl Reply {
+    /// # Panics
+    /// If the body is not JSON.
+    pub fn json(&self) -> Value {
+        let text = String::from_utf8_lossy(&self.body);
+        serde_json::from_slice(&self.body).unwrap_or_else(|e| panic!("{e} in {} answer {text:?}", self.status))
+    }
+}
+
+/// Everything a stream said, in order.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Streamed {
+    /// Text of each choice.
+    pub text: Vec<String>,
+    pub finish: Vec<Option<String>>,
+    /// Log-probabilities as the stream spelled them, per choice.
+    pub logprobs: Vec<Vec<Value>>,
+    pub usage: Option<Value>,
+    pub error: Option<Value>,
+    /// `[DONE]` arrived.
+    pub done: bool,
+}
+
+impl Streamed {
+    fn choice(&mut self, index: usize) {
+        while self.text.len() <= index {
+            self.text.push(String::new());
+            self.finish.push(None);
+            self.logprobs.push(Vec::new());
+        }
+    }
+
+    fn take(&mut self, data: &str) {
+        if data == "[DONE]" {
+            self.done = true;
+            return;
+        }
+        let event: Value = serde_json::from_str(data).unwrap_or_else(|e| panic!("{e} in event {data:?}"));
+        if let Some(error) = event.get("error") {
+            self.error = Some(error.clone());
+        }
+        if let Some(usage) = event.get("usage").filter(|u| !u.is_null()) {
+            self.usage = Some(usage.clone());
+        }
+        for choice in event["choices"].as_array().into_iter().flatten() {
+            let index = choice["index"].as_u64().unwrap_or(0) as usize;
+            self.choice(index);
+            let text = choice["delta"]["content"].as_str().or(choice["text"].as_str());
+            self.text[index].push_str(text.unwrap_or_default());
+            if let Some(finish) = choice["finish_reason"].as_str() {
+                self.finish[index] = Some(finish.to_string());
+            }
+            if let Some(logprobs) = choice.get("logprobs").filter(|l| !l.is_null()) {
+                self.logprobs[index].push(logprobs.clone());
+            }
+        }
+    }
+}
+
+/// A stream being read.
+pub struct Events {
+    body: Incoming,
+    unread: Vec<u8>,
+    pub so_far: Streamed,
+}
+
+impl Events {
+    /// Reads one more network frame. False at the end.
+    pub async fn advance(&mut self) -> bool {
+        let Some(Ok(frame)) = self.body.frame().await else { return false };
+        if let Ok(data) = frame.into_data() {
+            self.unread.extend_from_slice(&data);
+        }
+        while let Some(end) = self.unread.windows(2).position(|w| w == b"\n\n") {
+            let event: Vec<u8> = self.unread.drain(..end + 2).collect();
+            let event = std::str::from_utf8(&event).expect("events are UTF-8");
+            for line in event.lines() {
+                if let Some(data) = line.strip_prefix("data:") {
+                    self.so_far.take(data.trim());
+                }
+            }
+        }
+        true
+    }
+
+    /// Reads until the first choice holds so many bytes of text, or the stream ends.
+    pub async fn until_text(&mut self, bytes: usize) {
+        while self.so_far.text.first().map_or(0, String::len) < bytes {
+            if !self.advance().await {
+                return;
+            }
+        }
+    }
+
+    /// Reads to the end.
+    pub async fn finish(mut self) -> Streamed {
+        while self.advance().await {}
+        self.so_far
+    }
+}
+
+impl Client {
+    async fn send(&self, method: Method, path: &str, body: Bytes) -> Result<Response<Incoming>, String> {
+        let stream = tokio::net::TcpStream::connect(&self.address).await.map_err(|e| e.to_string())?;
+        stream.set_nodelay(true).map_err(|e| e.to_string())?;
+        let (mut sender, connection) =
+            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| e.to_string())?;
+        tokio::spawn(connection);
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header(HOST, &self.address)
+            .header(CONTENT_TYPE, "application/json")
+            .body(Full::new(body))
+            .map_err(|e| e.to_string())?;
+        sender.send_request(request).await.map_err(|e| e.to_string())
+    }
+
+    async fn reply(&self, method: Method, path: &str, body: Bytes) -> Result<Reply, String> {
+        let response = self.send(method, path, body).await?;
+        let (parts, body) = response.into_parts();
+        let body = body.collect().await.map_err(|e| e.to_string())?.to_bytes();
+        Ok(Reply { status: parts.status.as_u16(), headers: parts.headers, body })
+    }
+
+    pub async fn try_get(&self, path: &str) -> Result<Reply, String> {
+        self.reply(Method::GET, path, Bytes::new()).await
+    }
+
+    pub async fn get(&self, path: &str) -> Reply {
+        self.try_get(path).await.unwrap_or_else(|e| panic!("GET {path}: {e}"))
+    }
+
+    pub async fn post(&self, path: &str, body: &Value) -> Reply {
+        self.post_bytes(path, body.to_string().into()).await
+    }
+
+    pub async fn post_bytes(&self, path: &str, body: Bytes) -> Reply {
+        self.reply(Method::POST, path, body).await.unwrap_or_else(|e| panic!("POST {path}: {e}"))
+    }
+
+    /// Starts a stream; the answer's status must be 200.
+    pub async fn open(&self, path: &str, body: &Value) -> Events {
+        let mut body = body.clone();
+        body["stream"] = true.into();
+        let sent = self.send(Method::POST, path, body.to_string().into()).await;
+        let response = sent.unwrap_or_else(|e| panic!("POST {path}: {e}"));
+        let status = response.status().as_u16();
+        if status != 200 {
+            let body = response.into_body().collect().await.map(|b| b.to_bytes()).unwrap_or_default();
+            panic!("POST {path}: {status} {}", String::from_utf8_lossy(&body));
+        }
+        Events { body: response.into_body(), unread: Vec::new(), so_far: Streamed::default() }
+    }
+
+    /// A stream read to its end.
+    pub async fn stream(&self, path: &str, body: &Value) -> Streamed {
+        self.open(path, body).await.finish().await
+    }
+}
