@@ -34,10 +34,31 @@ pub const RPC_TIMEOUT_MS: u64 = 2_000;
 
 /// Longest silence on a handoff before it is aborted.
 pub const HANDOFF_IDLE_MS: u64 = 2_000;
+/// A link that has nothing to say says so this often.
+pub const HANDOFF_PING_MS: u64 = 500;
+/// Connecting and greeting on a link.
+pub const HANDOFF_CONNECT_MS: u64 = 1_000;
+/// Pause before a link connects again: the first, doubled up to the longest.
+pub const HANDOFF_BACKOFF_MS: u64 = 20;
+pub const HANDOFF_BACKOFF_MS_MAX: u64 = 1_000;
+/// Failed connections in a row after which a link waits until it is asked for again.
+pub const HANDOFF_CONNECTS_MAX: u32 = 16;
+/// How long an aborted transfer's blocks wait for the writer's last word before its link is closed.
+pub const HANDOFF_QUIESCE_MS: u64 = 500;
+/// Key and value bytes in one frame at most, so one layer of one block fits in it.
+pub const HANDOFF_FRAME_BYTES_MAX: usize = 1 << 20;
+/// Bytes a link's sender may have unacknowledged.
+pub const HANDOFF_CREDIT_BYTES: usize = 64 << 20;
+/// A receiver acknowledges at least this often.
+pub const HANDOFF_ACK_BYTES: usize = 1 << 20;
+/// Connections one receiver serves.
+pub const HANDOFF_LINKS_MAX: usize = 1024;
 /// Requests waiting in one worker's queue.
 pub const WORKER_QUEUE_MAX: usize = 256;
 
 const _: () = assert!(WORKER_LEASE_MS > 3 * HEARTBEAT_MS);
+const _: () = assert!(HANDOFF_IDLE_MS > 3 * HANDOFF_PING_MS);
+const _: () = assert!(HANDOFF_CREDIT_BYTES > 2 * (HANDOFF_ACK_BYTES + HANDOFF_FRAME_BYTES_MAX));
 const _: () = assert!(AUTONOMY_GRACE_MS > WORKER_LEASE_MS);
 const _: () = assert!(REQUEST_DEADLINE_MS > NO_WORKERS_WAIT_MS);
 const _: () = assert!(HTTP_BODY_BYTES_MAX < MESSAGE_BYTES_MAX);

@@ -1,1 +1,30 @@
-//! kvtransfer
+//! Moves blocks between two caches: the handoff. The decode worker grants blocks (`Receiver`), the prefill worker
+//! writes them layer by layer over a link (`Links`, `Outgoing`). Sees memory of given blocks, never a model.
+//! The protocol is drawn in `docs/handoff.md`.
+
+#![deny(unsafe_code)]
+
+pub mod wire;
+
+mod connection;
+mod counters;
+mod error;
+mod extent;
+mod frames;
+mod grant;
+mod link;
+mod links;
+mod outbox;
+mod outgoing;
+mod receiver;
+mod sending;
+mod transfer;
+
+pub use counters::{Counters, Dropped};
+pub use error::TransferError;
+pub use extent::Data;
+pub use grant::Grant;
+pub use links::Links;
+pub use outgoing::{Committed, Outgoing};
+pub use receiver::{Incoming, Receiver};
+pub use transfer::Received;

@@ -1,0 +1,129 @@
+//! What a receiver has seen, as numbers for metrics.
+
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+/// Why an extent, a frame or a message was not taken. The words are metric labels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dropped {
+    /// No such transfer (any more), or not opened on this link.
+    Unknown,
+    /// The grant is another one: other request, blocks or layout.
+    Foreign,
+    StaleAttempt,
+    StaleEpoch,
+    StaleGeneration,
+    /// Another block than the one granted at this position.
+    WrongBlock,
+    OutOfRange,
+    /// The extent has already arrived.
+    Duplicate,
+    /// The link had already carried this frame.
+    Replayed,
+    /// The transfer had been aborted.
+    Late,
+    /// Checksum or shape.
+    Damaged,
+}
+
+impl Dropped {
+    pub const ALL: [Dropped; 11] = {
+        use Dropped::*;
+        [
+            Unknown, Foreign, StaleAttempt, StaleEpoch, StaleGeneration, WrongBlock, OutOfRange, Duplicate, Replayed,
+            Late, Damaged,
+        ]
+    };
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Dropped::Unknown => "unknown",
+            Dropped::Foreign => "foreign",
+            Dropped::StaleAttempt => "stale_attempt",
+            Dropped::StaleEpoch => "stale_epoch",
+            Dropped::StaleGeneration => "stale_generation",
+            Dropped::WrongBlock => "wrong_block",
+            Dropped::OutOfRange => "out_of_range",
+            Dropped::Duplicate => "duplicate",
+            Dropped::Replayed => "replayed",
+            Dropped::Late => "late",
+            Dropped::Damaged => "damaged",
+        }
+    }
+}
+
+/// A snapshot. `granted` = `completed` + `failed` + those in flight.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    pub granted: u64,
+    pub completed: u64,
+    pub failed: u64,
+    /// Transfers that still hold blocks: in flight or quarantined.
+    pub held: u64,
+    /// Connections now.
+    pub links: u64,
+    /// Connections refused for layout, model or version.
+    pub mismatched: u64,
+    /// Links closed because their writer did not say that it had stopped.
+    pub unquiesced: u64,
+    pub extents: u64,
+    pub bytes: u64,
+    dropped: [u64; Dropped::ALL.len()],
+}
+
+impl Counters {
+    pub fn dropped(&self, reason: Dropped) -> u64 {
+        self.dropped[reason as usize]
+    }
+
+    pub fn dropped_total(&self) -> u64 {
+        self.dropped.iter().sum()
+    }
+}
+
+/// The counters as they are counted.
+#[derive(Default)]
+pub(crate) struct Counts {
+    pub(crate) granted: Count,
+    pub(crate) completed: Count,
+    pub(crate) failed: Count,
+    pub(crate) mismatched: Count,
+    pub(crate) unquiesced: Count,
+    pub(crate) extents: Count,
+    pub(crate) bytes: Count,
+    dropped: [Count; Dropped::ALL.len()],
+}
+
+impl Counts {
+    pub(crate) fn drop(&self, reason: Dropped) {
+        self.dropped[reason as usize].add(1);
+    }
+
+    pub(crate) fn snapshot(&self, held: usize, links: usize) -> Counters {
+        Counters {
+            granted: self.granted.get(),
+            completed: self.completed.get(),
+            failed: self.failed.get(),
+            held: held as u64,
+            links: links as u64,
+            mismatched: self.mismatched.get(),
+            unquiesced: self.unquiesced.get(),
+            extents: self.extents.get(),
+            bytes: self.bytes.get(),
+            dropped: std::array::from_fn(|i| self.dropped[i].get()),
+        }
+    }
+}
+
+/// A number that only grows.
+#[derive(Default)]
+pub(crate) struct Count(AtomicU64);
+
+impl Count {
+    pub(crate) fn add(&self, n: u64) {
+        self.0.fetch_add(n, Relaxed);
+    }
+
+    fn get(&self) -> u64 {
+        self.0.load(Relaxed)
+    }
+}

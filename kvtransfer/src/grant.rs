@@ -1,0 +1,45 @@
+//! The grant: which blocks a sender may write, under which names, until when.
+
+use baton_core::{BlockId, BlockLayout, Epoch, RequestId, TransferId};
+use xxhash_rust::xxh3::Xxh3;
+
+use crate::wire::Tag;
+
+/// What the decode worker hands to the prefill worker, inside the Prefill call.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Grant {
+    pub transfer: TransferId,
+    pub attempt: u32,
+    pub epoch: Epoch,
+    pub request: RequestId,
+    /// Where the receiver listens.
+    pub address: String,
+    pub layout: BlockLayout,
+    /// The blocks to fill, in the sequence's order.
+    pub blocks: Vec<BlockId>,
+    /// Milliseconds from the grant until the receiver gives up.
+    pub deadline_ms: u64,
+}
+
+impl Grant {
+    /// What names this transfer in every frame.
+    pub fn tag(&self) -> Tag {
+        Tag { transfer: self.transfer, attempt: self.attempt, epoch: self.epoch }
+    }
+
+    /// A hash of everything both ends must agree on. It is compared when the transfer opens, and every extent's
+    /// checksum is bound to it, so that bytes of another transfer can never count.
+    pub fn digest(&self) -> u128 {
+        let mut hash = Xxh3::new();
+        hash.update(&self.transfer.0.to_le_bytes());
+        hash.update(&self.attempt.to_le_bytes());
+        hash.update(&self.epoch.0.to_le_bytes());
+        hash.update(&self.request.0.to_le_bytes());
+        hash.update(self.layout.describe().as_bytes());
+        for block in &self.blocks {
+            hash.update(&block.index.to_le_bytes());
+            hash.update(&block.generation.to_le_bytes());
+        }
+        hash.digest128()
+    }
+}

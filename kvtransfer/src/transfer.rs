@@ -1,0 +1,262 @@
+//! The receiver's side of one transfer as a pure state machine: events in, actions out.
+//!
+//! ```text
+//!           OPEN fits              COMMIT agrees
+//! Granted ───────────► Open(link) ───────────────► Ended      complete: the guard goes to whoever waits
+//!    │                   │   │ COMMIT differs, the sender's last ABORT, link closed ──► Ended   failed, guard freed
+//!    │                   ▼
+//!    │                Quarantined(link)     deadline, dropped, damaged: ABORT is sent, the guard stays
+//!    │                   │ ABORTED{quiesced}, COMMIT, the sender's last ABORT, link closed
+//!    ▼                   ▼                  (no such word in time: the link is closed)
+//!  Ended               Ended                guard freed
+//! ```
+
+use std::time::Duration;
+
+use baton_core::limits::HANDOFF_QUIESCE_MS;
+use baton_core::{Aborted, Refused, RequestId};
+
+use crate::counters::Dropped;
+use crate::grant::Grant;
+use crate::link::LinkId;
+use crate::wire::{Body, Entry, Header, Summary, Tag};
+use crate::{TransferError, extent};
+
+/// What arrived.
+pub type Received = Summary;
+
+pub(crate) struct Transfer {
+    pub(crate) grant: Grant,
+    digest: u128,
+    state: State,
+    /// One bit per (layer, position).
+    arrived: Vec<u64>,
+    received: Received,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Granted,
+    Open(LinkId),
+    Quarantined(LinkId),
+    Ended,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) enum Event {
+    Open { tag: Tag, request: RequestId, grant: u128 },
+    Commit { tag: Tag, summary: Summary },
+    /// The sender gave up.
+    Abort { reason: Aborted, quiesced: bool },
+    /// The sender says that it writes no more.
+    Quiesced,
+    LinkClosed,
+    /// An extent arrived that is not what was sent.
+    Damaged { layer: u32, position: u32 },
+    /// The deadline, or in quarantine the end of patience.
+    Alarm,
+    /// Nobody waits for the transfer any more.
+    Dropped,
+    /// The receiver itself closes.
+    Closed,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Action {
+    Tell(LinkId, Body),
+    CloseLink(LinkId),
+    Count(Dropped),
+    /// The guard goes to whoever waits; the transfer is over.
+    Complete(Received),
+    /// Nothing can write the blocks any more: the guard goes, the transfer is over.
+    Release,
+    /// Whoever waits is told.
+    Fail(TransferError),
+    Alarm(Duration),
+}
+
+impl Transfer {
+    pub(crate) fn new(grant: Grant) -> Transfer {
+        let extents = grant.blocks.len() * grant.layout.layers as usize;
+        let digest = grant.digest();
+        let arrived = vec![0; extents.div_ceil(64)];
+        Transfer { grant, digest, state: State::Granted, arrived, received: Received::default() }
+    }
+
+    fn expected(&self) -> u64 {
+        self.grant.blocks.len() as u64 * self.grant.layout.layers as u64
+    }
+
+    /// What to do about `event`, which came over `link` where it came over one.
+    pub(crate) fn step(&mut self, link: LinkId, event: Event) -> Vec<Action> {
+        match self.state {
+            State::Granted => self.step_granted(link, event),
+            State::Open(writer) => self.step_open(writer, link, event),
+            State::Quarantined(writer) => self.step_quarantined(writer, link, event),
+            State::Ended => Vec::new(),
+        }
+    }
+
+    fn step_granted(&mut self, link: LinkId, event: Event) -> Vec<Action> {
+        match event {
+            Event::Open { tag, request, grant } => match self.fits(tag, request, grant) {
+                Ok(()) => {
+                    self.state = State::Open(link);
+                    vec![Action::Tell(link, Body::Opened)]
+                }
+                Err(reason) => refuse(link, reason),
+            },
+            Event::Alarm => self.end(Some(TransferError::Deadline), vec![]),
+            Event::Dropped => self.end(Some(TransferError::Aborted(Aborted::Cancelled)), vec![]),
+            Event::Closed => self.end(Some(TransferError::Aborted(Aborted::Draining)), vec![]),
+            Event::LinkClosed => vec![],
+            _ => vec![Action::Count(Dropped::Unknown)],
+        }
+    }
+
+    fn step_open(&mut self, writer: LinkId, link: LinkId, event: Event) -> Vec<Action> {
+        match event {
+            Event::Open { .. } => refuse(link, Dropped::StaleAttempt),
+            Event::Alarm => self.quarantine(writer, TransferError::Deadline),
+            Event::Dropped => self.quarantine(writer, TransferError::Aborted(Aborted::Cancelled)),
+            Event::Closed => {
+                let told = Action::Tell(writer, Body::Abort { reason: Aborted::Draining, quiesced: false });
+                self.end(Some(TransferError::Aborted(Aborted::Draining)), vec![told])
+            }
+            Event::LinkClosed if link != writer => vec![],
+            _ if link != writer => vec![Action::Count(Dropped::Unknown)],
+            Event::Commit { tag, summary } => self.commit(writer, tag, summary),
+            Event::Damaged { layer, position } => {
+                self.quarantine(writer, TransferError::Corrupt { layer, position })
+            }
+            Event::Abort { reason, quiesced: true } => self.end(Some(TransferError::Aborted(reason)), vec![]),
+            Event::Abort { reason, quiesced: false } => self.quarantine(writer, TransferError::Aborted(reason)),
+            Event::Quiesced => vec![Action::Count(Dropped::Unknown)],
+            Event::LinkClosed => {
+                let peer = format!("the writer of request {}", self.grant.request);
+                let cause = "its connection closed".to_string();
+                self.end(Some(TransferError::Lost { peer, cause }), vec![])
+            }
+        }
+    }
+
+    /// The failure has been told; only the guard is left.
+    fn step_quarantined(&mut self, writer: LinkId, link: LinkId, event: Event) -> Vec<Action> {
+        match event {
+            Event::Open { .. } => refuse(link, Dropped::Late),
+            Event::Closed => self.end(None, vec![]),
+            Event::Alarm => vec![Action::CloseLink(writer)],
+            _ if link != writer => vec![],
+            Event::Commit { .. } | Event::Abort { quiesced: true, .. } | Event::Quiesced | Event::LinkClosed => {
+                self.end(None, vec![])
+            }
+            Event::Abort { .. } | Event::Damaged { .. } | Event::Dropped => vec![],
+        }
+    }
+
+    fn commit(&mut self, writer: LinkId, tag: Tag, summary: Summary) -> Vec<Action> {
+        if let Err(reason) = self.named(tag) {
+            return vec![Action::Count(reason)];
+        }
+        let (arrived, expected) = (self.received.extents, self.expected());
+        let error = if arrived != expected {
+            TransferError::Incomplete { arrived, expected }
+        } else if summary != self.received {
+            TransferError::Digest
+        } else {
+            self.state = State::Ended;
+            let received = self.received;
+            let told = Action::Tell(writer, Body::Committed(received));
+            return vec![told, Action::Complete(received)];
+        };
+        let told = Action::Tell(writer, Body::Abort { reason: Aborted::TransferFailed, quiesced: true });
+        self.end(Some(error), vec![told])
+    }
+
+    fn quarantine(&mut self, writer: LinkId, error: TransferError) -> Vec<Action> {
+        self.state = State::Quarantined(writer);
+        let reason = error.reason();
+        vec![
+            Action::Tell(writer, Body::Abort { reason, quiesced: false }),
+            Action::Fail(error),
+            Action::Alarm(Duration::from_millis(HANDOFF_QUIESCE_MS)),
+        ]
+    }
+
+    fn end(&mut self, error: Option<TransferError>, mut actions: Vec<Action>) -> Vec<Action> {
+        self.state = State::Ended;
+        actions.push(Action::Release);
+        actions.extend(error.map(Action::Fail));
+        actions
+    }
+
+    fn fits(&self, tag: Tag, request: RequestId, grant: u128) -> Result<(), Dropped> {
+        self.named(tag)?;
+        let same = request == self.grant.request && grant == self.digest;
+        if same { Ok(()) } else { Err(Dropped::Foreign) }
+    }
+
+    fn named(&self, tag: Tag) -> Result<(), Dropped> {
+        if tag.attempt != self.grant.attempt {
+            return Err(Dropped::StaleAttempt);
+        }
+        if tag.epoch != self.grant.epoch {
+            return Err(Dropped::StaleEpoch);
+        }
+        Ok(())
+    }
+
+    /// Whether a DATA frame may be looked into.
+    pub(crate) fn admit(&self, link: LinkId, header: &Header) -> Result<(), Dropped> {
+        match self.state {
+            State::Open(writer) if writer == link => {}
+            State::Quarantined(_) => return Err(Dropped::Late),
+            _ => return Err(Dropped::Unknown),
+        }
+        self.named(header.tag)?;
+        if header.layer as u32 >= self.grant.layout.layers {
+            return Err(Dropped::OutOfRange);
+        }
+        Ok(())
+    }
+
+    /// Whether an extent may be written where its entry says.
+    pub(crate) fn expects(&self, layer: u32, entry: &Entry) -> Result<(), Dropped> {
+        let Some(granted) = self.grant.blocks.get(entry.position as usize) else {
+            return Err(Dropped::OutOfRange);
+        };
+        if granted.index != entry.block.index {
+            return Err(Dropped::WrongBlock);
+        }
+        if granted.generation != entry.block.generation {
+            return Err(Dropped::StaleGeneration);
+        }
+        let bit = self.bit(layer, entry);
+        if self.arrived[bit / 64] >> (bit % 64) & 1 == 1 {
+            return Err(Dropped::Duplicate);
+        }
+        Ok(())
+    }
+
+    pub(crate) fn intact(&self, layer: u32, entry: &Entry, bytes: &[u8]) -> bool {
+        extent::intact(entry, self.digest, layer, bytes)
+    }
+
+    /// Counts an extent that `expects` allowed, that is `intact`, and that has been written.
+    pub(crate) fn arrived(&mut self, layer: u32, entry: &Entry, bytes: usize) {
+        let bit = self.bit(layer, entry);
+        self.arrived[bit / 64] |= 1 << (bit % 64);
+        self.received.extents += 1;
+        self.received.bytes += bytes as u64;
+        self.received.digest = self.received.digest.wrapping_add(entry.sum);
+    }
+
+    fn bit(&self, layer: u32, entry: &Entry) -> usize {
+        layer as usize * self.grant.blocks.len() + entry.position as usize
+    }
+}
+
+/// The answer to an OPEN that does not fit.
+pub(crate) fn refuse(link: LinkId, reason: Dropped) -> Vec<Action> {
+    vec![Action::Count(reason), Action::Tell(link, Body::Refused(Refused::Stale))]
+}

@@ -1,0 +1,118 @@
+//! Two arenas with a receiver and links between them.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+use std::time::Duration;
+
+use baton_core::{Arena, BlockId, BlockLayout, Epoch, KvDtype, RequestId, Rng};
+use baton_kvtransfer::{Counters, Grant, Incoming, Links, Receiver};
+
+use crate::net::Loopback;
+
+pub(crate) const LAYOUT: BlockLayout =
+    BlockLayout { layers: 3, kv_heads: 2, head_dim: 8, block_tokens: 16, dtype: KvDtype::Bf16 };
+pub(crate) const MODEL: &str = "w0-f32acc-bf16";
+pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
+pub(crate) const REQUEST: RequestId = RequestId(77);
+pub(crate) const EPOCH: Epoch = Epoch(5);
+
+/// Counts the guards that are alive.
+#[derive(Clone, Default)]
+pub(crate) struct Held(Arc<AtomicUsize>);
+
+pub(crate) struct Guard(Arc<AtomicUsize>);
+
+impl Held {
+    pub(crate) fn guard(&self) -> Guard {
+        self.0.fetch_add(1, SeqCst);
+        Guard(self.0.clone())
+    }
+
+    pub(crate) fn count(&self) -> usize {
+        self.0.load(SeqCst)
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, SeqCst);
+    }
+}
+
+pub(crate) struct World {
+    pub(crate) source: Arc<Arena>,
+    pub(crate) target: Arc<Arena>,
+    pub(crate) receiver: Receiver,
+    pub(crate) links: Links,
+    pub(crate) held: Held,
+}
+
+impl World {
+    /// Two arenas of `blocks` blocks, the source full of random bytes.
+    pub(crate) async fn new(blocks: usize) -> World {
+        World::with_layout(LAYOUT, blocks).await
+    }
+
+    pub(crate) async fn with_layout(layout: BlockLayout, blocks: usize) -> World {
+        let source = Arc::new(Arena::new(layout, blocks));
+        let target = Arc::new(Arena::new(layout, blocks));
+        fill(&source, &mut Rng::new(1));
+        let receiver = Receiver::listen(Arc::new(Loopback), "127.0.0.1:0", target.clone(), MODEL).await.unwrap();
+        let links = Links::new(Arc::new(Loopback), source.clone(), MODEL);
+        World { source, target, receiver, links, held: Held::default() }
+    }
+
+    pub(crate) fn grant(&self, blocks: &[BlockId]) -> (Grant, Incoming<Guard>) {
+        self.receiver.open(REQUEST, EPOCH, blocks.to_vec(), DEADLINE, self.held.guard())
+    }
+
+    /// Grants the target's first `count` blocks.
+    pub(crate) fn grant_first(&self, count: u32) -> (Grant, Incoming<Guard>) {
+        self.grant(&ids(0..count))
+    }
+
+    pub(crate) fn counters(&self) -> Counters {
+        self.receiver.counters()
+    }
+
+    /// Whether every layer of `target` holds what `source` does, for pairs of blocks.
+    pub(crate) fn equal(&self, pairs: impl IntoIterator<Item = (u32, u32)>) -> bool {
+        pairs.into_iter().all(|(from, to)| {
+            (0..self.source.layout().layers as usize)
+                .all(|layer| read(&self.source, from, layer) == read(&self.target, to, layer))
+        })
+    }
+}
+
+/// Blocks with a generation that is not the index.
+pub(crate) fn ids(indices: impl IntoIterator<Item = u32>) -> Vec<BlockId> {
+    indices.into_iter().map(|index| BlockId { index, generation: index + 100 }).collect()
+}
+
+pub(crate) fn pairs(blocks: &[BlockId]) -> Vec<(usize, BlockId)> {
+    blocks.iter().copied().enumerate().collect()
+}
+
+pub(crate) fn read(arena: &Arena, block: u32, layer: usize) -> Vec<u8> {
+    let mut out = vec![0; arena.layout().layer_bytes()];
+    // SAFETY: tests read blocks that no transfer writes at that moment.
+    unsafe { arena.read_layer(block, layer, &mut out) };
+    out
+}
+
+pub(crate) fn fill(arena: &Arena, rng: &mut Rng) {
+    for block in 0..arena.blocks() as u32 {
+        for layer in 0..arena.layout().layers as usize {
+            let bytes: Vec<u8> = (0..arena.layout().layer_bytes()).map(|_| rng.u64() as u8).collect();
+            // SAFETY: the arena is not shared yet.
+            unsafe { arena.write_layer(block, layer, &bytes) };
+        }
+    }
+}
+
+/// Waits until `condition` holds; the test's own time limit is what ends a wait in vain.
+pub(crate) async fn until(condition: impl Fn() -> bool) {
+    while !condition() {
+        tokio::task::yield_now().await;
+    }
+}
