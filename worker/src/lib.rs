@@ -1,1 +1,28 @@
-//! worker
+//! What both kinds of worker share: the engine thread, registration, heartbeats, the lease check, drain, metrics. Knows
+//! neither handoffs nor streams; those are the roles'.
+#![forbid(unsafe_code)]
+
+pub mod card;
+pub mod grant;
+pub mod metrics;
+pub mod outlet;
+
+mod assigned;
+mod config;
+mod engine;
+mod error;
+mod inbox;
+mod index;
+mod lease;
+mod membership;
+mod running;
+mod shell;
+mod steps;
+
+pub use assigned::Assigned;
+pub use card::{CardError, LoadedModel};
+pub use config::Config;
+pub use engine::{Admission, EngineHandle, Submission};
+pub use error::{Error, StartError};
+pub use running::Running;
+pub use shell::{Joined, Lease, Opened, Shell, open};

@@ -1,0 +1,118 @@
+//! The model card: everything a gateway needs to serve a model without its directory. Read once, before the worker
+//! registers.
+
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use std::time::UNIX_EPOCH;
+
+use baton_core::limits::MESSAGE_BYTES_MAX;
+use baton_engine::{Backend, ModelSpec};
+use baton_proto::v1::ModelCard;
+use prost::Message;
+use serde_json::Value;
+
+/// A model ready to serve.
+pub struct LoadedModel {
+    pub spec: ModelSpec,
+    pub backend: Box<dyn Backend>,
+    pub card: ModelCard,
+}
+
+/// A model directory that cannot be served, with the file at fault.
+#[derive(Debug, thiserror::Error)]
+pub enum CardError {
+    #[error("{path} is missing; a model directory needs it")]
+    Missing { path: PathBuf },
+    #[error("read {path}: {source}")]
+    Read { path: PathBuf, source: std::io::Error },
+    #[error("{path} is not valid JSON: {source}")]
+    Json { path: PathBuf, source: serde_json::Error },
+    #[error("{path} is not UTF-8")]
+    NotText { path: PathBuf },
+    #[error("the texts of {path} (tokenizer, templates, configs) have {bytes} bytes; at most {max} fit a model card")]
+    TooLarge { path: PathBuf, bytes: usize, max: usize },
+}
+
+/// Reads the texts of a Hugging Face model directory beside its weights.
+pub fn read(dir: &Path, spec: &ModelSpec) -> Result<ModelCard, CardError> {
+    let tokenizer = dir.join("tokenizer.json");
+    let tokenizer_json = text(&tokenizer)?.ok_or(CardError::Missing { path: tokenizer.clone() })?;
+    parse(&tokenizer, &tokenizer_json)?;
+    let config_path = dir.join("tokenizer_config.json");
+    let tokenizer_config_json = text(&config_path)?.unwrap_or_default();
+    let config = match tokenizer_config_json.is_empty() {
+        true => Value::Null,
+        false => parse(&config_path, &tokenizer_config_json)?,
+    };
+    let generation_path = dir.join("generation_config.json");
+    let generation_config_json = text(&generation_path)?.unwrap_or_default();
+    if !generation_config_json.is_empty() {
+        parse(&generation_path, &generation_config_json)?;
+    }
+    let template_file = text(&dir.join("chat_template.jinja"))?;
+    let card = ModelCard {
+        name: spec.name.clone(),
+        hash: String::new(),
+        tokenizer_json: tokenizer_json.into_bytes().into(),
+        chat_template: template_file.or_else(|| template(&config["chat_template"])).unwrap_or_default(),
+        eos: spec.eos.clone(),
+        positions_max: spec.positions_max as u64,
+        block_tokens: spec.layout.block_tokens,
+        vocab: spec.vocab as u64,
+        numerics: spec.numerics.0.clone(),
+        bos_token: token(&config["bos_token"]),
+        eos_token: token(&config["eos_token"]),
+        generation_config_json,
+        created_unix_s: 0,
+        tokenizer_config_json,
+        add_bos: config["add_bos_token"].as_bool().unwrap_or(false),
+    };
+    check_size(dir, card.encoded_len())?;
+    // The hash names the contents; when the files were made is not part of them.
+    let hash = blake3::hash(&card.encode_to_vec()).to_hex()[..32].to_string();
+    Ok(ModelCard { hash, created_unix_s: created(&tokenizer), ..card })
+}
+
+fn check_size(path: &Path, bytes: usize) -> Result<(), CardError> {
+    let max = MESSAGE_BYTES_MAX - 1024;
+    match bytes > max {
+        true => Err(CardError::TooLarge { path: path.to_path_buf(), bytes, max }),
+        false => Ok(()),
+    }
+}
+
+/// A file's text; None when there is no such file.
+fn text(path: &Path) -> Result<Option<String>, CardError> {
+    check_size(path, std::fs::metadata(path).map_or(0, |meta| meta.len() as usize))?;
+    match std::fs::read(path) {
+        Ok(bytes) => match String::from_utf8(bytes) {
+            Ok(text) => Ok(Some(text)),
+            Err(_) => Err(CardError::NotText { path: path.to_path_buf() }),
+        },
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(CardError::Read { path: path.to_path_buf(), source }),
+    }
+}
+
+fn parse(path: &Path, text: &str) -> Result<Value, CardError> {
+    serde_json::from_str(text).map_err(|source| CardError::Json { path: path.to_path_buf(), source })
+}
+
+/// `chat_template` is one template, or a list of named ones of which `default` or else the first counts.
+fn template(value: &Value) -> Option<String> {
+    let named = value.as_array().into_iter().flatten();
+    let default = named.clone().find(|entry| entry["name"] == "default");
+    let one = value.as_str().or_else(|| default.or(named.clone().next())?["template"].as_str());
+    one.map(str::to_string)
+}
+
+/// A special token is its text, or an object that holds it.
+fn token(value: &Value) -> String {
+    value.as_str().or(value["content"].as_str()).unwrap_or_default().to_string()
+}
+
+fn created(path: &Path) -> u64 {
+    let modified = std::fs::metadata(path).and_then(|meta| meta.modified());
+    let since = modified.ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+    since.map_or(0, |since| since.as_secs())
+}

@@ -1,0 +1,34 @@
+//! What an operator decides about one worker.
+
+use baton_core::{Role, WorkerId};
+use baton_engine::EngineConfig;
+use serde::Deserialize;
+
+/// One worker, prefill or decode. Checked by `start`, which names the key at fault.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// The worker's name, unique in the cluster (`prefill-0`). A process that registers under a name in use takes it
+    /// over: the earlier life is fenced.
+    pub id: WorkerId,
+    /// `prefill` or `decode`.
+    pub role: Role,
+    /// Where gRPC listens, `host:port`; port 0 takes a free one.
+    pub listen: String,
+    /// Where a decode worker receives handoffs, `host:port`; port 0 takes a free one. A prefill worker ignores it.
+    pub kv_listen: String,
+    /// Host under which other processes reach this worker, without a port.
+    pub advertise_host: String,
+    /// gRPC addresses of the coordinators, at least one.
+    pub coordinators: Vec<String>,
+    /// Sizes of the engine.
+    pub engine: EngineConfig,
+}
+
+impl Config {
+    /// The address others use for a listener bound to `bound`.
+    pub(crate) fn advertised(&self, bound: &str) -> String {
+        let port = bound.rsplit(':').next().unwrap_or_default();
+        format!("{}:{port}", self.advertise_host)
+    }
+}

@@ -1,0 +1,171 @@
+//! The engine thread and the handle that tasks submit work by. The thread owns engine and backend, parks while there
+//! is nothing to do, and is joined when its owner goes.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::{self, JoinHandle};
+
+use baton_core::{Aborted, Refused};
+use baton_engine::{Backend, Cache, Engine, Load, Work};
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+
+use crate::inbox::{Admit, Command, Inbox, Key};
+use crate::outlet::{Outlet, Phases};
+use crate::steps::{Published, Steps};
+
+/// Submits work to the engine thread. Clones are the same engine.
+#[derive(Clone)]
+pub struct EngineHandle {
+    inbox: Arc<Inbox>,
+    published: Arc<Published>,
+    cache: Cache,
+    keys: Arc<AtomicU64>,
+}
+
+/// Work for the engine, and where its notes go.
+pub struct Submission {
+    pub work: Work,
+    pub outlet: Outlet,
+    /// Stands at each of its notes.
+    pub tag: u32,
+    pub phases: Phases,
+    /// When the request reached this worker.
+    pub started: Instant,
+}
+
+impl EngineHandle {
+    /// Queues work. Whether the engine takes it comes as a note.
+    pub fn submit(&self, submission: Submission) -> Result<Admission, Refused> {
+        let Submission { work, outlet, tag, phases, started } = submission;
+        let key = Key(self.keys.fetch_add(1, Ordering::Relaxed));
+        let (end, ended) = oneshot::channel();
+        self.inbox.admit(Admit { key, work, outlet, tag, phases, started, end })?;
+        Ok(Admission { key, ended: Some(ended), inbox: self.inbox.clone() })
+    }
+
+    pub fn cache(&self) -> &Cache {
+        &self.cache
+    }
+
+    pub fn load(&self) -> Load {
+        self.published.get().0
+    }
+
+    /// Prompt tokens computed per second lately; 0: unknown.
+    pub fn prefill_tokens_per_s(&self) -> u64 {
+        self.published.get().1
+    }
+}
+
+/// A guard on submitted work: dropping it cancels.
+#[derive(Debug)]
+pub struct Admission {
+    key: Key,
+    /// None once it has ended.
+    ended: Option<oneshot::Receiver<()>>,
+    inbox: Arc<Inbox>,
+}
+
+impl Admission {
+    /// Resolves when the engine holds nothing of the work any more; its last notes have been sent by then.
+    pub async fn ended(&mut self) {
+        if let Some(ended) = &mut self.ended {
+            // The sender is dropped, never used.
+            let _ = ended.await;
+        }
+        self.ended = None;
+    }
+
+    /// Ends the work with a note that says why.
+    pub fn abort(&self, reason: Aborted) {
+        self.inbox.push(Command::Abort(self.key, reason));
+    }
+}
+
+impl Drop for Admission {
+    fn drop(&mut self) {
+        if self.ended.is_some() {
+            self.inbox.push(Command::Cancel(self.key));
+        }
+    }
+}
+
+/// Owns the thread; dropping it stops and joins.
+pub(crate) struct EngineThread {
+    handle: EngineHandle,
+    thread: Option<JoinHandle<()>>,
+    died: oneshot::Receiver<()>,
+}
+
+impl EngineThread {
+    pub(crate) fn start(engine: Engine, backend: Box<dyn Backend>) -> io::Result<EngineThread> {
+        let (inbox, published) = (Arc::new(Inbox::default()), Arc::new(Published::default()));
+        let handle = EngineHandle {
+            inbox: inbox.clone(),
+            published: published.clone(),
+            cache: engine.cache().clone(),
+            keys: Arc::default(),
+        };
+        // Blocks that a handoff gives back may be what a waiting sequence needs.
+        let waker = Arc::downgrade(&inbox);
+        engine.cache().on_freed(move || {
+            if let Some(inbox) = waker.upgrade() {
+                inbox.wake();
+            }
+        });
+        let (alive, died) = oneshot::channel();
+        let thread = thread::Builder::new().name("engine".into()).spawn(move || {
+            let _alive = Alive { inbox: inbox.clone(), _end: alive };
+            drive(Steps::new(engine, backend, published), &inbox);
+        })?;
+        Ok(EngineThread { handle, thread: Some(thread), died })
+    }
+
+    pub(crate) fn handle(&self) -> &EngineHandle {
+        &self.handle
+    }
+
+    /// Resolves when the thread has ended without being asked to: it panicked.
+    pub(crate) async fn died(&mut self) {
+        // The sender is dropped, never used. Once it has, `self.died` stays resolved.
+        let _ = (&mut self.died).await;
+    }
+
+    fn join(&mut self) {
+        self.handle.inbox.stop();
+        if let Some(thread) = self.thread.take() {
+            // A panic has been reported by its own message and by `died`.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for EngineThread {
+    fn drop(&mut self) {
+        self.join();
+    }
+}
+
+/// Whatever ends the thread, nobody may go on submitting to it.
+struct Alive {
+    inbox: Arc<Inbox>,
+    _end: oneshot::Sender<()>,
+}
+
+impl Drop for Alive {
+    fn drop(&mut self) {
+        self.inbox.stop();
+    }
+}
+
+fn drive(mut steps: Steps, inbox: &Inbox) {
+    let mut busy = true;
+    while let Some(commands) = if busy { inbox.take() } else { inbox.wait() } {
+        if !commands.is_empty() {
+            steps.apply(commands);
+        }
+        busy = steps.step();
+    }
+}

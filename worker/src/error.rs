@@ -1,0 +1,31 @@
+//! Why a worker did not start, or stopped by itself.
+
+use std::io;
+
+/// A worker that never served.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error("listen on {address}: {source}; give another address or port 0")]
+    Listen { address: String, source: io::Error },
+    #[error("config: {key} {problem}")]
+    Config { key: &'static str, problem: &'static str },
+    #[error("start the engine thread: {0}")]
+    Thread(io::Error),
+    #[error("the coordinator refuses this worker for good: {0}; run the same version everywhere")]
+    Incompatible(String),
+}
+
+/// The end of a worker that nobody asked to stop.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(
+        "another process has registered under this worker's name, or it was silent for longer than its lease; start it again"
+    )]
+    Superseded,
+    #[error("the engine thread panicked; its message stands above")]
+    EngineDied,
+    #[error("serve: {0}")]
+    Server(#[from] tonic::transport::Error),
+    #[error("the gRPC server ended by itself")]
+    ServerEnded,
+}

@@ -1,0 +1,57 @@
+//! The grant on the wire.
+
+use baton_core::{BlockId, BlockLayout, Epoch, TransferId};
+use baton_kvtransfer::Grant;
+use baton_proto::convert::{BadMessage, request_id, required};
+use baton_proto::v1;
+
+pub fn to_wire(grant: Grant) -> v1::Grant {
+    v1::Grant {
+        transfer: grant.transfer.0,
+        attempt: grant.attempt,
+        epoch: grant.epoch.0,
+        request: grant.request.to_string(),
+        address: grant.address,
+        layout: Some(grant.layout.into()),
+        blocks: grant.blocks.into_iter().map(Into::into).collect(),
+        deadline_ms: grant.deadline_ms,
+    }
+}
+
+pub fn from_wire(grant: Option<v1::Grant>) -> Result<Grant, BadMessage> {
+    let grant = required("grant", grant)?;
+    Ok(Grant {
+        transfer: TransferId(grant.transfer),
+        attempt: grant.attempt,
+        epoch: Epoch(grant.epoch),
+        request: request_id(&grant.request)?,
+        address: grant.address,
+        layout: BlockLayout::try_from(required("grant.layout", grant.layout)?)?,
+        blocks: grant.blocks.into_iter().map(BlockId::from).collect(),
+        deadline_ms: grant.deadline_ms,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use baton_core::{KvDtype, RequestId};
+
+    use super::*;
+
+    #[test]
+    fn a_grant_round_trips() {
+        let layout = BlockLayout { layers: 2, kv_heads: 1, head_dim: 8, block_tokens: 16, dtype: KvDtype::F32 };
+        let grant = Grant {
+            transfer: TransferId(3),
+            attempt: 1,
+            epoch: Epoch(9),
+            request: RequestId(7),
+            address: "127.0.0.1:1".into(),
+            layout,
+            blocks: vec![BlockId { index: 4, generation: 2 }],
+            deadline_ms: 100,
+        };
+        assert_eq!(from_wire(Some(to_wire(grant.clone()))), Ok(grant));
+        assert!(from_wire(None).is_err());
+    }
+}

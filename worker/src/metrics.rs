@@ -1,0 +1,128 @@
+//! What a worker shows on `/metrics`: `baton_worker_*`, and the names that dashboards and autoscalers made for vLLM
+//! already know (`vllm:*`). Labels are closed sets.
+
+use std::time::Duration;
+
+use baton_core::{Aborted, Refused, Role};
+use baton_engine::{CacheStats, EngineConfig, Event, Load, ModelSpec};
+use metrics::{Counter, Gauge, Histogram, Label, counter, gauge, histogram};
+
+/// Handles of the engine thread, made once.
+pub(crate) struct StepMetrics {
+    before: Load,
+    running: [Gauge; 2],
+    waiting: [Gauge; 2],
+    /// free, used, in flight, cached
+    blocks: [Gauge; 4],
+    usage: Gauge,
+    steps: Counter,
+    step_seconds: Histogram,
+    step_tokens: Histogram,
+    prompt_tokens: [Counter; 2],
+    generated_tokens: [Counter; 2],
+    looked_up: [Counter; 2],
+    hit: [Counter; 2],
+    preemptions: [Counter; 2],
+    overruns: Counter,
+    overrun_requests: Counter,
+}
+
+impl StepMetrics {
+    pub(crate) fn new(model: &str) -> StepMetrics {
+        let vllm = vec![Label::new("model_name", model.to_string()), Label::new("engine", "0")];
+        let gauges = |own: &'static str, theirs: &'static str| [gauge!(own), gauge!(theirs, vllm.clone())];
+        let counters = |own: &'static str, theirs: &'static str| [counter!(own), counter!(theirs, vllm.clone())];
+        let block = |state: &'static str| gauge!("baton_worker_blocks", "state" => state);
+        StepMetrics {
+            before: Load::default(),
+            running: gauges("baton_worker_sequences_running", "vllm:num_requests_running"),
+            waiting: gauges("baton_worker_sequences_waiting", "vllm:num_requests_waiting"),
+            blocks: ["free", "used", "in_flight", "cached"].map(block),
+            usage: gauge!("vllm:kv_cache_usage_perc", vllm.clone()),
+            steps: counter!("baton_worker_steps_total"),
+            step_seconds: histogram!("baton_worker_step_seconds"),
+            step_tokens: histogram!("vllm:iteration_tokens_total", vllm.clone()),
+            prompt_tokens: counters("baton_worker_prompt_tokens_total", "vllm:prompt_tokens_total"),
+            generated_tokens: counters("baton_worker_generated_tokens_total", "vllm:generation_tokens_total"),
+            looked_up: counters("baton_worker_prefix_tokens_looked_up_total", "vllm:prefix_cache_queries_total"),
+            hit: counters("baton_worker_prefix_tokens_hit_total", "vllm:prefix_cache_hits_total"),
+            preemptions: counters("baton_worker_preemptions_total", "vllm:num_preemptions_total"),
+            overruns: counter!("baton_worker_streams_overrun_total"),
+            overrun_requests: counter!("baton_worker_aborted_total", "reason" => "overrun"),
+        }
+    }
+
+    pub(crate) fn step(&self, tokens: usize, took: Duration) {
+        self.steps.increment(1);
+        self.step_seconds.record(took.as_secs_f64());
+        self.step_tokens.record(tokens as f64);
+    }
+
+    /// Prompt tokens of an admitted request.
+    pub(crate) fn prompt(&self, tokens: usize) {
+        add(&self.prompt_tokens, tokens as u64);
+    }
+
+    pub(crate) fn event(&self, event: &Event) {
+        if let Event::Tokens { tokens, .. } = event {
+            add(&self.generated_tokens, tokens.len() as u64);
+        }
+    }
+
+    pub(crate) fn overrun(&self, requests: usize) {
+        self.overruns.increment(1);
+        self.overrun_requests.increment(requests as u64);
+    }
+
+    pub(crate) fn load(&mut self, load: &Load, cache: &CacheStats) {
+        self.running.iter().for_each(|g| g.set(load.running as f64));
+        self.waiting.iter().for_each(|g| g.set(load.waiting as f64));
+        let counts = [cache.free, cache.used, cache.in_flight, cache.cached];
+        self.blocks.iter().zip(counts).for_each(|(gauge, count)| gauge.set(count as f64));
+        self.usage.set((cache.used + cache.in_flight) as f64 / cache.total as f64);
+        add(&self.looked_up, load.tokens_looked_up - self.before.tokens_looked_up);
+        add(&self.hit, load.tokens_hit - self.before.tokens_hit);
+        add(&self.preemptions, load.preemptions - self.before.preemptions);
+        self.before = *load;
+    }
+}
+
+fn add(counters: &[Counter; 2], count: u64) {
+    counters.iter().for_each(|counter| counter.increment(count));
+}
+
+/// What does not change while the worker lives.
+pub(crate) fn describe(role: Role, spec: &ModelSpec, config: &EngineConfig) {
+    let sizes = [
+        Label::new("block_size", spec.layout.block_tokens.to_string()),
+        Label::new("num_gpu_blocks", config.blocks.to_string()),
+        Label::new("cache_dtype", spec.layout.dtype.as_str()),
+        Label::new("enable_prefix_caching", config.prefix_cache.to_string()),
+        Label::new("model_name", spec.name.clone()),
+        Label::new("engine", "0"),
+    ];
+    gauge!("vllm:cache_config_info", sizes.to_vec()).set(1.0);
+    let labels = [
+        Label::new("role", role.as_str()),
+        Label::new("model", spec.name.clone()),
+        Label::new("numerics", spec.numerics.0.clone()),
+    ];
+    gauge!("baton_worker_model", labels.to_vec()).set(1.0);
+}
+
+/// Something was refused before it began.
+pub fn count_refused(reason: Refused) {
+    counter!("baton_worker_refused_total", "reason" => reason.as_str()).increment(1);
+}
+
+/// Something that had begun was given up.
+pub fn count_aborted(reason: Aborted) {
+    counter!("baton_worker_aborted_total", "reason" => reason.as_str()).increment(1);
+}
+
+/// The phases of a finished handoff, at the prefill worker: queue, compute, transfer that compute did not hide.
+pub fn record_prefill(phases: [Duration; 3]) {
+    for (phase, took) in ["queue", "compute", "transfer"].into_iter().zip(phases) {
+        histogram!("baton_worker_prefill_seconds", "phase" => phase).record(took.as_secs_f64());
+    }
+}

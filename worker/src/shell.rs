@@ -1,0 +1,237 @@
+//! What both kinds of worker share: an engine thread, a listener, a place in the cluster, and the check at the door.
+//! A role opens the shell, joins the cluster, and serves its own service on it.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use baton_core::limits::AUTONOMY_GRACE_MS;
+use baton_core::net::Listener;
+use baton_core::{Env, Incarnation, Net, Place, Refused, Role, WorkerId};
+use baton_engine::{Engine, EngineConfig, ModelSpec};
+use baton_proto::convert::refusal;
+use baton_proto::v1::worker_server::{Worker, WorkerServer};
+use baton_proto::v1::{CardRequest, Member, ModelCard, ModelSummary, Refusal};
+use tokio::sync::{oneshot, watch};
+use tonic::service::Routes;
+
+use crate::assigned::Assigned;
+use crate::card::LoadedModel;
+use crate::config::Config;
+use crate::engine::{EngineHandle, EngineThread};
+use crate::error::StartError;
+use crate::lease::Epochs;
+use crate::membership::{Membership, Standing, register};
+use crate::metrics;
+use crate::running::{Parts, Running};
+
+/// A worker that listens and has its memory, and that nobody knows yet.
+pub struct Opened {
+    pub config: Config,
+    pub net: Arc<dyn Net>,
+    pub spec: ModelSpec,
+    engine: EngineThread,
+    listener: Box<dyn Listener>,
+    card: ModelCard,
+    role: Role,
+    rng: baton_core::Rng,
+}
+
+/// A worker that the cluster knows and that is about to serve.
+pub struct Joined {
+    shell: Arc<Shell>,
+    parts: Parts,
+}
+
+/// What a role's service sees of its worker.
+pub struct Shell {
+    pub id: WorkerId,
+    pub incarnation: Incarnation,
+    pub spec: ModelSpec,
+    pub engine: EngineHandle,
+    pub config: EngineConfig,
+    pub(crate) standing: Arc<Standing>,
+    epochs: Mutex<Epochs>,
+    active: watch::Sender<usize>,
+    closing: watch::Sender<bool>,
+}
+
+/// Checks the config, makes the cache, starts the engine thread and binds the listener.
+pub async fn open(role: Role, config: Config, model: LoadedModel, env: Env) -> Result<Opened, StartError> {
+    check(role, &config)?;
+    let Env { net, rng, .. } = env;
+    let LoadedModel { spec, backend, card } = model;
+    let listen = net.listen(&config.listen).await;
+    let listener = listen.map_err(|source| StartError::Listen { address: config.listen.clone(), source })?;
+    metrics::describe(role, &spec, &config.engine);
+    let engine = Engine::new(spec.clone(), config.engine);
+    let engine = EngineThread::start(engine, backend).map_err(StartError::Thread)?;
+    Ok(Opened { config, net, spec, engine, listener, card, role, rng })
+}
+
+fn check(role: Role, config: &Config) -> Result<(), StartError> {
+    let bad = |key, problem| Err(StartError::Config { key, problem });
+    let sizes = config.engine;
+    if config.role != role {
+        return bad("role", "is not this worker's");
+    }
+    if config.id.0.is_empty() {
+        return bad("id", "is empty");
+    }
+    if config.coordinators.is_empty() {
+        return bad("coordinators", "is empty; a worker needs at least one address");
+    }
+    if sizes.blocks.min(sizes.batch_tokens_max).min(sizes.sequences_max).min(sizes.queue_max) == 0 {
+        return bad("engine", "has a size of zero");
+    }
+    Ok(())
+}
+
+impl Opened {
+    pub fn engine(&self) -> &EngineHandle {
+        self.engine.handle()
+    }
+
+    /// Where others reach the gRPC service.
+    pub fn address(&self) -> String {
+        self.config.advertised(&self.listener.address())
+    }
+
+    /// Registers with the coordinators, however long that takes, and starts the heartbeats.
+    pub async fn join(mut self) -> Result<Joined, StartError> {
+        let member = self.member();
+        let registered = register(&self.net, &self.config.coordinators, &member, &mut self.rng).await?;
+        let (engine, standing) = (self.engine.handle().clone(), Arc::new(Standing::new()));
+        let coordinators = &self.config.coordinators;
+        let membership =
+            Membership::start(self.net.clone(), member, registered, coordinators, standing.clone(), engine.clone());
+        let address = self.address();
+        let shell = Arc::new(Shell {
+            id: self.config.id,
+            incarnation: membership.incarnation(),
+            spec: self.spec,
+            engine,
+            config: self.config.engine,
+            standing,
+            epochs: Mutex::default(),
+            active: watch::Sender::new(0),
+            closing: watch::Sender::new(false),
+        });
+        let Opened { engine, listener, card, .. } = self;
+        Ok(Joined { shell, parts: Parts { address, engine, membership, listener, card } })
+    }
+
+    fn member(&self) -> Member {
+        let (spec, card) = (&self.spec, &self.card);
+        Member {
+            id: self.config.id.0.clone(),
+            role: baton_proto::v1::Role::from(self.role).into(),
+            address: self.address(),
+            pid: std::process::id(),
+            incarnation: 0,
+            version: env!("CARGO_PKG_VERSION").into(),
+            model: Some(ModelSummary {
+                name: spec.name.clone(),
+                card_hash: card.hash.clone(),
+                numerics: spec.numerics.0.clone(),
+                block_tokens: spec.layout.block_tokens,
+                positions_max: spec.positions_max as u64,
+                layout: spec.layout.describe(),
+                blocks_total: self.config.engine.blocks as u64,
+                block_bytes: spec.layout.block_bytes() as u64,
+            }),
+        }
+    }
+}
+
+impl Joined {
+    pub fn shell(&self) -> &Arc<Shell> {
+        &self.shell
+    }
+
+    /// Serves the role's service beside the model card.
+    pub fn serve(self, role: Routes) -> Running {
+        let card = Card { card: self.parts.card.clone() };
+        let (shut, shutdown) = oneshot::channel::<()>();
+        let router = baton_proto::channel::server().add_routes(role).add_service(WorkerServer::new(card));
+        Running::serve(self.shell, self.parts, router, shut, shutdown)
+    }
+}
+
+impl Shell {
+    /// The check at the door, before anything is held: is the request meant for this life of this worker, under the
+    /// newest epoch, and may it begin now?
+    pub fn enter(self: &Arc<Shell>, named: &Place, assigned: &Assigned) -> Result<Lease, Refusal> {
+        self.allow(named, assigned).map_err(|(reason, detail)| {
+            metrics::count_refused(reason);
+            refusal(reason, detail)
+        })?;
+        self.active.send_modify(|active| *active += 1);
+        Ok(Lease { shell: self.clone() })
+    }
+
+    fn allow(&self, named: &Place, assigned: &Assigned) -> Result<(), (Refused, String)> {
+        let assignment = &assigned.assignment;
+        if named.worker != self.id || named.incarnation != self.incarnation || *self.closing.borrow() {
+            let (theirs, life) = (&named.worker, named.incarnation);
+            return Err((
+                Refused::Stale,
+                format!("meant for {theirs}/{life}, this is {}/{}", self.id, self.incarnation),
+            ));
+        }
+        if self.standing.is_draining() {
+            return Err((Refused::Draining, "the worker is stopping".into()));
+        }
+        if self.standing.silence() > Duration::from_millis(AUTONOMY_GRACE_MS) {
+            return Err((Refused::Unavailable, "no coordinator has answered for too long".into()));
+        }
+        if assigned.left().is_zero() {
+            return Err((Refused::Expired, "the lease or the deadline has run out".into()));
+        }
+        let mut epochs = self.epochs.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let entered = epochs.enter(assignment.request, assignment.epoch);
+        entered.map_err(|reason| (reason, format!("epoch {} has been superseded", assignment.epoch)))
+    }
+
+    /// Resolves when the worker stops serving: what is still running ends now.
+    pub async fn closed(&self) {
+        let mut closing = self.closing.subscribe();
+        tokio::select! {
+            // The sender lives as long as `self`.
+            _ = closing.wait_for(|closing| *closing) => {}
+            () = self.standing.superseded() => {}
+        }
+    }
+
+    pub(crate) fn close(&self) {
+        self.closing.send_replace(true);
+    }
+
+    /// Resolves when no request is left.
+    pub(crate) async fn idle(&self) {
+        let mut active = self.active.subscribe();
+        let _ = active.wait_for(|active| *active == 0).await;
+    }
+}
+
+/// The right of one request to be served here, while it lives.
+pub struct Lease {
+    shell: Arc<Shell>,
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.shell.active.send_modify(|active| *active -= 1);
+    }
+}
+
+/// Serves the model card.
+struct Card {
+    card: ModelCard,
+}
+
+#[tonic::async_trait]
+impl Worker for Card {
+    async fn card(&self, _: tonic::Request<CardRequest>) -> Result<tonic::Response<ModelCard>, tonic::Status> {
+        Ok(tonic::Response::new(self.card.clone()))
+    }
+}

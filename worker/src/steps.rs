@@ -1,0 +1,265 @@
+//! The step loop without its thread: commands in, plan → run → commit, notes out. Nothing here waits.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use baton_core::{Aborted, RequestId};
+use baton_engine::{Backend, Batch, Engine, Event, Goal, Load, Output};
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+
+use crate::inbox::{Admit, Command, Key};
+use crate::metrics::StepMetrics;
+use crate::outlet::{Broken, Export, Note, Notes, Outlet};
+
+/// The newest load, for heartbeats and metrics.
+#[derive(Default)]
+pub(crate) struct Published {
+    load: Mutex<(Load, u64)>,
+}
+
+impl Published {
+    /// The load, and prompt tokens computed per second lately (0: unknown).
+    pub(crate) fn get(&self) -> (Load, u64) {
+        *self.load.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    fn set(&self, load: Load, prefill_tokens_per_s: u64) {
+        *self.load.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = (load, prefill_tokens_per_s);
+    }
+}
+
+/// Whom the engine's events about one request concern.
+struct Route {
+    key: Key,
+    outlet: Outlet,
+    tag: u32,
+    cached_tokens: u64,
+    choices_left: usize,
+    /// Only its drop matters: it tells the task that the work has ended.
+    _end: oneshot::Sender<()>,
+}
+
+pub(crate) struct Steps {
+    engine: Engine,
+    backend: Box<dyn Backend>,
+    routes: BTreeMap<RequestId, Route>,
+    requests: BTreeMap<Key, RequestId>,
+    /// What the current step has for each outlet.
+    notes: BTreeMap<u64, (Outlet, Notes)>,
+    events: Vec<Event>,
+    published: Arc<Published>,
+    prefill_rate: Rate,
+    metrics: StepMetrics,
+}
+
+impl Steps {
+    pub(crate) fn new(engine: Engine, backend: Box<dyn Backend>, published: Arc<Published>) -> Steps {
+        let metrics = StepMetrics::new(&engine.spec().name);
+        Steps {
+            engine,
+            backend,
+            routes: BTreeMap::new(),
+            requests: BTreeMap::new(),
+            notes: BTreeMap::new(),
+            events: Vec::new(),
+            published,
+            prefill_rate: Rate::default(),
+            metrics,
+        }
+    }
+
+    pub(crate) fn apply(&mut self, commands: impl IntoIterator<Item = Command>) {
+        for command in commands {
+            match command {
+                Command::Admit(admit) => self.admit(*admit),
+                Command::Cancel(key) => self.cancel(key),
+                Command::Abort(key, reason) => self.abort(key, reason),
+            }
+        }
+        self.deliver_ready();
+        self.flush();
+        self.publish();
+    }
+
+    /// One step; false when there is nothing to do.
+    pub(crate) fn step(&mut self) -> bool {
+        let Some(batch) = self.engine.plan() else { return false };
+        let began = Instant::now();
+        let (rows, prompt_rows) = (batch.tokens.len(), prompt_rows(&batch));
+        let output = self.run(&batch, began);
+        self.engine.commit(batch, output, &mut self.events);
+        self.prefill_rate.add(prompt_rows, began.elapsed());
+        self.metrics.step(rows, began.elapsed());
+        self.deliver();
+        self.flush();
+        self.publish();
+        true
+    }
+
+    /// Layers are announced from inside the backend, so that a layer's blocks leave while the next layer computes.
+    fn run(&mut self, batch: &Batch, began: Instant) -> Output {
+        if batch.is_empty() {
+            return Output::default();
+        }
+        let announce = self.exports(batch, began);
+        self.backend.run(batch, &mut |layer| {
+            for (outlet, tag, export) in &announce {
+                // A reader that is gone cancels by itself; one that is full is swept up by `flush`.
+                let _ = outlet.try_send(vec![(*tag, Note::Layer { layer, export: export.clone() })]);
+            }
+        })
+    }
+
+    fn exports(&self, batch: &Batch, began: Instant) -> Vec<(Outlet, u32, Arc<Export>)> {
+        let routed = |export: &baton_engine::Export| {
+            let route = self.routes.get(&export.request)?;
+            let export = Export { blocks: export.blocks.clone(), began, guard: export.guard.clone() };
+            Some((route.outlet.clone(), route.tag, Arc::new(export)))
+        };
+        batch.exports().iter().filter_map(routed).collect()
+    }
+
+    fn admit(&mut self, admit: Admit) {
+        let Admit { key, work, outlet, tag, mut phases, started, end } = admit;
+        let (request, prompt_tokens) = (work.request.id, work.request.prompt.len());
+        if let Some(older) = self.routes.get(&request) {
+            // The newest lease check has let this one in, so the older one has lost its right.
+            self.abort(older.key, Aborted::Superseded);
+        }
+        let choices_left = match work.goal {
+            Goal::Generate => work.choices.len(),
+            Goal::Prefill { .. } => 1,
+        };
+        match self.engine.admit(work) {
+            Err(reason) => self.note(outlet, tag, Note::Refused(reason)),
+            Ok(()) => {
+                self.metrics.prompt(prompt_tokens);
+                phases.handoff = started.elapsed();
+                self.note(outlet.clone(), tag, Note::Admitted(phases));
+                let cached_tokens = phases.cached_tokens;
+                self.routes.insert(request, Route { key, outlet, tag, cached_tokens, choices_left, _end: end });
+                self.requests.insert(key, request);
+            }
+        }
+    }
+
+    fn cancel(&mut self, key: Key) {
+        if let Some(request) = self.requests.remove(&key) {
+            // Without a route nothing more is said about it, not even by what the engine still has to say.
+            self.routes.remove(&request);
+            self.engine.cancel(request);
+            self.deliver_ready();
+        }
+    }
+
+    fn abort(&mut self, key: Key, reason: Aborted) {
+        let Some(request) = self.requests.get(&key).copied() else { return };
+        if let Some(Route { outlet, tag, .. }) = self.routes.get(&request) {
+            self.note(outlet.clone(), *tag, Note::Event(Event::Aborted { request, reason }));
+        }
+        self.cancel(key);
+    }
+
+    /// Events that needed no step, such as the first tokens of a handoff.
+    fn deliver_ready(&mut self) {
+        self.engine.take_events(&mut self.events);
+        self.deliver();
+    }
+
+    fn deliver(&mut self) {
+        for event in std::mem::take(&mut self.events) {
+            self.metrics.event(&event);
+            self.route(event);
+        }
+    }
+
+    /// An event without a route belongs to something cancelled.
+    fn route(&mut self, mut event: Event) {
+        let request = request_of(&event);
+        let Some(route) = self.routes.get_mut(&request) else { return };
+        if let Event::Finished { usage, .. } = &mut event {
+            usage.cached_tokens = (usage.cached_tokens + route.cached_tokens as usize).min(usage.prompt_tokens);
+        }
+        match &event {
+            Event::Tokens { .. } | Event::PromptLogprobs { .. } => {}
+            Event::Finished { .. } | Event::Prefilled { .. } => route.choices_left -= 1,
+            Event::Aborted { .. } => route.choices_left = 0,
+        }
+        let (outlet, tag, key, over) = (route.outlet.clone(), route.tag, route.key, route.choices_left == 0);
+        self.note(outlet, tag, Note::Event(event));
+        if over {
+            self.routes.remove(&request);
+            self.requests.remove(&key);
+        }
+    }
+
+    fn note(&mut self, outlet: Outlet, tag: u32, note: Note) {
+        self.notes.entry(outlet.id()).or_insert_with(|| (outlet, Notes::new())).1.push((tag, note));
+    }
+
+    /// One message per outlet. What belongs to a broken outlet is cancelled.
+    fn flush(&mut self) {
+        for (_, (outlet, notes)) in std::mem::take(&mut self.notes) {
+            if let Err(broken) = outlet.try_send(notes) {
+                self.cancel_all(&outlet, broken);
+            }
+        }
+    }
+
+    fn cancel_all(&mut self, outlet: &Outlet, broken: Broken) {
+        let same = self.routes.values().filter(|route| route.outlet.id() == outlet.id());
+        let keys: Vec<Key> = same.map(|route| route.key).collect();
+        if broken == Broken::Overrun {
+            self.metrics.overrun(keys.len());
+        }
+        keys.into_iter().for_each(|key| self.cancel(key));
+    }
+
+    fn publish(&mut self) {
+        let load = self.engine.load();
+        self.metrics.load(&load, &self.engine.cache().stats());
+        self.published.set(load, self.prefill_rate.per_second());
+    }
+}
+
+fn request_of(event: &Event) -> RequestId {
+    match event {
+        Event::Tokens { request, .. }
+        | Event::PromptLogprobs { request, .. }
+        | Event::Finished { request, .. }
+        | Event::Prefilled { request, .. }
+        | Event::Aborted { request, .. } => *request,
+    }
+}
+
+/// Rows that prefill: a span of one row decodes.
+fn prompt_rows(batch: &Batch) -> usize {
+    batch.spans.iter().map(|span| span.rows).filter(|rows| *rows > 1).sum()
+}
+
+/// Prompt tokens per second over the last steps that prefilled, exponentially weighted by tokens.
+#[derive(Default)]
+struct Rate {
+    tokens: f64,
+    seconds: f64,
+}
+
+impl Rate {
+    /// Old steps lose half their weight every so many tokens.
+    const HALF_LIFE_TOKENS: f64 = 16_384.0;
+
+    fn add(&mut self, tokens: usize, took: Duration) {
+        if tokens == 0 {
+            return;
+        }
+        let keep = (-(tokens as f64) / Rate::HALF_LIFE_TOKENS).exp2();
+        self.tokens = self.tokens * keep + tokens as f64;
+        self.seconds = self.seconds * keep + took.as_secs_f64();
+    }
+
+    fn per_second(&self) -> u64 {
+        if self.seconds > 0.0 { (self.tokens / self.seconds) as u64 } else { 0 }
+    }
+}
