@@ -151,7 +151,10 @@ fn product_code_does_not_know_the_simulator() {
 #[test]
 fn only_cli_reads_the_environment_and_ends_the_process() {
     for (path, text) in sources() {
-        let allowed = path.starts_with("cli/") || path.starts_with("tests/") || path.contains("/tests/") || path.contains("build.rs");
+        let allowed = path.starts_with("cli/")
+            || path.starts_with("tests/")
+            || path.contains("/tests/")
+            || path.contains("build.rs");
         for call in ["env::var(", "env::args(", "process::exit("] {
             assert!(allowed || !text.contains(call), "{path}: {call} belongs to cli");
         }

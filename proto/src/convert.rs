@@ -115,11 +115,7 @@ impl From<Place> for v1::Place {
 
 impl From<v1::Place> for Place {
     fn from(place: v1::Place) -> Place {
-        Place {
-            worker: WorkerId(place.worker),
-            incarnation: Incarnation(place.incarnation),
-            address: place.address,
-        }
+        Place { worker: WorkerId(place.worker), incarnation: Incarnation(place.incarnation), address: place.address }
     }
 }
 

@@ -10,7 +10,9 @@ use crate::serving::{CHAT, chat, long_prompt};
 /// Long enough that a kill lands in the middle; sampled, with log-probabilities and two choices.
 fn request(number: usize, tokens: u32) -> Value {
     let mut body = chat(&long_prompt(number), tokens);
-    for (key, value) in [("temperature", json!(0.8)), ("seed", json!(number)), ("n", json!(2)), ("logprobs", json!(true))] {
+    for (key, value) in
+        [("temperature", json!(0.8)), ("seed", json!(number)), ("n", json!(2)), ("logprobs", json!(true))]
+    {
         body[key] = value;
     }
     body

@@ -11,7 +11,8 @@ fn requests() -> Vec<Value> {
     greedy["logprobs"] = true.into();
     greedy["top_logprobs"] = 3.into();
     let mut sampled = chat(&long_prompt(2), 40);
-    for (key, value) in [("temperature", json!(0.9)), ("top_p", json!(0.95)), ("top_k", json!(50)), ("seed", json!(7))] {
+    for (key, value) in [("temperature", json!(0.9)), ("top_p", json!(0.95)), ("top_k", json!(50)), ("seed", json!(7))]
+    {
         sampled[key] = value;
     }
     sampled["logprobs"] = true.into();

@@ -131,9 +131,8 @@ impl Cluster {
     pub fn status(&self) -> Value {
         let output = baton(&["status", "--json", "--data", &self.data().display().to_string()]);
         let text = String::from_utf8_lossy(&output.stdout);
-        serde_json::from_str(&text).unwrap_or_else(|e| {
-            panic!("{e} in status {text:?}, stderr {:?}", String::from_utf8_lossy(&output.stderr))
-        })
+        serde_json::from_str(&text)
+            .unwrap_or_else(|e| panic!("{e} in status {text:?}, stderr {:?}", String::from_utf8_lossy(&output.stderr)))
     }
 
     pub fn processes(&self) -> Vec<Process> {
