@@ -1,1 +1,25 @@
-//! engine
+//! Turns sequences into tokens on one worker: model, cache, scheduler, sampling. Synchronous and pure but for the
+//! backend: no sockets, no clock, no randomness of its own. Knows sequences that need prefill or decode, not roles.
+
+pub mod backend;
+pub mod batch;
+pub mod cache;
+mod commit;
+pub mod engine;
+pub mod load;
+pub mod model;
+mod plan;
+pub mod sampling;
+mod sequence;
+pub mod spec;
+pub mod testing;
+pub mod work;
+
+pub use backend::{Backend, HashBackend};
+pub use batch::{Batch, Draw, DrawKind, Export, Next, Output};
+pub use cache::{Blocks, Cache, CacheStats, Reserved};
+pub use engine::Engine;
+pub use load::{LoadOptions, Loaded, Phase, Progress, error::LoadError, load};
+pub use model::CpuModel;
+pub use spec::{EngineConfig, ModelSpec};
+pub use work::{Choice, Event, Filled, Goal, Load, Usage, Work};

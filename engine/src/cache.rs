@@ -1,0 +1,360 @@
+//! The blocks of one worker and their prefix index. Every block is in exactly one state, and only guards move it on:
+//!
+//! ```text
+//! free ──reserve──► reserved ──fill──► held (1 or more guards) ──last guard dropped──► free, or cached when indexed
+//!                                        ▲                                               │
+//!                                        └──────────────── lookup ───────────────────────┘  (eviction: cached → free)
+//! ```
+//!
+//! A guard is the only way to name a block, so none can be freed twice, and free + used + in flight + cached = total.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use baton_core::{Arena, BlockHash, BlockId, BlockLayout, Refused};
+
+/// The cache of one worker. Clones are the same cache.
+#[derive(Clone)]
+pub struct Cache {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    arena: Arc<Arena>,
+    places: Mutex<Places>,
+    freed: Mutex<Option<Waker>>,
+}
+
+type Waker = Box<dyn Fn() + Send>;
+
+/// How many blocks are in each state; the four counts add up to `total`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CacheStats {
+    pub total: usize,
+    pub free: usize,
+    /// Held by at least one sequence or handoff that reads them.
+    pub used: usize,
+    /// Reserved and not filled yet.
+    pub in_flight: usize,
+    /// Held by nobody, kept for the next equal prefix, evicted when room is needed.
+    pub cached: usize,
+    /// Cached blocks given up for room, since the start.
+    pub evictions: u64,
+}
+
+impl CacheStats {
+    /// Blocks that `reserve` could give now.
+    pub fn available(&self) -> usize {
+        self.free + self.cached
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Free,
+    Reserved,
+    Held { guards: u32, hash: Option<BlockHash> },
+    Cached { hash: BlockHash, since: u64 },
+}
+
+struct Place {
+    generation: u32,
+    state: State,
+}
+
+struct Places {
+    all: Vec<Place>,
+    free: Vec<u32>,
+    index: BTreeMap<BlockHash, u32>,
+    /// Cached blocks by the moment their last guard went, oldest first.
+    lru: BTreeMap<u64, u32>,
+    moment: u64,
+    in_flight: usize,
+    evictions: u64,
+}
+
+impl Cache {
+    /// A cache of `blocks` zeroed blocks.
+    pub fn new(layout: BlockLayout, blocks: usize) -> Cache {
+        let all = (0..blocks).map(|_| Place { generation: 0, state: State::Free }).collect();
+        let free = (0..blocks as u32).rev().collect();
+        let (index, lru) = (BTreeMap::new(), BTreeMap::new());
+        let places = Mutex::new(Places { all, free, index, lru, moment: 0, in_flight: 0, evictions: 0 });
+        let arena = Arc::new(Arena::new(layout, blocks));
+        Cache { inner: Arc::new(Inner { arena, places, freed: Mutex::new(None) }) }
+    }
+
+    pub fn arena(&self) -> &Arc<Arena> {
+        &self.inner.arena
+    }
+
+    /// Calls `waker` each time a guard gives blocks back, from the thread that dropped it.
+    pub fn on_freed(&self, waker: impl Fn() + Send + 'static) {
+        *lock(&self.inner.freed) = Some(Box::new(waker));
+    }
+
+    /// The longest leading run of `hashes` that is held here.
+    pub fn lookup(&self, hashes: &[BlockHash]) -> Blocks {
+        let mut places = lock(&self.inner.places);
+        let found = hashes.iter().map_while(|hash| places.index.get(hash).copied());
+        let ids: Vec<BlockId> = found.map(|index| places.id(index)).collect();
+        ids.iter().for_each(|id| places.take(id.index));
+        drop(places);
+        Blocks { cache: self.clone(), ids }
+    }
+
+    /// How many of `hashes`, from the first on, are held here. Takes nothing and touches no age.
+    pub fn hits(&self, hashes: &[BlockHash]) -> usize {
+        let places = lock(&self.inner.places);
+        hashes.iter().take_while(|hash| places.index.contains_key(hash)).count()
+    }
+
+    /// Content names of all indexed blocks, at most `max`, in order of the name.
+    pub fn hashes(&self, max: usize) -> Vec<BlockHash> {
+        lock(&self.inner.places).index.keys().take(max).copied().collect()
+    }
+
+    /// `count` blocks now, evicting the longest unused cached ones, or none at all.
+    pub fn reserve(&self, count: usize) -> Result<Reserved, Refused> {
+        let mut places = lock(&self.inner.places);
+        if places.free.len() + places.lru.len() < count {
+            return Err(Refused::NoCapacity);
+        }
+        let ids = (0..count).map(|_| places.give()).collect();
+        drop(places);
+        Ok(Reserved { cache: self.clone(), ids })
+    }
+
+    pub fn stats(&self) -> CacheStats {
+        let places = lock(&self.inner.places);
+        let (total, free, cached) = (places.all.len(), places.free.len(), places.lru.len());
+        let used = total - free - cached - places.in_flight;
+        CacheStats { total, free, used, in_flight: places.in_flight, cached, evictions: places.evictions }
+    }
+
+    fn wake(&self) {
+        if let Some(waker) = &*lock(&self.inner.freed) {
+            waker();
+        }
+    }
+}
+
+/// A poisoned lock means that a thread panicked between two consistent states; counting on is safe.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+impl Places {
+    fn id(&self, index: u32) -> BlockId {
+        BlockId { index, generation: self.all[index as usize].generation }
+    }
+
+    /// Another guard on a held or cached block.
+    fn take(&mut self, index: u32) {
+        let place = &mut self.all[index as usize];
+        place.state = match place.state {
+            State::Held { guards, hash } => State::Held { guards: guards + 1, hash },
+            State::Cached { hash, since } => {
+                self.lru.remove(&since);
+                State::Held { guards: 1, hash: Some(hash) }
+            }
+            State::Free | State::Reserved => unreachable!("guards and the index name filled blocks only"),
+        };
+    }
+
+    /// A free block, or the longest unused cached one, as reserved. The caller has checked that there is one.
+    fn give(&mut self) -> BlockId {
+        let index = self.free.pop().unwrap_or_else(|| self.evict());
+        let place = &mut self.all[index as usize];
+        place.generation = place.generation.wrapping_add(1);
+        place.state = State::Reserved;
+        self.in_flight += 1;
+        self.id(index)
+    }
+
+    fn evict(&mut self) -> u32 {
+        let (_, index) = self.lru.pop_first().expect("the caller counted the cached blocks");
+        let State::Cached { hash, .. } = self.all[index as usize].state else {
+            unreachable!("the lru list names cached blocks only")
+        };
+        self.index.remove(&hash);
+        self.evictions += 1;
+        index
+    }
+
+    fn fill(&mut self, index: u32) {
+        self.all[index as usize].state = State::Held { guards: 1, hash: None };
+        self.in_flight -= 1;
+    }
+
+    /// Names a held block by its content, unless another block has the name already.
+    fn publish(&mut self, index: u32, name: BlockHash) {
+        if self.index.contains_key(&name) {
+            return;
+        }
+        if let State::Held { hash: hash @ None, .. } = &mut self.all[index as usize].state {
+            *hash = Some(name);
+            self.index.insert(name, index);
+        }
+    }
+
+    /// One guard less on a held block.
+    fn release(&mut self, index: u32) {
+        let state = match self.all[index as usize].state {
+            State::Held { guards, hash } if guards > 1 => State::Held { guards: guards - 1, hash },
+            State::Held { hash: Some(hash), .. } => {
+                self.moment += 1;
+                self.lru.insert(self.moment, index);
+                State::Cached { hash, since: self.moment }
+            }
+            State::Held { hash: None, .. } => {
+                self.free.push(index);
+                State::Free
+            }
+            State::Free | State::Reserved | State::Cached { .. } => unreachable!("a guard holds its blocks"),
+        };
+        self.all[index as usize].state = state;
+    }
+
+    fn abandon(&mut self, index: u32) {
+        self.all[index as usize].state = State::Free;
+        self.free.push(index);
+        self.in_flight -= 1;
+    }
+}
+
+/// Blocks to be written by the holder alone. Dropping frees them.
+pub struct Reserved {
+    cache: Cache,
+    ids: Vec<BlockId>,
+}
+
+impl Reserved {
+    pub fn ids(&self) -> Vec<BlockId> {
+        self.ids.clone()
+    }
+
+    /// Declares the blocks written. The first `hashes.len()` of them are full and enter the prefix index under these
+    /// names; the rest can be read through the guard only.
+    pub fn fill(mut self, hashes: &[BlockHash]) -> Blocks {
+        let ids = std::mem::take(&mut self.ids);
+        let mut places = lock(&self.cache.inner.places);
+        ids.iter().for_each(|id| places.fill(id.index));
+        for (id, hash) in ids.iter().zip(hashes) {
+            places.publish(id.index, *hash);
+        }
+        drop(places);
+        Blocks { cache: self.cache.clone(), ids }
+    }
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        if self.ids.is_empty() {
+            return;
+        }
+        let mut places = lock(&self.cache.inner.places);
+        self.ids.iter().for_each(|id| places.abandon(id.index));
+        drop(places);
+        self.cache.wake();
+    }
+}
+
+/// Filled blocks in the order of a sequence, shared with whoever holds a clone. Dropping the last guard frees them, or
+/// leaves them cached when they are in the prefix index.
+pub struct Blocks {
+    cache: Cache,
+    ids: Vec<BlockId>,
+}
+
+impl Blocks {
+    pub fn ids(&self) -> &[BlockId] {
+        &self.ids
+    }
+
+    pub fn len(&self) -> usize {
+        self.ids.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.ids.is_empty()
+    }
+
+    /// Adds the blocks of `other` behind these.
+    ///
+    /// # Panics
+    /// If `other` belongs to another cache.
+    pub fn append(&mut self, mut other: Blocks) {
+        assert!(Arc::ptr_eq(&self.cache.inner, &other.cache.inner), "blocks of two caches");
+        self.ids.append(&mut other.ids);
+    }
+
+    /// Gives up all blocks from `count` on.
+    pub fn truncate(&mut self, count: usize) {
+        drop(self.split_off(count));
+    }
+
+    /// The blocks from `at` on, as their own guard.
+    pub fn split_off(&mut self, at: usize) -> Blocks {
+        let ids = self.ids.split_off(at.min(self.ids.len()));
+        Blocks { cache: self.cache.clone(), ids }
+    }
+
+    /// A guard on some of these blocks, by their position.
+    pub(crate) fn part(&self, range: std::ops::Range<usize>) -> Blocks {
+        let ids = self.ids[range].to_vec();
+        let mut places = lock(&self.cache.inner.places);
+        ids.iter().for_each(|id| places.take(id.index));
+        drop(places);
+        Blocks { cache: self.cache.clone(), ids }
+    }
+
+    /// Names the full block at `position` by its content, so that lookups find it.
+    pub(crate) fn publish(&self, position: usize, hash: BlockHash) {
+        lock(&self.cache.inner.places).publish(self.ids[position].index, hash);
+    }
+
+    /// Whether no other guard holds the block at `position`, so that its holder may go on writing it.
+    pub(crate) fn is_sole(&self, position: usize) -> bool {
+        let state = lock(&self.cache.inner.places).all[self.ids[position].index as usize].state;
+        matches!(state, State::Held { guards: 1, hash: None })
+    }
+
+    /// Puts the one block of `fresh` in place of the block at `position`, which is returned.
+    pub(crate) fn replace(&mut self, position: usize, mut fresh: Blocks) -> Blocks {
+        assert!(fresh.len() == 1, "one block for one block");
+        std::mem::swap(&mut self.ids[position], &mut fresh.ids[0]);
+        fresh
+    }
+}
+
+impl Clone for Blocks {
+    fn clone(&self) -> Blocks {
+        self.part(0..self.ids.len())
+    }
+}
+
+impl Drop for Blocks {
+    /// The last block goes first, so that eviction shortens a prefix from its end.
+    fn drop(&mut self) {
+        if self.ids.is_empty() {
+            return;
+        }
+        let mut places = lock(&self.cache.inner.places);
+        self.ids.iter().rev().for_each(|id| places.release(id.index));
+        drop(places);
+        self.cache.wake();
+    }
+}
+
+impl std::fmt::Debug for Blocks {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_list().entries(&self.ids).finish()
+    }
+}
+
+impl std::fmt::Debug for Reserved {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_list().entries(&self.ids).finish()
+    }
+}

@@ -1,0 +1,253 @@
+//! Safetensors files, mapped. Headers are checked before any tensor is touched; nothing here allocates more than the
+//! files hold.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use baton_kernels::{Dtype, Matrix};
+use memmap2::{Advice, Mmap, UncheckedAdvice};
+use safetensors::SafeTensorError;
+use safetensors::tensor::{Metadata, SafeTensors};
+use serde::Deserialize;
+use xxhash_rust::xxh3::{Xxh3, xxh3_128};
+
+use crate::load::error::LoadError;
+
+/// Bytes hashed and checked as one piece of work.
+const PIECE_BYTES: usize = 4 << 20;
+
+/// All weights of a model directory.
+pub struct Checkpoint {
+    files: Vec<File>,
+    /// File of each tensor.
+    index: BTreeMap<String, usize>,
+    /// What to name when a tensor is missing.
+    whole: PathBuf,
+}
+
+struct File {
+    path: PathBuf,
+    map: Mmap,
+    /// Where the tensors' bytes begin.
+    start: usize,
+    metadata: Metadata,
+}
+
+/// One tensor in its file.
+pub struct Tensor<'a> {
+    file: &'a File,
+    pub name: String,
+    pub dtype: Dtype,
+    pub shape: Vec<usize>,
+    pub bytes: &'a [u8],
+}
+
+#[derive(Deserialize)]
+struct Index {
+    weight_map: BTreeMap<String, String>,
+}
+
+impl Checkpoint {
+    /// Opens model.safetensors, or the shards that model.safetensors.index.json names.
+    pub fn open(dir: &Path) -> Result<Checkpoint, LoadError> {
+        let whole = dir.join("model.safetensors.index.json");
+        if whole.exists() {
+            return Checkpoint::open_shards(dir, whole);
+        }
+        let file = File::open(&dir.join("model.safetensors"))?;
+        let index = file.metadata.offset_keys().into_iter().map(|name| (name, 0)).collect();
+        Ok(Checkpoint { whole: file.path.clone(), files: vec![file], index })
+    }
+
+    fn open_shards(dir: &Path, whole: PathBuf) -> Result<Checkpoint, LoadError> {
+        let text = std::fs::read(&whole).map_err(|error| LoadError::Unreadable { file: whole.clone(), error })?;
+        let map: Index =
+            serde_json::from_slice(&text).map_err(|error| LoadError::Json { file: whole.clone(), error })?;
+        let (mut files, mut index, mut opened) = (Vec::new(), BTreeMap::new(), BTreeMap::new());
+        for (tensor, shard) in map.weight_map {
+            let plain = Path::new(&shard).file_name().is_some_and(|name| name == shard.as_str());
+            if !plain {
+                return Err(LoadError::Shard { file: whole, tensor, found: shard });
+            }
+            let at = match opened.get(&shard) {
+                Some(at) => *at,
+                None => {
+                    files.push(File::open(&dir.join(&shard))?);
+                    opened.insert(shard, files.len() - 1);
+                    files.len() - 1
+                }
+            };
+            index.insert(tensor, at);
+        }
+        Ok(Checkpoint { files, index, whole })
+    }
+
+    /// Size of all files.
+    pub fn bytes(&self) -> u64 {
+        self.files.iter().map(|file| file.map.len() as u64).sum()
+    }
+
+    /// The named tensor, which must have this shape.
+    pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor<'_>, LoadError> {
+        let file = self.index.get(name).map(|at| &self.files[*at]);
+        let found = file.and_then(|file| file.metadata.info(name).map(|info| (file, info)));
+        let Some((file, info)) = found else {
+            let file = file.map_or(&self.whole, |file| &file.path).clone();
+            return Err(LoadError::MissingTensor { file, tensor: name.to_string(), expected: shape.to_vec() });
+        };
+        if info.shape != shape {
+            return Err(LoadError::Shape {
+                file: file.path.clone(),
+                tensor: name.to_string(),
+                found: info.shape.clone(),
+                expected: shape.to_vec(),
+            });
+        }
+        let dtype = match info.dtype {
+            safetensors::Dtype::F32 => Dtype::F32,
+            safetensors::Dtype::F16 => Dtype::F16,
+            safetensors::Dtype::BF16 => Dtype::Bf16,
+            other => {
+                let (file, tensor) = (file.path.clone(), name.to_string());
+                return Err(LoadError::Dtype { file, tensor, found: format!("{other:?}") });
+            }
+        };
+        let (from, to) = info.data_offsets;
+        let bytes = &file.map[file.start + from..file.start + to];
+        Ok(Tensor { file, name: name.to_string(), dtype, shape: shape.to_vec(), bytes })
+    }
+}
+
+impl File {
+    fn open(path: &Path) -> Result<File, LoadError> {
+        let unreadable = |error| LoadError::Unreadable { file: path.to_path_buf(), error };
+        let file = std::fs::File::open(path).map_err(unreadable)?;
+        // SAFETY: the file is read only here. Someone who shortens it meanwhile ends this process by SIGBUS before it
+        // has registered, which is all that can be done about it.
+        let map = unsafe { Mmap::map(&file) }.map_err(unreadable)?;
+        let (header, metadata) = SafeTensors::read_metadata(&map).map_err(|error| refused(path, &map, error))?;
+        // Advice only: refused, it costs speed.
+        let _ = map.advise(Advice::Sequential);
+        Ok(File { path: path.to_path_buf(), map, start: 8 + header, metadata })
+    }
+}
+
+/// What is wrong with a file whose header was refused.
+fn refused(path: &Path, bytes: &[u8], error: SafeTensorError) -> LoadError {
+    let file = path.to_path_buf();
+    let found = bytes.len() as u64;
+    let described = bytes.first_chunk().map(|len| u64::from_le_bytes(*len));
+    match (error, described) {
+        (SafeTensorError::MetadataIncompleteBuffer, Some(header)) => {
+            let expected = 8 + header + data_bytes(bytes, header);
+            LoadError::Truncated { file, found, expected }
+        }
+        (SafeTensorError::HeaderTooSmall, _) => LoadError::Truncated { file, found, expected: 8 },
+        (SafeTensorError::HeaderTooLarge | SafeTensorError::InvalidHeaderLength, Some(header)) => {
+            LoadError::Header { file, reason: format!("it claims {header} bytes in a file of {found}") }
+        }
+        (error, _) => LoadError::Header { file, reason: error.to_string() },
+    }
+}
+
+/// The end of the last tensor by the header, which has been found well formed but for the length of the file.
+fn data_bytes(bytes: &[u8], header: u64) -> u64 {
+    let header = bytes.get(8..8 + header as usize).unwrap_or_default();
+    let parsed: serde_json::Value = serde_json::from_slice(header).unwrap_or_default();
+    let tensors = parsed.as_object().into_iter().flat_map(|tensors| tensors.values());
+    tensors.filter_map(|tensor| tensor["data_offsets"][1].as_u64()).max().unwrap_or(0)
+}
+
+impl<'a> Tensor<'a> {
+    pub fn elements(&self) -> usize {
+        self.bytes.len() / self.dtype.bytes()
+    }
+
+    /// As a matrix; a vector is one column wide.
+    pub fn matrix(&self) -> Matrix<'a> {
+        let cols = self.shape.get(1).copied().unwrap_or(1);
+        Matrix { dtype: self.dtype, bytes: self.bytes, rows: self.shape[0], cols }
+    }
+
+    /// All values, exactly.
+    pub fn values(&self) -> Vec<f32> {
+        self.bytes.chunks_exact(self.dtype.bytes()).map(|bytes| value(self.dtype, bytes)).collect()
+    }
+
+    /// Content hash of dtype, shape and bytes, or the first value that is not finite. Independent of `threads`.
+    pub fn inspect(&self, threads: usize) -> Result<u128, LoadError> {
+        let pieces: Vec<&[u8]> = self.bytes.chunks(PIECE_BYTES).collect();
+        let next = AtomicUsize::new(0);
+        let work = || {
+            let mut results = Vec::new();
+            while let Some(piece) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
+                results.push((piece.as_ptr() as usize, xxh3_128(piece), is_finite(self.dtype, piece)));
+            }
+            results
+        };
+        let mut results = Vec::new();
+        std::thread::scope(|scope| {
+            let others: Vec<_> = (1..threads.min(pieces.len())).map(|_| scope.spawn(work)).collect();
+            results.extend(work());
+            others.into_iter().for_each(|other| results.extend(other.join().expect("a checker panicked")));
+        });
+        if results.iter().any(|result| !result.2) {
+            return Err(self.not_finite());
+        }
+        results.sort_unstable();
+        let mut hasher = Xxh3::new();
+        hasher.update(format!("{:?}{:?}", self.dtype, self.shape).as_bytes());
+        results.iter().for_each(|result| hasher.update(&result.1.to_le_bytes()));
+        Ok(hasher.digest128())
+    }
+
+    fn not_finite(&self) -> LoadError {
+        let mut values = self.bytes.chunks_exact(self.dtype.bytes()).map(|bytes| value(self.dtype, bytes)).enumerate();
+        let (index, value) = values.find(|(_, value)| !value.is_finite()).unwrap_or((0, f32::NAN));
+        LoadError::NotFinite { file: self.file.path.clone(), tensor: self.name.clone(), index, value }
+    }
+
+    /// Tells the system that these pages of the file are not needed any more.
+    pub fn give_pages_back(&self) {
+        let offset = self.bytes.as_ptr() as usize - self.file.map.as_ptr() as usize;
+        // SAFETY: the mapping is of a file and read only, so a page dropped is read again from the file when touched.
+        let _ = unsafe { self.file.map.unchecked_advise_range(UncheckedAdvice::DontNeed, offset, self.bytes.len()) };
+    }
+}
+
+fn value(dtype: Dtype, bytes: &[u8]) -> f32 {
+    match dtype {
+        Dtype::F32 => f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]),
+        Dtype::Bf16 => f32::from_bits(u32::from(u16::from_le_bytes([bytes[0], bytes[1]])) << 16),
+        Dtype::F16 => from_f16(u16::from_le_bytes([bytes[0], bytes[1]])),
+    }
+}
+
+/// Half precision to single, exactly.
+fn from_f16(bits: u16) -> f32 {
+    let sign = if bits >> 15 == 1 { -1.0 } else { 1.0 };
+    let (exponent, fraction) = (bits >> 10 & 0x1f, f32::from(bits & 0x3ff));
+    match exponent {
+        0 => sign * fraction * (-24f32).exp2(),
+        0x1f if fraction == 0.0 => sign * f32::INFINITY,
+        0x1f => f32::NAN,
+        _ => sign * (1024.0 + fraction) * f32::from_bits(u32::from(exponent) + 127 - 25 << 23),
+    }
+}
+
+/// Whether no exponent is all ones.
+fn is_finite(dtype: Dtype, bytes: &[u8]) -> bool {
+    let halves = |mask: u16| {
+        let (pairs, _) = bytes.as_chunks::<2>();
+        !pairs.iter().fold(false, |found, pair| found | (u16::from_le_bytes(*pair) & mask == mask))
+    };
+    match dtype {
+        Dtype::Bf16 => halves(0x7f80),
+        Dtype::F16 => halves(0x7c00),
+        Dtype::F32 => {
+            let (words, _) = bytes.as_chunks::<4>();
+            !words.iter().fold(false, |found, word| found | (u32::from_le_bytes(*word) & 0x7f80_0000 == 0x7f80_0000))
+        }
+    }
+}

@@ -1,0 +1,35 @@
+//! Why a model cannot be loaded: always which file, which tensor or key, and what was expected instead.
+
+use std::path::PathBuf;
+
+/// A model directory that cannot be served, and why.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    #[error("{}: cannot be read: {error}; a model directory holds config.json and model.safetensors (or \
+             model.safetensors.index.json and its shards)", file.display())]
+    Unreadable { file: PathBuf, error: std::io::Error },
+    #[error("{}: not the JSON expected: {error}", file.display())]
+    Json { file: PathBuf, error: serde_json::Error },
+    #[error("{}: architecture {found:?} is not supported; supported are {}", file.display(), supported.join(", "))]
+    Architecture { file: PathBuf, found: String, supported: &'static [&'static str] },
+    #[error("{}: {key} is {found}; expected {expected}", file.display())]
+    Config { file: PathBuf, key: &'static str, found: String, expected: String },
+    #[error("{}: rope scaling {found:?} is not supported; supported are default, linear, llama3", file.display())]
+    RopeScaling { file: PathBuf, found: String },
+    #[error("{}: tensor {tensor} is missing; expected one of shape {expected:?}", file.display())]
+    MissingTensor { file: PathBuf, tensor: String, expected: Vec<usize> },
+    #[error("{}: tensor {tensor} has shape {found:?}; expected {expected:?} by config.json", file.display())]
+    Shape { file: PathBuf, tensor: String, found: Vec<usize>, expected: Vec<usize> },
+    #[error("{}: tensor {tensor} holds {found}; expected F32, F16 or BF16", file.display())]
+    Dtype { file: PathBuf, tensor: String, found: String },
+    #[error("{}: tensor {tensor} holds {value} at element {index}; expected finite numbers", file.display())]
+    NotFinite { file: PathBuf, tensor: String, index: usize, value: f32 },
+    #[error("{}: truncated or overlong: {found} bytes; its header describes {expected}; copy the file again", file.display())]
+    Truncated { file: PathBuf, found: u64, expected: u64 },
+    #[error("{}: not a safetensors header: {reason}", file.display())]
+    Header { file: PathBuf, reason: String },
+    #[error("{}: tensor {tensor} is mapped to {found:?}; expected the name of a file in the same directory", file.display())]
+    Shard { file: PathBuf, tensor: String, found: String },
+    #[error("this machine cannot run the kernel profile asked for: {0}")]
+    Profile(String),
+}

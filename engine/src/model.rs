@@ -1,0 +1,218 @@
+//! The transformer on a CPU: one code path for Llama, Qwen2, Qwen3 and Mistral. The bits of a row depend on the row, the
+//! weights and its sequence's KV alone, because those of every kernel do and nothing here mixes rows.
+
+use std::sync::Arc;
+
+use baton_core::SampledToken;
+use baton_kernels::{Attention, Cpu, Packed, RopeStore, RopeTable, Span};
+
+use crate::backend::Backend;
+use crate::batch::{Batch, Draw, Output};
+use crate::load::config::ModelConfig;
+use crate::sampling;
+
+/// Rows of logits in memory at a time.
+const LOGIT_ROWS: usize = 32;
+
+/// A loaded model and the device it runs on.
+pub struct CpuModel {
+    cpu: Cpu,
+    config: ModelConfig,
+    weights: Weights,
+    rope: RopeTable,
+    scratch: Scratch,
+}
+
+/// All weights; matrices packed, norms and biases as f32.
+pub struct Weights {
+    pub embedding: Arc<Packed>,
+    pub layers: Vec<Layer>,
+    pub norm: Vec<f32>,
+    /// (vocab, hidden); the embedding itself when tied.
+    pub head: Arc<Packed>,
+}
+
+/// Weights of one layer.
+pub struct Layer {
+    pub attention_norm: Vec<f32>,
+    /// Rows of q, then k, then v.
+    pub qkv: Packed,
+    pub qkv_bias: Option<Vec<f32>>,
+    pub q_norm: Option<Vec<f32>>,
+    pub k_norm: Option<Vec<f32>>,
+    pub out: Packed,
+    pub out_bias: Option<Vec<f32>>,
+    pub mlp_norm: Vec<f32>,
+    /// Rows of gate, then up.
+    pub gate_up: Packed,
+    pub gate_up_bias: Option<Vec<f32>>,
+    pub down: Packed,
+    pub down_bias: Option<Vec<f32>>,
+    pub window: Option<usize>,
+}
+
+/// Buffers that grow to the largest batch seen and stay.
+#[derive(Default)]
+struct Scratch {
+    /// (row, hidden): the residual stream.
+    x: Vec<f32>,
+    /// (row, hidden)
+    normed: Vec<f32>,
+    /// (row, q | k | v)
+    qkv: Vec<f32>,
+    /// (row, head, head_dim)
+    attended: Vec<f32>,
+    /// (row, hidden)
+    delta: Vec<f32>,
+    /// (row, gate | up)
+    gate_up: Vec<f32>,
+    /// (row, intermediate)
+    gated: Vec<f32>,
+    /// (drawn row, vocab)
+    logits: Vec<f32>,
+}
+
+impl CpuModel {
+    /// # Panics
+    /// If the weights do not have the configuration's number of layers.
+    pub fn new(cpu: Cpu, config: ModelConfig, weights: Weights) -> CpuModel {
+        assert!(weights.layers.len() == config.layers, "weights of another model");
+        let rope = RopeTable::new(&config.inv_freq, config.positions_max);
+        CpuModel { cpu, config, weights, rope, scratch: Scratch::default() }
+    }
+
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    pub fn cpu(&self) -> &Cpu {
+        &self.cpu
+    }
+
+    /// Bytes of the packed weights.
+    pub fn weight_bytes(&self) -> usize {
+        let Weights { embedding, layers, head, .. } = &self.weights;
+        let head = if Arc::ptr_eq(embedding, head) { 0 } else { head.bytes() };
+        let packed = |layer: &Layer| layer.qkv.bytes() + layer.out.bytes() + layer.gate_up.bytes() + layer.down.bytes();
+        embedding.bytes() + head + layers.iter().map(packed).sum::<usize>()
+    }
+
+    /// Everything up to the final norm, which is left in `scratch.normed`.
+    fn forward(&mut self, batch: &Batch, layers: &mut dyn FnMut(usize)) {
+        let CpuModel { cpu, config, weights, rope, scratch } = self;
+        let (rows, hidden, eps) = (batch.tokens.len(), config.hidden, config.eps);
+        let spans: Vec<Span> = batch.spans.iter().map(|span| kernel_span(batch, span)).collect();
+        let scale = 1.0 / (config.heads.head_dim as f32).sqrt();
+        let x = sized(&mut scratch.x, rows * hidden);
+        let normed = sized(&mut scratch.normed, rows * hidden);
+        let qkv = sized(&mut scratch.qkv, rows * config.heads.qkv_width());
+        let attended = sized(&mut scratch.attended, rows * config.heads.width());
+        let delta = sized(&mut scratch.delta, rows * hidden);
+        let gate_up = sized(&mut scratch.gate_up, rows * 2 * config.intermediate);
+        let gated = sized(&mut scratch.gated, rows * config.intermediate);
+
+        cpu.embed(&weights.embedding, &batch.tokens, x);
+        cpu.rms_norm(x, &weights.layers[0].attention_norm, eps, normed);
+        for (index, layer) in weights.layers.iter().enumerate() {
+            let heads = config.heads;
+            matmul(cpu, normed, rows, &layer.qkv, &layer.qkv_bias, qkv);
+            let (q_norm, k_norm) = (layer.q_norm.as_deref(), layer.k_norm.as_deref());
+            let store = RopeStore { heads, layer: index, spans: &spans, rope, q_norm, k_norm, eps };
+            cpu.rope_store(&store, qkv, batch.arena());
+            layers(index);
+            let attention = Attention { heads, layer: index, spans: &spans, scale, window: layer.window };
+            cpu.attention(&attention, qkv, batch.arena(), attended);
+            matmul_segmented(cpu, attended, rows, &layer.out, &layer.out_bias, delta);
+            cpu.add_rms_norm(x, delta, &layer.mlp_norm, eps, normed);
+            matmul(cpu, normed, rows, &layer.gate_up, &layer.gate_up_bias, gate_up);
+            cpu.silu_mul(gate_up, config.intermediate, gated);
+            matmul_segmented(cpu, gated, rows, &layer.down, &layer.down_bias, delta);
+            let next = weights.layers.get(index + 1).map_or(&weights.norm, |next| &next.attention_norm);
+            cpu.add_rms_norm(x, delta, next, eps, normed);
+        }
+    }
+
+    /// Reads the draws off the logits of their rows, a few rows at a time.
+    fn draw(&mut self, draws: &[Draw]) -> Vec<SampledToken> {
+        let mut drawn = Vec::with_capacity(draws.len());
+        let mut rest = draws;
+        while !rest.is_empty() {
+            let rows = leading_rows(rest);
+            let count = rest.partition_point(|draw| draw.row <= rows[rows.len() - 1]);
+            let logits = self.logits(&rows);
+            let vocab = logits.len() / rows.len();
+            for draw in &rest[..count] {
+                let at = rows.partition_point(|row| *row < draw.row);
+                drawn.push(sampling::draw(&self.cpu, &mut self.scratch.logits[at * vocab..][..vocab], draw));
+            }
+            rest = &rest[count..];
+        }
+        drawn
+    }
+
+    /// Logits of some rows of the batch just run: (row, vocab).
+    fn logits(&mut self, rows: &[usize]) -> &mut [f32] {
+        let CpuModel { cpu, config, weights, scratch, .. } = self;
+        let hidden = config.hidden;
+        // The residual stream is not needed any more.
+        let picked = sized(&mut scratch.delta, rows.len() * hidden);
+        for (to, row) in picked.chunks_exact_mut(hidden).zip(rows) {
+            to.copy_from_slice(&scratch.normed[row * hidden..][..hidden]);
+        }
+        let logits = sized(&mut scratch.logits, rows.len() * config.vocab);
+        cpu.matmul(picked, rows.len(), &weights.head, logits);
+        logits
+    }
+}
+
+impl Backend for CpuModel {
+    fn run(&mut self, batch: &Batch, layers: &mut dyn FnMut(usize)) -> Output {
+        if batch.is_empty() {
+            return Output::default();
+        }
+        batch.copy_shared_blocks();
+        self.forward(batch, layers);
+        Output { drawn: self.draw(&batch.draws) }
+    }
+}
+
+/// The first `LOGIT_ROWS` different rows of draws that are sorted by row.
+fn leading_rows(draws: &[Draw]) -> Vec<usize> {
+    let mut rows: Vec<usize> = Vec::with_capacity(LOGIT_ROWS);
+    for draw in draws {
+        if rows.last() != Some(&draw.row) {
+            if rows.len() == LOGIT_ROWS {
+                break;
+            }
+            rows.push(draw.row);
+        }
+    }
+    rows
+}
+
+fn kernel_span<'a>(batch: &'a Batch, span: &crate::batch::Span) -> Span<'a> {
+    let blocks = &batch.tables[span.table.clone()];
+    Span { row: span.row, rows: span.rows, position: span.position, blocks }
+}
+
+/// The first `len` values of a buffer, which grows if it must. Their content is left over from the last use.
+fn sized(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
+    if buffer.len() < len {
+        buffer.resize(len, 0.0);
+    }
+    &mut buffer[..len]
+}
+
+fn matmul(cpu: &Cpu, x: &[f32], rows: usize, w: &Packed, bias: &Option<Vec<f32>>, y: &mut [f32]) {
+    cpu.matmul(x, rows, w, y);
+    if let Some(bias) = bias {
+        cpu.add_bias(y, bias);
+    }
+}
+
+fn matmul_segmented(cpu: &Cpu, x: &[f32], rows: usize, w: &Packed, bias: &Option<Vec<f32>>, y: &mut [f32]) {
+    cpu.matmul_segmented(x, rows, w, y);
+    if let Some(bias) = bias {
+        cpu.add_bias(y, bias);
+    }
+}

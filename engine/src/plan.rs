@@ -1,0 +1,269 @@
+//! First half of a step: which rows to compute. Decodes first, then prefill chunks, then new admissions, under one
+//! budget of tokens. When blocks run out, the last in rank gives its own back and starts over later.
+
+use std::sync::Arc;
+
+use baton_core::{Lane, Refused};
+
+use crate::batch::{Batch, Draw, DrawKind, Next, Span};
+use crate::cache::Blocks;
+use crate::engine::Engine;
+use crate::sequence::{Rank, Sequence};
+use crate::work::Goal;
+
+impl Engine {
+    /// The next step, or None when there is nothing to do now: no work, or none that the free blocks allow (see
+    /// `Cache::on_freed`).
+    ///
+    /// # Panics
+    /// If the batch planned before has not been committed.
+    pub fn plan(&mut self) -> Option<Batch> {
+        assert!(!self.stepping, "the last batch must be committed before the next is planned");
+        let mut batch = Batch::new(self.cache.arena().clone());
+        self.make_way();
+        self.plan_decodes(&mut batch);
+        self.plan_prefills(&mut batch);
+        self.plan_admissions(&mut batch);
+        if batch.is_empty() && self.ready.is_empty() {
+            return None;
+        }
+        self.stepping = true;
+        Some(batch)
+    }
+
+    fn plan_decodes(&mut self, batch: &mut Batch) {
+        let decoding = self.running.values().filter(|sequence| sequence.is_decoding());
+        let ranks: Vec<Rank> = decoding.map(|sequence| sequence.rank).collect();
+        for rank in ranks {
+            // An earlier one may have taken its blocks.
+            if self.budget(batch) > 0 && self.running.contains_key(&rank) && self.make_room(rank, batch) {
+                self.add_span(batch, rank);
+            }
+        }
+    }
+
+    fn plan_prefills(&mut self, batch: &mut Batch) {
+        let prefilling = self.running.values().filter(|sequence| !sequence.is_decoding());
+        let ranks: Vec<Rank> = prefilling.map(|sequence| sequence.rank).collect();
+        for rank in ranks {
+            if self.budget(batch) > 0 {
+                self.add_span(batch, rank);
+            }
+        }
+    }
+
+    fn plan_admissions(&mut self, batch: &mut Batch) {
+        while self.budget(batch) > 0 {
+            let Some((key, mut sequence)) = self.waiting.pop_first() else { return };
+            let placed = self.slots_free() >= sequence.width() && self.place(&mut sequence, batch).is_ok();
+            if placed {
+                let rank = sequence.rank;
+                self.running.insert(rank, sequence);
+                self.add_span(batch, rank);
+                continue;
+            }
+            self.waiting.insert(key, sequence);
+            if !self.running.is_empty() || !self.reset_last_holder() {
+                return;
+            }
+        }
+    }
+
+    /// Token rows the step still has room for.
+    fn budget(&self, batch: &Batch) -> usize {
+        self.config.batch_tokens_max - batch.tokens.len()
+    }
+
+    fn slots_free(&self) -> usize {
+        let taken: usize = self.running.values().map(Sequence::width).sum();
+        self.config.sequences_max.saturating_sub(taken)
+    }
+
+    /// Preempts batch-lane sequences for an interactive one that waits.
+    fn make_way(&mut self) {
+        while let Some(entry) = self.waiting.first_entry() {
+            let (key, mut head) = entry.remove_entry();
+            let fits = self.slots_free() >= head.width() && self.fits_now(&mut head);
+            let interactive = head.rank.lane == Lane::Interactive;
+            self.waiting.insert(key, head);
+            let last = self.victim().filter(|rank| rank.lane == Lane::Batch);
+            let Some(victim) = last.filter(|_| interactive && !fits) else { return };
+            self.preempt(victim);
+        }
+    }
+
+    /// Whether the blocks a waiting sequence lacks could be given now, leaving one for each sequence that grows.
+    fn fits_now(&self, sequence: &mut Sequence) -> bool {
+        let hits = match sequence.blocks {
+            Some(_) => sequence.block_count(),
+            None => self.cache.hits(self.lookup_names(sequence)),
+        };
+        let lacking = sequence.tokens.len().div_ceil(self.block_tokens()).saturating_sub(hits);
+        let growing = self.running.values().filter(|other| other.goal == Goal::Generate).count();
+        // Hits that nobody holds are counted as available too, so this may say yes to what `place` then refuses.
+        self.cache.stats().available() >= lacking + growing
+    }
+
+    /// Names of the blocks a sequence may take from the cache: at least its last token is always computed.
+    fn lookup_names<'a>(&self, sequence: &'a mut Sequence) -> &'a [baton_core::BlockHash] {
+        let full = (sequence.tokens.len() - 1) / self.block_tokens();
+        let count = if self.config.prefix_cache && !sequence.wants_prompt_logprobs { full } else { 0 };
+        sequence.hashes(count, self.block_tokens())
+    }
+
+    /// Gives a waiting sequence blocks for all its tokens, from the cache as far as it has them.
+    fn place(&mut self, sequence: &mut Sequence, batch: &mut Batch) -> Result<(), Refused> {
+        if sequence.blocks.is_some() {
+            let end = sequence.tokens.len();
+            return self.grow(sequence, end, batch);
+        }
+        if !self.fits_now(sequence) {
+            return Err(Refused::NoCapacity);
+        }
+        let blocks = self.cache.lookup(self.lookup_names(sequence));
+        let hit = blocks.len() * self.block_tokens();
+        sequence.blocks = Some(blocks);
+        sequence.computed = hit;
+        let end = sequence.tokens.len();
+        if let Err(refused) = self.grow(sequence, end, batch) {
+            sequence.reset();
+            return Err(refused);
+        }
+        if !sequence.admitted {
+            sequence.admitted = true;
+            sequence.cached_tokens = hit.min(sequence.request.prompt.len());
+            self.totals.tokens_looked_up += sequence.request.prompt.len() as u64;
+            self.totals.tokens_hit += sequence.cached_tokens as u64;
+        }
+        Ok(())
+    }
+
+    /// Makes sure that positions up to `end` have blocks, and that the block written next is read by nobody else.
+    fn grow(&self, sequence: &mut Sequence, end: usize, batch: &mut Batch) -> Result<(), Refused> {
+        let block_tokens = self.block_tokens();
+        let Some(blocks) = &mut sequence.blocks else { unreachable!("only sequences with blocks grow") };
+        let lacking = end.div_ceil(block_tokens).saturating_sub(blocks.len());
+        if lacking > 0 {
+            blocks.append(self.cache.reserve(lacking)?.fill(&[]));
+        }
+        let at = sequence.computed / block_tokens;
+        let partly = !sequence.computed.is_multiple_of(block_tokens);
+        if partly && !blocks.is_sole(at) {
+            let fresh = self.cache.reserve(1)?.fill(&[]);
+            let to = fresh.ids()[0];
+            let from = blocks.replace(at, fresh);
+            batch.copy(from, to);
+        }
+        Ok(())
+    }
+
+    /// Room for one more token of a running sequence, at the cost of the last in rank. False: it was itself the last.
+    fn make_room(&mut self, rank: Rank, batch: &mut Batch) -> bool {
+        loop {
+            let Some(mut sequence) = self.running.remove(&rank) else { return false };
+            let end = sequence.tokens.len();
+            let grown = self.grow(&mut sequence, end, batch);
+            self.running.insert(rank, sequence);
+            if grown.is_ok() {
+                return true;
+            }
+            let victim = self.victim().filter(|victim| *victim > rank).unwrap_or(rank);
+            self.preempt(victim);
+        }
+    }
+
+    /// The running sequence that would be preempted next. Handoffs read the blocks of a prefill, so it keeps them.
+    fn victim(&self) -> Option<Rank> {
+        let preemptible = self.running.values().rev().find(|sequence| sequence.goal == Goal::Generate);
+        preemptible.map(|sequence| sequence.rank)
+    }
+
+    fn preempt(&mut self, rank: Rank) {
+        let Some(mut sequence) = self.running.remove(&rank) else { return };
+        sequence.reset();
+        self.totals.preemptions += 1;
+        self.waiting.insert((true, rank), sequence);
+    }
+
+    /// Takes the blocks of the last waiting sequence that holds any. False: none does.
+    fn reset_last_holder(&mut self) -> bool {
+        let Some(key) = self.waiting.range(..(true, Rank::FIRST)).next_back().map(|entry| *entry.0) else {
+            return false;
+        };
+        let Some(mut sequence) = self.waiting.remove(&key) else { return false };
+        sequence.reset();
+        self.totals.preemptions += 1;
+        self.waiting.insert((true, sequence.rank), sequence);
+        true
+    }
+
+    /// Adds as many rows of a running sequence as the budget allows.
+    fn add_span(&mut self, batch: &mut Batch, rank: Rank) {
+        let rows_max = self.budget(batch);
+        let banned = self.banned(rank);
+        let block_tokens = self.block_tokens();
+        let Some(sequence) = self.running.get_mut(&rank) else { return };
+        let rows = sequence.pending().min(rows_max);
+        let (position, end) = (sequence.computed, sequence.computed + rows);
+        let (row, draws, table) = (batch.tokens.len(), batch.draws.len(), batch.tables.len());
+        batch.tokens.extend(&sequence.tokens[position..end]);
+        let Some(blocks) = &sequence.blocks else { unreachable!("a running sequence has blocks") };
+        batch.tables.extend(blocks.ids()[..end.div_ceil(block_tokens)].iter().map(|id| id.index));
+        export(batch, sequence.goal, &mut sequence.exported, &sequence.request, blocks, {
+            if end == sequence.tokens.len() { end.div_ceil(block_tokens) } else { end / block_tokens }
+        });
+        add_draws(batch, sequence, row, rows, banned);
+        let (table, draws) = (table..batch.tables.len(), draws..batch.draws.len());
+        batch.spans.push(Span { rank, row, rows, position, table, draws });
+        self.totals.tokens_computed += rows as u64;
+    }
+
+    /// Tokens that must not end the sequence yet.
+    fn banned(&self, rank: Rank) -> Arc<[u32]> {
+        let sequence = &self.running[&rank];
+        if sequence.generated() >= sequence.request.tokens_min as usize {
+            return self.nothing_banned.clone();
+        }
+        self.spec.eos.iter().chain(&sequence.request.stop_tokens).copied().collect()
+    }
+}
+
+/// Announces the blocks up to `complete` that have not been announced.
+fn export(
+    batch: &mut Batch,
+    goal: Goal,
+    exported: &mut usize,
+    request: &baton_core::Request,
+    blocks: &Blocks,
+    complete: usize,
+) {
+    let Goal::Prefill { skip_blocks } = goal else { return };
+    let first = skip_blocks.max(*exported);
+    if first < complete {
+        batch.export(request.id, first, blocks.part(first..complete));
+        *exported = complete;
+    }
+}
+
+fn add_draws(batch: &mut Batch, sequence: &Sequence, row: usize, rows: usize, banned: Arc<[u32]>) {
+    let position = sequence.computed;
+    if let Some(top) = sequence.request.prompt_logprobs.filter(|_| sequence.wants_prompt_logprobs) {
+        let following = sequence.request.prompt.iter().skip(position + 1).take(rows);
+        let given =
+            following.enumerate().map(|(i, token)| Draw { row: row + i, kind: DrawKind::Given { token: *token, top } });
+        batch.draws.extend(given);
+    }
+    if position + rows < sequence.tokens.len() {
+        return;
+    }
+    for branch in sequence.branches.iter().filter(|branch| branch.tail.is_empty()) {
+        let kind = DrawKind::Next(Next {
+            request: sequence.request.clone(),
+            choice: branch.index,
+            position: sequence.tokens.len() as u32,
+            banned: banned.clone(),
+            seen: sequence.seen.clone(),
+        });
+        batch.draws.push(Draw { row: row + rows - 1, kind });
+    }
+}

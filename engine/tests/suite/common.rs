@@ -1,0 +1,91 @@
+//! What the tests share: engines of a given size, and what a request's events add up to.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use baton_core::{Finish, RequestId, SampledToken, TokenId};
+use baton_engine::testing::{TinyModel, hash_spec};
+use baton_engine::{Engine, EngineConfig, Event, LoadOptions, Loaded, ModelSpec, Usage, load};
+
+pub(crate) const CONFIG: EngineConfig =
+    EngineConfig { blocks: 64, batch_tokens_max: 16, sequences_max: 8, queue_max: 64, prefix_cache: true };
+
+pub(crate) fn hash_engine(config: EngineConfig) -> Engine {
+    Engine::new(hash_spec(), config)
+}
+
+/// An empty directory for one test.
+pub(crate) fn dir(name: &str) -> PathBuf {
+    let dir = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("engine").join(name);
+    let _ = std::fs::remove_dir_all(&dir);
+    std::fs::create_dir_all(&dir).expect("make a directory");
+    dir
+}
+
+pub(crate) fn load_tiny(name: &str, model: &TinyModel, threads: usize) -> Loaded {
+    let dir = dir(name);
+    model.write(&dir, 7).expect("write a model");
+    load(&dir, LoadOptions { threads, profile: None }, &mut |_| {}).expect("load")
+}
+
+pub(crate) fn model_engine(spec: &ModelSpec, config: EngineConfig) -> Engine {
+    Engine::new(spec.clone(), config)
+}
+
+/// Everything one choice produced.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) struct Choices {
+    pub(crate) tokens: BTreeMap<(RequestId, u32), Vec<SampledToken>>,
+    pub(crate) ends: BTreeMap<(RequestId, u32), (Finish, Usage)>,
+    pub(crate) prompts: BTreeMap<RequestId, Vec<Option<SampledToken>>>,
+    pub(crate) aborted: Vec<RequestId>,
+}
+
+impl Choices {
+    pub(crate) fn of(events: Vec<Event>) -> Choices {
+        let mut all = Choices::default();
+        all.add(events);
+        all
+    }
+
+    pub(crate) fn add(&mut self, events: Vec<Event>) {
+        for event in events {
+            match event {
+                Event::Tokens { request, choice, tokens } => {
+                    assert!(!self.ends.contains_key(&(request, choice)), "tokens after the end");
+                    self.tokens.entry((request, choice)).or_default().extend(tokens);
+                }
+                Event::Finished { request, choice, finish, usage } => {
+                    let before = self.ends.insert((request, choice), (finish, usage));
+                    assert_eq!(before, None, "a choice ends once");
+                }
+                Event::PromptLogprobs { request, tokens } => drop(self.prompts.insert(request, tokens)),
+                Event::Aborted { request, .. } => self.aborted.push(request),
+                Event::Prefilled { .. } => panic!("no prefill goal in this test"),
+            }
+        }
+    }
+
+    pub(crate) fn sampled(&self, request: u128, choice: u32) -> &[SampledToken] {
+        self.tokens.get(&(RequestId(request), choice)).map_or(&[], Vec::as_slice)
+    }
+
+    pub(crate) fn ids(&self, request: u128, choice: u32) -> Vec<TokenId> {
+        self.sampled(request, choice).iter().map(|token| token.id).collect()
+    }
+}
+
+/// Ids and log-probabilities as bits, so that a test compares bits.
+pub(crate) fn bits(tokens: &[SampledToken]) -> Vec<(TokenId, u32, Vec<(TokenId, u32)>)> {
+    let of = |token: &SampledToken| {
+        let top = token.top.iter().map(|(id, logprob)| (*id, logprob.to_bits())).collect();
+        (token.id, token.logprob.to_bits(), top)
+    };
+    tokens.iter().map(of).collect()
+}
+
+/// Pseudo-random token ids below `vocab`.
+pub(crate) fn prompt(seed: u64, len: usize, vocab: usize) -> Vec<TokenId> {
+    let mut rng = baton_core::Rng::new(seed);
+    (0..len).map(|_| rng.below(vocab as u64) as TokenId).collect()
+}

@@ -1,0 +1,5 @@
+//! The engine's bigger tests: the scheduler over a backend without a model, and models over random weights.
+
+mod common;
+mod models;
+mod scheduler;
