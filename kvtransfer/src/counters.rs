@@ -29,8 +29,17 @@ impl Dropped {
     pub const ALL: [Dropped; 11] = {
         use Dropped::*;
         [
-            Unknown, Foreign, StaleAttempt, StaleEpoch, StaleGeneration, WrongBlock, OutOfRange, Duplicate, Replayed,
-            Late, Damaged,
+            Unknown,
+            Foreign,
+            StaleAttempt,
+            StaleEpoch,
+            StaleGeneration,
+            WrongBlock,
+            OutOfRange,
+            Duplicate,
+            Replayed,
+            Late,
+            Damaged,
         ]
     };
 

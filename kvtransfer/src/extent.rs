@@ -26,9 +26,10 @@ pub(crate) fn extents_per_frame(layout: &BlockLayout) -> usize {
     (GROUP_BYTES / layout.layer_bytes()).clamp(1, FRAME_BLOCKS_MAX)
 }
 
-/// Whether one layer of one block fits in a frame.
+/// Whether one layer of one block fits in a frame, and every layer in its header.
 pub(crate) fn fits(layout: &BlockLayout) -> bool {
-    (1..=HANDOFF_FRAME_BYTES_MAX).contains(&layout.layer_bytes())
+    let layers = (1..=u16::MAX as u32).contains(&layout.layers);
+    layers && (1..=HANDOFF_FRAME_BYTES_MAX).contains(&layout.layer_bytes())
 }
 
 /// A DATA frame in a reused buffer: its first 64 bytes are free for the header, which is stamped when it is queued.
@@ -94,3 +95,6 @@ pub(crate) fn store(arena: &Arena, block: BlockId, layer: u32, bytes: &[u8]) {
     // state under the same lock.
     unsafe { arena.write_layer(block.index, layer as usize, bytes) };
 }
+
+#[cfg(test)]
+mod tests;

@@ -34,7 +34,9 @@ impl<R: AsyncRead + Unpin> Frames<R> {
 
     /// Makes room for frames of any allowed length.
     pub(crate) fn widen(&mut self) {
-        self.buffer.resize(HEADER_BYTES + LENGTH_MAX, 0);
+        let mut wide = vec![0; HEADER_BYTES + LENGTH_MAX];
+        wide[..self.buffer.len()].copy_from_slice(&self.buffer);
+        self.buffer = wide;
     }
 
     /// The next frame. Fails when the peer says nothing for the idle time.

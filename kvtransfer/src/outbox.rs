@@ -15,8 +15,10 @@ use crate::extent::Data;
 use crate::link::Peer;
 use crate::wire::{Body, Header, Message, Tag};
 
-/// DATA frames of a link that are gathered or being written; with the reading end's one they bound its memory.
+/// DATA frames of a link that are gathered or being written: what bounds its memory.
 pub(crate) const PLACES: usize = 4;
+/// Control frames a peer may leave unread before the link is closed; far more than its transfers need.
+const CONTROLS_MAX: usize = 16_384;
 
 pub(crate) struct Outbox {
     queue: Mutex<Queue>,
@@ -42,17 +44,18 @@ enum Frame {
 
 impl Outbox {
     pub(crate) fn new() -> Outbox {
-        Outbox {
-            queue: Mutex::default(),
-            wake: Notify::new(),
-            places: Semaphore::new(PLACES),
-            closing: Notify::new(),
-        }
+        Outbox { queue: Mutex::default(), wake: Notify::new(), places: Semaphore::new(PLACES), closing: Notify::new() }
     }
 
     pub(crate) fn tell(&self, tag: Tag, body: Body) {
         let frame = Message { tag, body }.encode();
-        self.lock().frames.push_back(Frame::Control(frame));
+        let mut queue = self.lock();
+        if queue.frames.len() >= CONTROLS_MAX {
+            drop(queue);
+            return self.close();
+        }
+        queue.frames.push_back(Frame::Control(frame));
+        drop(queue);
         self.wake.notify_one();
     }
 

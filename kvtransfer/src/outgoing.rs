@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use baton_core::limits::HANDOFF_CONNECT_MS;
+use baton_core::limits::{HANDOFF_CONNECT_MS, REQUEST_DEADLINE_MS};
 use baton_core::{Aborted, BlockId};
 use tokio::time::{Instant, timeout, timeout_at};
 
@@ -35,7 +35,11 @@ pub struct Outgoing {
 enum Path {
     Tcp(Arc<Connection>),
     /// The receiver is in this process: frames are handed to it as they are.
-    Local { receiver: Arc<Shared>, link: LinkId, data: Data },
+    Local {
+        receiver: Arc<Shared>,
+        link: LinkId,
+        data: Data,
+    },
 }
 
 impl Outgoing {
@@ -64,7 +68,7 @@ impl Outgoing {
 
     fn new(pool: Arc<Pool>, path: Path, sending: Arc<Sending>, grant: Grant) -> Outgoing {
         let digest = grant.digest();
-        let deadline = Instant::now() + Duration::from_millis(grant.deadline_ms);
+        let deadline = Instant::now() + Duration::from_millis(grant.deadline_ms.min(REQUEST_DEADLINE_MS));
         Outgoing { pool, grant, digest, deadline, path, sending, sent: Summary::default() }
     }
 

@@ -10,7 +10,9 @@ use std::marker::PhantomData;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use baton_core::limits::{HANDOFF_ACK_BYTES, HANDOFF_BACKOFF_MS, HANDOFF_CONNECT_MS, HANDOFF_LINKS_MAX};
+use baton_core::limits::{
+    HANDOFF_ACK_BYTES, HANDOFF_BACKOFF_MS, HANDOFF_CONNECT_MS, HANDOFF_LINKS_MAX, REQUEST_DEADLINE_MS,
+};
 use baton_core::{Aborted, Arena, BlockId, Epoch, Listener, Net, RequestId, Stream, TransferId};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{Notify, oneshot};
@@ -40,7 +42,7 @@ impl Receiver {
     /// of whatever two workers must share for their blocks to mean the same (the numerics class).
     pub async fn listen(net: Arc<dyn Net>, address: &str, arena: Arc<Arena>, model: &str) -> io::Result<Receiver> {
         if !extent::fits(arena.layout()) {
-            let text = format!("one layer of one block of {} does not fit a frame", arena.layout().describe());
+            let text = format!("blocks of {} do not fit the wire's frames", arena.layout().describe());
             return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
         }
         let listener = net.listen(address).await?;
@@ -50,6 +52,7 @@ impl Receiver {
             arena,
             registry: Mutex::default(),
             alarm_set: Notify::new(),
+            closing: Notify::new(),
             counts: Counts::default(),
         });
         let accepting = tokio::spawn(accept(shared.clone(), listener));
@@ -84,7 +87,8 @@ impl Receiver {
 
     /// Ends all links, aborts all transfers, and returns when no task is left.
     pub async fn close(mut self) {
-        self.end();
+        self.shared.close();
+        self.alarms.abort();
         let _ = (&mut self.accepting).await;
         let _ = (&mut self.alarms).await;
     }
@@ -92,17 +96,13 @@ impl Receiver {
     pub(crate) fn shared(&self) -> Arc<Shared> {
         self.shared.clone()
     }
-
-    fn end(&self) {
-        self.shared.close();
-        self.accepting.abort();
-        self.alarms.abort();
-    }
 }
 
 impl Drop for Receiver {
     fn drop(&mut self) {
-        self.end();
+        self.shared.close();
+        self.accepting.abort();
+        self.alarms.abort();
     }
 }
 
@@ -137,6 +137,7 @@ pub(crate) struct Shared {
     arena: Arc<Arena>,
     registry: Mutex<Registry>,
     alarm_set: Notify,
+    closing: Notify,
     counts: Counts,
 }
 
@@ -171,6 +172,7 @@ impl Shared {
         guard: Guard,
     ) -> (Grant, oneshot::Receiver<Outcome>) {
         let (done, waiting) = oneshot::channel();
+        let deadline = deadline.min(Duration::from_millis(REQUEST_DEADLINE_MS));
         let (address, layout, deadline_ms) = (self.address.clone(), *self.arena.layout(), deadline.as_millis() as u64);
         let mut registry = self.registry();
         registry.transfers_granted += 1;
@@ -306,6 +308,7 @@ impl Shared {
             registry.transfers.keys().copied().collect()
         };
         transfers.into_iter().for_each(|id| self.step(id, LinkId::NONE, Event::Closed));
+        self.closing.notify_one();
     }
 
     fn tell(&self, link: LinkId, tag: Tag, body: Body) {
@@ -388,7 +391,7 @@ impl Slot {
     }
 }
 
-/// Accepts connections for the life of the receiver. Aborting it aborts them.
+/// Accepts connections until the receiver closes, and then ends them. Aborting it aborts them.
 async fn accept(shared: Arc<Shared>, mut listener: Box<dyn Listener>) {
     let mut connections = JoinSet::new();
     loop {
@@ -404,6 +407,7 @@ async fn accept(shared: Arc<Shared>, mut listener: Box<dyn Listener>) {
                 }
             },
             Some(_) = connections.join_next() => {}
+            () = shared.closing.notified() => return connections.shutdown().await,
         }
     }
 }
@@ -498,6 +502,7 @@ async fn read_all<R: AsyncRead + Unpin>(
         if taken - acknowledged >= HANDOFF_ACK_BYTES as u64 {
             acknowledged = taken;
             outbox.ack(taken);
+            tokio::task::yield_now().await;
         }
     }
 }

@@ -44,15 +44,28 @@ enum State {
 
 #[derive(Clone, Debug)]
 pub(crate) enum Event {
-    Open { tag: Tag, request: RequestId, grant: u128 },
-    Commit { tag: Tag, summary: Summary },
+    Open {
+        tag: Tag,
+        request: RequestId,
+        grant: u128,
+    },
+    Commit {
+        tag: Tag,
+        summary: Summary,
+    },
     /// The sender gave up.
-    Abort { reason: Aborted, quiesced: bool },
+    Abort {
+        reason: Aborted,
+        quiesced: bool,
+    },
     /// The sender says that it writes no more.
     Quiesced,
     LinkClosed,
     /// An extent arrived that is not what was sent.
-    Damaged { layer: u32, position: u32 },
+    Damaged {
+        layer: u32,
+        position: u32,
+    },
     /// The deadline, or in quarantine the end of patience.
     Alarm,
     /// Nobody waits for the transfer any more.
@@ -126,9 +139,7 @@ impl Transfer {
             Event::LinkClosed if link != writer => vec![],
             _ if link != writer => vec![Action::Count(Dropped::Unknown)],
             Event::Commit { tag, summary } => self.commit(writer, tag, summary),
-            Event::Damaged { layer, position } => {
-                self.quarantine(writer, TransferError::Corrupt { layer, position })
-            }
+            Event::Damaged { layer, position } => self.quarantine(writer, TransferError::Corrupt { layer, position }),
             Event::Abort { reason, quiesced: true } => self.end(Some(TransferError::Aborted(reason)), vec![]),
             Event::Abort { reason, quiesced: false } => self.quarantine(writer, TransferError::Aborted(reason)),
             Event::Quiesced => vec![Action::Count(Dropped::Unknown)],
@@ -260,3 +271,6 @@ impl Transfer {
 pub(crate) fn refuse(link: LinkId, reason: Dropped) -> Vec<Action> {
     vec![Action::Count(reason), Action::Tell(link, Body::Refused(Refused::Stale))]
 }
+
+#[cfg(test)]
+mod tests;

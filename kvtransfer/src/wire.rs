@@ -175,15 +175,23 @@ pub enum Body {
     /// The answer to a Hello that does not fit: the text here.
     Mismatch(String),
     /// The sender wants to write; `grant` is the digest of the grant it holds.
-    Open { request: RequestId, grant: u128 },
+    Open {
+        request: RequestId,
+        grant: u128,
+    },
     Opened,
     Refused(Refused),
     /// DATA payload bytes taken so far.
     Ack(u64),
     Commit(Summary),
     Committed(Summary),
-    Abort { reason: Aborted, quiesced: bool },
-    Aborted { quiesced: bool },
+    Abort {
+        reason: Aborted,
+        quiesced: bool,
+    },
+    Aborted {
+        quiesced: bool,
+    },
     /// Nothing to say, but alive.
     Ping,
 }
@@ -233,9 +241,7 @@ impl Body {
         match self {
             Body::Hello(text) => (Kind::Hello, clipped(text)),
             Body::Mismatch(text) => (Kind::Mismatch, clipped(text)),
-            Body::Open { request, grant } => {
-                (Kind::Open, [request.0.to_le_bytes(), grant.to_le_bytes()].concat())
-            }
+            Body::Open { request, grant } => (Kind::Open, [request.0.to_le_bytes(), grant.to_le_bytes()].concat()),
             Body::Opened => (Kind::Opened, Vec::new()),
             Body::Refused(reason) => (Kind::Refused, reason.as_str().into()),
             Body::Ack(_) => (Kind::Ack, Vec::new()),
@@ -364,3 +370,6 @@ fn clipped(text: &str) -> Vec<u8> {
     let end = text.floor_char_boundary(TEXT_BYTES_MAX);
     text.as_bytes()[..end].to_vec()
 }
+
+#[cfg(test)]
+mod tests;

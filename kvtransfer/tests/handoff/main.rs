@@ -1,5 +1,12 @@
-//! The handoff over real TCP on loopback, over raw sockets that misbehave, and in one process.
+//! The handoff over real TCP on loopback, over raw peers that misbehave, in one process, and on virtual time over
+//! memory.
 
+mod aborts;
 mod happy;
+mod links;
+mod memory;
 mod net;
+mod raw;
+mod time;
+mod wire_faults;
 mod world;

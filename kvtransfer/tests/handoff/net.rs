@@ -2,9 +2,13 @@
 #![allow(clippy::disallowed_methods)] // The tests' home of the seam.
 
 use std::io;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+use std::task::{Context, Poll};
 
 use baton_core::net::BoxFuture;
 use baton_core::{Listener, Net, Stream};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 
 pub(crate) struct Loopback;
@@ -34,4 +38,67 @@ impl Listener for Bound {
 fn boxed(stream: TcpStream) -> io::Result<Stream> {
     stream.set_nodelay(true)?;
     Ok(Box::new(stream))
+}
+
+/// Loopback whose first connection dies once this many bytes have been written to it by the connecting side.
+pub(crate) struct Cut(AtomicUsize);
+
+impl Cut {
+    pub(crate) fn after(bytes: usize) -> Cut {
+        Cut(AtomicUsize::new(bytes))
+    }
+}
+
+impl Net for Cut {
+    fn connect<'a>(&'a self, address: &'a str) -> BoxFuture<'a, io::Result<Stream>> {
+        Box::pin(async move {
+            let left = self.0.swap(usize::MAX, SeqCst);
+            let stream = Some(TcpStream::connect(address).await?);
+            Ok(Box::new(Mortal { stream, left }) as Stream)
+        })
+    }
+
+    fn listen<'a>(&'a self, address: &'a str) -> BoxFuture<'a, io::Result<Box<dyn Listener>>> {
+        Loopback.listen(address)
+    }
+}
+
+struct Mortal {
+    stream: Option<TcpStream>,
+    left: usize,
+}
+
+impl Mortal {
+    fn alive(&mut self) -> io::Result<Pin<&mut TcpStream>> {
+        self.stream.as_mut().map(Pin::new).ok_or_else(|| io::ErrorKind::BrokenPipe.into())
+    }
+}
+
+impl AsyncRead for Mortal {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        self.alive()?.poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Mortal {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let length = bytes.len().min(self.left);
+        if length == 0 {
+            self.stream = None;
+        }
+        let written = std::task::ready!(self.alive()?.poll_write(cx, &bytes[..length]))?;
+        self.left -= written;
+        Poll::Ready(Ok(written))
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.left == 0 {
+            self.stream = None;
+        }
+        self.alive()?.poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.alive()?.poll_shutdown(cx)
+    }
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::time::Duration;
 
-use baton_core::{Arena, BlockId, BlockLayout, Epoch, KvDtype, RequestId, Rng};
+use baton_core::{Arena, BlockId, BlockLayout, Epoch, KvDtype, Net, RequestId, Rng};
 use baton_kvtransfer::{Counters, Grant, Incoming, Links, Receiver};
 
 use crate::net::Loopback;
@@ -54,11 +54,15 @@ impl World {
     }
 
     pub(crate) async fn with_layout(layout: BlockLayout, blocks: usize) -> World {
+        World::over(Arc::new(Loopback), layout, blocks).await
+    }
+
+    pub(crate) async fn over(net: Arc<dyn Net>, layout: BlockLayout, blocks: usize) -> World {
         let source = Arc::new(Arena::new(layout, blocks));
         let target = Arc::new(Arena::new(layout, blocks));
         fill(&source, &mut Rng::new(1));
-        let receiver = Receiver::listen(Arc::new(Loopback), "127.0.0.1:0", target.clone(), MODEL).await.unwrap();
-        let links = Links::new(Arc::new(Loopback), source.clone(), MODEL);
+        let receiver = Receiver::listen(net.clone(), "127.0.0.1:0", target.clone(), MODEL).await.unwrap();
+        let links = Links::new(net, source.clone(), MODEL);
         World { source, target, receiver, links, held: Held::default() }
     }
 
