@@ -1,1 +1,51 @@
-fn main() {}
+//! The binary `baton`. The only reader of flags and environment, the only one that installs signal handlers, logs and
+//! the metrics recorder, and the only one that ends the process.
+
+mod args;
+mod bench;
+mod chat;
+mod doctor;
+mod event;
+mod exit;
+mod http;
+mod log;
+mod model;
+mod process;
+mod role;
+mod seed;
+mod status;
+mod surroundings;
+mod table;
+mod up;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::args::{Arguments, Command};
+use crate::exit::Failure;
+
+fn main() -> ExitCode {
+    match run(Arguments::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("baton: {failure}");
+            ExitCode::from(failure.code)
+        }
+    }
+}
+
+fn run(Arguments { log, command }: Arguments) -> Result<(), Failure> {
+    log.install(if command.is_role() { log::ROLE } else { log::QUIET }).map_err(Failure::refused)?;
+    match command {
+        Command::Up(flags) => up::run(flags, &log),
+        Command::Status(flags) => status::run(flags),
+        Command::Chat(flags) => chat::run(flags),
+        Command::Bench(bench) => bench::run(bench),
+        Command::Doctor => doctor::run(),
+        Command::Coordinator(flags) => role::coordinator::run(flags),
+        Command::PrefillWorker(flags) => role::worker::run(flags, baton_core::Role::Prefill),
+        Command::DecodeWorker(flags) => role::worker::run(flags, baton_core::Role::Decode),
+        Command::Gateway(flags) => role::gateway::run(flags),
+    }
+}

@@ -1,0 +1,85 @@
+//! The command line.
+
+use clap::{Parser, Subcommand};
+
+use crate::exit::EXIT_CODES;
+use crate::log::LogFlags;
+
+/// Serves large language models from separate prefill and decode workers.
+///
+/// `baton up` starts a whole cluster on this machine, with a small model that ships in the binary.
+#[derive(Debug, Parser)]
+#[command(name = "baton", version, after_help = EXIT_CODES, propagate_version = true, max_term_width = 110)]
+pub(crate) struct Arguments {
+    #[command(flatten)]
+    pub(crate) log: LogFlags,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// One thing the binary can do.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Start a cluster on this machine and keep it running
+    Up(crate::up::UpFlags),
+    /// Show every process, worker, pool and request of a cluster
+    Status(crate::status::StatusFlags),
+    /// Talk to a model in the terminal
+    Chat(crate::chat::ChatFlags),
+    /// Measure an endpoint or this machine's engine
+    #[command(subcommand)]
+    Bench(crate::bench::Bench),
+    /// Say what this machine offers and what is missing
+    Doctor,
+    /// Run one coordinator
+    Coordinator(crate::role::coordinator::CoordinatorFlags),
+    /// Run one prefill worker
+    PrefillWorker(crate::role::worker::WorkerFlags),
+    /// Run one decode worker
+    DecodeWorker(crate::role::worker::WorkerFlags),
+    /// Run one gateway
+    Gateway(crate::role::gateway::GatewayFlags),
+}
+
+impl Command {
+    /// Whether this is one process of a cluster.
+    pub(crate) fn is_role(&self) -> bool {
+        use Command::{Coordinator, DecodeWorker, Gateway, PrefillWorker};
+        matches!(self, Coordinator(_) | PrefillWorker(_) | DecodeWorker(_) | Gateway(_))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn command_lines_parse_or_are_refused() {
+        let cases = [
+            ("baton up", true),
+            ("baton up --prefill 2 --decode 2 --coordinators 3 --port 8001 --model /m", true),
+            ("baton up --coordinators 2", false),
+            ("baton up --decode 0", false),
+            ("baton up --prefill 0", true),
+            ("baton up --port 70000", false),
+            ("baton status --json", true),
+            ("baton status --data d --coordinator a:1", false),
+            ("baton bench serve --url http://a:1 --rate 3", true),
+            ("baton bench serve --url http://a:1 --rate 3 --concurrency 2", false),
+            ("baton bench serve", true),
+            ("baton decode-worker --coordinator a:1 --coordinator b:2 --log debug", true),
+            ("baton", false),
+        ];
+        for (line, expected) in cases {
+            let parsed = Arguments::try_parse_from(line.split(' '));
+            assert_eq!(parsed.is_ok(), expected, "{line}: {parsed:?}");
+        }
+    }
+}

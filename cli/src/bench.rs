@@ -1,0 +1,26 @@
+//! `baton bench`: figures of an endpoint over HTTP, or of this machine's engine without a network.
+
+pub(crate) mod engine;
+pub(crate) mod figure;
+pub(crate) mod percentile;
+pub(crate) mod serve;
+
+use clap::Subcommand;
+
+use crate::exit::Failure;
+
+/// What to measure.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Bench {
+    /// Drive an OpenAI-compatible endpoint and measure TTFT, ITL and throughput
+    Serve(serve::ServeFlags),
+    /// Measure prefill and decode of the engine in this process, beside the machine's own limits
+    Engine(engine::EngineFlags),
+}
+
+pub(crate) fn run(bench: Bench) -> Result<(), Failure> {
+    match bench {
+        Bench::Serve(flags) => serve::run(flags),
+        Bench::Engine(flags) => engine::run(flags),
+    }
+}

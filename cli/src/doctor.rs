@@ -1,0 +1,87 @@
+//! `baton doctor`: what this machine offers, and what is missing and why.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+
+use baton_kernels::Profile;
+
+use crate::exit::Failure;
+use crate::surroundings;
+use crate::table;
+
+const PORT: u16 = 8000;
+
+pub(crate) fn run() -> Result<(), Failure> {
+    let rows: Vec<Vec<String>> = findings().into_iter().map(|(what, found)| vec![what.to_string(), found]).collect();
+    print!("{}", table::render(&["WHAT", "FOUND"], &rows));
+    Ok(())
+}
+
+fn findings() -> Vec<(&'static str, String)> {
+    vec![
+        ("version", format!("baton {}, wire version {}", env!("CARGO_PKG_VERSION"), baton_proto::WIRE_VERSION)),
+        ("cores", surroundings::cores().to_string()),
+        ("kernels", kernels()),
+        ("memory", memory()),
+        ("huge pages", huge_pages()),
+        ("model", shipped()),
+        ("port", port()),
+        ("open files", open_files()),
+        ("handoff links", "tcp and in-process; shared memory, UCX and NCCL are not in this build".to_string()),
+        ("gpu", "not used: this build computes on the CPU".to_string()),
+        ("data directory", data_directory()),
+    ]
+}
+
+fn kernels() -> String {
+    let best = Profile::best();
+    match baton_kernels::Cpu::new(1, best) {
+        Ok(cpu) => format!("{} with profile {}", cpu.isa(), best.as_str()),
+        Err(error) => format!("none: {error}"),
+    }
+}
+
+fn memory() -> String {
+    let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
+    match (surroundings::memory_available(), surroundings::memory_total()) {
+        (Some(available), Some(total)) => format!("{:.1} GiB available of {:.1} GiB", gib(available), gib(total)),
+        _ => "unknown: /proc/meminfo does not say".to_string(),
+    }
+}
+
+fn huge_pages() -> String {
+    match std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled") {
+        Ok(modes) => match modes.split(['[', ']']).nth(1) {
+            Some("never") => "off: memory-bound steps are slower; `madvise` or `always` turns them on".to_string(),
+            Some(mode) => format!("on ({mode})"),
+            None => "unknown".to_string(),
+        },
+        Err(_) => "unknown: this kernel does not say".to_string(),
+    }
+}
+
+fn shipped() -> String {
+    format!("{} is part of this binary ({:.1} MiB)", crate::model::NAME, crate::model::bytes() as f64 / (1 << 20) as f64)
+}
+
+fn port() -> String {
+    match surroundings::bindable(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), PORT)) {
+        Ok(()) => format!("{PORT} is free on 127.0.0.1"),
+        Err(error) => format!("{PORT} cannot be used ({error}); choose another with `baton up --port`"),
+    }
+}
+
+fn open_files() -> String {
+    match crate::process::open_files_max() {
+        Some(limit) if limit < 4096 => format!("{limit}: few for thousands of streams; raise it with `ulimit -n`"),
+        Some(limit) => limit.to_string(),
+        None => "unknown".to_string(),
+    }
+}
+
+fn data_directory() -> String {
+    let data = surroundings::default_data();
+    match crate::up::cluster_file::ClusterFile::read(&data) {
+        Ok(file) if file.runs() => format!("{}: a cluster runs there at {}", data.display(), file.url),
+        _ => format!("{}: no cluster runs there", data.display()),
+    }
+}

@@ -1,0 +1,146 @@
+//! What all four role processes share: flags, readiness, metrics, signals, the end.
+
+pub(crate) mod coordinator;
+pub(crate) mod gateway;
+pub(crate) mod metrics;
+pub(crate) mod settings;
+pub(crate) mod worker;
+
+use std::fmt::Display;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use baton_core::{Env, Role, SystemClock};
+use baton_proto::TcpNet;
+use clap::Args;
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::event::{Event, Voice};
+use crate::exit::Failure;
+
+/// Longest a role may take to end well before it is ended anyway.
+const STOP_MAX: Duration = Duration::from_secs(3);
+
+/// The end of every role's `--help`.
+pub(crate) const EXIT_CODES: &str = "Every key of the TOML file has a flag or is described in docs/operations; a flag overrides its key, and unknown keys are refused.
+
+Exit codes:
+  0  ended as asked (Ctrl-C, SIGTERM)
+  1  failed while it served
+  2  refused before it served: flags, configuration, model or address";
+
+/// Flags of every role.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct RoleFlags {
+    /// TOML file with this role's configuration; flags override it
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Print JSON lines (loading, ready, failed) on stdout for a supervisor
+    #[arg(long)]
+    events: bool,
+    /// Fixes this process's random choices [default: from the operating system, and logged]
+    #[arg(long)]
+    seed: Option<u64>,
+}
+
+impl RoleFlags {
+    fn voice(&self) -> Voice {
+        match self.events {
+            true => Voice::Events,
+            false => Voice::Lines,
+        }
+    }
+
+    /// The world this process lives in.
+    fn env(&self) -> anyhow::Result<Env> {
+        let rng = crate::seed::rng(self.seed)?;
+        Ok(Env { net: std::sync::Arc::new(TcpNet), clock: std::sync::Arc::new(SystemClock), rng })
+    }
+}
+
+/// A role that has started, whichever it is.
+pub(crate) trait Running {
+    fn address(&self) -> String;
+    /// Resolves when it ended by itself.
+    async fn stopped(&mut self) -> Result<(), String>;
+    /// Ends it well.
+    async fn stop(self);
+}
+
+/// Implements `Running` for a role's own struct of that name.
+macro_rules! running {
+    ($($kind:ty),*) => {$(
+        impl Running for $kind {
+            fn address(&self) -> String {
+                <$kind>::address(self)
+            }
+
+            async fn stopped(&mut self) -> Result<(), String> {
+                <$kind>::stopped(self).await.map_err(|error| error.to_string())
+            }
+
+            async fn stop(self) {
+                <$kind>::stop(self).await;
+            }
+        }
+    )*};
+}
+running!(baton_coordinator::Running, baton_gateway::Running, baton_worker::Running);
+
+/// Runs a role's process: builds the runtime, tells the supervisor why it failed.
+pub(crate) fn process(
+    mut runtime: tokio::runtime::Builder,
+    flags: &RoleFlags,
+    body: impl Future<Output = Result<(), Failure>>,
+) -> Result<(), Failure> {
+    crate::process::raise_open_files();
+    let outcome = match runtime.enable_all().build() {
+        Ok(runtime) => {
+            let outcome = runtime.block_on(body);
+            runtime.shutdown_timeout(STOP_MAX);
+            outcome
+        }
+        Err(error) => Err(error.into()),
+    };
+    if let Err(failure) = &outcome {
+        flags.voice().say(&Event::Failed { message: failure.to_string(), code: failure.code });
+    }
+    outcome
+}
+
+/// Says that the role serves, and waits for its end.
+pub(crate) async fn serve(
+    mut running: impl Running,
+    role: Role,
+    id: String,
+    metrics: Option<String>,
+    voice: Voice,
+) -> Result<(), Failure> {
+    let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+    let address = running.address();
+    tracing::info!(%role, id, address, "ready");
+    voice.say(&Event::Ready { role, id: id.clone(), address, metrics });
+    let asked = async {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
+    };
+    tokio::select! {
+        ended = running.stopped() => return match ended {
+            Ok(()) => Err(anyhow::anyhow!("{id} ended by itself").into()),
+            Err(error) => Err(anyhow::anyhow!("{id} failed: {error}").into()),
+        },
+        () = asked => {}
+    }
+    tracing::info!(%role, id, "ending");
+    if tokio::time::timeout(STOP_MAX, running.stop()).await.is_err() {
+        tracing::warn!(id, "did not end within {} s and is ended", STOP_MAX.as_secs());
+    }
+    Ok(())
+}
+
+/// A role that could not start, as a refusal that names an address in use as such.
+pub(crate) fn not_started(what: &str, error: impl Display) -> Failure {
+    Failure::refuse(format!("{what} did not start: {error}"))
+}

@@ -1,0 +1,101 @@
+//! `baton coordinator`: one node of the ledger.
+
+use baton_coordinator::Config;
+use baton_core::Role;
+use clap::Args;
+use toml::Value;
+
+use super::settings::Settings;
+use super::{EXIT_CODES, RoleFlags, metrics, not_started};
+use crate::exit::Failure;
+use crate::surroundings;
+
+/// Where a coordinator listens unless told otherwise.
+pub(crate) const LISTEN: &str = "127.0.0.1:7100";
+
+/// Run one coordinator.
+///
+/// One node is enough to serve; three survive the loss of one. Every node names all nodes with --peer. Keys of the TOML
+/// file: node, listen, advertise, data, peers, cluster, policy, metrics.
+#[derive(Args, Debug)]
+#[command(after_help = EXIT_CODES)]
+pub(crate) struct CoordinatorFlags {
+    #[command(flatten)]
+    role: RoleFlags,
+    /// Number of this node, from 1; never given to another node or an emptied disk [default: 1]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    node: Option<u32>,
+    /// gRPC address [default: 127.0.0.1:7100]
+    #[arg(long, value_name = "HOST:PORT")]
+    listen: Option<String>,
+    /// Address under which other processes reach this node [default: --listen]
+    #[arg(long, value_name = "HOST:PORT")]
+    advertise: Option<String>,
+    /// Directory of the ledger [default: $HOME/.baton/coordinator-<node>]
+    #[arg(long, value_name = "DIR")]
+    data: Option<String>,
+    /// A node and its address, this one among them; 1 or 3 in total [default: only this node]
+    #[arg(long = "peer", value_name = "N=HOST:PORT", value_parser = peer)]
+    peers: Vec<(u32, String)>,
+    /// Address for /metrics and /live; port 0 takes a free one [default: 127.0.0.1:0]
+    #[arg(long, value_name = "HOST:PORT")]
+    metrics: Option<String>,
+}
+
+/// Reads `1=host:port`.
+fn peer(text: &str) -> Result<(u32, String), String> {
+    let parts = text.split_once('=').and_then(|(node, address)| Some((node.parse().ok()?, address.to_string())));
+    parts.filter(|(node, address)| *node > 0 && address.contains(':')).ok_or_else(|| "is not of the form N=HOST:PORT".into())
+}
+
+pub(crate) fn run(flags: CoordinatorFlags) -> Result<(), Failure> {
+    let common = flags.role.clone();
+    super::process(tokio::runtime::Builder::new_current_thread(), &common, serve(flags))
+}
+
+async fn serve(flags: CoordinatorFlags) -> Result<(), Failure> {
+    let voice = flags.role.voice();
+    let env = flags.role.env()?;
+    let mut settings = Settings::read(flags.role.config.as_deref())?;
+    let metrics_address = flags.metrics.clone().or(settings.take("metrics")?).unwrap_or_else(|| "127.0.0.1:0".to_string());
+    let config: Config = fill(settings, flags)?;
+
+    let handle = metrics::install()?;
+    let metrics = metrics::serve(env.net.clone(), &metrics_address, handle).await.map_err(Failure::refused)?;
+    let id = format!("coordinator-{}", config.node);
+    let running = baton_coordinator::start(config, env).await.map_err(|error| not_started(&id, error))?;
+    super::serve(running, Role::Coordinator, id, Some(metrics), voice).await
+}
+
+/// Flags over the file, defaults below it.
+fn fill(mut settings: Settings, flags: CoordinatorFlags) -> Result<Config, Failure> {
+    let pairs = flags.peers.iter().map(|(node, address)| Value::Array(vec![(*node).into(), address.as_str().into()]));
+    let pairs: Vec<Value> = pairs.collect();
+    settings.flag("node", flags.node);
+    settings.flag("listen", flags.listen);
+    settings.flag("advertise", flags.advertise);
+    settings.flag("data", flags.data);
+    settings.flag("peers", (!pairs.is_empty()).then_some(pairs));
+    settings.fallback("node", 1);
+    settings.fallback("listen", LISTEN);
+    let (node, listen) = (settings.get("node"), settings.get("listen"));
+    settings.fallback("advertise", listen);
+    let advertise = settings.get("advertise");
+    let directory = format!("coordinator-{}", node.as_integer().unwrap_or(1));
+    settings.fallback("data", surroundings::default_data().join(directory).display().to_string());
+    settings.fallback("peers", vec![Value::Array(vec![node, advertise])]);
+    settings.finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn peers_are_a_number_and_an_address() {
+        assert_eq!(peer("2=host:1"), Ok((2, "host:1".to_string())));
+        for bad in ["", "host:1", "0=host:1", "x=host:1", "1=host"] {
+            assert!(peer(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,55 @@
+//! `baton gateway`: the OpenAI-compatible API.
+
+use baton_core::Role;
+use baton_gateway::Config;
+use clap::Args;
+
+use super::settings::{Settings, texts};
+use super::{EXIT_CODES, RoleFlags, metrics, not_started};
+use crate::exit::Failure;
+
+/// Run one gateway.
+///
+/// It serves the OpenAI-compatible API, /health, /live and /metrics on one port, and finds models and workers through the
+/// coordinators. Keys of the TOML file: id, listen, coordinators, aliases, requests_max, deadline_ms.
+#[derive(Args, Debug)]
+#[command(after_help = EXIT_CODES)]
+pub(crate) struct GatewayFlags {
+    #[command(flatten)]
+    role: RoleFlags,
+    /// Name, unique in the cluster [default: gateway-0]
+    #[arg(long)]
+    id: Option<String>,
+    /// HTTP address; port 0 takes a free one [default: 127.0.0.1:8000]
+    #[arg(long, value_name = "HOST:PORT")]
+    listen: Option<String>,
+    /// A coordinator's address; name each of them [default: 127.0.0.1:7100]
+    #[arg(long = "coordinator", value_name = "HOST:PORT")]
+    coordinators: Vec<String>,
+}
+
+pub(crate) fn run(flags: GatewayFlags) -> Result<(), Failure> {
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    runtime.worker_threads(2);
+    let common = flags.role.clone();
+    super::process(runtime, &common, serve(flags))
+}
+
+async fn serve(flags: GatewayFlags) -> Result<(), Failure> {
+    let voice = flags.role.voice();
+    let env = flags.role.env()?;
+    let mut settings = Settings::read(flags.role.config.as_deref())?;
+    settings.flag("id", flags.id);
+    settings.flag("listen", flags.listen);
+    settings.flag("coordinators", texts(&flags.coordinators));
+    settings.fallback("id", "gateway-0");
+    settings.fallback("listen", "127.0.0.1:8000");
+    settings.fallback("coordinators", vec![super::coordinator::LISTEN]);
+    let config: Config = settings.finish()?;
+
+    let handle = metrics::install()?;
+    let id = config.id.clone();
+    let render = std::sync::Arc::new(move || handle.render());
+    let running = baton_gateway::start(config, env, render).await.map_err(|error| not_started(&id, error))?;
+    super::serve(running, Role::Gateway, id, None, voice).await
+}

@@ -1,0 +1,205 @@
+//! `baton prefill-worker` and `baton decode-worker`: load the model, then serve one role with it.
+
+use std::path::PathBuf;
+
+use anyhow::Context;
+use baton_core::limits::{BLOCK_TOKENS, WORKER_QUEUE_MAX};
+use baton_core::{Env, Role};
+use baton_engine::{LoadOptions, Loaded, ModelSpec, Progress};
+use baton_kernels::Profile;
+use baton_worker::{Config, LoadedModel};
+use clap::Args;
+
+use super::settings::{Settings, texts};
+use super::{EXIT_CODES, RoleFlags, metrics, not_started};
+use crate::event::{Event, Voice};
+use crate::exit::Failure;
+use crate::surroundings;
+
+/// KV positions a worker has room for unless told otherwise; fewer where memory is short.
+const KV_TOKENS: u64 = 64 << 10;
+/// Share of the free memory that KV blocks take at most unless told otherwise: one part in so many.
+const KV_MEMORY_PART: u64 = 4;
+const BATCH_TOKENS: usize = 512;
+const SEQUENCES_MAX: usize = 256;
+
+/// Run one worker.
+///
+/// It loads the model, registers with the coordinators and serves until it is ended. Keys of the TOML file: id, listen,
+/// kv_listen, advertise_host, coordinators, model, threads, profile, metrics, kv_bytes, and in [engine]: blocks,
+/// batch_tokens_max, sequences_max, queue_max, prefix_cache.
+#[derive(Args, Debug)]
+#[command(after_help = EXIT_CODES)]
+pub(crate) struct WorkerFlags {
+    #[command(flatten)]
+    role: RoleFlags,
+    /// Name, unique in the cluster; a process that takes a name over fences its earlier holder [default: <role>-0]
+    #[arg(long)]
+    id: Option<String>,
+    /// Hugging Face model directory
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// gRPC address; port 0 takes a free one [default: 127.0.0.1:0]
+    #[arg(long, value_name = "HOST:PORT")]
+    listen: Option<String>,
+    /// Address where a decode worker receives KV blocks; port 0 takes a free one [default: 127.0.0.1:0]
+    #[arg(long, value_name = "HOST:PORT")]
+    kv_listen: Option<String>,
+    /// Host under which other processes reach this worker [default: 127.0.0.1]
+    #[arg(long, value_name = "HOST")]
+    advertise_host: Option<String>,
+    /// A coordinator's address; name each of them [default: 127.0.0.1:7100]
+    #[arg(long = "coordinator", value_name = "HOST:PORT")]
+    coordinators: Vec<String>,
+    /// Threads to compute with [default: all cores]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    threads: Option<u32>,
+    /// Kernel profile: f32acc or bf16dp; workers of one cluster should agree [default: the fastest this machine has]
+    #[arg(long)]
+    profile: Option<String>,
+    /// KV blocks (of 16 tokens) [default: 4096, or as many as --kv-bytes hold]
+    #[arg(long, value_name = "N")]
+    kv_blocks: Option<u32>,
+    /// Bytes of memory KV blocks take at most when --kv-blocks is not given [default: a quarter of the free memory]
+    #[arg(long, value_name = "N")]
+    kv_bytes: Option<i64>,
+    /// Tokens one step computes at most [default: 512]
+    #[arg(long, value_name = "N")]
+    batch_tokens: Option<u32>,
+    /// Address for /metrics and /live; port 0 takes a free one [default: 127.0.0.1:0]
+    #[arg(long, value_name = "HOST:PORT")]
+    metrics: Option<String>,
+}
+
+pub(crate) fn run(flags: WorkerFlags, role: Role) -> Result<(), Failure> {
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    runtime.worker_threads(2);
+    let common = flags.role.clone();
+    super::process(runtime, &common, serve(flags, role))
+}
+
+/// Keys that this process reads itself; the rest is the worker's.
+struct Own {
+    model: PathBuf,
+    threads: usize,
+    profile: Option<Profile>,
+    kv_bytes: u64,
+    metrics: String,
+}
+
+async fn serve(flags: WorkerFlags, role: Role) -> Result<(), Failure> {
+    let voice = flags.role.voice();
+    let env = flags.role.env()?;
+    let (own, settings) = settings(flags, role)?;
+    let handle = metrics::install()?;
+    let (model, settings) = load(&own, settings, voice).await?;
+    let config: Config = settings.finish()?;
+    let metrics = metrics::serve(env.net.clone(), &own.metrics, handle).await.map_err(Failure::refused)?;
+    let id = config.id.to_string();
+    start(role, config, model, env, id, metrics, voice).await
+}
+
+async fn start(
+    role: Role,
+    config: Config,
+    model: LoadedModel,
+    env: Env,
+    id: String,
+    metrics: String,
+    voice: Voice,
+) -> Result<(), Failure> {
+    let refused = |error: &dyn std::fmt::Display| not_started(&id, error);
+    match role {
+        Role::Prefill => {
+            let running = baton_prefill_worker::start(config, model, env).await.map_err(|e| refused(&e))?;
+            super::serve(running, role, id, Some(metrics), voice).await
+        }
+        _ => {
+            let running = baton_decode_worker::start(config, model, env).await.map_err(|e| refused(&e))?;
+            super::serve(running, role, id, Some(metrics), voice).await
+        }
+    }
+}
+
+/// Lays flags over the file and takes out what this process reads itself.
+fn settings(flags: WorkerFlags, role: Role) -> Result<(Own, Settings), Failure> {
+    let mut settings = Settings::read(flags.role.config.as_deref())?;
+    settings.flag("id", flags.id);
+    settings.flag("listen", flags.listen);
+    settings.flag("kv_listen", flags.kv_listen);
+    settings.flag("advertise_host", flags.advertise_host);
+    settings.flag("coordinators", texts(&flags.coordinators));
+    settings.flag("engine.blocks", flags.kv_blocks);
+    settings.flag("engine.batch_tokens_max", flags.batch_tokens);
+    settings.flag("role", Some(role.as_str()));
+    settings.fallback("id", format!("{role}-0"));
+    settings.fallback("listen", "127.0.0.1:0");
+    settings.fallback("kv_listen", "127.0.0.1:0");
+    settings.fallback("advertise_host", "127.0.0.1");
+    settings.fallback("coordinators", vec![super::coordinator::LISTEN]);
+    settings.fallback("engine.batch_tokens_max", BATCH_TOKENS as i64);
+    settings.fallback("engine.sequences_max", SEQUENCES_MAX as i64);
+    settings.fallback("engine.queue_max", WORKER_QUEUE_MAX as i64);
+    settings.fallback("engine.prefix_cache", true);
+
+    let own = Own {
+        model: flags.model.or(settings.take("model")?).ok_or_else(|| Failure::refuse("name a model directory with --model"))?,
+        threads: flags.threads.or(settings.take("threads")?).map_or_else(surroundings::cores, |n: u32| n as usize),
+        profile: profile(flags.profile.or(settings.take("profile")?))?,
+        kv_bytes: kv_bytes(flags.kv_bytes.or(settings.take("kv_bytes")?))?,
+        metrics: flags.metrics.or(settings.take("metrics")?).unwrap_or_else(|| "127.0.0.1:0".to_string()),
+    };
+    Ok((own, settings))
+}
+
+fn profile(name: Option<String>) -> Result<Option<Profile>, Failure> {
+    let Some(name) = name else { return Ok(None) };
+    let found = [Profile::F32Acc, Profile::Bf16Dp].into_iter().find(|profile| profile.as_str() == name);
+    found.map(Some).ok_or_else(|| Failure::refuse(format!("{name:?} is no kernel profile; f32acc and bf16dp are")))
+}
+
+fn kv_bytes(asked: Option<i64>) -> Result<u64, Failure> {
+    match asked {
+        None => Ok(surroundings::memory_available().unwrap_or(4 << 30) / KV_MEMORY_PART),
+        Some(bytes) => u64::try_from(bytes).map_err(|_| Failure::refuse("kv_bytes is below 0")),
+    }
+}
+
+/// Loads on a thread of its own, so that signals and the supervisor's pipe stay served, and fills in what depends on the model.
+async fn load(own: &Own, mut settings: Settings, voice: Voice) -> Result<(LoadedModel, Settings), Failure> {
+    let (directory, options) = (own.model.clone(), LoadOptions { threads: own.threads, profile: own.profile });
+    let loading = tokio::task::spawn_blocking(move || read(directory, options, voice));
+    let model = loading.await.context("the loading thread failed")?.map_err(Failure::refused)?;
+    let blocks = default_blocks(&model.spec, own.kv_bytes);
+    tracing::info!(
+        model = model.spec.name,
+        parameters = model.spec.parameters,
+        numerics = %model.spec.numerics,
+        threads = own.threads,
+        blocks,
+        "loaded"
+    );
+    settings.fallback("engine.blocks", blocks as i64);
+    Ok((model, settings))
+}
+
+fn read(directory: PathBuf, options: LoadOptions, voice: Voice) -> anyhow::Result<LoadedModel> {
+    let mut said = 0;
+    let mut progress = |now: Progress| {
+        // A line for every percent at most.
+        let percent = now.bytes_done * 100 / now.bytes_total.max(1);
+        if percent > said {
+            said = percent;
+            voice.say(&Event::Loading { done: now.bytes_done, total: now.bytes_total });
+        }
+    };
+    let Loaded { model, spec } = baton_engine::load(&directory, options, &mut progress)?;
+    let card = baton_worker::card::read(&directory, &spec)?;
+    Ok(LoadedModel { spec, backend: Box::new(model), card })
+}
+
+/// Blocks for `KV_TOKENS` tokens, or as many as fit.
+fn default_blocks(spec: &ModelSpec, kv_bytes: u64) -> u64 {
+    let fit = kv_bytes / spec.layout.block_bytes() as u64;
+    fit.clamp(1, KV_TOKENS / BLOCK_TOKENS as u64)
+}

@@ -1,0 +1,367 @@
+//! `baton status`: processes from the cluster file of `baton up`, everything else from a coordinator's view.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use baton_core::Role;
+use baton_proto::v1::coordinator_client::CoordinatorClient;
+use baton_proto::v1::{ClusterView, Load, Member, MemberView, WatchRequest};
+use baton_proto::{TcpNet, channel};
+use clap::Args;
+use serde::Serialize;
+
+use crate::exit::Failure;
+use crate::table;
+use crate::up::cluster_file::{ClusterFile, Process};
+
+/// Longest wait for one coordinator's view.
+const VIEW_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Show every process, worker, pool and request of a cluster.
+///
+/// Reads the data directory of a `baton up` on this machine, or asks any coordinator with --coordinator.
+#[derive(Args, Debug)]
+#[command(after_help = "Exit codes:\n  0  the cluster answered\n  1  processes are there, but no coordinator answered\n  2  there is no cluster")]
+pub(crate) struct StatusFlags {
+    /// Print one JSON object: processes, workers, pools, leader, requests_open
+    #[arg(long)]
+    json: bool,
+    /// Data directory of the `baton up` to show [default: $HOME/.baton]
+    #[arg(long, value_name = "DIR")]
+    data: Option<PathBuf>,
+    /// Ask this coordinator instead of looking for a `baton up` on this machine
+    #[arg(long, value_name = "HOST:PORT", conflicts_with = "data")]
+    coordinator: Option<String>,
+}
+
+pub(crate) fn run(flags: StatusFlags) -> Result<(), Failure> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(show(flags))
+}
+
+async fn show(flags: StatusFlags) -> Result<(), Failure> {
+    let (file, coordinators) = match &flags.coordinator {
+        Some(address) => (None, vec![address.clone()]),
+        None => {
+            let file = read(&flags.data.clone().unwrap_or_else(crate::surroundings::default_data))?;
+            let coordinators = file.addresses(Role::Coordinator);
+            (Some(file), coordinators)
+        }
+    };
+    let view = view(&coordinators).await;
+    if view.is_none() && file.is_none() {
+        return Err(Failure::refuse(format!("no coordinator answers at {}", coordinators.join(", "))));
+    }
+    let answered = view.is_some();
+    let status = Status::new(file, view.unwrap_or_default());
+    match flags.json {
+        true => println!("{}", serde_json::to_string(&status)?),
+        false => print!("{}", status.text()),
+    }
+    match answered {
+        true => Ok(()),
+        false => Err(anyhow::anyhow!("no coordinator answers; what is shown comes from the cluster file").into()),
+    }
+}
+
+fn read(data: &Path) -> Result<ClusterFile, Failure> {
+    let nobody = || format!("no cluster runs on {}; start one with `baton up`, or name its --data directory", data.display());
+    let file = ClusterFile::read(data).map_err(|error| Failure::refuse(format!("{} ({error})", nobody())))?;
+    match file.runs() {
+        true => Ok(file),
+        false => Err(Failure::refuse(nobody())),
+    }
+}
+
+/// The first coordinator's view that can be had.
+async fn view(coordinators: &[String]) -> Option<ClusterView> {
+    for address in coordinators {
+        let asked = tokio::time::timeout(VIEW_TIMEOUT, watch_once(address)).await;
+        match asked {
+            Ok(Ok(view)) => return Some(view),
+            Ok(Err(error)) => tracing::debug!(address, "no view: {error:#}"),
+            Err(_) => tracing::debug!(address, "no view in time"),
+        }
+    }
+    None
+}
+
+async fn watch_once(address: &str) -> anyhow::Result<ClusterView> {
+    let channel = channel(Arc::new(TcpNet), address)?;
+    let mut views = CoordinatorClient::new(channel).watch(WatchRequest {}).await?.into_inner();
+    views.message().await?.ok_or_else(|| anyhow::anyhow!("the coordinator ended the watch"))
+}
+
+/// Everything that is shown.
+#[derive(Debug, Serialize)]
+struct Status {
+    url: Option<String>,
+    model: Option<String>,
+    processes: Vec<ProcessRow>,
+    workers: Vec<WorkerRow>,
+    pools: Vec<Pool>,
+    /// Id of the coordinator node that leads; null when nobody does.
+    leader: Option<u64>,
+    requests_open: u64,
+    ledger_index: u64,
+}
+
+#[derive(Debug, Serialize)]
+struct ProcessRow {
+    role: String,
+    id: String,
+    pid: u32,
+    address: String,
+    metrics: Option<String>,
+    /// starting, ready or down; for processes seen only by the coordinator: live or silent.
+    state: String,
+    restarts: u32,
+    resident_bytes: Option<u64>,
+}
+
+#[derive(Debug, Default, Serialize)]
+struct WorkerRow {
+    id: String,
+    role: String,
+    model: String,
+    address: String,
+    incarnation: u64,
+    live: bool,
+    silent_ms: u64,
+    draining: bool,
+    #[serde(flatten)]
+    work: Work,
+}
+
+/// What a worker, or a pool of them, holds and does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+struct Work {
+    blocks_total: u64,
+    blocks_free: u64,
+    blocks_cached: u64,
+    blocks_used: u64,
+    blocks_in_flight: u64,
+    sequences_running: u64,
+    sequences_waiting: u64,
+    tokens_waiting: u64,
+    steps: u64,
+}
+
+impl Work {
+    fn of(load: &Load) -> Work {
+        Work {
+            blocks_total: load.blocks_total,
+            blocks_free: load.blocks_free,
+            blocks_cached: load.blocks_cached,
+            blocks_used: load.blocks_used,
+            blocks_in_flight: load.blocks_in_flight,
+            sequences_running: load.sequences_running.into(),
+            sequences_waiting: load.sequences_waiting.into(),
+            tokens_waiting: load.tokens_waiting,
+            steps: load.steps,
+        }
+    }
+
+    fn add(&mut self, other: &Work) {
+        self.blocks_total += other.blocks_total;
+        self.blocks_free += other.blocks_free;
+        self.blocks_cached += other.blocks_cached;
+        self.blocks_used += other.blocks_used;
+        self.blocks_in_flight += other.blocks_in_flight;
+        self.sequences_running += other.sequences_running;
+        self.sequences_waiting += other.sequences_waiting;
+        self.tokens_waiting += other.tokens_waiting;
+        self.steps += other.steps;
+    }
+}
+
+/// The workers of one role and one model.
+#[derive(Debug, Serialize)]
+struct Pool {
+    role: String,
+    model: String,
+    workers: usize,
+    live: usize,
+    #[serde(flatten)]
+    work: Work,
+}
+
+fn role_word(member: &Member) -> String {
+    Role::try_from(member.role()).map_or("unknown".to_string(), |role| role.to_string())
+}
+
+impl WorkerRow {
+    fn of(view: &MemberView) -> Option<WorkerRow> {
+        let member = view.member.as_ref()?;
+        let worker = matches!(Role::try_from(member.role()), Ok(Role::Prefill | Role::Decode));
+        worker.then(|| WorkerRow {
+            id: member.id.clone(),
+            role: role_word(member),
+            model: member.model.as_ref().map_or(String::new(), |model| model.name.clone()),
+            address: member.address.clone(),
+            incarnation: member.incarnation,
+            live: view.live,
+            silent_ms: view.silent_ms,
+            draining: view.load.as_ref().is_some_and(|load| load.draining),
+            work: view.load.as_ref().map(Work::of).unwrap_or_default(),
+        })
+    }
+}
+
+impl ProcessRow {
+    fn of_file(process: Process) -> ProcessRow {
+        ProcessRow {
+            role: process.role.to_string(),
+            resident_bytes: crate::surroundings::resident(process.pid),
+            id: process.id,
+            pid: process.pid,
+            address: process.address,
+            metrics: process.metrics,
+            state: process.state,
+            restarts: process.restarts,
+        }
+    }
+
+    fn of_member(view: &MemberView) -> Option<ProcessRow> {
+        let member = view.member.as_ref()?;
+        Some(ProcessRow::seen(role_word(member), member.id.clone(), member.pid, member.address.clone(), view.live))
+    }
+
+    fn seen(role: String, id: String, pid: u32, address: String, live: bool) -> ProcessRow {
+        let state = if live { "live" } else { "silent" }.to_string();
+        ProcessRow { role, id, pid, address, metrics: None, state, restarts: 0, resident_bytes: None }
+    }
+}
+
+impl Status {
+    fn new(file: Option<ClusterFile>, view: ClusterView) -> Status {
+        let (url, model) = (file.as_ref().map(|f| f.url.clone()), file.as_ref().map(|f| f.model.clone()));
+        let processes = match file {
+            Some(file) => file.processes.into_iter().map(ProcessRow::of_file).collect(),
+            None => seen_by_coordinator(&view),
+        };
+        let workers: Vec<_> = view.members.iter().filter_map(WorkerRow::of).collect();
+        Status {
+            url,
+            model,
+            processes,
+            pools: pools(&workers),
+            workers,
+            leader: (view.leader != 0).then_some(view.leader),
+            requests_open: view.requests_open,
+            ledger_index: view.ledger_index,
+        }
+    }
+
+    fn text(&self) -> String {
+        let mut text = self.processes_text() + "\n" + &self.workers_text() + "\n" + &self.pools_text();
+        let leader = self.leader.map_or("nobody leads".to_string(), |id| format!("coordinator {id} leads"));
+        text += &format!("\n{leader}; {} requests open; ledger at {}\n", self.requests_open, self.ledger_index);
+        if let Some(url) = &self.url {
+            text += &format!("API: {url}/v1\n");
+        }
+        text
+    }
+
+    fn processes_text(&self) -> String {
+        let mib = |bytes: Option<u64>| bytes.map_or("-".to_string(), |b| format!("{:.0}", b as f64 / (1 << 20) as f64));
+        let row = |p: &ProcessRow| {
+            let (pid, restarts) = (p.pid.to_string(), p.restarts.to_string());
+            vec![p.role.clone(), p.id.clone(), pid, p.address.clone(), p.state.clone(), restarts, mib(p.resident_bytes)]
+        };
+        let rows: Vec<_> = self.processes.iter().map(row).collect();
+        table::render(&["ROLE", "ID", "PID", "ADDRESS", "STATE", "RESTARTS", "MIB"], &rows)
+    }
+
+    fn workers_text(&self) -> String {
+        let row = |w: &WorkerRow| {
+            let life = match (w.live, w.draining) {
+                (true, false) => "live".to_string(),
+                (true, true) => "draining".to_string(),
+                (false, _) => format!("silent for {} ms", w.silent_ms),
+            };
+            let mut cells = vec![w.id.clone(), w.model.clone(), life];
+            cells.extend(work_cells(&w.work));
+            cells
+        };
+        let rows: Vec<_> = self.workers.iter().map(row).collect();
+        table::render(&[&["WORKER", "MODEL", "STATE"], WORK_HEAD].concat(), &rows)
+    }
+
+    fn pools_text(&self) -> String {
+        let row = |p: &Pool| {
+            let mut cells = vec![p.role.clone(), p.model.clone(), format!("{} of {}", p.live, p.workers)];
+            cells.extend(work_cells(&p.work));
+            cells
+        };
+        let rows: Vec<_> = self.pools.iter().map(row).collect();
+        table::render(&[&["POOL", "MODEL", "LIVE"], WORK_HEAD].concat(), &rows)
+    }
+}
+
+const WORK_HEAD: &[&str] = &["BLOCKS", "FREE", "CACHED", "USED", "IN FLIGHT", "RUNNING", "WAITING"];
+
+fn work_cells(work: &Work) -> [String; 7] {
+    let Work { blocks_total, blocks_free, blocks_cached, blocks_used, blocks_in_flight, .. } = work;
+    [blocks_total, blocks_free, blocks_cached, blocks_used, blocks_in_flight, &work.sequences_running, &work.sequences_waiting]
+        .map(u64::to_string)
+}
+
+fn seen_by_coordinator(view: &ClusterView) -> Vec<ProcessRow> {
+    let coordinators = view.coordinators.iter().map(|node| {
+        let id = format!("coordinator-{}", node.id);
+        ProcessRow::seen(Role::Coordinator.to_string(), id, node.pid, node.address.clone(), true)
+    });
+    coordinators.chain(view.members.iter().filter_map(ProcessRow::of_member)).collect()
+}
+
+fn pools(workers: &[WorkerRow]) -> Vec<Pool> {
+    let mut pools: Vec<Pool> = Vec::new();
+    for worker in workers {
+        let at = pools.iter().position(|p| p.role == worker.role && p.model == worker.model).unwrap_or_else(|| {
+            let (role, model) = (worker.role.clone(), worker.model.clone());
+            pools.push(Pool { role, model, workers: 0, live: 0, work: Work::default() });
+            pools.len() - 1
+        });
+        let pool = &mut pools[at];
+        pool.workers += 1;
+        if worker.live {
+            pool.live += 1;
+            pool.work.add(&worker.work);
+        }
+    }
+    pools
+}
+
+#[cfg(test)]
+mod tests {
+    use baton_proto::v1;
+
+    use super::*;
+
+    fn member(id: &str, role: v1::Role, live: bool, free: u64) -> MemberView {
+        let member = Member { id: id.into(), role: role.into(), pid: 7, address: "a:1".into(), ..Default::default() };
+        let load = Load { blocks_total: 10, blocks_free: free, blocks_used: 10 - free, ..Default::default() };
+        MemberView { member: Some(member), live, silent_ms: 3, load: Some(load) }
+    }
+
+    #[test]
+    fn a_view_becomes_processes_workers_and_pools() {
+        let members = vec![
+            member("prefill-0", v1::Role::Prefill, true, 10),
+            member("decode-0", v1::Role::Decode, true, 4),
+            member("decode-1", v1::Role::Decode, false, 9),
+            member("gateway", v1::Role::Gateway, true, 0),
+        ];
+        let coordinators = vec![v1::CoordinatorNode { id: 1, address: "c:1".into(), ..Default::default() }];
+        let status = Status::new(None, ClusterView { leader: 1, members, coordinators, ..Default::default() });
+        assert_eq!(status.processes.len(), 5);
+        assert_eq!(status.workers.len(), 3);
+        let decode = &status.pools[1];
+        assert_eq!((decode.workers, decode.live, decode.work.blocks_total, decode.work.blocks_used), (2, 1, 10, 6));
+        let json = serde_json::to_value(&status).unwrap();
+        assert_eq!((&json["leader"], &json["workers"][1]["blocks_used"]), (&1.into(), &6.into()));
+        assert!(status.text().contains("silent for 3 ms"));
+    }
+}

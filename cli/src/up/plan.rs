@@ -1,0 +1,145 @@
+//! Which processes a cluster on one machine has, and with which arguments each is started. Pure.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use baton_core::Role;
+
+/// What the cluster shall be; every choice is made.
+#[derive(Clone, Debug)]
+pub(crate) struct Topology {
+    pub(crate) model: PathBuf,
+    pub(crate) prefill: usize,
+    pub(crate) decode: usize,
+    /// Where each coordinator listens; node ids count from 1.
+    pub(crate) coordinators: Vec<SocketAddr>,
+    /// Where the gateway listens.
+    pub(crate) gateway: SocketAddr,
+    pub(crate) data: PathBuf,
+    /// Per worker.
+    pub(crate) threads: usize,
+    /// Per worker; None lets it choose within `kv_bytes`.
+    pub(crate) kv_blocks: Option<u64>,
+    /// Per worker.
+    pub(crate) kv_bytes: u64,
+    pub(crate) batch_tokens: Option<u64>,
+    pub(crate) seed: Option<u64>,
+    /// Flags every child gets.
+    pub(crate) log: Vec<String>,
+}
+
+/// One process to start.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Plan {
+    pub(crate) role: Role,
+    pub(crate) id: String,
+    pub(crate) arguments: Vec<String>,
+}
+
+impl Topology {
+    /// Coordinators first, the gateway last.
+    pub(crate) fn plans(&self) -> Vec<Plan> {
+        let coordinators = (1..=self.coordinators.len()).map(|node| self.coordinator(node));
+        let prefill = (0..self.prefill).map(|n| self.worker(Role::Prefill, n));
+        let decode = (0..self.decode).map(|n| self.worker(Role::Decode, n));
+        let mut plans: Vec<Plan> = coordinators.chain(prefill).chain(decode).collect();
+        plans.push(self.gateway());
+        for (n, plan) in plans.iter_mut().enumerate() {
+            plan.arguments.push("--events".into());
+            plan.arguments.extend(self.seed.iter().flat_map(|seed| flag("--seed", seed.wrapping_add(n as u64))));
+            plan.arguments.extend(self.log.iter().cloned());
+        }
+        plans
+    }
+
+    /// Where coordinators of a cluster of this size keep their ledger: groups of different sizes never share one.
+    pub(crate) fn ledger(data: &Path, nodes: usize) -> PathBuf {
+        data.join(format!("coordinators-{nodes}"))
+    }
+
+    fn coordinator(&self, node: usize) -> Plan {
+        let data = Topology::ledger(&self.data, self.coordinators.len()).join(node.to_string());
+        let mut arguments = vec!["coordinator".to_string()];
+        arguments.extend(flag("--node", node));
+        arguments.extend(flag("--listen", self.coordinators[node - 1]));
+        arguments.extend(flag("--data", data.display()));
+        for (index, address) in self.coordinators.iter().enumerate() {
+            arguments.extend(flag("--peer", format!("{}={address}", index + 1)));
+        }
+        Plan { role: Role::Coordinator, id: format!("coordinator-{node}"), arguments }
+    }
+
+    fn worker(&self, role: Role, n: usize) -> Plan {
+        let id = format!("{role}-{n}");
+        let mut arguments = vec![format!("{role}-worker")];
+        arguments.extend(flag("--id", &id));
+        arguments.extend(flag("--model", self.model.display()));
+        arguments.extend(flag("--threads", self.threads));
+        arguments.extend(flag("--kv-bytes", self.kv_bytes));
+        arguments.extend(self.kv_blocks.iter().flat_map(|blocks| flag("--kv-blocks", blocks)));
+        arguments.extend(self.batch_tokens.iter().flat_map(|tokens| flag("--batch-tokens", tokens)));
+        arguments.extend(self.coordinator_flags());
+        Plan { role, id, arguments }
+    }
+
+    fn gateway(&self) -> Plan {
+        let id = "gateway-0".to_string();
+        let mut arguments = vec!["gateway".to_string()];
+        arguments.extend(flag("--id", &id));
+        arguments.extend(flag("--listen", self.gateway));
+        arguments.extend(self.coordinator_flags());
+        Plan { role: Role::Gateway, id, arguments }
+    }
+
+    fn coordinator_flags(&self) -> impl Iterator<Item = String> {
+        self.coordinators.iter().flat_map(|address| flag("--coordinator", address))
+    }
+}
+
+fn flag(name: &str, value: impl std::fmt::Display) -> [String; 2] {
+    [name.to_string(), value.to_string()]
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    fn topology(prefill: usize, decode: usize, coordinators: u16) -> Topology {
+        Topology {
+            model: "/m/name".into(),
+            prefill,
+            decode,
+            coordinators: (0..coordinators).map(|n| SocketAddr::from(([127, 0, 0, 1], 100 + n))).collect(),
+            gateway: SocketAddr::from(([127, 0, 0, 1], 8000)),
+            data: "/d".into(),
+            threads: 2,
+            kv_blocks: Some(64),
+            kv_bytes: 1 << 30,
+            batch_tokens: Some(512),
+            seed: Some(u64::MAX),
+            log: vec!["--log-json".into()],
+        }
+    }
+
+    #[test]
+    fn every_planned_command_line_parses() {
+        for (prefill, decode, coordinators) in [(1, 1, 1), (2, 2, 3), (0, 1, 1)] {
+            let plans = topology(prefill, decode, coordinators).plans();
+            assert_eq!(plans.len(), prefill + decode + coordinators as usize + 1);
+            for plan in plans {
+                let line = std::iter::once("baton".to_string()).chain(plan.arguments);
+                crate::args::Arguments::try_parse_from(line).unwrap_or_else(|error| panic!("{}: {error}", plan.id));
+            }
+        }
+    }
+
+    #[test]
+    fn processes_have_names_of_their_own() {
+        let ids: Vec<_> = topology(2, 1, 3).plans().into_iter().map(|plan| plan.id).collect();
+        let expected =
+            ["coordinator-1", "coordinator-2", "coordinator-3", "prefill-0", "prefill-1", "decode-0", "gateway-0"];
+        assert_eq!(ids, expected);
+    }
+}

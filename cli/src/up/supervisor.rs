@@ -1,0 +1,274 @@
+//! Starts all children at once, starts again those that die, and ends them all.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use baton_core::{Clock, Role, SystemClock};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+use super::child::{Child, Notice, Order, State};
+use super::cluster_file::{self, ClusterFile};
+use super::plan::Plan;
+use super::screen::Screen;
+use crate::event::Event;
+use crate::exit::{FAILED, Failure, REFUSED};
+
+/// Deaths of a child that has never served, after which starting is given up.
+const FIRST_TRIES: u32 = 3;
+/// Longest silence of all children while the cluster starts.
+const START_SILENCE: Duration = Duration::from_secs(120);
+/// What the gateway may still finish, then workers and coordinators, before they are killed.
+const GRACE: Duration = Duration::from_secs(4);
+const KILL_GRACE: Duration = Duration::from_secs(2);
+
+/// What the supervisor needs to know besides the plans.
+#[derive(Clone, Debug)]
+pub(crate) struct Cluster {
+    pub(crate) data: PathBuf,
+    pub(crate) url: String,
+    /// `host:port` of the gateway, to ask it whether it serves.
+    pub(crate) gateway: String,
+    pub(crate) model: String,
+}
+
+/// Owns every child.
+pub(crate) struct Supervisor {
+    cluster: Cluster,
+    children: Vec<Child>,
+    notices: mpsc::Receiver<Notice>,
+    sender: mpsc::Sender<Notice>,
+    screen: Screen,
+    stop: Stop,
+    started: Instant,
+    started_unix_ms: u64,
+}
+
+/// Signals that end the cluster.
+struct Stop {
+    interrupt: Signal,
+    terminate: Signal,
+    hangup: Signal,
+}
+
+impl Stop {
+    fn new() -> std::io::Result<Stop> {
+        Ok(Stop {
+            interrupt: signal(SignalKind::interrupt())?,
+            terminate: signal(SignalKind::terminate())?,
+            hangup: signal(SignalKind::hangup())?,
+        })
+    }
+
+    async fn asked(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+            _ = self.hangup.recv() => {}
+        }
+    }
+}
+
+impl Supervisor {
+    pub(crate) fn new(cluster: Cluster, plans: Vec<Plan>, screen: Screen, started: Instant) -> std::io::Result<Supervisor> {
+        let (sender, notices) = mpsc::channel(256);
+        Ok(Supervisor {
+            cluster,
+            children: plans.into_iter().map(Child::new).collect(),
+            notices,
+            sender,
+            screen,
+            stop: Stop::new()?,
+            started,
+            started_unix_ms: SystemClock.unix_ms(),
+        })
+    }
+
+    /// Runs the cluster until it is asked to end, or cannot start. Nothing is left running either way.
+    pub(crate) async fn run(mut self) -> Result<(), Failure> {
+        let outcome = self.serve().await;
+        self.screen.clear();
+        self.end().await;
+        ClusterFile::remove(&self.cluster.data);
+        outcome
+    }
+
+    async fn serve(&mut self) -> Result<(), Failure> {
+        if !self.start().await? {
+            return Ok(());
+        }
+        let rows: Vec<_> = self.children.iter().map(Child::row).collect();
+        self.screen.announce(&self.cluster, &rows, self.started.elapsed());
+        loop {
+            let restart_at = self.restart_at();
+            tokio::select! {
+                () = self.stop.asked() => return Ok(()),
+                Some(notice) = self.notices.recv() => self.take(notice),
+                () = tokio::time::sleep_until(restart_at) => self.restart_due(),
+            }
+        }
+    }
+
+    /// Until every child serves and the gateway says so. False if asked to end before.
+    async fn start(&mut self) -> Result<bool, Failure> {
+        self.restart_due();
+        let mut heard = Instant::now();
+        while !self.children.iter().all(|child| child.state == State::Ready) {
+            let restart_at = self.restart_at();
+            tokio::select! {
+                () = self.stop.asked() => return Ok(false),
+                Some(notice) = self.notices.recv() => {
+                    heard = Instant::now();
+                    self.give_up(&notice)?;
+                    self.take(notice);
+                }
+                () = tokio::time::sleep_until(restart_at) => self.restart_due(),
+                () = tokio::time::sleep_until(heard + START_SILENCE) => return Err(self.silent()),
+            }
+        }
+        let health = super::health::wait(&self.cluster.gateway, &self.cluster.model);
+        tokio::select! {
+            () = self.stop.asked() => Ok(false),
+            healthy = health => healthy.map(|()| true),
+        }
+    }
+
+    fn silent(&self) -> Failure {
+        let late: Vec<_> = self.children.iter().filter(|c| c.state != State::Ready).map(|c| c.plan.id.as_str()).collect();
+        let logs = self.logs();
+        let silence = START_SILENCE.as_secs();
+        anyhow::anyhow!("{} said nothing for {silence} s while starting; see {}", late.join(", "), logs.display()).into()
+    }
+
+    /// A child that refuses to start, or keeps dying before it has ever served, ends the start.
+    fn give_up(&self, notice: &Notice) -> Result<(), Failure> {
+        let Notice::Ended { child, how, code } = notice else { return Ok(()) };
+        let child = &self.children[*child];
+        let refused = *code == Some(REFUSED);
+        if child.served || !(refused || child.deaths + 1 >= FIRST_TRIES) {
+            return Ok(());
+        }
+        let id = &child.plan.id;
+        let logs = self.logs().join(format!("{id}.log"));
+        let error = match &child.failure {
+            Some(message) => anyhow::anyhow!("{id}: {message}"),
+            None => anyhow::anyhow!("{id} {how} before it served; see {}", logs.display()),
+        };
+        Err(Failure { code: if refused { REFUSED } else { FAILED }, error })
+    }
+
+    fn logs(&self) -> PathBuf {
+        self.cluster.data.join("logs")
+    }
+
+    fn take(&mut self, notice: Notice) {
+        match notice {
+            Notice::Said { child, event } => self.hear(child, event),
+            Notice::Ended { child, how, .. } => self.bury(child, how),
+        }
+    }
+
+    fn hear(&mut self, index: usize, event: Event) {
+        let child = &mut self.children[index];
+        match event {
+            Event::Loading { done, total } => {
+                child.loaded = (done, total);
+                let sums = self.children.iter().fold((0, 0), |sum, c| (sum.0 + c.loaded.0, sum.1 + c.loaded.1));
+                self.screen.loading(sums.0, sums.1);
+            }
+            Event::Ready { address, metrics, .. } => {
+                child.serves(address, metrics);
+                if let Some((died, words)) = child.death.take() {
+                    let line = format!("{words}; restarted as pid {} in {} ms", child.pid, died.elapsed().as_millis());
+                    self.screen.note(&line);
+                }
+                self.write();
+            }
+            Event::Failed { message, .. } => child.failure = Some(message),
+        }
+    }
+
+    fn bury(&mut self, index: usize, how: String) {
+        let child = &mut self.children[index];
+        let before_ready = child.state == State::Starting;
+        child.died(how);
+        if before_ready && let Some((_, words)) = &child.death {
+            let why = child.failure.as_ref().map_or(String::new(), |why| format!(" ({why})"));
+            let wait = child.start_at.saturating_duration_since(Instant::now()).as_millis();
+            self.screen.note(&format!("{words} while starting{why}; next try in {wait} ms"));
+        }
+        self.restart_due();
+        self.write();
+    }
+
+    /// When the next child is to be started; far away when all run.
+    fn restart_at(&self) -> Instant {
+        let waiting = self.children.iter().filter(|child| !child.alive()).map(|child| child.start_at);
+        waiting.min().unwrap_or_else(|| Instant::now() + Duration::from_secs(3600))
+    }
+
+    fn restart_due(&mut self) {
+        let (now, logs) = (Instant::now(), self.logs());
+        for (index, child) in self.children.iter_mut().enumerate() {
+            if child.alive() || child.start_at > now {
+                continue;
+            }
+            if let Err(error) = child.start(index, &logs, self.sender.clone()) {
+                child.died(format!("cannot be started: {error:#}"));
+            }
+        }
+        self.write();
+    }
+
+    fn write(&self) {
+        let pid = std::process::id();
+        let file = ClusterFile {
+            pid,
+            pid_started: cluster_file::process_started(pid),
+            url: self.cluster.url.clone(),
+            model: self.cluster.model.clone(),
+            started_unix_ms: self.started_unix_ms,
+            processes: self.children.iter().map(Child::row).collect(),
+        };
+        if let Err(error) = file.write(&self.cluster.data) {
+            tracing::warn!("the cluster file cannot be written: {error}");
+        }
+    }
+
+    /// Gateway, then workers, then coordinators, so that what runs can end well; kills what does not end, and what is
+    /// left when asked a second time.
+    async fn end(&mut self) {
+        let deadline = Instant::now() + GRACE;
+        let order: [&[Role]; 3] = [&[Role::Gateway], &[Role::Prefill, Role::Decode], &[Role::Coordinator]];
+        for roles in order {
+            for child in self.children.iter().filter(|child| roles.contains(&child.plan.role)) {
+                child.order(Order::Terminate);
+            }
+            if !self.gone_by(deadline, roles).await {
+                break;
+            }
+        }
+        let all = [Role::Gateway, Role::Prefill, Role::Decode, Role::Coordinator];
+        for child in self.children.iter().filter(|child| child.alive()) {
+            child.order(Order::Kill);
+        }
+        self.gone_by(Instant::now() + KILL_GRACE, &all).await;
+    }
+
+    /// Waits until no child of these roles lives. False when the time is up or the person is impatient.
+    async fn gone_by(&mut self, deadline: Instant, roles: &[Role]) -> bool {
+        while self.children.iter().any(|child| child.alive() && roles.contains(&child.plan.role)) {
+            tokio::select! {
+                () = self.stop.asked() => return false,
+                () = tokio::time::sleep_until(deadline) => return false,
+                Some(notice) = self.notices.recv() => {
+                    if let Notice::Ended { child, how, .. } = notice {
+                        self.children[child].died(how);
+                    }
+                }
+            }
+        }
+        true
+    }
+}
