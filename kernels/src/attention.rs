@@ -87,7 +87,32 @@ pub struct Attention<'a> {
     pub window: Option<usize>,
 }
 
+impl RopeStore<'_> {
+    /// Panics unless everything the operation touches exists.
+    pub(crate) fn check(&self, qkv: usize, arena: &Arena) {
+        self.heads.check(arena.layout());
+        let (dim, rows) = (self.heads.head_dim, qkv / self.heads.qkv_width());
+        assert_eq!(qkv, rows * self.heads.qkv_width(), "qkv does not fit its width");
+        assert!(self.rope.rotated() <= dim, "rotations wider than a head");
+        assert!([self.q_norm, self.k_norm].into_iter().flatten().all(|norm| norm.len() == dim), "norm width");
+        for span in self.spans {
+            span.check(rows, arena, self.layer);
+            assert!(span.position + span.rows <= self.rope.positions(), "a position past the rotation table");
+        }
+    }
+}
+
 impl Attention<'_> {
+    /// Panics unless everything the operation touches exists.
+    pub(crate) fn check(&self, qkv: usize, out: usize, arena: &Arena) {
+        self.heads.check(arena.layout());
+        let rows = qkv / self.heads.qkv_width();
+        assert_eq!(qkv, rows * self.heads.qkv_width(), "qkv does not fit its width");
+        assert_eq!(out, rows * self.heads.width(), "outputs do not fit (rows, heads·head_dim)");
+        assert!(self.window != Some(0), "an empty window");
+        self.spans.iter().for_each(|span| span.check(rows, arena, self.layer));
+    }
+
     /// First position that the row at `position` sees.
     pub(crate) fn first(&self, position: usize) -> usize {
         self.window.map_or(0, |window| (position + 1).saturating_sub(window))

@@ -13,6 +13,12 @@ pub(crate) fn widen(x: u16) -> f32 {
     f32::from_bits((x as u32) << 16)
 }
 
+/// Words as twice as many halves.
+pub(crate) fn halves(words: &mut [u32]) -> &mut [u16] {
+    // SAFETY: u16 has weaker alignment and no invalid bits; the length is twice.
+    unsafe { std::slice::from_raw_parts_mut(words.as_mut_ptr().cast(), 2 * words.len()) }
+}
+
 /// The f32 that stands for the nearest bf16.
 pub(crate) fn rounded(x: f32) -> f32 {
     widen(round(x))
@@ -53,7 +59,9 @@ mod tests {
 
     #[test]
     fn halves_widen_exactly() {
-        for (bits, value) in [(0x3c00, 1.0), (0xc000, -2.0), (0x0001, 5.960_464_5e-8), (0x7bff, 65504.0), (0x03ff, 6.097_555e-5)] {
+        for (bits, value) in
+            [(0x3c00, 1.0), (0xc000, -2.0), (0x0001, 5.960_464_5e-8), (0x7bff, 65504.0), (0x03ff, 6.097_555e-5)]
+        {
             assert_eq!(widen_f16(bits), value);
         }
         assert_eq!(widen_f16(0xfc00), f32::NEG_INFINITY);

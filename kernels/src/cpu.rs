@@ -1,13 +1,95 @@
-//! The CPU device: one thread pool, one profile, one instruction set.
+//! The CPU device: one thread pool, one profile, one instruction set. Operations check shapes, cut the work into fixed
+//! parts, and run kernels on them.
 
-use baton_core::Arena;
+mod attend;
+pub(crate) mod ceiling;
+mod isa;
+mod lanes;
+mod matmul;
+mod rows;
+#[cfg(test)]
+mod tests;
+#[cfg(target_arch = "x86_64")]
+mod x86;
 
-use crate::{Attention, Matrix, Packed, Profile, RopeStore, Unsupported, reference};
+use std::marker::PhantomData;
+use std::ops::Range;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use baton_core::{Arena, KvDtype};
+
+use self::attend::{Attend, Operands, Plan};
+use self::isa::Isa;
+use self::lanes::{Kernel, Lanes};
+use self::matmul::{Dot, Exact, Full, Inputs, Matmul, Pack, Pairs};
+use self::rows::{Add, ExpSum, Largest, Norm, Rope, SiluMul};
+use crate::packed::{PANEL, locate};
+use crate::pool::{Part, Pool};
+use crate::reference::finish_log_sum;
+use crate::{Attention, Matrix, Packed, Profile, RopeStore, Unsupported, bf16};
+
+/// Cycles of work, about, below which handing out parts costs more than it gains.
+const PARALLEL_CYCLES: usize = 8_000;
+/// Values searched at a time by `argmax`.
+const SEARCH: usize = 4096;
 
 /// Runs a model's operations. Each call returns when its result is complete; calls from several threads take turns.
 pub struct Cpu {
     profile: Profile,
+    isa: Isa,
     threads: usize,
+    state: Mutex<State>,
+}
+
+/// What one operation at a time uses.
+struct State {
+    pool: Pool,
+    /// A matmul's inputs, rounded.
+    inputs: Vec<u32>,
+    /// Attention's tiles, one share per thread.
+    scratch: Vec<f32>,
+}
+
+/// Memory that parts write at places of their own.
+pub(crate) struct Out<T>(*mut T);
+
+impl<T> Clone for Out<T> {
+    fn clone(&self) -> Out<T> {
+        *self
+    }
+}
+
+impl<T> Copy for Out<T> {}
+
+// SAFETY: parts write disjoint ranges, which is each kernel's duty.
+unsafe impl<T> Send for Out<T> {}
+// SAFETY: as above.
+unsafe impl<T> Sync for Out<T> {}
+
+impl<T> Out<T> {
+    fn at(self, index: usize) -> *mut T {
+        self.0.wrapping_add(index)
+    }
+}
+
+/// Lanes i.. of a row of `len`; those past its end are zero.
+///
+/// # Safety
+/// As for `Lanes`; the row is valid and i < len.
+#[inline(always)]
+unsafe fn get<L: Lanes>(from: *const f32, i: usize, len: usize) -> L::F {
+    // SAFETY: the caller's.
+    unsafe { if i + 16 <= len { L::load(from.add(i)) } else { L::load_some(from.add(i), len - i) } }
+}
+
+/// Writes lanes i.. of a row of `len`.
+///
+/// # Safety
+/// As for `get`.
+#[inline(always)]
+unsafe fn put<L: Lanes>(to: *mut f32, i: usize, len: usize, x: L::F) {
+    // SAFETY: the caller's.
+    unsafe { if i + 16 <= len { L::store(to.add(i), x) } else { L::store_some(to.add(i), x, len - i) } }
 }
 
 impl Cpu {
@@ -16,7 +98,14 @@ impl Cpu {
         if !profile.supported() {
             return Err(Unsupported(profile));
         }
-        Ok(Cpu { profile, threads: threads.max(1) })
+        Ok(Cpu::with_isa(threads.max(1), profile, Isa::best()))
+    }
+
+    /// On a given instruction set, which the machine has. Profile `bf16dp` is emulated where it must be.
+    fn with_isa(threads: usize, profile: Profile, isa: Isa) -> Cpu {
+        assert!(isa.supported());
+        let state = State { pool: Pool::new(threads), inputs: Vec::new(), scratch: Vec::new() };
+        Cpu { profile, isa, threads, state: Mutex::new(state) }
     }
 
     pub fn profile(&self) -> Profile {
@@ -25,7 +114,7 @@ impl Cpu {
 
     /// The instruction set in use.
     pub fn isa(&self) -> &'static str {
-        "scalar"
+        self.isa.as_str()
     }
 
     pub fn threads(&self) -> usize {
@@ -38,70 +127,197 @@ impl Cpu {
     /// If the parts differ in width or their bytes do not fit their shapes.
     pub fn pack(&self, parts: &[Matrix]) -> Packed {
         let packed = Packed::new(parts);
-        for panel in 0..packed.panels() {
-            // SAFETY: one panel after another.
-            unsafe { packed.pack_panel(parts, panel) };
-        }
+        let job = |part: Part| {
+            let mut rows = vec![0u32; 16 * packed.pairs()];
+            for panel in part.share(packed.panels()) {
+                self.pack_panel(&packed, parts, panel, &mut rows);
+            }
+        };
+        self.state().run(packed.bytes(), &job);
         packed
+    }
+
+    fn pack_panel(&self, packed: &Packed, parts: &[Matrix], panel: usize, rows: &mut [u32]) {
+        for lane in (0..PANEL).step_by(16) {
+            rows.fill(0);
+            for (i, to) in rows.chunks_exact_mut(packed.pairs().max(1)).enumerate() {
+                if let Some((part, row)) = locate(parts, panel * PANEL + lane + i) {
+                    part.read_row(row, &mut bf16::halves(to)[..packed.cols()]);
+                }
+            }
+            self.launch(Pack { packed, rows, panel, lane });
+        }
     }
 
     /// y (rows, N) = x (rows, K) · Wᵀ; x is rounded to bf16.
     pub fn matmul(&self, x: &[f32], rows: usize, w: &Packed, y: &mut [f32]) {
-        reference::matmul(self.profile, x, rows, w, y);
+        self.multiply(x, rows, w, y, false);
     }
 
     /// As `matmul`, with K in 8 fixed segments whose sums are added as ((0+1)+(2+3))+((4+5)+(6+7)).
     pub fn matmul_segmented(&self, x: &[f32], rows: usize, w: &Packed, y: &mut [f32]) {
-        reference::matmul_segmented(self.profile, x, rows, w, y);
+        self.multiply(x, rows, w, y, true);
     }
 
-    /// Rows `ids` of w.
+    fn multiply(&self, x: &[f32], rows: usize, w: &Packed, y: &mut [f32], segmented: bool) {
+        assert_eq!(x.len(), rows * w.cols(), "inputs do not fit (rows, K)");
+        assert_eq!(y.len(), rows * w.rows(), "outputs do not fit (rows, N)");
+        let y = Out(y.as_mut_ptr());
+        match self.profile {
+            Profile::F32Acc => self.multiply_by::<Exact>(x, rows, w, y, segmented),
+            Profile::Bf16Dp => self.multiply_by::<Pairs>(x, rows, w, y, segmented),
+        }
+    }
+
+    fn multiply_by<D: Dot>(&self, x: &[f32], rows: usize, w: &Packed, y: Out<f32>, segmented: bool) {
+        let mut state = self.state();
+        let words = rows * w.pairs() * D::WORDS;
+        let mut inputs = std::mem::take(&mut state.inputs);
+        inputs.resize(inputs.len().max(words), 0);
+        let (to, paired) = (Out(inputs.as_mut_ptr()), D::WORDS == 1);
+        state.run(x.len() / 8, &|part| {
+            self.launch(Inputs { x, cols: w.cols(), to, paired, rows: part.share(rows) });
+        });
+        let cycles = (w.bytes() / 16).max(rows * w.panels() * w.pairs() * 4);
+        state.run(cycles, &|part| {
+            let (x, panels) = (&inputs[..words], part.share(w.panels()));
+            self.launch(Matmul::<D> { w, x, rows, y, segmented, panels, dot: PhantomData });
+        });
+        state.inputs = inputs;
+    }
+
+    /// Rows `ids` of w, one after another.
     pub fn embed(&self, w: &Packed, ids: &[u32], out: &mut [f32]) {
-        reference::embed(w, ids, out);
+        assert_eq!(out.len(), ids.len() * w.cols(), "outputs do not fit (ids, K)");
+        assert!(ids.iter().all(|&id| (id as usize) < w.rows()), "an id past the last row");
+        let out = Out(out.as_mut_ptr());
+        self.state().run(ids.len() * w.cols() * 4, &|part| {
+            for i in part.share(ids.len()) {
+                for col in 0..w.cols() {
+                    // SAFETY: row i of out, this part's alone.
+                    unsafe { out.at(i * w.cols() + col).write(bf16::widen(w.at(ids[i] as usize, col))) };
+                }
+            }
+        });
     }
 
     /// out = x / sqrt(mean(x²) + eps) · weight, row by row.
     pub fn rms_norm(&self, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-        reference::rms_norm(x, weight, eps, out);
-    }
-
-    /// x += delta.
-    pub fn add(&self, x: &mut [f32], delta: &[f32]) {
-        reference::add(x, delta);
+        assert!(x.len() == out.len() && x.len().is_multiple_of(weight.len()), "rows do not fit the weight");
+        // Without a delta x is only read.
+        let (x, out, count) = (Out(x.as_ptr().cast_mut()), Out(out.as_mut_ptr()), x.len());
+        self.rows(count, weight.len(), |rows| Norm { x, delta: None, weight, eps, out, rows });
     }
 
     /// x += delta; out = rms_norm(x).
     pub fn add_rms_norm(&self, x: &mut [f32], delta: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-        reference::add_rms_norm(x, delta, weight, eps, out);
+        assert!(x.len() == out.len() && x.len().is_multiple_of(weight.len()), "rows do not fit the weight");
+        assert_eq!(x.len(), delta.len());
+        let (x, out, delta, count) = (Out(x.as_mut_ptr()), Out(out.as_mut_ptr()), Some(delta), x.len());
+        self.rows(count, weight.len(), |rows| Norm { x, delta, weight, eps, out, rows });
+    }
+
+    /// x += delta.
+    pub fn add(&self, x: &mut [f32], delta: &[f32]) {
+        assert_eq!(x.len(), delta.len());
+        let (count, width) = (x.len(), if x.len().is_multiple_of(64) { 64 } else { x.len() });
+        if count == width {
+            return self.add_bias(x, delta);
+        }
+        let x = Out(x.as_mut_ptr());
+        self.rows(count, width, |rows| Add { x, delta, width, rows });
     }
 
     /// y += bias, row by row.
     pub fn add_bias(&self, y: &mut [f32], bias: &[f32]) {
-        reference::add_bias(y, bias);
+        let (count, width) = (y.len(), bias.len());
+        assert!(count.is_multiple_of(width.max(1)), "rows do not fit the bias");
+        let x = Out(y.as_mut_ptr());
+        self.rows(count, width, |rows| Add { x, delta: bias, width, rows });
     }
 
     /// (rows, gate | up) → (rows, silu(gate)·up), each `width` wide.
     pub fn silu_mul(&self, gate_up: &[f32], width: usize, out: &mut [f32]) {
-        reference::silu_mul(gate_up, width, out);
+        assert!(gate_up.len() == 2 * out.len() && out.len().is_multiple_of(width), "outputs do not fit (rows, width)");
+        let (count, out) = (out.len(), Out(out.as_mut_ptr()));
+        self.rows(count, width, |rows| SiluMul { gate_up, width, out, rows });
     }
 
     /// Optional qk-norm and RoPE on q (in place, rounded to bf16) and k; k and v go into the arena's blocks.
     pub fn rope_store(&self, a: &RopeStore, qkv: &mut [f32], arena: &Arena) {
-        reference::rope_store(a, qkv, arena);
+        a.check(qkv.len(), arena);
+        let rows = a.spans.iter().map(|span| span.rows).sum::<usize>();
+        let (width, qkv) = (a.heads.qkv_width(), Out(qkv.as_mut_ptr()));
+        self.rows(rows * width, width, |rows| Rope { a, qkv, arena, rows });
     }
 
     /// Causal attention of the spans' rows over their sequences; out is (rows, heads·head_dim).
     pub fn attention(&self, a: &Attention, q_in_qkv: &[f32], arena: &Arena, out: &mut [f32]) {
-        reference::attention(self.profile, a, q_in_qkv, arena, out);
+        a.check(q_in_qkv.len(), out.len(), arena);
+        let out = Out(out.as_mut_ptr());
+        match (arena.layout().dtype, self.profile) {
+            (KvDtype::F32, _) => self.attend::<Full>(a, q_in_qkv, arena, out),
+            (KvDtype::Bf16, Profile::F32Acc) => self.attend::<Exact>(a, q_in_qkv, arena, out),
+            (KvDtype::Bf16, Profile::Bf16Dp) => self.attend::<Pairs>(a, q_in_qkv, arena, out),
+        }
+    }
+
+    fn attend<D: Operands>(&self, a: &Attention, qkv: &[f32], arena: &Arena, out: Out<f32>) {
+        let mut state = self.state();
+        let (plan, tiles) = (Plan::new(a, arena), attend::tiles(a));
+        let words = plan.scratch_words();
+        let mut scratch = std::mem::take(&mut state.scratch);
+        scratch.resize(scratch.len().max(words * self.threads), 0.0);
+        let base = Out(scratch.as_mut_ptr());
+        state.run(attend::cost(&tiles) * a.heads.head_dim * 4, &|part| {
+            let tiles = &tiles[attend::share(&tiles, part.index, part.of)];
+            // SAFETY: each part has a share of its own.
+            let scratch = unsafe { std::slice::from_raw_parts_mut(base.at(part.index * words), words) };
+            self.launch(Attend::<D> { a, qkv, arena, out, tiles, plan, scratch, dot: PhantomData });
+        });
+        state.scratch = scratch;
     }
 
     /// ln Σ e^x.
     pub fn log_sum_exp(&self, row: &[f32]) -> f32 {
-        reference::log_sum_exp(row)
+        let max = self.launch(Largest(row));
+        finish_log_sum(max, self.launch(ExpSum { row, max }))
     }
 
-    /// The largest value and its id, the lowest on ties.
+    /// The largest value and its id, the lowest on ties; NaN is never larger.
     pub fn argmax(&self, row: &[f32]) -> (u32, f32) {
-        reference::argmax(row)
+        let (mut best, mut max) = (0, f32::NEG_INFINITY);
+        for (i, chunk) in row.chunks(SEARCH).enumerate() {
+            let largest = self.launch(Largest(chunk));
+            if largest > max {
+                (best, max) = (i, largest);
+            }
+        }
+        let within = row.iter().skip(best * SEARCH).take(SEARCH).position(|&x| x == max && max > f32::NEG_INFINITY);
+        within.map_or((0, f32::NEG_INFINITY), |i| ((best * SEARCH + i) as u32, row[best * SEARCH + i]))
+    }
+
+    /// Runs a kernel over shares of `count / width` rows.
+    fn rows<K: Kernel<Output = ()>>(&self, count: usize, width: usize, kernel: impl Fn(Range<usize>) -> K + Sync) {
+        self.state().run(count / 4, &|part| self.launch(kernel(part.share(count / width.max(1)))));
+    }
+
+    fn launch<K: Kernel>(&self, kernel: K) -> K::Output {
+        // SAFETY: support was checked in `with_isa`; the operation that made the kernel checked its shapes.
+        unsafe { self.isa.launch(kernel) }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// Runs a job in parts, or in one when it is small.
+    fn run(&mut self, cycles: usize, job: &(dyn Fn(Part) + Sync)) {
+        match cycles < PARALLEL_CYCLES {
+            true => job(Part { index: 0, of: 1 }),
+            false => self.pool.run(job),
+        }
     }
 }

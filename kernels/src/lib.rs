@@ -1,13 +1,18 @@
 //! Math on one device. `Cpu` runs every operation of a decoder-only transformer over bf16 weights and paged KV, with
 //! bits that depend on nothing but a row's own values: not on the batch around it, its chunking, or the thread count.
 //! `reference` defines those bits with plain loops; everything fast is tested against it.
+//!
+//! `unsafe` lives in memory.rs, packed.rs, kv.rs, pool.rs and cpu/.
 
 mod attention;
 mod bf16;
 mod cpu;
+mod kv;
+pub mod limits;
 mod math;
 mod memory;
 mod packed;
+mod pool;
 mod profile;
 pub mod reference;
 mod rope;

@@ -13,15 +13,14 @@ pub(crate) const MAGIC: f32 = 12_582_912.0;
 pub(crate) const LN2_HIGH: f32 = 0.693_359_4;
 pub(crate) const LN2_LOW: f32 = -2.121_944_4e-4;
 /// Taylor coefficients 1/7! .. 1/0!; on |r| <= ln(2)/2 the remainder is under 2^-27.
-pub(crate) const EXP_TERMS: [f32; 8] =
-    [1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0];
+pub(crate) const EXP_TERMS: [f32; 8] = [1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0];
 
 /// The larger as x86 orders them: the second when either is NaN.
 pub(crate) fn larger(a: f32, b: f32) -> f32 {
     if a > b { a } else { b }
 }
 
-fn smaller(a: f32, b: f32) -> f32 {
+pub(crate) fn smaller(a: f32, b: f32) -> f32 {
     if a < b { a } else { b }
 }
 
@@ -32,12 +31,17 @@ pub(crate) fn exp(x: f32) -> f32 {
     let n = t - MAGIC;
     let r = n.mul_add(-LN2_LOW, n.mul_add(-LN2_HIGH, c));
     let p = EXP_TERMS.iter().skip(1).fold(EXP_TERMS[0], |p, &term| p.mul_add(r, term));
-    let y = p * f32::from_bits((t.to_bits() << 23).wrapping_add(0x3f80_0000));
+    let y = p * power_of_two(t);
     match x {
         _ if x < EXP_MIN => 0.0,
         _ if x > EXP_MAX => f32::INFINITY,
         _ => y,
     }
+}
+
+/// 2^n where t = n + MAGIC.
+pub(crate) fn power_of_two(t: f32) -> f32 {
+    f32::from_bits((t.to_bits() << 23).wrapping_add(0x3f80_0000))
 }
 
 /// x·sigmoid(x).

@@ -39,7 +39,7 @@ pub struct Matrix<'a> {
 }
 
 impl Matrix<'_> {
-    /// Row `row` rounded to bf16, appended to nothing: written over `out`.
+    /// Row `row` rounded to bf16, written over `out`.
     pub(crate) fn read_row(&self, row: usize, out: &mut [u16]) {
         let width = self.cols * self.dtype.bytes();
         let bytes = &self.bytes[row * width..][..width];
@@ -104,7 +104,7 @@ impl Packed {
         unsafe { self.panel(row / PANEL).cast::<u16>().add(offset).read() }
     }
 
-    /// Memory for a matrix of this shape; `pack_panel` then writes each panel.
+    /// Memory for a matrix of this shape; whoever packs writes every panel before anyone reads.
     pub(crate) fn new(parts: &[Matrix]) -> Packed {
         let cols = parts.first().map_or(0, |part| part.cols);
         for part in parts {
@@ -116,29 +116,14 @@ impl Packed {
         Packed { memory: Memory::new(bytes), rows, cols }
     }
 
-    /// Writes one panel.
-    ///
-    /// # Safety
-    /// Nobody else touches the panel meanwhile.
-    pub(crate) unsafe fn pack_panel(&self, parts: &[Matrix], panel: usize) {
-        let pairs = self.pairs();
-        let mut row = vec![0u16; 2 * pairs];
-        for lane in 0..PANEL {
-            row.fill(0);
-            if let Some((part, at)) = locate(parts, panel * PANEL + lane) {
-                part.read_row(at, &mut row[..self.cols]);
-            }
-            let to = self.panel(panel) as *mut [u16; 2];
-            for (pair, &values) in row.as_chunks::<2>().0.iter().enumerate() {
-                // SAFETY: inside this panel, which the caller has given to us alone.
-                unsafe { to.add(pair * PANEL + lane).write(values) };
-            }
-        }
+    /// Where the first pair of one output of a panel lies; the next pair is `STEP` bytes on.
+    pub(crate) fn lane(&self, panel: usize, lane: usize) -> *mut u32 {
+        self.panel(panel).wrapping_add(lane * 4).cast_mut().cast()
     }
 }
 
 /// The part that holds a row of the whole, and the row's index in it.
-fn locate<'a, 'b>(parts: &'a [Matrix<'b>], mut row: usize) -> Option<(&'a Matrix<'b>, usize)> {
+pub(crate) fn locate<'a, 'b>(parts: &'a [Matrix<'b>], mut row: usize) -> Option<(&'a Matrix<'b>, usize)> {
     for part in parts {
         if row < part.rows {
             return Some((part, row));

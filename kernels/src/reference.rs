@@ -3,7 +3,8 @@
 
 use baton_core::arena::{Arena, Half, KvDtype};
 
-use crate::attention::{BLOCK, Attention, RopeStore, Span};
+use crate::attention::{Attention, BLOCK, RopeStore, Span};
+use crate::kv::{load, store};
 use crate::math::{exp, larger, ln, silu};
 use crate::{Packed, Profile, bf16};
 
@@ -152,10 +153,9 @@ pub fn silu_mul(gate_up: &[f32], width: usize, out: &mut [f32]) {
 
 /// Normalises and rotates q and k, rounds q to bf16 in place, and writes k and v into the arena.
 pub fn rope_store(a: &RopeStore, qkv: &mut [f32], arena: &Arena) {
-    a.heads.check(arena.layout());
+    a.check(qkv.len(), arena);
     let (width, dim) = (a.heads.qkv_width(), a.heads.head_dim);
     for span in a.spans {
-        span.check(qkv.len() / width, arena, a.layer);
         for row in 0..span.rows {
             let (q, kv) = qkv[(span.row + row) * width..][..width].split_at_mut(a.heads.width());
             let (k, v) = kv.split_at_mut(a.heads.kv_heads * dim);
@@ -187,38 +187,6 @@ fn turn(a: &RopeStore, norm: Option<&[f32]>, position: usize, head: &mut [f32]) 
     }
 }
 
-/// First byte of one position's key or value.
-pub(crate) fn entry(arena: &Arena, span: &Span, position: usize, kv_head: usize, layer: usize, half: Half) -> *mut u8 {
-    let layout = arena.layout();
-    let (block, token) = (position / layout.block_tokens as usize, position % layout.block_tokens as usize);
-    let offset = layout.offset(kv_head, layer, half) + token * layout.head_dim as usize * layout.dtype.bytes();
-    // SAFETY: `Span::check` has checked the position and the layer, `Heads::check` the head.
-    unsafe { arena.block(span.blocks[block]).add(offset) }
-}
-
-fn store(arena: &Arena, span: &Span, position: usize, kv_head: usize, layer: usize, half: Half, values: &[f32]) {
-    let to = entry(arena, span, position, kv_head, layer, half);
-    for (i, &value) in values.iter().enumerate() {
-        // SAFETY: head_dim values fit; the caller holds the block for writing.
-        unsafe {
-            match arena.layout().dtype {
-                KvDtype::Bf16 => to.cast::<u16>().add(i).write(bf16::round(value)),
-                KvDtype::F32 => to.cast::<f32>().add(i).write(value),
-            }
-        }
-    }
-}
-
-fn load(arena: &Arena, span: &Span, position: usize, kv_head: usize, layer: usize, half: Half) -> Vec<f32> {
-    let from = entry(arena, span, position, kv_head, layer, half);
-    let dim = arena.layout().head_dim as usize;
-    // SAFETY: head_dim values were written there; the caller holds the block.
-    match arena.layout().dtype {
-        KvDtype::Bf16 => (0..dim).map(|i| bf16::widen(unsafe { from.cast::<u16>().add(i).read() })).collect(),
-        KvDtype::F32 => (0..dim).map(|i| unsafe { from.cast::<f32>().add(i).read() }).collect(),
-    }
-}
-
 /// Softmax partial of one row: largest score, sum of exponentials, and weighted sum of values.
 struct Partial {
     max: f32,
@@ -232,12 +200,9 @@ struct Partial {
 /// Scores are chains over head_dim and values chains over the block's positions: of f32 multiply-adds, or, in `bf16dp`
 /// over a bf16 cache, of `vdpbf16ps` with the exponentials rounded to bf16.
 pub fn attention(profile: Profile, a: &Attention, qkv: &[f32], arena: &Arena, out: &mut [f32]) {
-    a.heads.check(arena.layout());
+    a.check(qkv.len(), out.len(), arena);
     let (width, dim) = (a.heads.qkv_width(), a.heads.head_dim);
-    let rows = qkv.len() / width;
-    assert_eq!(out.len(), rows * a.heads.width(), "outputs do not fit (rows, heads·head_dim)");
     for span in a.spans {
-        span.check(rows, arena, a.layer);
         for row in span.row..span.row + span.rows {
             for head in 0..a.heads.heads {
                 let q = &qkv[row * width + head * dim..][..dim];
@@ -248,7 +213,15 @@ pub fn attention(profile: Profile, a: &Attention, qkv: &[f32], arena: &Arena, ou
     }
 }
 
-fn attend(profile: Profile, a: &Attention, span: &Span, position: usize, head: usize, q: &[f32], arena: &Arena) -> Vec<f32> {
+fn attend(
+    profile: Profile,
+    a: &Attention,
+    span: &Span,
+    position: usize,
+    head: usize,
+    q: &[f32],
+    arena: &Arena,
+) -> Vec<f32> {
     let mut all = Partial { max: f32::NEG_INFINITY, sum: 0.0, values: vec![0.0; q.len()] };
     for block in a.first(position) / BLOCK..=position / BLOCK {
         let part = partial(profile, a, span, position, head, q, arena, block);
@@ -266,7 +239,14 @@ fn attend(profile: Profile, a: &Attention, span: &Span, position: usize, head: u
 
 #[allow(clippy::too_many_arguments)]
 fn partial(
-    profile: Profile, a: &Attention, span: &Span, position: usize, head: usize, q: &[f32], arena: &Arena, block: usize,
+    profile: Profile,
+    a: &Attention,
+    span: &Span,
+    position: usize,
+    head: usize,
+    q: &[f32],
+    arena: &Arena,
+    block: usize,
 ) -> Partial {
     let dtype = arena.layout().dtype;
     let pairs = profile == Profile::Bf16Dp && dtype == KvDtype::Bf16;

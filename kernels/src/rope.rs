@@ -30,6 +30,11 @@ impl RopeTable {
         self.values.len() / (2 * self.frequencies).max(1)
     }
 
+    /// Dimensions of a head that turn.
+    pub(crate) fn rotated(&self) -> usize {
+        2 * self.frequencies
+    }
+
     /// (cos, sin) of one position, each of as many values as there are frequencies.
     pub(crate) fn at(&self, position: usize) -> (&[f32], &[f32]) {
         self.values[position * 2 * self.frequencies..][..2 * self.frequencies].split_at(self.frequencies)

@@ -1,0 +1,491 @@
+//! Attention over paged KV. Work is cut into tiles: some rows of one span, all query heads of one KV head, so that keys
+//! and values are read once for the group. Per logical block of 64 positions a tile lays keys and values out as matmul
+//! panels and runs the matmul's own tiles over them; rows then merge the block's partial in block order.
+//!
+//! ```text
+//! tile row = (position, query head of the group);  scores (tile row, 64) = q · keys panel
+//! panel of keys: (head_dim step, 64 positions); of values: (position step, 64 dims), one per 64 dims
+//! ```
+
+use std::marker::PhantomData;
+use std::ops::Range;
+
+use baton_core::Arena;
+use baton_core::arena::Half;
+
+use super::lanes::{Kernel, Lanes, exp};
+use super::matmul::{Block, Dot, transpose};
+use super::rows::sum64;
+use super::{Out, get, put};
+use crate::attention::BLOCK;
+use crate::packed::PANEL;
+use crate::{Attention, Span, bf16, kv};
+
+/// Tile rows aimed at: enough to make laying out a block's panels cheap.
+const TILE_ROWS: usize = 96;
+/// What laying out one block costs, in tile rows.
+const LAYOUT_COST: usize = 12;
+
+/// Some rows of one span for one KV head.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Tile {
+    span: usize,
+    /// Rows within the span.
+    row: usize,
+    rows: usize,
+    kv_head: usize,
+    /// Blocks visited × rows, about.
+    cost: usize,
+}
+
+/// All tiles of a batch, in order.
+pub(crate) fn tiles(a: &Attention) -> Vec<Tile> {
+    let group = a.heads.group();
+    let step = (TILE_ROWS / group).max(1);
+    let mut tiles = Vec::new();
+    for (index, span) in a.spans.iter().enumerate() {
+        for kv_head in 0..a.heads.kv_heads {
+            for row in (0..span.rows).step_by(step) {
+                let rows = step.min(span.rows - row);
+                let first = a.first(span.position + row) / BLOCK;
+                let blocks = (span.position + row + rows - 1) / BLOCK + 1 - first;
+                let cost = blocks * (rows * group + LAYOUT_COST);
+                tiles.push(Tile { span: index, row, rows, kv_head, cost });
+            }
+        }
+    }
+    tiles
+}
+
+pub(crate) fn cost(tiles: &[Tile]) -> usize {
+    tiles.iter().map(|tile| tile.cost).sum()
+}
+
+/// The contiguous range of tiles that part `index` of `of` computes: those whose middle falls into its share of the cost.
+pub(crate) fn share(tiles: &[Tile], index: usize, of: usize) -> Range<usize> {
+    let total = 2 * cost(tiles).max(1);
+    let mut range = tiles.len()..tiles.len();
+    let mut before = 0;
+    for (i, tile) in tiles.iter().enumerate() {
+        let part = (2 * before + tile.cost) * of / total;
+        if part >= index {
+            range.start = range.start.min(i);
+        }
+        if part > index {
+            range.end = range.end.min(i);
+        }
+        before += tile.cost;
+    }
+    range
+}
+
+/// Words of scratch that a tile needs, and where its parts begin.
+#[derive(Clone, Copy)]
+pub(crate) struct Plan {
+    /// Words of one key or value.
+    words: usize,
+    /// Panels of values.
+    panels: usize,
+    /// Rows of a full tile.
+    rows: usize,
+}
+
+impl Plan {
+    pub(crate) fn new(a: &Attention, arena: &Arena) -> Plan {
+        let group = a.heads.group();
+        Plan {
+            words: a.heads.head_dim * arena.layout().dtype.bytes() / 4,
+            panels: a.heads.head_dim.div_ceil(PANEL),
+            rows: ((TILE_ROWS / group).max(1) * group).next_multiple_of(16),
+        }
+    }
+
+    pub(crate) fn scratch_words(&self) -> usize {
+        let dims = self.panels * PANEL;
+        // q (as f32 at most), scores, exponentials, partial values, values, six numbers per row; both panels; zeros.
+        self.rows * (dims + BLOCK + BLOCK + PANEL + dims + 6) + 2 * dims * BLOCK + 2 * dims + BLOCK * 4
+    }
+}
+
+/// The parts of a tile's scratch. Rows of numbers are padded to whole vectors.
+struct Scratch {
+    q: *mut u32,
+    scores: *mut f32,
+    weights: *mut u32,
+    partial: *mut f32,
+    values: *mut f32,
+    max: *mut f32,
+    sum: *mut f32,
+    block_max: *mut f32,
+    block_sum: *mut f32,
+    old: *mut f32,
+    new: *mut f32,
+    key_panel: *mut u32,
+    value_panels: *mut u32,
+    zeros: *mut u32,
+}
+
+/// Some tiles of attention.
+pub(crate) struct Attend<'a, D> {
+    pub(crate) a: &'a Attention<'a>,
+    pub(crate) qkv: &'a [f32],
+    pub(crate) arena: &'a Arena,
+    pub(crate) out: Out<f32>,
+    pub(crate) tiles: &'a [Tile],
+    pub(crate) plan: Plan,
+    /// At least `plan.scratch_words()`, initialised.
+    pub(crate) scratch: &'a mut [f32],
+    pub(crate) dot: PhantomData<D>,
+}
+
+/// How a block's operands are laid out for a dot.
+pub(crate) trait Operands: Dot {
+    /// Values of one dot step: positions per value row, dims per key row.
+    const STEP: usize;
+    /// Both operands are bf16 pairs.
+    const PAIRED: bool;
+}
+
+impl Operands for super::matmul::Exact {
+    const STEP: usize = 2;
+    const PAIRED: bool = false;
+}
+
+impl Operands for super::matmul::Pairs {
+    const STEP: usize = 2;
+    const PAIRED: bool = true;
+}
+
+impl Operands for super::matmul::Full {
+    const STEP: usize = 1;
+    const PAIRED: bool = false;
+}
+
+// SAFETY (of each block below): `Kernel::run`'s contract; the scratch has room for a full tile by `Plan`.
+
+impl<D: Operands> Kernel for Attend<'_, D> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        unsafe {
+            let scratch = self.split();
+            std::slice::from_raw_parts_mut(scratch.zeros, self.plan.words).fill(0);
+            for tile in self.tiles {
+                self.tile::<L>(tile, &scratch);
+            }
+        }
+    }
+}
+
+impl<D: Operands> Attend<'_, D> {
+    fn split(&self) -> Scratch {
+        assert!(self.scratch.len() >= self.plan.scratch_words());
+        let mut rest = self.scratch.as_ptr().cast_mut();
+        let mut take = |words: usize| {
+            let part = rest;
+            rest = rest.wrapping_add(words);
+            part
+        };
+        let (rows, dims) = (self.plan.rows, self.plan.panels * PANEL);
+        Scratch {
+            key_panel: take(dims * BLOCK).cast(),
+            value_panels: take(dims * BLOCK).cast(),
+            scores: take(rows * BLOCK),
+            weights: take(rows * BLOCK).cast(),
+            partial: take(rows * PANEL),
+            values: take(rows * dims),
+            q: take(rows * dims).cast(),
+            max: take(rows),
+            sum: take(rows),
+            block_max: take(rows),
+            block_sum: take(rows),
+            old: take(rows),
+            new: take(rows),
+            zeros: take(2 * dims).cast(),
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn tile<L: Lanes>(&self, tile: &Tile, s: &Scratch) {
+        unsafe {
+            let span = &self.a.spans[tile.span];
+            let first = span.position + tile.row;
+            let rows = tile.rows * self.a.heads.group();
+            self.load_q::<L>(span, tile, s);
+            for row in 0..self.plan.rows {
+                s.max.add(row).write(f32::NEG_INFINITY);
+                s.sum.add(row).write(0.0);
+            }
+            std::slice::from_raw_parts_mut(s.values, rows * self.plan.panels * PANEL).fill(0.0);
+            for block in self.a.first(first) / BLOCK..=(first + tile.rows - 1) / BLOCK {
+                let end = (first + tile.rows).min((block + 1) * BLOCK);
+                self.lay_out::<L>(span, tile.kv_head, block * BLOCK..end, s);
+                self.block::<L>(tile, first, block, s);
+            }
+            self.write::<L>(span, tile, s);
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_q<L: Lanes>(&self, span: &Span, tile: &Tile, s: &Scratch) {
+        unsafe {
+            let (heads, dim) = (self.a.heads, self.a.heads.head_dim);
+            let group = heads.group();
+            let words = dim / D::STEP * D::WORDS;
+            for r in 0..tile.rows * group {
+                let row = span.row + tile.row + r / group;
+                let head = tile.kv_head * group + r % group;
+                let from = self.qkv.as_ptr().add(row * heads.qkv_width() + head * dim);
+                let to = s.q.add(r * words);
+                if D::PAIRED {
+                    narrow::<L>(from, to.cast(), dim);
+                } else {
+                    std::ptr::copy_nonoverlapping(from, to.cast(), dim);
+                }
+            }
+        }
+    }
+
+    /// Lays out keys and values of some positions, which begin a block; the block's other positions are zero.
+    #[inline(always)]
+    unsafe fn lay_out<L: Lanes>(&self, span: &Span, kv_head: usize, positions: Range<usize>, s: &Scratch) {
+        unsafe {
+            let mut keys = [s.zeros.cast_const(); BLOCK];
+            let mut values = keys;
+            self.locate(span, kv_head, positions.clone(), Half::Key, &mut keys);
+            self.locate(span, kv_head, positions, Half::Value, &mut values);
+            for lane in (0..BLOCK).step_by(16) {
+                let rows = std::array::from_fn(|i| keys[lane + i]);
+                transpose::<L>(rows, self.plan.words, s.key_panel.add(lane));
+            }
+            let dim = self.a.heads.head_dim;
+            for step in 0..BLOCK / D::STEP {
+                for d in (0..dim).step_by(16) {
+                    let to = s.value_panels.add((d / PANEL * (BLOCK / D::STEP) + step) * PANEL + d % PANEL);
+                    let count = 16.min(dim - d);
+                    if D::STEP == 1 {
+                        std::ptr::copy_nonoverlapping(values[step].add(d), to, count);
+                    } else {
+                        let (a, b) = (values[2 * step].cast::<u16>().add(d), values[2 * step + 1].cast::<u16>().add(d));
+                        zip::<L>(to, a, b, count);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Addresses of the positions' keys or values, by runs that are contiguous in a cache block.
+    #[inline(always)]
+    unsafe fn locate(
+        &self,
+        span: &Span,
+        kv_head: usize,
+        positions: Range<usize>,
+        half: Half,
+        rows: &mut [*const u32; BLOCK],
+    ) {
+        let tokens = self.arena.layout().block_tokens as usize;
+        let start = positions.start;
+        let mut position = start;
+        while position < positions.end {
+            let base = kv::entry(self.arena, span, position, kv_head, self.a.layer, half);
+            let run = (tokens - position % tokens).min(positions.end - position);
+            for i in 0..run {
+                rows[position - start + i] = base.cast::<u32>().wrapping_add(i * self.plan.words).cast_const();
+            }
+            position += run;
+        }
+    }
+
+    /// One block's partial for every row that sees some of it, merged.
+    #[inline(always)]
+    unsafe fn block<L: Lanes>(&self, tile: &Tile, first: usize, block: usize, s: &Scratch) {
+        unsafe {
+            let group = self.a.heads.group();
+            let start = block * BLOCK;
+            // Rows before the block do not see it, nor do rows whose window has left it.
+            let from = start.saturating_sub(first);
+            let mut to = tile.rows;
+            while to > from && self.a.first(first + to - 1) >= start + BLOCK {
+                to -= 1;
+            }
+            if to <= from {
+                return;
+            }
+            let rows = from * group..to * group;
+            self.scores::<L>(rows.clone(), s);
+            for row in rows.clone() {
+                let position = first + row / group;
+                let low = self.a.first(position).saturating_sub(start);
+                let high = (position + 1 - start).min(BLOCK);
+                self.soften::<L>(row, low..high, s);
+            }
+            self.weigh::<L>(rows.clone(), s);
+            for panel in 0..self.plan.panels {
+                self.values::<L>(rows.clone(), panel, s);
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn scores<L: Lanes>(&self, rows: Range<usize>, s: &Scratch) {
+        unsafe {
+            let steps = self.a.heads.head_dim / D::STEP;
+            let x_stride = steps * D::WORDS;
+            let block = Block {
+                steps,
+                w: s.key_panel.cast::<u8>().cast_const(),
+                x: s.q.add(rows.start * x_stride),
+                x_stride,
+                rows: rows.len(),
+                y: s.scores.add(rows.start * BLOCK),
+                y_stride: BLOCK,
+                fresh: true,
+                prefetch: false,
+            };
+            block.run::<L, D>();
+        }
+    }
+
+    /// Scores of one row to exponentials, with their maximum and sum; only positions `seen` of the block count.
+    #[inline(always)]
+    unsafe fn soften<L: Lanes>(&self, row: usize, seen: Range<usize>, s: &Scratch) {
+        unsafe {
+            let from = s.scores.add(row * BLOCK);
+            let scale = L::splat(self.a.scale);
+            let mut x = [scale; 4];
+            for (i, x) in x.iter_mut().enumerate() {
+                *x = L::mul(L::load(from.add(16 * i)), scale);
+            }
+            if seen.len() < BLOCK {
+                let nothing = L::splat(f32::NEG_INFINITY);
+                let (low, high) = (L::splat(seen.start as f32), L::splat(seen.end as f32));
+                for (i, x) in x.iter_mut().enumerate() {
+                    let index = L::load(LANE.as_ptr().add(16 * i));
+                    *x = L::select_less(index, high, *x, nothing);
+                    *x = L::select_less(index, low, nothing, *x);
+                }
+            }
+            let max = L::max(L::larger(L::larger(x[0], x[1]), L::larger(x[2], x[3])));
+            for x in &mut x {
+                *x = exp::<L>(L::sub(*x, L::splat(max)));
+                if D::PAIRED {
+                    *x = L::round_bf16(*x);
+                }
+            }
+            s.block_max.add(row).write(max);
+            s.block_sum.add(row).write(sum64::<L>(&x));
+            for (i, x) in x.into_iter().enumerate() {
+                match D::PAIRED {
+                    true => L::store_bf16(s.weights.add(row * BLOCK / 2).cast::<u16>().add(16 * i), x),
+                    false => L::store(s.weights.add(row * BLOCK).cast::<f32>().add(16 * i), x),
+                }
+            }
+        }
+    }
+
+    /// Factors of what rows have so far and of the block's partial; new maxima and sums.
+    #[inline(always)]
+    unsafe fn weigh<L: Lanes>(&self, rows: Range<usize>, s: &Scratch) {
+        unsafe {
+            for i in rows.clone().step_by(16) {
+                let end = rows.end;
+                let (all, part) = (get::<L>(s.max, i, end), get::<L>(s.block_max, i, end));
+                let max = L::larger(all, part);
+                let (old, new) = (exp::<L>(L::sub(all, max)), exp::<L>(L::sub(part, max)));
+                let sum = L::mul(get::<L>(s.block_sum, i, end), new);
+                put::<L>(s.sum, i, end, L::fma(get::<L>(s.sum, i, end), old, sum));
+                put::<L>(s.max, i, end, max);
+                put::<L>(s.old, i, end, old);
+                put::<L>(s.new, i, end, new);
+            }
+        }
+    }
+
+    /// Weighted sums of 64 dims of the block's values, merged into the rows'.
+    #[inline(always)]
+    unsafe fn values<L: Lanes>(&self, rows: Range<usize>, panel: usize, s: &Scratch) {
+        unsafe {
+            let steps = BLOCK / D::STEP;
+            let x_stride = steps * D::WORDS;
+            let block = Block {
+                steps,
+                w: s.value_panels.add(panel * steps * PANEL).cast::<u8>().cast_const(),
+                x: s.weights.add(rows.start * x_stride),
+                x_stride,
+                rows: rows.len(),
+                y: s.partial.add(rows.start * PANEL),
+                y_stride: PANEL,
+                fresh: true,
+                prefetch: false,
+            };
+            block.run::<L, D>();
+            for row in rows {
+                let (old, new) = (L::splat(s.old.add(row).read()), L::splat(s.new.add(row).read()));
+                let partial = s.partial.add(row * PANEL);
+                let values = s.values.add((row * self.plan.panels + panel) * PANEL);
+                for i in (0..PANEL).step_by(16) {
+                    let part = L::mul(L::load(partial.add(i)), new);
+                    L::store(values.add(i), L::fma(L::load(values.add(i)), old, part));
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn write<L: Lanes>(&self, span: &Span, tile: &Tile, s: &Scratch) {
+        unsafe {
+            let (heads, dim) = (self.a.heads, self.a.heads.head_dim);
+            let group = heads.group();
+            for r in 0..tile.rows * group {
+                let row = span.row + tile.row + r / group;
+                let head = tile.kv_head * group + r % group;
+                let out = self.out.at((row * heads.heads + head) * dim);
+                let scale = L::splat(1.0 / s.sum.add(r).read());
+                let values = s.values.add(r * self.plan.panels * PANEL);
+                for i in (0..dim).step_by(16) {
+                    put::<L>(out, i, dim, L::mul(get::<L>(values, i, dim), scale));
+                }
+            }
+        }
+    }
+}
+
+/// 0.0, 1.0, ... 63.0
+static LANE: [f32; BLOCK] = {
+    let mut lanes = [0.0; BLOCK];
+    let mut i = 0;
+    while i < BLOCK {
+        lanes[i] = i as f32;
+        i += 1;
+    }
+    lanes
+};
+
+/// f32 that are bf16 already, narrowed.
+#[inline(always)]
+unsafe fn narrow<L: Lanes>(from: *const f32, to: *mut u16, len: usize) {
+    unsafe {
+        let whole = len / 16 * 16;
+        for i in (0..whole).step_by(16) {
+            L::store_bf16(to.add(i), L::load(from.add(i)));
+        }
+        for i in whole..len {
+            to.add(i).write(bf16::round(from.add(i).read()));
+        }
+    }
+}
+
+/// Pairs of two rows' elements.
+#[inline(always)]
+unsafe fn zip<L: Lanes>(to: *mut u32, a: *const u16, b: *const u16, count: usize) {
+    unsafe {
+        if count == 16 {
+            return L::zip_bf16(to, a, b);
+        }
+        for i in 0..count {
+            to.add(i).write(a.add(i).read() as u32 | (b.add(i).read() as u32) << 16);
+        }
+    }
+}
