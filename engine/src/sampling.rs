@@ -235,3 +235,151 @@ fn exp(x: f32) -> f32 {
     let p = poly.iter().fold(1.987_569_1e-4, |sum, c| sum * r + c);
     (p * r * r + r + 1.0) * f32::from_bits(((n as i32 + 127) as u32) << 23)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use baton_kernels::Profile;
+    use proptest::prelude::*;
+
+    #[test]
+    fn exp_is_close_and_monotone() {
+        let mut before = 0.0;
+        for step in 0..=870_000 {
+            let x = -87.0 + step as f32 * 1e-4;
+            let error = (f64::from(exp(x)) / f64::from(x).exp() - 1.0).abs();
+            assert!(error < 2e-7, "exp({x}) is off by {error}");
+            assert!(exp(x) >= before);
+            before = exp(x);
+        }
+        assert_eq!((exp(0.0), exp(-88.0), exp(f32::NEG_INFINITY), exp(f32::NAN)), (1.0, 0.0, 0.0, 0.0));
+    }
+
+    /// The same by sorting everything and filtering in plain steps.
+    fn pick_plainly(logits: &[f32], sampling: &Sampling, uniform: f32) -> TokenId {
+        let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let weight = |logit: f32| exp((logit - max) / sampling.temperature);
+        let mut sorted: Vec<(TokenId, f32)> =
+            logits.iter().enumerate().map(|(id, logit)| (id as TokenId, *logit)).collect();
+        sorted.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+        if sampling.top_k > 0 {
+            sorted.truncate(sampling.top_k as usize);
+        }
+        let all: f64 = match sorted.len() == logits.len() {
+            true => total(logits, weight),
+            false => sorted.iter().map(|entry| f64::from(weight(entry.1))).sum(),
+        };
+        let mut kept = Vec::new();
+        let mut sum = 0.0;
+        for (id, logit) in sorted {
+            let w = weight(logit);
+            if !kept.is_empty() && (sum >= f64::from(sampling.top_p) * all || w < sampling.min_p) {
+                break;
+            }
+            sum += f64::from(w);
+            kept.push((id, w));
+        }
+        let cut =
+            sampling.top_p < 1.0 || sampling.min_p > 0.0 || (1..logits.len()).contains(&(sampling.top_k as usize));
+        let target = f64::from(uniform) * if cut { sum } else { all };
+        kept.retain(|entry| entry.1 > 0.0);
+        let mut sum = 0.0;
+        let found = kept.iter().find(|entry| {
+            sum += f64::from(entry.1);
+            sum > target
+        });
+        found.or(kept.last()).map_or(0, |entry| entry.0)
+    }
+
+    fn sampling() -> impl Strategy<Value = Sampling> {
+        let top_p = prop_oneof![Just(1.0f32), 0.01..1.0f32];
+        let min_p = prop_oneof![Just(0.0f32), 0.0..1.0f32];
+        (0.05..3.0f32, prop_oneof![Just(0u32), 1..50u32], top_p, min_p).prop_map(
+            |(temperature, top_k, top_p, min_p)| Sampling { temperature, top_k, top_p, min_p, ..Sampling::default() },
+        )
+    }
+
+    /// Values that collide often, so that ties are tried.
+    fn logits() -> impl Strategy<Value = Vec<f32>> {
+        proptest::collection::vec(prop_oneof![(-40..40i32).prop_map(|v| v as f32 / 4.0), -90.0..5.0f32], 1..60)
+    }
+
+    fn next(sampling: Sampling) -> Next {
+        let request = baton_core::Request { sampling, ..crate::testing::request(1, &[1], 1) };
+        Next { request: request.into(), choice: 0, position: 1, banned: [].into(), seen: None }
+    }
+
+    fn cpu() -> Cpu {
+        Cpu::new(1, Profile::best()).expect("a profile this machine has")
+    }
+
+    proptest! {
+        #[test]
+        fn picks_as_plain_sorting_does(logits in logits(), sampling in sampling(), uniform in 0.0..1.0f32) {
+            let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            prop_assert_eq!(pick(&logits, max, &sampling, uniform), pick_plainly(&logits, &sampling, uniform));
+        }
+
+        /// Bias, penalties and bans leave the row as they found it, and the report is of the row without them.
+        #[test]
+        fn leaves_the_logits_alone(logits in logits(), bias in -5.0..5.0f32, penalty in 0.5..2.0f32, greedy in any::<bool>()) {
+            let mut next = next(Sampling {
+                temperature: if greedy { 0.0 } else { 1.0 },
+                repetition_penalty: penalty,
+                frequency_penalty: bias,
+                logit_bias: vec![(0, bias), (3, bias), (1_000_000, 1.0)],
+                ..Sampling::default()
+            });
+            next.seen = Seen::of(&next.request.sampling, &[0, 1], &[3, 3, 1_000_000]).map(Into::into);
+            next.banned = [0, 0, 2_000_000].into();
+            next.request = baton_core::Request { logprobs: Some(2), ..(*next.request).clone() }.into();
+            let mut row = logits.clone();
+            let token = sample(&cpu(), &mut row, &next);
+            prop_assert_eq!(&row, &logits);
+            prop_assert_eq!(token.logprob, logits[token.id as usize] - cpu().log_sum_exp(&logits));
+            prop_assert!(token.id != 0 || logits.len() == 1, "a banned token came");
+            prop_assert!(token.top.windows(2).all(|pair| pair[0].1 >= pair[1].1));
+        }
+    }
+
+    /// Each adjustment decides a greedy choice between two tokens.
+    #[test]
+    fn adjustments_change_the_greedy_choice() {
+        let check = |logits: &[f32], sampling: Sampling, output: &[TokenId], expected: TokenId| {
+            let mut next = next(Sampling { temperature: 0.0, ..sampling });
+            next.seen = Seen::of(&next.request.sampling, &[1], output).map(Into::into);
+            assert_eq!(sample(&cpu(), &mut logits.to_vec(), &next).id, expected);
+        };
+        let of = Sampling::default;
+        check(&[1.0, 2.0, 2.0], of(), &[], 1);
+        check(&[1.0, 2.0, 1.5], Sampling { logit_bias: vec![(0, 1.5)], ..of() }, &[], 0);
+        check(&[1.0, 2.0, 1.5], Sampling { repetition_penalty: 1.5, ..of() }, &[], 2);
+        check(&[-3.0, -2.0, -2.5], Sampling { repetition_penalty: 1.5, ..of() }, &[], 2);
+        check(&[1.0, 2.0, 1.5], Sampling { presence_penalty: 0.9, ..of() }, &[], 1);
+        check(&[1.0, 2.0, 1.5], Sampling { presence_penalty: 0.9, ..of() }, &[1], 2);
+        check(&[1.0, 2.0, 1.5], Sampling { frequency_penalty: 0.3, ..of() }, &[1], 1);
+        check(&[1.0, 2.0, 1.5], Sampling { frequency_penalty: 0.3, ..of() }, &[1, 1], 2);
+    }
+
+    /// Over many seeds, sampled frequencies follow the softmax.
+    #[test]
+    fn frequencies_follow_the_distribution() {
+        let logits = [0.0, 1.0, 2.0, -1.0];
+        let sum: f64 = logits.iter().map(|logit| f64::from(*logit).exp()).sum();
+        let mut counts = [0.0; 4];
+        for seed in 0..20_000 {
+            let next = next(Sampling { seed, ..Sampling::default() });
+            counts[sample(&cpu(), &mut logits.to_vec(), &next).id as usize] += 1.0 / 20_000.0;
+        }
+        for (count, logit) in counts.iter().zip(logits) {
+            assert!((count - f64::from(logit).exp() / sum).abs() < 0.015, "{counts:?}");
+        }
+    }
+
+    #[test]
+    fn the_most_likely_are_sorted_and_ties_go_by_id() {
+        assert_eq!(most_likely(&[1.0, 3.0, 3.0, 2.0], 3), [(1, 3.0), (2, 3.0), (3, 2.0)]);
+        assert_eq!(most_likely(&[1.0], 5), [(0, 1.0)]);
+        assert_eq!(most_likely(&[1.0, 2.0], 0), []);
+    }
+}

@@ -1,5 +1,7 @@
 //! The engine's bigger tests: the scheduler over a backend without a model, and models over random weights.
 
+mod bad_models;
+mod cache;
 mod common;
 mod models;
 mod references;
