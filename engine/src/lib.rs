@@ -3,6 +3,7 @@
 
 pub mod backend;
 pub mod batch;
+pub mod bench;
 pub mod cache;
 mod commit;
 pub mod engine;

@@ -89,12 +89,22 @@ impl CpuModel {
         &self.cpu
     }
 
-    /// Bytes of the packed weights.
-    pub fn weight_bytes(&self) -> usize {
-        let Weights { embedding, layers, head, .. } = &self.weights;
-        let head = if Arc::ptr_eq(embedding, head) { 0 } else { head.bytes() };
+    /// Bytes of the packed matrices of all layers: read once per step.
+    pub fn layer_bytes(&self) -> usize {
         let packed = |layer: &Layer| layer.qkv.bytes() + layer.out.bytes() + layer.gate_up.bytes() + layer.down.bytes();
-        embedding.bytes() + head + layers.iter().map(packed).sum::<usize>()
+        self.weights.layers.iter().map(packed).sum()
+    }
+
+    /// Bytes of the output matrix: read once per step that draws.
+    pub fn head_bytes(&self) -> usize {
+        self.weights.head.bytes()
+    }
+
+    /// Bytes of all packed matrices.
+    pub fn weight_bytes(&self) -> usize {
+        let Weights { embedding, head, .. } = &self.weights;
+        let embedding = if Arc::ptr_eq(embedding, head) { 0 } else { embedding.bytes() };
+        self.layer_bytes() + self.head_bytes() + embedding
     }
 
     /// Everything up to the final norm, which is left in `scratch.normed`.
