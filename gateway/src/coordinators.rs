@@ -1,0 +1,199 @@
+//! Calls to the coordinators: a list of addresses, of which one leads. A call goes to the last known leader, follows
+//! redirects and tries the others; every attempt has the RPC deadline.
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use baton_core::{Net, Refused, limits};
+use baton_proto::channel::BadAddress;
+use baton_proto::v1::coordinator_client::CoordinatorClient;
+use baton_proto::{convert, v1};
+use tonic::transport::Channel;
+use tonic::{Response, Status};
+
+pub(crate) type Client = CoordinatorClient<Channel>;
+
+const RPC_TIMEOUT: Duration = Duration::from_millis(limits::RPC_TIMEOUT_MS);
+/// Addresses that redirects may add beyond the configured ones.
+const LEARNED_MAX: usize = 16;
+
+/// An answer that is not the outcome asked for.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[error("{reason}: {detail}")]
+pub(crate) struct Refusal {
+    pub reason: Refused,
+    pub detail: String,
+    pub retry_after_ms: u64,
+}
+
+impl Refusal {
+    pub(crate) fn unavailable(detail: impl Into<String>) -> Refusal {
+        Refusal { reason: Refused::Unavailable, detail: detail.into(), retry_after_ms: 0 }
+    }
+}
+
+impl From<v1::Refusal> for Refusal {
+    fn from(r: v1::Refusal) -> Refusal {
+        Refusal { reason: convert::refused(&r), detail: r.detail, retry_after_ms: r.retry_after_ms }
+    }
+}
+
+/// The coordinators of the cluster.
+pub(crate) struct Coordinators {
+    net: Arc<dyn Net>,
+    configured: Vec<String>,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    clients: BTreeMap<String, Client>,
+    leader: Option<String>,
+}
+
+impl Coordinators {
+    pub(crate) fn new(net: Arc<dyn Net>, addresses: &[String]) -> Result<Coordinators, BadAddress> {
+        let clients = addresses.iter().map(|a| Ok((a.clone(), client(&net, a)?)));
+        let clients = clients.collect::<Result<_, BadAddress>>()?;
+        let state = Mutex::new(State { clients, leader: None });
+        Ok(Coordinators { net, configured: addresses.to_vec(), state })
+    }
+
+    pub(crate) fn addresses(&self) -> &[String] {
+        &self.configured
+    }
+
+    /// The client of one coordinator.
+    pub(crate) fn client(&self, address: &str) -> Option<Client> {
+        let mut state = self.lock();
+        if let Some(client) = state.clients.get(address) {
+            return Some(client.clone());
+        }
+        if state.clients.len() >= self.configured.len() + LEARNED_MAX {
+            return None;
+        }
+        let client = client(&self.net, address).ok()?;
+        state.clients.insert(address.to_string(), client.clone());
+        Some(client)
+    }
+
+    /// Asks the leader for an assignment.
+    pub(crate) async fn assign(&self, request: v1::AssignRequest) -> Result<v1::Assignment, Refusal> {
+        let call = |mut client: Client| {
+            let request = request.clone();
+            async move { client.assign(request).await }
+        };
+        let outcome = |reply: v1::AssignReply| match reply.outcome {
+            Some(v1::assign_reply::Outcome::Assignment(assignment)) => Ok(assignment),
+            Some(v1::assign_reply::Outcome::Refused(refusal)) => Err(refusal),
+            None => Err(convert::refusal(Refused::Unavailable, "an empty answer")),
+        };
+        self.ask_leader(call, outcome).await
+    }
+
+    /// Tells the leader which requests have ended.
+    pub(crate) async fn finish(&self, request: v1::FinishRequest) -> Result<v1::Finished, Refusal> {
+        let call = |mut client: Client| {
+            let request = request.clone();
+            async move { client.finish(request).await }
+        };
+        let outcome = |reply: v1::FinishReply| match reply.outcome {
+            Some(v1::finish_reply::Outcome::Finished(finished)) => Ok(finished),
+            Some(v1::finish_reply::Outcome::Refused(refusal)) => Err(refusal),
+            None => Err(convert::refusal(Refused::Unavailable, "an empty answer")),
+        };
+        self.ask_leader(call, outcome).await
+    }
+
+    /// Announces this gateway.
+    pub(crate) async fn register(&self, request: v1::RegisterRequest) -> Result<v1::Registered, Refusal> {
+        let call = |mut client: Client| {
+            let request = request.clone();
+            async move { client.register(request).await }
+        };
+        let outcome = |reply: v1::RegisterReply| match reply.outcome {
+            Some(v1::register_reply::Outcome::Registered(registered)) => Ok(registered),
+            Some(v1::register_reply::Outcome::Refused(refusal)) => Err(refusal),
+            None => Err(convert::refusal(Refused::Unavailable, "an empty answer")),
+        };
+        self.ask_leader(call, outcome).await
+    }
+
+    /// One round over the coordinators, the presumed leader first, redirects followed. Refusals that another node would
+    /// repeat end it.
+    async fn ask_leader<R, T, F>(
+        &self,
+        call: impl Fn(Client) -> F,
+        outcome: impl Fn(R) -> Result<T, v1::Refusal>,
+    ) -> Result<T, Refusal>
+    where
+        F: Future<Output = Result<Response<R>, Status>>,
+    {
+        let mut queue = self.order();
+        let mut last = Refusal::unavailable("no coordinator is configured");
+        let mut calls_left = queue.len() + 2;
+        while let Some(address) = queue.pop() {
+            if calls_left == 0 {
+                break;
+            }
+            calls_left -= 1;
+            let Some(client) = self.client(&address) else { continue };
+            let refusal = match deadline(call(client)).await.map(&outcome) {
+                Ok(Ok(answer)) => {
+                    self.lock().leader = Some(address);
+                    return Ok(answer);
+                }
+                Ok(Err(refusal)) => refusal,
+                Err(status) => {
+                    self.forget_leader(&address);
+                    last = Refusal::unavailable(format!("coordinator {address}: {}", status.message()));
+                    continue;
+                }
+            };
+            let leader = refusal.leader_address.clone();
+            last = refusal.into();
+            if !matches!(last.reason, Refused::NotLeader | Refused::Unavailable) {
+                return Err(last);
+            }
+            self.forget_leader(&address);
+            if !leader.is_empty() && leader != address {
+                queue.retain(|a| *a != leader);
+                queue.push(leader);
+            }
+        }
+        Err(last)
+    }
+
+    /// Addresses to try, the first one last.
+    fn order(&self) -> Vec<String> {
+        let leader = self.lock().leader.clone();
+        let others = self.configured.iter().rev().filter(|a| Some(*a) != leader.as_ref()).cloned();
+        others.chain(leader.clone()).collect()
+    }
+
+    fn forget_leader(&self, address: &str) {
+        let mut state = self.lock();
+        if state.leader.as_deref() == Some(address) {
+            state.leader = None;
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn client(net: &Arc<dyn Net>, address: &str) -> Result<Client, BadAddress> {
+    let channel = baton_proto::channel(net.clone(), address)?;
+    Ok(CoordinatorClient::new(channel).max_decoding_message_size(limits::MESSAGE_BYTES_MAX))
+}
+
+/// An RPC's answer within the deadline that every RPC has.
+pub(crate) async fn deadline<R>(call: impl Future<Output = Result<Response<R>, Status>>) -> Result<R, Status> {
+    match tokio::time::timeout(RPC_TIMEOUT, call).await {
+        Ok(answer) => answer.map(Response::into_inner),
+        Err(_) => Err(Status::deadline_exceeded("no answer in time")),
+    }
+}

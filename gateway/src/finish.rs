@@ -1,0 +1,65 @@
+//! Ends of requests on their way to the ledger, many in one call. What cannot be told is not lost: the assignment's
+//! lease runs out and the ledger ends the request itself.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use baton_proto::v1::{FinishRequest, FinishedRequest};
+use tokio::sync::mpsc;
+
+use crate::coordinators::Coordinators;
+use crate::measure;
+
+const QUEUE_MAX: usize = 8192;
+const BATCH_MAX: usize = 512;
+/// How long the first end of a batch waits for others.
+const GATHER: Duration = Duration::from_millis(2);
+const TRIES_MAX: u32 = 8;
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// Where ends are handed in; never blocks.
+#[derive(Clone)]
+pub(crate) struct Finishes(mpsc::Sender<FinishedRequest>);
+
+/// The other end, to be run until every `Finishes` is gone.
+pub(crate) struct Finisher(mpsc::Receiver<FinishedRequest>);
+
+pub(crate) fn queue() -> (Finishes, Finisher) {
+    let (sender, receiver) = mpsc::channel(QUEUE_MAX);
+    (Finishes(sender), Finisher(receiver))
+}
+
+impl Finishes {
+    pub(crate) fn send(&self, finished: FinishedRequest) {
+        if self.0.try_send(finished).is_err() {
+            measure::finish_lost();
+        }
+    }
+}
+
+impl Finisher {
+    pub(crate) async fn run(mut self, coordinators: Arc<Coordinators>) {
+        let mut requests = Vec::new();
+        while self.0.recv_many(&mut requests, 1).await > 0 {
+            tokio::time::sleep(GATHER).await;
+            while requests.len() < BATCH_MAX
+                && let Ok(finished) = self.0.try_recv()
+            {
+                requests.push(finished);
+            }
+            tell(&coordinators, FinishRequest { requests: std::mem::take(&mut requests) }).await;
+        }
+    }
+}
+
+async fn tell(coordinators: &Coordinators, request: FinishRequest) {
+    for attempt in 1..=TRIES_MAX {
+        match coordinators.finish(request.clone()).await {
+            Ok(_) => return,
+            Err(refusal) => tracing::debug!(attempt, %refusal, "finish not taken"),
+        }
+        tokio::time::sleep(PAUSE * attempt).await;
+    }
+    tracing::warn!(requests = request.requests.len(), "no coordinator took the end of requests; their leases end them");
+    request.requests.iter().for_each(|_| measure::finish_lost());
+}

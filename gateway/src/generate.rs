@@ -1,0 +1,245 @@
+//! The straight line of a call: checked JSON → tokens → requests → answers → reply.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use axum::body::Body;
+use axum::http::{HeaderValue, header};
+use axum::response::{IntoResponse, Response};
+use baton_core::{BlockHash, Clock, Lane, Request, RequestId, Rng, Sampling};
+use bytes::Bytes;
+use futures::stream::{BoxStream, StreamExt, select_all};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::Instant;
+
+use crate::answer::{Answer, Part};
+use crate::cluster::Cluster;
+use crate::config::Config;
+use crate::error::ApiError;
+use crate::measure::Phases;
+use crate::openai::{Ask, Envelope, Params, Prompt, Reply, Shape, stream_error};
+use crate::prompt::Encoder;
+use crate::serve::{Servers, Serving};
+use crate::text::TextOptions;
+
+/// Until tenants have keys there is one.
+const TENANT: &str = "default";
+
+/// A gateway at work; shared by all calls.
+pub(crate) struct Gateway {
+    pub config: Config,
+    pub cluster: Arc<Cluster>,
+    pub servers: Arc<Servers>,
+    pub encoder: Encoder,
+    pub clock: Arc<dyn Clock>,
+    pub rng: Mutex<Rng>,
+    pub places: Arc<Semaphore>,
+    pub metrics: Arc<dyn Fn() -> String + Send + Sync>,
+}
+
+/// One call, before its prompts are tokens.
+pub(crate) struct Call {
+    pub ask: Ask,
+    /// The model as the client named it.
+    pub model_name: String,
+    pub received: Instant,
+    pub parsed: Instant,
+}
+
+type Parts = BoxStream<'static, Result<Part, ApiError>>;
+
+impl Gateway {
+    /// Answers a call, streaming or in one piece. Errors before the first token have their own status.
+    pub(crate) async fn answer(self: &Arc<Gateway>, call: Call) -> Result<Response, ApiError> {
+        let mut prompts = Vec::with_capacity(call.ask.prompts.len());
+        let Ask { model, prompts: asked, params, shape } = call.ask;
+        let place = self.place(asked.len())?;
+        for prompt in asked {
+            prompts.push(match prompt {
+                Prompt::Tokens(tokens) => tokens,
+                Prompt::Text(text) => self.encoder.encode(&model, text, shape.prompt_param()).await?,
+            });
+        }
+        let prompts: Vec<Arc<[u32]>> = prompts.into_iter().map(Arc::from).collect();
+        let id = RequestId(self.lock_rng().u128());
+        let mut parts = Vec::with_capacity(prompts.len());
+        let mut places = Places(place);
+        for (index, prompt) in prompts.iter().enumerate() {
+            let request = self.request(&model, &params, shape, prompt.clone(), (index == 0).then_some(id))?;
+            let mut phases = Phases::new(model.meters.clone(), call.received);
+            phases.parsed(call.parsed);
+            phases.encoded();
+            parts.push((request, phases));
+        }
+        let options = text_options(&model, &params);
+        let silent = params.tokens_max == Some(0);
+        let answers = parts.into_iter().enumerate().map(|(index, (request, phases))| {
+            let serving =
+                Serving::new(self.servers.clone(), request.into(), model.block_tokens, phases, places.take_one());
+            Answer::new(index, serving, model.clone(), options.clone(), silent).parts().boxed()
+        });
+        let parts = merge(answers.collect());
+        let prefix = if shape == Shape::Chat { "chatcmpl" } else { "cmpl" };
+        let created = self.clock.unix_ms() / 1000;
+        let envelope = Envelope { id: format!("{prefix}-{id}"), created, model: call.model_name };
+        let stream = params.stream;
+        let reply = Reply::new(envelope, model, shape, params, prompts);
+        if stream { stream_reply(reply, parts).await } else { whole_reply(reply, parts).await }
+    }
+
+    fn place(&self, count: usize) -> Result<OwnedSemaphorePermit, ApiError> {
+        let full = || ApiError::overloaded("gateway_full", "This gateway works on as many requests as it may.", 0);
+        let count = u32::try_from(count).map_err(|_| full())?;
+        self.places.clone().try_acquire_many_owned(count).map_err(|_| full())
+    }
+
+    fn request(
+        &self,
+        model: &crate::model::Model,
+        params: &Params,
+        shape: Shape,
+        prompt: Arc<[u32]>,
+        id: Option<RequestId>,
+    ) -> Result<Request, ApiError> {
+        let (drawn_id, drawn_seed) = {
+            let mut rng = self.lock_rng();
+            (RequestId(rng.u128()), rng.u64())
+        };
+        let tokens_max = tokens_max(model, params, shape, prompt.len())?;
+        if params.tokens_min > tokens_max {
+            let message = format!("'min_tokens' must not exceed 'max_tokens' ({tokens_max})");
+            return Err(ApiError::invalid("min_tokens", message));
+        }
+        let echoed = if shape == (Shape::Completions { echo: true }) { params.logprobs } else { None };
+        Ok(Request {
+            id: id.unwrap_or(drawn_id),
+            tenant: TENANT.into(),
+            lane: Lane::Interactive,
+            model: model.name.clone(),
+            prompt,
+            sampling: Sampling { seed: params.seed.unwrap_or(drawn_seed), ..params.sampling.clone() },
+            choices: params.choices,
+            tokens_max,
+            tokens_min: params.tokens_min,
+            stop_tokens: params.stop_tokens.clone(),
+            ignore_eos: params.ignore_eos,
+            logprobs: params.logprobs,
+            prompt_logprobs: params.prompt_logprobs.max(echoed),
+            cache_salt: cache_salt(TENANT, &params.cache_salt),
+            deadline_ms: self.config.deadline_ms,
+        })
+    }
+
+    /// A new request id.
+    pub(crate) fn draw_id(&self) -> u128 {
+        self.lock_rng().u128()
+    }
+
+    fn lock_rng(&self) -> std::sync::MutexGuard<'_, Rng> {
+        self.rng.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The places of a call's requests; what is not taken is given back.
+struct Places(OwnedSemaphorePermit);
+
+impl Places {
+    fn take_one(&mut self) -> OwnedSemaphorePermit {
+        self.0.split(1).expect("as many places were taken as there are prompts")
+    }
+}
+
+/// OpenAI's default for `max_tokens` of completions.
+const COMPLETION_TOKENS_DEFAULT: u32 = 16;
+
+/// Tokens to generate at most: what was asked for, if it fits the model, or the default cut to what fits.
+fn tokens_max(model: &crate::model::Model, params: &Params, shape: Shape, prompt: usize) -> Result<u32, ApiError> {
+    let limit = model.positions_max;
+    let param = shape.prompt_param();
+    if prompt == 0 {
+        return Err(ApiError::invalid(param, "the prompt has no tokens"));
+    }
+    if prompt >= limit {
+        let message = format!("This model's maximum context length is {limit} tokens, and the prompt has {prompt}.");
+        return Err(ApiError::too_long(param, message));
+    }
+    let room = u32::try_from(limit - prompt).unwrap_or(u32::MAX);
+    match params.tokens_max {
+        Some(asked) if asked > room => {
+            let message = format!(
+                "This model's maximum context length is {limit} tokens. However, you requested {} tokens \
+                 ({prompt} in the prompt, {asked} in the completion).",
+                prompt + asked as usize
+            );
+            Err(ApiError::too_long("max_tokens", message))
+        }
+        Some(asked) => Ok(asked.max(1)),
+        None if shape == Shape::Chat => Ok(room.min(model.tokens_default())),
+        None => Ok(room.min(COMPLETION_TOKENS_DEFAULT)),
+    }
+}
+
+/// Blocks are shared inside a tenant, and inside what the tenant's own salt parts further.
+fn cache_salt(tenant: &str, salt: &str) -> String {
+    format!("{:?}", BlockHash::root(&format!("{}:{tenant}:{salt}", tenant.len())))
+}
+
+fn text_options(model: &crate::model::Model, params: &Params) -> Arc<TextOptions> {
+    let eos: &[u32] = if params.ignore_eos { &[] } else { &model.eos };
+    let end_tokens = eos.iter().chain(&params.stop_tokens).copied().collect();
+    Arc::new(TextOptions {
+        stops: params.stops.clone(),
+        skip_special: params.skip_special,
+        tokens_min: params.tokens_min,
+        end_tokens,
+        all_tokens: params.return_token_ids,
+    })
+}
+
+/// The parts of all answers as they come.
+fn merge(mut answers: Vec<Parts>) -> Parts {
+    if answers.len() == 1 { answers.remove(0) } else { select_all(answers).boxed() }
+}
+
+async fn whole_reply(mut reply: Reply, mut parts: Parts) -> Result<Response, ApiError> {
+    while let Some(part) = parts.next().await {
+        reply.collect(part?);
+    }
+    Ok(([(header::CONTENT_TYPE, "application/json")], reply.whole()).into_response())
+}
+
+/// Begins when the first part, or an error instead of it, is known.
+async fn stream_reply(mut reply: Reply, mut parts: Parts) -> Result<Response, ApiError> {
+    let mut first = Vec::new();
+    while first.is_empty() {
+        match parts.next().await {
+            Some(part) => reply.stream(part?, &mut first),
+            None => reply.finish(&mut first),
+        }
+    }
+    let rest = futures::stream::unfold(Some((reply, parts)), |state| async move {
+        let (mut reply, mut parts) = state?;
+        let mut out = Vec::new();
+        while out.is_empty() {
+            match parts.next().await {
+                Some(Ok(part)) => reply.stream(part, &mut out),
+                Some(Err(error)) => {
+                    stream_error(&error.body(), &mut out);
+                    return Some((out, None));
+                }
+                None => {
+                    reply.finish(&mut out);
+                    return Some((out, None));
+                }
+            }
+        }
+        Some((out, Some((reply, parts))))
+    });
+    let events = futures::stream::once(async move { first }).chain(rest);
+    let body = Body::from_stream(events.map(|event| Ok::<_, std::convert::Infallible>(Bytes::from(event))));
+    let mut response = Response::new(body);
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+    headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
+    Ok(response)
+}

@@ -1,0 +1,165 @@
+//! The routes, and what every response has: a request id, OpenAI's error shape, a count.
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::body::{Body, to_bytes};
+use axum::extract::{Path, Request, State};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, header};
+use axum::middleware::{Next, from_fn_with_state};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::Json;
+use baton_core::{RequestId, limits};
+use serde_json::{Map, Value, json};
+use tokio::time::Instant;
+
+use crate::error::ApiError;
+use crate::generate::{Call, Gateway};
+use crate::measure;
+use crate::model::Model;
+use crate::openai::{Fields, chat, completions, tokens};
+
+type Shared = State<Arc<Gateway>>;
+
+/// All routes of a gateway.
+pub(crate) fn router(gateway: Arc<Gateway>) -> Router {
+    Router::new()
+        .route("/v1/chat/completions", post(chat_completions))
+        .route("/v1/completions", post(text_completions))
+        .route("/v1/models", get(models))
+        .route("/v1/models/{*id}", get(model))
+        .route("/tokenize", post(tokenize))
+        .route("/detokenize", post(detokenize))
+        .route("/tokenizer_info", get(tokenizer_info))
+        .route("/health", get(health))
+        .route("/live", get(|| async {}))
+        .route("/ping", get(|| async {}).post(|| async {}))
+        .route("/version", get(|| async { Json(json!({"version": env!("CARGO_PKG_VERSION")})) }))
+        .route("/metrics", get(metrics))
+        .method_not_allowed_fallback(|method: Method, uri: Uri| async move {
+            ApiError::wrong_method(method.as_str(), uri.path())
+        })
+        .fallback(|uri: Uri| async move { ApiError::unknown_route(uri.path()) })
+        .layer(from_fn_with_state(gateway.clone(), around))
+        .with_state(gateway)
+}
+
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const REQUEST_ID_BYTES_MAX: usize = 256;
+
+/// Around every request: its id comes back, its answer is counted.
+async fn around(State(gateway): Shared, request: Request, next: Next) -> Response {
+    let given = request.headers().get(REQUEST_ID).filter(|id| id.len() <= REQUEST_ID_BYTES_MAX).cloned();
+    let route = route_label(request.uri().path());
+    let mut response = next.run(request).await;
+    let id = given.unwrap_or_else(|| {
+        let id = RequestId(gateway.draw_id()).to_string();
+        HeaderValue::try_from(id).expect("hexadecimal digits are a header value")
+    });
+    response.headers_mut().insert(REQUEST_ID, id);
+    measure::answered(route, response.status().as_u16());
+    response
+}
+
+fn route_label(path: &str) -> &'static str {
+    const ROUTES: &[&str] = &[
+        "/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize", "/tokenizer_info",
+        "/health", "/live", "/ping", "/version", "/metrics",
+    ];
+    ROUTES.iter().find(|route| **route == path).copied().unwrap_or("other")
+}
+
+async fn chat_completions(State(gateway): Shared, request: Request) -> Result<Response, ApiError> {
+    let received = Instant::now();
+    let body = body(request).await?;
+    let (model, model_name) = named_model(&gateway, Fields(&body))?;
+    let ask = chat::read(Fields(&body), model, gateway.clock.clone())?;
+    gateway.answer(Call { ask, model_name, received, parsed: Instant::now() }).await
+}
+
+async fn text_completions(State(gateway): Shared, request: Request) -> Result<Response, ApiError> {
+    let received = Instant::now();
+    let body = body(request).await?;
+    let (model, model_name) = named_model(&gateway, Fields(&body))?;
+    let ask = completions::read(Fields(&body), model)?;
+    gateway.answer(Call { ask, model_name, received, parsed: Instant::now() }).await
+}
+
+async fn tokenize(State(gateway): Shared, request: Request) -> Result<Json<Value>, ApiError> {
+    let body = body(request).await?;
+    let fields = Fields(&body);
+    let (model, _) = named_model(&gateway, fields)?;
+    let text = tokens::read_tokenize(fields, &model, gateway.clock.clone())?;
+    let ids = gateway.encoder.encode(&model, text, "prompt").await?;
+    tokens::tokenized(fields, &model, &ids).map(Json)
+}
+
+async fn detokenize(State(gateway): Shared, request: Request) -> Result<Json<Value>, ApiError> {
+    let body = body(request).await?;
+    let (model, _) = named_model(&gateway, Fields(&body))?;
+    tokens::detokenized(Fields(&body), &model).map(Json)
+}
+
+async fn tokenizer_info(State(gateway): Shared, uri: Uri) -> Result<Json<Value>, ApiError> {
+    let query = uri.query().unwrap_or_default();
+    let name = query.split('&').find_map(|pair| pair.strip_prefix("model="));
+    Ok(Json(tokens::tokenizer_info(&*gateway.cluster.model(name)?)))
+}
+
+async fn models(State(gateway): Shared) -> Json<Value> {
+    let served = gateway.cluster.served();
+    let own = served.iter().map(|m| tokens::model_entry(&m.name, m));
+    let alias = |(alias, name): (&String, &String)| {
+        served.iter().find(|m| m.name == *name).map(|m| tokens::model_entry(alias, m))
+    };
+    let data: Vec<Value> = own.chain(gateway.cluster.aliases().iter().filter_map(alias)).collect();
+    Json(json!({"object": "list", "data": data}))
+}
+
+async fn model(State(gateway): Shared, Path(id): Path<String>) -> Result<Json<Value>, ApiError> {
+    let model = gateway.cluster.model(Some(&id))?;
+    Ok(Json(tokens::model_entry(&id, &model)))
+}
+
+async fn health(State(gateway): Shared) -> Response {
+    match gateway.cluster.health() {
+        Ok(summary) => Json(summary).into_response(),
+        Err(summary) => (StatusCode::SERVICE_UNAVAILABLE, Json(summary)).into_response(),
+    }
+}
+
+async fn metrics(State(gateway): Shared) -> Response {
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], (gateway.metrics)()).into_response()
+}
+
+fn named_model(gateway: &Gateway, fields: Fields) -> Result<(Arc<Model>, String), ApiError> {
+    let name = fields.text("model")?;
+    let model = gateway.cluster.model(name)?;
+    let name = name.unwrap_or(&model.name).to_string();
+    Ok((model, name))
+}
+
+/// The JSON object of a request's body, whatever content type it claims.
+async fn body(request: Request) -> Result<Map<String, Value>, ApiError> {
+    let too_large = || ApiError::body_too_large(limits::HTTP_BODY_BYTES_MAX);
+    let (head, body) = request.into_parts();
+    if content_length(&head.headers).is_some_and(|length| length > limits::HTTP_BODY_BYTES_MAX) {
+        return Err(too_large());
+    }
+    let bytes = read(body).await.ok_or_else(too_large)?;
+    match serde_json::from_slice(&bytes) {
+        Ok(Value::Object(object)) => Ok(object),
+        Ok(_) => Err(ApiError::malformed("The body must be a JSON object.")),
+        Err(e) => Err(ApiError::malformed(format!("The body is not JSON: {e}."))),
+    }
+}
+
+/// None: too large. A body that breaks off is as good as none: its connection is gone.
+async fn read(body: Body) -> Option<bytes::Bytes> {
+    to_bytes(body, limits::HTTP_BODY_BYTES_MAX).await.ok()
+}
+
+fn content_length(headers: &HeaderMap) -> Option<usize> {
+    headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
+}

@@ -1,0 +1,219 @@
+//! The one Generate stream to each decode worker. All requests of this gateway on a worker share it: commands go out on
+//! it, and one message per engine step comes back with everything the step had for them.
+//!
+//! ```text
+//! request ── Start{handle} ─┐                                ┌─► inbox of handle 1
+//! request ── Start{handle} ─┼─► stream to the worker ─► step ┼─► inbox of handle 2
+//! drop    ── Cancel{handle} ┘                                └─► ...        stream lost: every inbox closes
+//! ```
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use baton_core::{Net, Place, limits};
+use baton_proto::v1::decode_client::DecodeClient;
+use baton_proto::v1::generate_command::Command;
+use baton_proto::v1::request_output::Output;
+use baton_proto::v1::{Cancel, GenerateCommand, Start, StepOutput};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio_stream::wrappers::ReceiverStream;
+
+/// A worker that leaves so many commands unread is not serving; its stream is given up.
+const COMMANDS_MAX: usize = 2 * limits::GATEWAY_REQUESTS_MAX;
+
+/// The streams to all decode workers in use.
+pub(crate) struct Links {
+    net: Arc<dyn Net>,
+    state: Mutex<LinksState>,
+}
+
+#[derive(Default)]
+struct LinksState {
+    links: BTreeMap<Place, Arc<Link>>,
+    tasks: JoinSet<()>,
+}
+
+/// Why nothing more comes for a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Closed {
+    #[error("the stream to the worker was lost")]
+    Lost,
+    #[error("the client reads too slowly")]
+    Overrun,
+}
+
+struct Link {
+    commands: mpsc::Sender<GenerateCommand>,
+    requests: Mutex<Requests>,
+}
+
+#[derive(Default)]
+struct Requests {
+    /// Set when the stream has ended; nothing can be started on it.
+    closed: bool,
+    last_handle: u32,
+    open: BTreeMap<u32, Outlet>,
+}
+
+/// The link's end of a request's events.
+struct Outlet {
+    events: mpsc::Sender<Output>,
+    overrun: Arc<AtomicBool>,
+}
+
+/// The request's end: its events, in order. Dropping it cancels the request at the worker.
+pub(crate) struct Inbox {
+    link: Arc<Link>,
+    handle: u32,
+    events: mpsc::Receiver<Output>,
+    overrun: Arc<AtomicBool>,
+}
+
+impl Links {
+    pub(crate) fn new(net: Arc<dyn Net>) -> Links {
+        Links { net, state: Mutex::default() }
+    }
+
+    /// Starts a request on `worker`, over the stream there is or a new one. `start` is given its handle.
+    pub(crate) fn start(&self, worker: &Place, start: Start) -> Result<Inbox, Closed> {
+        let mut state = lock(&self.state);
+        while state.tasks.try_join_next().is_some() {}
+        if let Some(link) = state.links.get(worker)
+            && let Ok(inbox) = link.start(start.clone())
+        {
+            return Ok(inbox);
+        }
+        state.links.retain(|_, link| !lock(&link.requests).closed);
+        let link = self.open(worker, &mut state.tasks).ok_or(Closed::Lost)?;
+        state.links.insert(worker.clone(), link.clone());
+        link.start(start)
+    }
+
+    /// Requests that wait for events.
+    pub(crate) fn open_requests(&self) -> usize {
+        lock(&self.state).links.values().map(|link| lock(&link.requests).open.len()).sum()
+    }
+
+    fn open(&self, worker: &Place, tasks: &mut JoinSet<()>) -> Option<Arc<Link>> {
+        let channel = baton_proto::channel(self.net.clone(), &worker.address).ok()?;
+        let client = DecodeClient::new(channel)
+            .max_decoding_message_size(limits::MESSAGE_BYTES_MAX)
+            .max_encoding_message_size(limits::MESSAGE_BYTES_MAX);
+        let (commands, outgoing) = mpsc::channel(COMMANDS_MAX);
+        let link = Arc::new(Link { commands, requests: Mutex::default() });
+        let (name, shared) = (worker.worker.clone(), link.clone());
+        tasks.spawn(async move {
+            let problem = shared.carry(client, outgoing).await;
+            let requests = shared.close();
+            tracing::info!(worker = %name, requests, problem, "stream to worker ended");
+        });
+        Some(link)
+    }
+}
+
+impl Link {
+    fn start(self: &Arc<Link>, mut start: Start) -> Result<Inbox, Closed> {
+        let (events, receiver) = mpsc::channel(limits::STREAM_BUFFER_EVENTS_MAX);
+        let overrun = Arc::new(AtomicBool::new(false));
+        let mut requests = lock(&self.requests);
+        if requests.closed {
+            return Err(Closed::Lost);
+        }
+        let handle = requests.next_handle();
+        start.handle = handle;
+        if !self.send(Command::Start(start)) {
+            requests.close();
+            return Err(Closed::Lost);
+        }
+        requests.open.insert(handle, Outlet { events, overrun: overrun.clone() });
+        drop(requests);
+        Ok(Inbox { link: self.clone(), handle, events: receiver, overrun })
+    }
+
+    /// The life of the stream; returns what ended it.
+    async fn carry(&self, mut client: DecodeClient<tonic::transport::Channel>, outgoing: mpsc::Receiver<GenerateCommand>) -> String {
+        let mut steps = match client.generate(ReceiverStream::new(outgoing)).await {
+            Ok(response) => response.into_inner(),
+            Err(status) => return status.message().to_string(),
+        };
+        loop {
+            match steps.message().await {
+                Ok(Some(step)) => self.dispatch(step),
+                Ok(None) => return "the worker closed it".to_string(),
+                Err(status) => return status.message().to_string(),
+            }
+            if lock(&self.requests).closed {
+                return "the worker does not read its commands".to_string();
+            }
+        }
+    }
+
+    fn dispatch(&self, step: StepOutput) {
+        let mut requests = lock(&self.requests);
+        for output in step.outputs {
+            let (handle, Some(event)) = (output.handle, output.output) else { continue };
+            let Some(outlet) = requests.open.get(&handle) else { continue };
+            if outlet.events.try_send(event).is_err() {
+                outlet.overrun.store(true, Ordering::Relaxed);
+                requests.open.remove(&handle);
+                self.send(Command::Cancel(Cancel { handle }));
+            }
+        }
+    }
+
+    /// Ends all requests; returns how many there were.
+    fn close(&self) -> usize {
+        lock(&self.requests).close()
+    }
+
+    fn send(&self, command: Command) -> bool {
+        self.commands.try_send(GenerateCommand { command: Some(command) }).is_ok()
+    }
+}
+
+impl Requests {
+    fn next_handle(&mut self) -> u32 {
+        loop {
+            self.last_handle = self.last_handle.wrapping_add(1);
+            if !self.open.contains_key(&self.last_handle) {
+                return self.last_handle;
+            }
+        }
+    }
+
+    fn close(&mut self) -> usize {
+        self.closed = true;
+        std::mem::take(&mut self.open).len()
+    }
+}
+
+impl Inbox {
+    /// The next event of the request.
+    pub(crate) async fn next(&mut self) -> Result<Output, Closed> {
+        match self.events.recv().await {
+            Some(event) => Ok(event),
+            None if self.overrun.load(Ordering::Relaxed) => Err(Closed::Overrun),
+            None => Err(Closed::Lost),
+        }
+    }
+
+    /// The worker has ended the request: there is nothing to cancel.
+    pub(crate) fn ended(self) {
+        lock(&self.link.requests).open.remove(&self.handle);
+    }
+}
+
+impl Drop for Inbox {
+    fn drop(&mut self) {
+        let mut requests = lock(&self.link.requests);
+        if requests.open.remove(&self.handle).is_some() && !self.link.send(Command::Cancel(Cancel { handle: self.handle })) {
+            requests.close();
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,188 @@
+//! A gateway from its start to its stop: the socket, the routes and the tasks beside them.
+
+use std::future::Future;
+use std::io;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use baton_core::{Env, Listener, Net, Stream};
+use baton_proto::channel::BadAddress;
+use baton_proto::v1::{Member, Role};
+use tokio::sync::{Semaphore, oneshot};
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+
+use crate::cluster::Cluster;
+use crate::config::Config;
+use crate::coordinators::Coordinators;
+use crate::generate::Gateway;
+use crate::link::Links;
+use crate::prompt::Encoder;
+use crate::serve::Servers;
+use crate::{finish, http, membership};
+
+/// How long open streams may go on after `stop`.
+const DRAIN: Duration = Duration::from_secs(5);
+/// How long the last ends of requests, and the goodbye, may take.
+const FAREWELL: Duration = Duration::from_millis(500);
+const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
+
+/// Renders the metrics that `/metrics` shows.
+pub type RenderMetrics = Arc<dyn Fn() -> String + Send + Sync>;
+
+/// Why a gateway cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error("listen on {address}: {error}")]
+    Listen { address: String, error: io::Error },
+    #[error(transparent)]
+    Coordinator(#[from] BadAddress),
+    #[error("no coordinator address is given")]
+    NoCoordinators,
+}
+
+/// A gateway that ended by itself.
+#[derive(Debug, thiserror::Error)]
+#[error("the gateway's {task} ended: {problem}")]
+pub struct Failed {
+    task: &'static str,
+    problem: String,
+}
+
+/// A gateway at work. Dropping it ends it at once.
+pub struct Running {
+    address: String,
+    id: String,
+    coordinators: Arc<Coordinators>,
+    stop: oneshot::Sender<()>,
+    /// The HTTP server.
+    server: JoinSet<()>,
+    /// The view of the cluster and the place in it.
+    beside: JoinSet<()>,
+    /// The ends of requests on their way to the ledger.
+    finisher: JoinSet<()>,
+}
+
+/// Starts a gateway; `metrics` renders what `/metrics` shows.
+pub async fn start(config: Config, mut env: Env, metrics: RenderMetrics) -> Result<Running, StartError> {
+    if config.coordinators.is_empty() {
+        return Err(StartError::NoCoordinators);
+    }
+    let coordinators = Arc::new(Coordinators::new(env.net.clone(), &config.coordinators)?);
+    let listener = listen(&*env.net, &config.listen).await?;
+    let address = listener.0.address();
+    let id = config.id.clone();
+    let cluster = Arc::new(Cluster::new(env.net.clone(), config.aliases.clone()));
+    let links = Arc::new(Links::new(env.net.clone()));
+    let (finishes, queue) = finish::queue();
+    let process_key = format!("{:032x}", env.rng.u128());
+
+    let mut beside = JoinSet::new();
+    let (watched, watching) = (cluster.clone(), coordinators.clone());
+    beside.spawn(async move { watched.watch(&watching).await });
+    let (member, announcer, open) = (member(&config, &address), coordinators.clone(), links.clone());
+    beside.spawn(async move {
+        membership::announce(&announcer, member, process_key, || open.open_requests()).await;
+    });
+
+    let mut finisher = JoinSet::new();
+    finisher.spawn(queue.run(coordinators.clone()));
+
+    let servers = Servers { coordinators: coordinators.clone(), links, finishes, gateway: id.clone() };
+    let gateway = Gateway {
+        places: Arc::new(Semaphore::new(config.requests_max.min(Semaphore::MAX_PERMITS))),
+        config,
+        cluster,
+        servers: Arc::new(servers),
+        encoder: Encoder::default(),
+        clock: env.clock,
+        rng: Mutex::new(env.rng),
+        metrics,
+    };
+    let (stop, stopped) = oneshot::channel();
+    let mut server = JoinSet::new();
+    server.spawn(serve(listener, gateway, async move { drop(stopped.await) }));
+    Ok(Running { address, id, coordinators, stop, server, beside, finisher })
+}
+
+impl Running {
+    /// The HTTP address, with the real port.
+    pub fn address(&self) -> String {
+        self.address.clone()
+    }
+
+    /// Resolves when the gateway ended by itself, which it does only by failing.
+    pub async fn stopped(&mut self) -> Result<(), Failed> {
+        let (task, joined) = tokio::select! {
+            joined = self.server.join_next() => ("server", joined),
+            joined = self.beside.join_next() => ("view of the cluster", joined),
+            joined = self.finisher.join_next() => ("finisher", joined),
+        };
+        let problem = match joined {
+            Some(Err(error)) => error.to_string(),
+            _ => "unexpectedly".to_string(),
+        };
+        Err(Failed { task, problem })
+    }
+
+    /// Takes no new connection, lets open streams end for a while, tells the ledger, and ends.
+    pub async fn stop(mut self) {
+        drop(self.stop);
+        if timeout(DRAIN, self.server.join_next()).await.is_err() {
+            self.server.shutdown().await;
+        }
+        self.beside.shutdown().await;
+        let _told_or_expired = timeout(FAREWELL, self.finisher.join_next()).await;
+        let _heard_or_not = timeout(FAREWELL, membership::leave(&self.coordinators, &self.id)).await;
+    }
+}
+
+fn member(config: &Config, address: &str) -> Member {
+    Member {
+        id: config.id.clone(),
+        role: Role::Gateway.into(),
+        address: address.to_string(),
+        pid: std::process::id(),
+        incarnation: 0,
+        version: env!("CARGO_PKG_VERSION").into(),
+        model: None,
+    }
+}
+
+async fn listen(net: &dyn Net, address: &str) -> Result<HttpListener, StartError> {
+    let listener = net.listen(address).await;
+    let error = |error| StartError::Listen { address: address.to_string(), error };
+    listener.map(HttpListener).map_err(error)
+}
+
+async fn serve(listener: HttpListener, gateway: Gateway, stopped: impl Future<Output = ()> + Send + 'static) {
+    let router = http::router(Arc::new(gateway));
+    let served = axum::serve(listener, router).with_graceful_shutdown(stopped).await;
+    if let Err(error) = served {
+        tracing::error!(%error, "HTTP server ended");
+    }
+}
+
+/// `core::Net`'s listener as axum wants it.
+struct HttpListener(Box<dyn Listener>);
+
+impl axum::serve::Listener for HttpListener {
+    type Io = Stream;
+    type Addr = String;
+
+    async fn accept(&mut self) -> (Stream, String) {
+        loop {
+            match self.0.accept().await {
+                Ok(stream) => return (stream, String::new()),
+                Err(error) => {
+                    tracing::warn!(%error, "connection not accepted");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+    }
+
+    fn local_addr(&self) -> io::Result<String> {
+        Ok(self.0.address())
+    }
+}

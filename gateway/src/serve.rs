@@ -1,0 +1,440 @@
+//! One request from assignment to its last token, and the only retry loop: when a worker is lost, the request is
+//! assigned anew with the tokens so far, and its events go on as if nothing had happened.
+//!
+//! ```text
+//! assign ──► start on the decode worker ──► events ──► every choice ended
+//!   ▲                                          │
+//!   └── lost, aborted, refused: attempt + 1 ◄──┘      bounded by ATTEMPTS_MAX and the deadline; the first error is kept
+//! ```
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use baton_core::{Aborted, Assignment, BlockHash, Finish, Refused, Request, SampledToken, TokenId, limits};
+use baton_proto::v1::request_output::Output;
+use baton_proto::v1::{self, FinishedRequest, WorkerLife};
+use baton_proto::{BadMessage, convert};
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::time::{Instant, timeout_at};
+use tracing::Instrument;
+
+use crate::coordinators::{Coordinators, Refusal};
+use crate::error::ApiError;
+use crate::finish::Finishes;
+use crate::link::{Closed, Inbox, Links};
+use crate::measure::{self, Phases};
+
+const NO_WORKERS_WAIT: Duration = Duration::from_millis(limits::NO_WORKERS_WAIT_MS);
+/// How long a request waits for a coordinator that can take it: an election is shorter, a lost quorum is not.
+const COORDINATOR_WAIT: Duration = Duration::from_millis(1_000);
+/// A life that is still assignable after so long without other workers is alive: only the stream to it was lost.
+const EXCLUSION: Duration = Duration::from_millis(2 * limits::WORKER_LEASE_MS);
+const BACKOFF_MIN: Duration = Duration::from_millis(20);
+const BACKOFF_MAX: Duration = Duration::from_millis(320);
+
+/// What serving a request needs of its gateway.
+pub(crate) struct Servers {
+    pub coordinators: Arc<Coordinators>,
+    pub links: Arc<Links>,
+    pub finishes: Finishes,
+    pub gateway: String,
+}
+
+/// What happened to a request.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Event {
+    Tokens { choice: u32, tokens: Vec<SampledToken> },
+    PromptLogprobs(Vec<Option<SampledToken>>),
+    Finished { choice: u32, finish: Finish },
+}
+
+/// A request being served. Dropping it cancels what is left of it, everywhere.
+pub(crate) struct Serving {
+    servers: Arc<Servers>,
+    request: Arc<Request>,
+    block_tokens: usize,
+    deadline: Instant,
+    choices: Vec<ChoiceState>,
+    attempt: u32,
+    epoch: u64,
+    exclude: Vec<WorkerLife>,
+    /// Excluded from the next attempt only: workers that had no room or gave up without fault.
+    busy: Vec<WorkerLife>,
+    first_error: Option<ApiError>,
+    route: Option<Route>,
+    ready: VecDeque<Event>,
+    prompt_logprobs_seen: bool,
+    cached_tokens: u64,
+    phases: Phases,
+    outcome: Option<String>,
+    _place: OwnedSemaphorePermit,
+}
+
+#[derive(Clone, Debug, Default)]
+struct ChoiceState {
+    so_far: Vec<TokenId>,
+    ended: bool,
+}
+
+/// The way of one attempt.
+struct Route {
+    assignment: Assignment,
+    inbox: Inbox,
+}
+
+/// Why an attempt failed.
+struct Failure {
+    error: ApiError,
+    reason: &'static str,
+    /// The life to blame; None blames the decode worker, for the next attempt only unless the stream was `lost`.
+    life: Option<WorkerLife>,
+    lost: bool,
+    /// Another attempt would end the same way.
+    last: bool,
+}
+
+impl Serving {
+    pub(crate) fn new(
+        servers: Arc<Servers>,
+        request: Arc<Request>,
+        block_tokens: usize,
+        mut phases: Phases,
+        place: OwnedSemaphorePermit,
+    ) -> Serving {
+        phases.accepted(request.choices);
+        Serving {
+            servers,
+            block_tokens,
+            deadline: Instant::now() + Duration::from_millis(request.deadline_ms),
+            choices: vec![ChoiceState::default(); request.choices as usize],
+            attempt: 0,
+            epoch: 0,
+            exclude: Vec::new(),
+            busy: Vec::new(),
+            first_error: None,
+            route: None,
+            ready: VecDeque::new(),
+            prompt_logprobs_seen: false,
+            cached_tokens: 0,
+            phases,
+            outcome: None,
+            request,
+            _place: place,
+        }
+    }
+
+    pub(crate) fn request(&self) -> &Request {
+        &self.request
+    }
+
+    /// Prompt tokens found in a prefix cache.
+    pub(crate) fn cached_tokens(&self) -> u64 {
+        self.cached_tokens
+    }
+
+    /// The next event; None when every choice has ended. An error is the end.
+    pub(crate) async fn next(&mut self) -> Result<Option<Event>, ApiError> {
+        let ended = match timeout_at(self.deadline, self.advance()).await {
+            Ok(Ok(event)) => return Ok(event),
+            Ok(Err(error)) => error,
+            Err(_) => self.first_error.take().unwrap_or_else(ApiError::deadline),
+        };
+        self.route = None;
+        self.outcome = Some(ended.reason.to_string());
+        Err(ended)
+    }
+
+    /// The gateway needs no more of this choice: its stop string is complete after `generated` tokens.
+    pub(crate) fn end_choice(&mut self, choice: u32, generated: usize) {
+        let state = &mut self.choices[choice as usize];
+        if std::mem::replace(&mut state.ended, true) {
+            return;
+        }
+        state.so_far.truncate(generated);
+        self.phases.finished("stop");
+        if self.is_complete() {
+            self.route = None;
+            self.outcome = Some("complete".into());
+        }
+    }
+
+    fn is_complete(&self) -> bool {
+        self.choices.iter().all(|c| c.ended)
+    }
+
+    /// The prompt's log-probabilities come before the tokens, in whatever order the worker sends them.
+    fn awaits_prompt_logprobs(&self) -> bool {
+        self.request.prompt_logprobs.is_some() && !self.prompt_logprobs_seen
+    }
+
+    async fn advance(&mut self) -> Result<Option<Event>, ApiError> {
+        loop {
+            let complete = self.is_complete();
+            if (complete || !self.awaits_prompt_logprobs())
+                && let Some(event) = self.ready.pop_front()
+            {
+                return Ok(Some(event));
+            }
+            if complete {
+                return Ok(None);
+            }
+            let Some(route) = &mut self.route else {
+                self.start().await?;
+                continue;
+            };
+            match route.inbox.next().await {
+                Ok(output) => self.take(output)?,
+                Err(Closed::Overrun) => return Err(ApiError::slow_client()),
+                Err(Closed::Lost) => self.fail(lost())?,
+            }
+        }
+    }
+
+    /// Assigns and starts the next attempt.
+    async fn start(&mut self) -> Result<(), ApiError> {
+        self.attempt += 1;
+        if self.attempt > 2 {
+            tokio::time::sleep(BACKOFF_MIN * self.attempt).await;
+        }
+        let span = tracing::debug_span!("assign", request = %self.request.id, attempt = self.attempt);
+        let assignment = self.assign().instrument(span).await?;
+        self.phases.assigned();
+        self.epoch = assignment.epoch.0;
+        tracing::debug!(request = %self.request.id, attempt = self.attempt, epoch = self.epoch,
+            decode = %assignment.decode.worker, explanation = assignment.explanation, "assigned");
+        match self.servers.links.start(&assignment.decode, self.start_message(&assignment)) {
+            Ok(inbox) => self.route = Some(Route { assignment, inbox }),
+            Err(_) => {
+                self.exclude.push((&assignment.decode).into());
+                self.fail_attempt(lost())?;
+            }
+        }
+        Ok(())
+    }
+
+    fn start_message(&self, assignment: &Assignment) -> v1::Start {
+        let choice = |(index, c): (usize, &ChoiceState)| v1::Choice { index: index as u32, so_far: c.so_far.clone() };
+        let open = self.choices.iter().enumerate().filter(|(_, c)| !c.ended);
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        let request = v1::Request { deadline_ms: left.as_millis() as u64, ..(&*self.request).into() };
+        v1::Start {
+            handle: 0,
+            assignment: Some(assignment.clone().into()),
+            request: Some(request),
+            choices: open.map(choice).collect(),
+        }
+    }
+
+    /// Asks for workers until there are some, within the bounds of waiting.
+    async fn assign(&mut self) -> Result<Assignment, ApiError> {
+        let started = Instant::now();
+        let mut backoff = BACKOFF_MIN;
+        loop {
+            let refusal = match self.servers.coordinators.assign(self.assign_message()).await {
+                Ok(assignment) => match Assignment::try_from(assignment) {
+                    Ok(assignment) => return Ok(assignment),
+                    Err(bad) => Refusal::unavailable(bad.to_string()),
+                },
+                Err(refusal) => refusal,
+            };
+            if started.elapsed() >= self.patience(&refusal) {
+                let error = ApiError::refused(refusal.reason, &refusal.detail, refusal.retry_after_ms);
+                return Err(self.first_error.take().unwrap_or(error));
+            }
+            self.busy.clear();
+            if started.elapsed() > EXCLUSION {
+                self.exclude.clear();
+            }
+            tokio::time::sleep(backoff).await;
+            backoff = (backoff * 2).min(BACKOFF_MAX);
+        }
+    }
+
+    /// How long a refusal is worth waiting out. A client that already has tokens waits for room as for workers.
+    fn patience(&self, refusal: &Refusal) -> Duration {
+        let begun = self.choices.iter().any(|c| !c.so_far.is_empty());
+        let full = self.first_error.as_ref().is_some_and(|e| e.reason == Refused::NoCapacity.as_str());
+        match refusal.reason {
+            Refused::UnknownModel | Refused::TooLarge | Refused::Incompatible => Duration::ZERO,
+            _ if begun => NO_WORKERS_WAIT,
+            Refused::NoCapacity => Duration::ZERO,
+            Refused::NoWorkers if full => Duration::ZERO,
+            Refused::NoWorkers | Refused::Draining => NO_WORKERS_WAIT,
+            Refused::Stale | Refused::Expired | Refused::NotLeader | Refused::Unavailable => COORDINATOR_WAIT,
+        }
+    }
+
+    fn assign_message(&self) -> v1::AssignRequest {
+        let request = &*self.request;
+        let open: Vec<&ChoiceState> = self.choices.iter().filter(|c| !c.ended).collect();
+        let mut shared = request.prompt.to_vec();
+        if let [only] = open.as_slice() {
+            shared.extend(&only.so_far);
+        }
+        let shortest = open.iter().map(|c| c.so_far.len()).min().unwrap_or(0);
+        let hashes = BlockHash::chain(&request.cache_salt, &shared, self.block_tokens);
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        v1::AssignRequest {
+            request: request.id.to_string(),
+            attempt: self.attempt,
+            tenant: request.tenant.clone(),
+            lane: convert::lane_code(request.lane),
+            model: request.model.clone(),
+            prompt_tokens: shared.len() as u64,
+            tokens_max: (request.tokens_max as usize).saturating_sub(shortest) as u64,
+            choices: open.len() as u32,
+            block_hashes: hashes.into_iter().map(convert::block_hash_bytes).collect(),
+            deadline_ms: left.as_millis() as u64,
+            seed: request.sampling.seed,
+            exclude: self.exclude.iter().chain(&self.busy).cloned().collect(),
+            previous_epoch: self.epoch,
+            prompt_logprobs: request.prompt_logprobs.is_some(),
+            gateway: self.servers.gateway.clone(),
+        }
+    }
+
+    /// Takes in one message of the worker.
+    fn take(&mut self, output: Output) -> Result<(), ApiError> {
+        let taken = match output {
+            Output::Tokens(tokens) => self.take_tokens(tokens),
+            Output::Finished(finished) => self.take_finished(finished),
+            Output::PromptLogprobs(logprobs) => {
+                self.take_prompt_logprobs(logprobs);
+                Ok(())
+            }
+            Output::Admitted(admitted) => {
+                self.note_cached(admitted.cached_tokens);
+                self.phases.admitted(&admitted);
+                Ok(())
+            }
+            Output::Aborted(abort) => return self.fail(aborted(abort)),
+            Output::Refused(refusal) => return self.fail(refused(refusal)),
+        };
+        match taken {
+            Ok(()) => Ok(()),
+            Err(bad) => self.fail(broken(bad)),
+        }
+    }
+
+    fn take_tokens(&mut self, tokens: v1::Tokens) -> Result<(), BadMessage> {
+        let choice = self.open_choice(tokens.choice)?;
+        let Some(state) = choice else { return Ok(()) };
+        let news: Vec<SampledToken> = tokens.tokens.into_iter().map(Into::into).collect();
+        state.so_far.extend(news.iter().map(|t| t.id));
+        if state.so_far.len() > self.request.tokens_max as usize {
+            return Err(BadMessage { field: "tokens", problem: "are more than were asked for" });
+        }
+        self.phases.tokens(tokens.choice, news.len());
+        self.ready.push_back(Event::Tokens { choice: tokens.choice, tokens: news });
+        Ok(())
+    }
+
+    fn take_finished(&mut self, finished: v1::ChoiceFinished) -> Result<(), BadMessage> {
+        let finish = convert::finish(&finished.reason, finished.stop_token)?;
+        self.note_cached(finished.cached_tokens);
+        let Some(state) = self.open_choice(finished.choice)? else { return Ok(()) };
+        state.ended = true;
+        self.phases.finished(if finish == Finish::Length { "length" } else { "stop" });
+        self.ready.push_back(Event::Finished { choice: finished.choice, finish });
+        if self.is_complete() {
+            self.outcome = Some("complete".into());
+            if let Some(route) = self.route.take() {
+                route.inbox.ended();
+            }
+        }
+        Ok(())
+    }
+
+    fn take_prompt_logprobs(&mut self, logprobs: v1::PromptLogprobs) {
+        if !std::mem::replace(&mut self.prompt_logprobs_seen, true) {
+            self.ready.push_front(Event::PromptLogprobs(convert::prompt_logprobs_back(logprobs.tokens)));
+        }
+    }
+
+    /// The first attempt tells what the request found in the cache; later ones find its own blocks.
+    fn note_cached(&mut self, tokens: u64) {
+        if self.attempt == 1 {
+            self.cached_tokens = tokens.min(self.request.prompt.len() as u64);
+        }
+    }
+
+    /// The state of a choice; None when the gateway has ended it already.
+    fn open_choice(&mut self, choice: u32) -> Result<Option<&mut ChoiceState>, BadMessage> {
+        match self.choices.get_mut(choice as usize) {
+            Some(state) if state.ended => Ok(None),
+            Some(state) => Ok(Some(state)),
+            None => Err(BadMessage { field: "choice", problem: "was not asked for" }),
+        }
+    }
+
+    /// The attempt's way has failed: chooses whom the next one avoids, or ends the request.
+    fn fail(&mut self, failure: Failure) -> Result<(), ApiError> {
+        let decode = self.route.take().map(|route| {
+            let life = WorkerLife::from(&route.assignment.decode);
+            if !failure.lost {
+                route.inbox.ended();
+            }
+            life
+        });
+        match (&failure.life, decode) {
+            (Some(life), _) => self.exclude.push(life.clone()),
+            (None, Some(decode)) if failure.lost => self.exclude.push(decode),
+            (None, decode) => self.busy.extend(decode),
+        }
+        self.fail_attempt(failure)
+    }
+
+    fn fail_attempt(&mut self, failure: Failure) -> Result<(), ApiError> {
+        measure::retried(failure.reason);
+        tracing::info!(request = %self.request.id, attempt = self.attempt, epoch = self.epoch,
+            reason = failure.reason, error = %failure.error, "attempt failed");
+        self.phases.failed();
+        let first = self.first_error.get_or_insert(failure.error).clone();
+        if failure.last || self.attempt >= limits::ATTEMPTS_MAX { Err(first) } else { Ok(()) }
+    }
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        self.route = None;
+        let outcome = self.outcome.take().unwrap_or_else(|| Aborted::Cancelled.as_str().into());
+        let generated: usize = self.choices.iter().map(|c| c.so_far.len()).sum();
+        self.phases.ended(&self.request, &outcome, self.attempt, generated, self.cached_tokens);
+        if self.epoch == 0 {
+            return;
+        }
+        self.servers.finishes.send(FinishedRequest {
+            request: self.request.id.to_string(),
+            epoch: self.epoch,
+            outcome,
+            prompt_tokens: self.request.prompt.len() as u64,
+            cached_tokens: self.cached_tokens,
+            generated_tokens: generated as u64,
+        });
+    }
+}
+
+fn lost() -> Failure {
+    let reason = Aborted::DecodeLost;
+    let error = ApiError::aborted(reason, "the stream to its decode worker was lost");
+    Failure { error, reason: reason.as_str(), life: None, lost: true, last: false }
+}
+
+fn aborted(abort: v1::Abort) -> Failure {
+    let reason = convert::aborted(&abort);
+    let error = ApiError::aborted(reason, &abort.detail);
+    Failure { error, reason: reason.as_str(), life: abort.failed, lost: false, last: reason == Aborted::Deadline }
+}
+
+fn refused(refusal: v1::Refusal) -> Failure {
+    let reason = convert::refused(&refusal);
+    let error = ApiError::refused(reason, &refusal.detail, refusal.retry_after_ms);
+    let last = matches!(reason, Refused::TooLarge | Refused::UnknownModel | Refused::Incompatible);
+    Failure { error, reason: reason.as_str(), life: None, lost: false, last }
+}
+
+fn broken(bad: BadMessage) -> Failure {
+    let error = ApiError::aborted(Aborted::Internal, &bad.to_string());
+    Failure { error, reason: Aborted::Internal.as_str(), life: None, lost: true, last: false }
+}
