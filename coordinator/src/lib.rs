@@ -1,1 +1,15 @@
-//! coordinator
+//! The coordinator: a ledger of workers, requests and assignments on Raft, and the placement of requests on workers.
+//! The control plane only: no tensor byte passes here, and no token.
+#![forbid(unsafe_code)]
+
+mod config;
+pub mod log;
+pub mod placement;
+mod raft;
+mod running;
+mod service;
+pub mod state;
+
+pub use config::{Config, ConfigError};
+pub use raft::NodeError;
+pub use running::{Running, StartError, Stopped, start, start_on};

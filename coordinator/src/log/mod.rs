@@ -1,0 +1,222 @@
+//! The durable log: entries, vote and marks as bytes in numbered segments, written by one writer with group commit.
+//! Knows nothing of Raft. A torn tail is cut, damage anywhere else is refused with its place, and nothing is reported
+//! durable before it is.
+
+mod disk;
+mod frame;
+mod identity;
+mod memory;
+mod recover;
+mod snapshot;
+#[cfg(test)]
+mod tests;
+mod writer;
+
+use std::io;
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
+
+use bytes::Bytes;
+use tokio::sync::mpsc::Sender;
+use tokio::sync::oneshot;
+
+pub use disk::{Appender, Directory, DirectoryError, Disk};
+pub use identity::{Identity, IdentityError};
+use memory::{Body, Memory};
+pub use snapshot::{Saved, load_snapshot, save_snapshot};
+pub use writer::Done;
+use writer::{Item, Job, Running, Start, Writer};
+
+/// Why a log or a snapshot cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum LogError {
+    #[error(
+        "{path} is damaged at byte {offset}: {what}. Replace this node, or put back an undamaged copy; nothing was changed"
+    )]
+    Damaged { path: String, offset: u64, what: &'static str },
+    #[error("entries {from} to {to} are missing before {path}: a segment file was removed")]
+    Missing { path: String, from: u64, to: u64 },
+    #[error("{path} has version {version}, newer than this binary: update it")]
+    Newer { path: String, version: u32 },
+    #[error("{path}: {error}")]
+    Io { path: String, error: io::Error },
+}
+
+impl LogError {
+    fn io(disk: &dyn Disk, name: &str, error: io::Error) -> LogError {
+        LogError::Io { path: disk.path(name), error }
+    }
+}
+
+/// Sizes of a log.
+#[derive(Clone, Copy, Debug)]
+pub struct LogOptions {
+    /// A segment that has grown to this is followed by a new one.
+    pub segment_bytes_max: u64,
+    /// Bytes of the latest entries kept in memory.
+    pub recent_bytes_max: usize,
+}
+
+impl Default for LogOptions {
+    fn default() -> LogOptions {
+        LogOptions { segment_bytes_max: 16 << 20, recent_bytes_max: 4 << 20 }
+    }
+}
+
+/// Where jobs are handed in, and who does them.
+type Writing = (Sender<Job>, Running);
+
+/// Clones are handles of one log.
+#[derive(Clone)]
+pub struct Log {
+    disk: Arc<dyn Disk>,
+    memory: Arc<Mutex<Memory>>,
+    writer: Arc<Mutex<Option<Writing>>>,
+}
+
+impl Log {
+    /// Recovers the log of a disk, or begins one.
+    pub fn open(disk: Arc<dyn Disk>, options: LogOptions) -> Result<Log, LogError> {
+        let recovered = recover::recover(&*disk)?;
+        if recovered.cut_bytes > 0 {
+            tracing::warn!(bytes = recovered.cut_bytes, "cut the log's torn tail, which was never acknowledged");
+        }
+        let start = Start {
+            segments: recovered.segments.clone(),
+            next_frame: recovered.next_frame,
+            segment_bytes_max: options.segment_bytes_max,
+        };
+        let memory = Arc::new(Mutex::new(Memory::new(recovered, options.recent_bytes_max)));
+        let writer = Writer::open(disk.clone(), memory.clone(), start)?;
+        let running = writer.run().map_err(|error| LogError::io(&*disk, "", error))?;
+        Ok(Log { disk, memory, writer: Arc::new(Mutex::new(Some(running))) })
+    }
+
+    /// Indices of the entries held.
+    pub fn range(&self) -> Range<u64> {
+        self.memory().range()
+    }
+
+    pub fn last(&self) -> Option<u64> {
+        self.memory().last()
+    }
+
+    pub fn vote(&self) -> Option<Bytes> {
+        self.memory().vote.clone()
+    }
+
+    pub fn committed(&self) -> Option<Bytes> {
+        self.memory().committed.clone()
+    }
+
+    /// Remembers how far the log is committed. Travels with the next frame; older values after a crash are harmless.
+    pub fn save_committed(&self, mark: Bytes) {
+        self.memory().committed = Some(mark);
+    }
+
+    /// Last purged index and its tag.
+    pub fn purged(&self) -> Option<(u64, Bytes)> {
+        self.memory().purged.clone()
+    }
+
+    /// Bodies of the entries of `range` that are held, in order.
+    pub fn read(&self, range: Range<u64>) -> io::Result<Vec<Bytes>> {
+        let bodies: Vec<Body> = {
+            let memory = self.memory();
+            let held = memory.range();
+            let range = range.start.max(held.start)..range.end.min(held.end);
+            range.map_while(|index| memory.body(index)).collect()
+        };
+        bodies.into_iter().map(|body| self.load(body)).collect()
+    }
+
+    /// Appends entries, readable at once; `done` is called when they are durable.
+    pub async fn append(&self, entries: Vec<(u64, Bytes)>, done: Done) -> io::Result<()> {
+        let records = {
+            let mut memory = self.memory();
+            let item = |(index, body): (u64, Bytes)| {
+                let ticket = memory.push(index, body.clone());
+                Item::Entry { index, ticket, body }
+            };
+            entries.into_iter().map(item).collect()
+        };
+        self.send(Job { records, done }).await
+    }
+
+    /// Returns when the vote is durable.
+    pub async fn save_vote(&self, vote: Bytes) -> io::Result<()> {
+        self.memory().vote = Some(vote.clone());
+        self.write(Item::Vote(vote)).await
+    }
+
+    /// Voids the entries from `from` on; returns when that is durable.
+    pub async fn truncate(&self, from: u64) -> io::Result<()> {
+        self.memory().truncate(from);
+        self.write(Item::Truncate { from }).await
+    }
+
+    /// Voids the entries up to `index` and drops the segments that held nothing else. `tag` comes back from `purged`.
+    pub async fn purge(&self, index: u64, tag: Bytes) -> io::Result<()> {
+        self.memory().purge(index, tag.clone());
+        let done = Box::new(|_| {});
+        self.send(Job { records: vec![Item::Purge { index, tag }], done }).await
+    }
+
+    /// Writes what is queued and ends the writer; later writes fail.
+    pub async fn close(&self) {
+        let Some((jobs, running)) = self.writer.lock().expect("writer lock").take() else { return };
+        drop(jobs);
+        match running {
+            Running::Task(task) => drop(task.await),
+            Running::Thread(thread) => drop(thread.join()),
+        }
+    }
+
+    async fn write(&self, item: Item) -> io::Result<()> {
+        let (tell, told) = oneshot::channel();
+        let done = Box::new(move |result| drop(tell.send(result)));
+        self.send(Job { records: vec![item], done }).await?;
+        told.await.unwrap_or_else(|_| Err(closed()))
+    }
+
+    async fn send(&self, job: Job) -> io::Result<()> {
+        let jobs = self.writer.lock().expect("writer lock").as_ref().map(|(jobs, _)| jobs.clone());
+        let jobs = jobs.ok_or_else(closed)?;
+        jobs.send(job).await.map_err(|_| closed())
+    }
+
+    /// Reads a body back from its segment; the record's checksum stands just before it.
+    fn load(&self, body: Body) -> io::Result<Bytes> {
+        let slot = match body {
+            Body::Recent(bytes) => return Ok(bytes),
+            Body::At(slot) => slot,
+        };
+        let before = frame::RECORD_HEADER + 8;
+        let name = segment_name(slot.segment);
+        let record = self.disk.read_at(&name, slot.offset - before as u64, before + slot.len as usize)?;
+        match frame::Record::read(&record) {
+            Some((frame::Record::Entry { .. }, _)) => Ok(Bytes::from(record).slice(before..)),
+            _ => {
+                let damage = LogError::Damaged { path: self.disk.path(&name), offset: slot.offset, what: "entry" };
+                Err(io::Error::new(io::ErrorKind::InvalidData, damage))
+            }
+        }
+    }
+
+    fn memory(&self) -> std::sync::MutexGuard<'_, Memory> {
+        self.memory.lock().expect("memory lock")
+    }
+}
+
+fn closed() -> io::Error {
+    io::Error::new(io::ErrorKind::BrokenPipe, "the log is closed")
+}
+
+fn segment_name(first_frame: u64) -> String {
+    format!("{first_frame:020}.log")
+}
+
+fn segment_number(name: &str) -> Option<u64> {
+    let digits = name.strip_suffix(".log").filter(|digits| digits.len() == 20)?;
+    digits.parse().ok()
+}

@@ -1,0 +1,185 @@
+//! The ledger as openraft wants it: applies entries, makes and installs snapshots.
+
+use std::io;
+use std::sync::{Arc, Mutex, RwLock};
+
+use futures::{Stream, TryStreamExt};
+use openraft::alias::{LogIdOf, SnapshotMetaOf, SnapshotOf, StoredMembershipOf};
+use openraft::storage::{EntryResponder, RaftSnapshotBuilder, RaftStateMachine, Snapshot};
+use openraft::{EntryPayload, OptionalSend};
+use tokio::sync::watch;
+
+use super::types::{Proposal, Reply, Types};
+use super::wire::{decode, encode};
+use crate::log::{Disk, LogError, Saved, load_snapshot, save_snapshot};
+use crate::state::{self, Ledger, Outcome};
+
+/// Entries between two hashes of the state, which is compared across nodes by its metric.
+const HASH_EVERY: u64 = 1024;
+
+type Meta = SnapshotMetaOf<Types>;
+
+/// Clones share one ledger.
+#[derive(Clone)]
+pub(crate) struct Machine {
+    disk: Arc<dyn Disk>,
+    ledger: Arc<RwLock<Ledger>>,
+    applied: Arc<Mutex<Applied>>,
+    /// Index of the last entry that changed the cluster's name or its workers.
+    changed: Arc<watch::Sender<u64>>,
+}
+
+#[derive(Clone, Default)]
+struct Applied {
+    last: Option<LogIdOf<Types>>,
+    membership: StoredMembershipOf<Types>,
+}
+
+impl Machine {
+    /// Starts from the disk's snapshot, or empty.
+    pub(super) fn open(disk: Arc<dyn Disk>) -> Result<Machine, LogError> {
+        let mut ledger = Ledger::default();
+        let mut applied = Applied::default();
+        if let Some(Saved { tag, body }) = load_snapshot(&*disk)? {
+            let unreadable = |error: String| LogError::Io {
+                path: disk.path("snapshot"),
+                error: io::Error::new(io::ErrorKind::InvalidData, error),
+            };
+            let meta: Meta = decode(&tag).map_err(|error| unreadable(error.to_string()))?;
+            ledger = state::decode_ledger(&body).map_err(|error| unreadable(error.to_string()))?;
+            applied = Applied { last: meta.last_log_id, membership: meta.last_membership };
+        }
+        Ok(Machine {
+            disk,
+            ledger: Arc::new(RwLock::new(ledger)),
+            applied: Arc::new(Mutex::new(applied)),
+            changed: Arc::new(watch::Sender::new(0)),
+        })
+    }
+
+    pub(super) fn ledger(&self) -> Arc<RwLock<Ledger>> {
+        self.ledger.clone()
+    }
+
+    pub(super) fn changes(&self) -> watch::Receiver<u64> {
+        self.changed.subscribe()
+    }
+
+    fn apply_one(&self, index: u64, proposal: &Proposal) -> io::Result<Vec<Outcome>> {
+        let invalid = |error| io::Error::new(io::ErrorKind::InvalidData, error);
+        let batch = state::decode_batch(&proposal.0).map_err(invalid)?;
+        let mut ledger = self.ledger.write().expect("ledger lock");
+        let outcomes = ledger.apply(index, batch);
+        if index.is_multiple_of(HASH_EVERY) {
+            report_hash(&ledger);
+        }
+        drop(ledger);
+        if outcomes.iter().any(changes_cluster) {
+            self.changed.send_replace(index);
+        }
+        Ok(outcomes)
+    }
+
+    /// Saves without holding up the runtime where the disk blocks.
+    async fn save(&self, meta: &Meta, body: Vec<u8>) -> io::Result<Vec<u8>> {
+        let (disk, tag) = (self.disk.clone(), encode(meta));
+        let save = move || save_snapshot(&*disk, &tag, &body).map(|()| body).map_err(io::Error::other);
+        match self.disk.inline_delay() {
+            Some(delay) => {
+                tokio::time::sleep(delay).await;
+                save()
+            }
+            None => tokio::task::spawn_blocking(save).await.map_err(io::Error::other)?,
+        }
+    }
+}
+
+fn changes_cluster(outcome: &Outcome) -> bool {
+    matches!(outcome, Outcome::Founded { .. } | Outcome::Registered { .. } | Outcome::Gone)
+}
+
+/// Two nodes with equal `index` and unequal `hash` have diverged. The low 52 bits survive a float.
+fn report_hash(ledger: &Ledger) {
+    let hash = state::hash(ledger);
+    metrics::gauge!("baton_coordinator_state_hash").set((hash & ((1 << 52) - 1)) as f64);
+    metrics::gauge!("baton_coordinator_state_hash_index").set(ledger.index() as f64);
+    tracing::debug!(index = ledger.index(), hash, "state hash");
+}
+
+impl RaftStateMachine<Types> for Machine {
+    type SnapshotData = Vec<u8>;
+    type SnapshotBuilder = Machine;
+
+    async fn applied_state(&mut self) -> io::Result<(Option<LogIdOf<Types>>, StoredMembershipOf<Types>)> {
+        let applied = self.applied.lock().expect("applied lock");
+        Ok((applied.last, applied.membership.clone()))
+    }
+
+    async fn apply<S>(&mut self, mut entries: S) -> io::Result<()>
+    where
+        S: Stream<Item = Result<EntryResponder<Types>, io::Error>> + Unpin + OptionalSend,
+    {
+        while let Some((entry, responder)) = entries.try_next().await? {
+            let mut reply = Reply::default();
+            match &entry.payload {
+                EntryPayload::Blank => {}
+                EntryPayload::Normal(proposal) => reply = Reply(self.apply_one(entry.log_id.index, proposal)?),
+                EntryPayload::Membership(membership) => {
+                    let stored = StoredMembershipOf::<Types>::new(Some(entry.log_id), membership.clone());
+                    self.applied.lock().expect("applied lock").membership = stored;
+                }
+            }
+            self.applied.lock().expect("applied lock").last = Some(entry.log_id);
+            metrics::gauge!("baton_coordinator_applied_index").set(entry.log_id.index as f64);
+            if let Some(responder) = responder {
+                responder.send(reply);
+            }
+        }
+        Ok(())
+    }
+
+    async fn get_snapshot_builder(&mut self) -> Machine {
+        let applied = self.applied.lock().expect("applied lock").clone();
+        let ledger = self.ledger.read().expect("ledger lock").clone();
+        Machine {
+            disk: self.disk.clone(),
+            ledger: Arc::new(RwLock::new(ledger)),
+            applied: Arc::new(Mutex::new(applied)),
+            changed: self.changed.clone(),
+        }
+    }
+
+    async fn install_snapshot(&mut self, meta: &Meta, snapshot: Vec<u8>) -> io::Result<()> {
+        let invalid = |error| io::Error::new(io::ErrorKind::InvalidData, error);
+        let ledger = state::decode_ledger(&snapshot).map_err(invalid)?;
+        self.save(meta, snapshot).await?;
+        let index = ledger.index();
+        *self.ledger.write().expect("ledger lock") = ledger;
+        *self.applied.lock().expect("applied lock") =
+            Applied { last: meta.last_log_id, membership: meta.last_membership.clone() };
+        self.changed.send_replace(index);
+        tracing::info!(index, "installed a snapshot of the ledger");
+        Ok(())
+    }
+
+    async fn get_current_snapshot(&mut self) -> io::Result<Option<SnapshotOf<Types, Vec<u8>>>> {
+        let Some(Saved { tag, body }) = load_snapshot(&*self.disk).map_err(io::Error::other)? else {
+            return Ok(None);
+        };
+        let invalid = |error| io::Error::new(io::ErrorKind::InvalidData, error);
+        Ok(Some(Snapshot { meta: decode(&tag).map_err(invalid)?, snapshot: body }))
+    }
+}
+
+impl RaftSnapshotBuilder<Types> for Machine {
+    type SnapshotData = Vec<u8>;
+
+    async fn build_snapshot(&mut self) -> io::Result<SnapshotOf<Types, Vec<u8>>> {
+        let body = state::encode_ledger(&self.ledger.read().expect("ledger lock"));
+        let applied = self.applied.lock().expect("applied lock").clone();
+        let meta = Meta { last_log_id: applied.last, last_membership: applied.membership };
+        let snapshot = self.save(&meta, body).await?;
+        tracing::info!(bytes = snapshot.len(), "saved a snapshot of the ledger");
+        Ok(Snapshot { meta, snapshot })
+    }
+}

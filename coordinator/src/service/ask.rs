@@ -1,0 +1,180 @@
+//! What arrives by gRPC, checked once into the coordinator's own types.
+
+use baton_core::limits::{CHOICES_MAX, REQUEST_DEADLINE_MS};
+use baton_core::{BlockHash, Epoch, Incarnation, Lane, NumericsClass, RequestId, Role, WorkerId};
+use baton_proto::convert::{block_hash, lane, request_id, required};
+use baton_proto::{BadMessage, v1};
+
+use super::roster::Beat;
+use crate::placement::{Decision, Question};
+use crate::state::{Finished, Model, Proposed, Registration};
+
+const NAME_BYTES_MAX: usize = 256;
+/// Block hashes looked at; a longer prompt is matched by its beginning.
+const HASHES_MAX: usize = 1 << 16;
+const EXCLUDE_MAX: usize = 64;
+/// Largest count of tokens, blocks or positions taken seriously; products of two stay far from overflow.
+const COUNT_MAX: u64 = 1 << 31;
+const BLOCK_TOKENS_MAX: u32 = 1 << 16;
+
+fn bad(field: &'static str, problem: &'static str) -> BadMessage {
+    BadMessage { field, problem }
+}
+
+/// A name that fits in metrics, logs and the ledger.
+fn name(field: &'static str, text: String) -> Result<String, BadMessage> {
+    match text.len() {
+        0 => Err(bad(field, "is empty")),
+        1..=NAME_BYTES_MAX => Ok(text),
+        _ => Err(bad(field, "is longer than 256 bytes")),
+    }
+}
+
+/// A text that may be empty.
+fn text(field: &'static str, text: String) -> Result<String, BadMessage> {
+    if text.is_empty() { Ok(text) } else { name(field, text) }
+}
+
+/// A request for an assignment.
+pub(super) struct Ask {
+    pub(super) request: RequestId,
+    pub(super) attempt: u32,
+    tenant: String,
+    lane: Lane,
+    model: String,
+    prompt_tokens: u64,
+    tokens_max: u64,
+    choices: u64,
+    pub(super) chain: Vec<BlockHash>,
+    deadline_ms: u64,
+    pub(super) exclude: Vec<(WorkerId, Incarnation)>,
+    full_prefill: bool,
+    gateway: String,
+}
+
+impl Ask {
+    pub(super) fn new(wire: v1::AssignRequest) -> Result<Ask, BadMessage> {
+        if wire.attempt == 0 || wire.prompt_tokens == 0 || wire.tokens_max == 0 || wire.choices == 0 {
+            return Err(bad("attempt, prompt_tokens, tokens_max and choices", "must be at least 1"));
+        }
+        if wire.prompt_tokens.max(wire.tokens_max) > COUNT_MAX || wire.choices > CHOICES_MAX {
+            return Err(bad("prompt_tokens, tokens_max or choices", "is out of range"));
+        }
+        if wire.exclude.len() > EXCLUDE_MAX {
+            return Err(bad("exclude", "has more than 64 lives"));
+        }
+        let life = |life: v1::WorkerLife| (WorkerId(life.id), Incarnation(life.incarnation));
+        let hashes = wire.block_hashes.iter().take(HASHES_MAX);
+        Ok(Ask {
+            request: request_id(&wire.request)?,
+            attempt: wire.attempt,
+            tenant: text("tenant", wire.tenant)?,
+            lane: lane(wire.lane)?,
+            model: name("model", wire.model)?,
+            prompt_tokens: wire.prompt_tokens,
+            tokens_max: wire.tokens_max,
+            choices: u64::from(wire.choices),
+            chain: hashes.map(|hash| block_hash(hash)).collect::<Result<_, _>>()?,
+            deadline_ms: wire.deadline_ms.min(REQUEST_DEADLINE_MS),
+            exclude: wire.exclude.into_iter().map(life).collect(),
+            full_prefill: wire.prompt_logprobs,
+            gateway: text("gateway", wire.gateway)?,
+        })
+    }
+
+    /// `numerics`: class of the attempt before.
+    pub(super) fn question<'a>(&'a self, numerics: Option<&'a NumericsClass>) -> Question<'a> {
+        Question {
+            model: &self.model,
+            prompt_tokens: self.prompt_tokens,
+            tokens_max: self.tokens_max,
+            choices: self.choices,
+            full_prefill: self.full_prefill,
+            exclude: &self.exclude,
+            numerics,
+        }
+    }
+
+    pub(super) fn proposed(&self, decision: Decision) -> Proposed {
+        Proposed {
+            request: self.request,
+            attempt: self.attempt,
+            tenant: self.tenant.clone(),
+            lane: self.lane,
+            gateway: self.gateway.clone(),
+            prompt_tokens: self.prompt_tokens,
+            tokens_max: self.tokens_max,
+            deadline_ms: self.deadline_ms,
+            decode: decision.decode,
+            prefill: decision.prefill,
+            explanation: decision.explanation,
+        }
+    }
+}
+
+/// A worker's registration; its model must be there.
+pub(super) fn registration(member: v1::Member, process_key: String) -> Result<Registration, BadMessage> {
+    let role = Role::try_from(member.role())?;
+    Ok(Registration {
+        worker: WorkerId(name("member.id", member.id)?),
+        role,
+        address: name("member.address", member.address)?,
+        pid: member.pid,
+        version: text("member.version", member.version)?,
+        model: model(required("member.model", member.model)?)?,
+        process_key: name("process_key", process_key)?,
+    })
+}
+
+fn model(wire: v1::ModelSummary) -> Result<Model, BadMessage> {
+    if !(1..=BLOCK_TOKENS_MAX).contains(&wire.block_tokens) || wire.blocks_total.max(wire.positions_max) > COUNT_MAX {
+        return Err(bad("model.block_tokens, blocks_total or positions_max", "is out of range"));
+    }
+    Ok(Model {
+        name: name("model.name", wire.name)?,
+        card_hash: text("model.card_hash", wire.card_hash)?,
+        numerics: NumericsClass(text("model.numerics", wire.numerics)?),
+        block_tokens: wire.block_tokens,
+        positions_max: wire.positions_max,
+        layout: text("model.layout", wire.layout)?,
+        blocks_total: wire.blocks_total,
+        block_bytes: wire.block_bytes,
+    })
+}
+
+/// A worker's heartbeat.
+pub(super) fn beat(wire: v1::HeartbeatRequest, member: v1::Member) -> Result<Beat, BadMessage> {
+    let load = required("load", wire.load)?;
+    let counts = [load.blocks_total, load.blocks_free, load.blocks_cached, load.tokens_waiting];
+    if counts.iter().any(|count| *count > COUNT_MAX) {
+        return Err(bad("load", "is out of range"));
+    }
+    let hashes = |blocks: &[bytes::Bytes]| blocks.iter().map(|b| block_hash(b)).collect::<Result<Vec<_>, _>>();
+    Ok(Beat {
+        worker: WorkerId(name("id", wire.id)?),
+        incarnation: Incarnation(wire.incarnation),
+        sequence: wire.sequence,
+        added: hashes(&load.blocks_added)?,
+        removed: hashes(&load.blocks_removed)?,
+        member: v1::Member { incarnation: wire.incarnation, ..member },
+        load,
+    })
+}
+
+/// A gateway's announcement of itself.
+pub(super) fn gateway(member: v1::Member) -> Result<v1::Member, BadMessage> {
+    let id = name("member.id", member.id)?;
+    let address = name("member.address", member.address)?;
+    Ok(v1::Member { id, address, model: None, ..member })
+}
+
+pub(super) fn finished(wire: v1::FinishedRequest) -> Result<Finished, BadMessage> {
+    Ok(Finished {
+        request: request_id(&wire.request)?,
+        epoch: Epoch(wire.epoch),
+        outcome: name("outcome", wire.outcome)?,
+        prompt_tokens: wire.prompt_tokens,
+        cached_tokens: wire.cached_tokens,
+        generated_tokens: wire.generated_tokens,
+    })
+}

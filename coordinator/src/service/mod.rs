@@ -1,0 +1,452 @@
+//! The Coordinator service: registration, heartbeats, assignments, ends of requests, and the view of the cluster.
+
+mod ask;
+mod keep;
+mod lead;
+mod propose;
+mod roster;
+mod view;
+
+use std::collections::BTreeMap;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use baton_core::limits::{HEARTBEAT_MS, WORKER_LEASE_MS};
+use baton_core::{Incarnation, NodeId, Refused, Role, WorkerId};
+use baton_proto::convert::refusal;
+use baton_proto::{WIRE_VERSION, v1};
+use futures::Stream;
+use tokio::sync::watch;
+use tokio::time::Instant;
+use tonic::{Request, Response, Status};
+
+use crate::log::{Disk, Identity};
+use crate::placement::{self, Decision, Declined, Policy};
+use crate::raft::{Node, ProposeError};
+use crate::state::{Assigned, Command, Outcome};
+use ask::Ask;
+use lead::{Elsewhere, Lead};
+use propose::{Proposer, SubmitError};
+use roster::{Old, Roster};
+
+/// How long a call waits for a leader to be known.
+const LEADER_PATIENCE: Duration = Duration::from_millis(900);
+/// Placements of one call: each further one because a chosen worker had just been fenced.
+const PLACEMENTS_MAX: usize = 4;
+/// When a command's fate is unknown, or nobody leads.
+const RETRY_UNKNOWN_MS: u64 = 300;
+/// Ends of requests in one call.
+const FINISHED_MAX: usize = 4096;
+
+/// What every call and the keeper share.
+pub(crate) struct Shared {
+    node: Arc<Node>,
+    lead: Arc<Lead>,
+    proposer: Proposer,
+    roster: Mutex<Roster>,
+    policy: Policy,
+    disk: Arc<dyn Disk>,
+    identity: Mutex<Identity>,
+    /// Name that this node gives a cluster that has none.
+    cluster_proposed: String,
+    /// Of all coordinators, by node.
+    addresses: BTreeMap<u64, String>,
+    members_changed: watch::Sender<u64>,
+    loads_changed: watch::Sender<u64>,
+    stopping: watch::Sender<bool>,
+}
+
+/// What a service starts from.
+pub(crate) struct Parts {
+    pub(crate) node: Arc<Node>,
+    pub(crate) policy: Policy,
+    pub(crate) disk: Arc<dyn Disk>,
+    pub(crate) identity: Identity,
+    pub(crate) cluster_proposed: String,
+    pub(crate) addresses: BTreeMap<u64, String>,
+    pub(crate) stopping: watch::Sender<bool>,
+}
+
+pub(crate) use lead::cluster_name;
+
+/// Clones serve the same.
+#[derive(Clone)]
+pub(crate) struct Service(Arc<Shared>);
+
+/// A call's answer that is not what was asked for.
+type Refusal = v1::Refusal;
+
+impl Service {
+    /// The service, and what must run beside it until it stops.
+    pub(crate) fn new(parts: Parts) -> (Service, impl Future<Output = ()> + Send) {
+        let lead = Arc::new(Lead::new());
+        let (proposer, proposing) = Proposer::new(parts.node.clone(), lead.clone());
+        let shared = Arc::new(Shared {
+            node: parts.node,
+            lead,
+            proposer,
+            roster: Mutex::new(Roster::new()),
+            policy: parts.policy,
+            disk: parts.disk,
+            identity: Mutex::new(parts.identity),
+            cluster_proposed: parts.cluster_proposed,
+            addresses: parts.addresses,
+            members_changed: watch::Sender::new(0),
+            loads_changed: watch::Sender::new(0),
+            stopping: parts.stopping,
+        });
+        let keeping = keep::keep(shared.clone());
+        let both = async move {
+            tokio::select! {
+                biased;
+                () = keeping => {}
+                () = proposing => {}
+            }
+        };
+        (Service(shared), both)
+    }
+}
+
+impl Shared {
+    fn roster(&self) -> MutexGuard<'_, Roster> {
+        self.roster.lock().expect("roster lock")
+    }
+
+    fn tell_members(&self) {
+        self.members_changed.send_modify(|version| *version += 1);
+    }
+
+    fn address(&self, node: NodeId) -> String {
+        self.addresses.get(&node.0).cloned().unwrap_or_default()
+    }
+
+    /// Waits until this node leads; else says who does.
+    async fn leading(&self) -> Result<(), Refusal> {
+        match self.lead.wait(&self.node, LEADER_PATIENCE).await {
+            Ok(_) => Ok(()),
+            Err(Elsewhere(Some(leader))) => Err(self.not_leader(leader)),
+            Err(Elsewhere(None)) => Err(unavailable("no leader: a quorum of coordinators does not answer")),
+        }
+    }
+
+    fn not_leader(&self, leader: NodeId) -> Refusal {
+        let detail = format!("node {leader} leads");
+        Refusal { leader_address: self.address(leader), ..refusal(Refused::NotLeader, detail) }
+    }
+
+    async fn submit(&self, command: Command) -> Result<Outcome, Refusal> {
+        self.proposer.submit(command).await.map_err(|error| match error {
+            SubmitError::Full => {
+                Refusal { retry_after_ms: RETRY_UNKNOWN_MS, ..refusal(Refused::NoCapacity, error.to_string()) }
+            }
+            SubmitError::Propose(ProposeError::NotLeader) => match self.node.standing().borrow().leader {
+                Some(leader) if leader != self.node.id() => self.not_leader(leader),
+                _ => unavailable("leadership is changing hands"),
+            },
+            SubmitError::Propose(ProposeError::Unknown(why)) => unavailable(&why),
+        })
+    }
+
+    async fn register(&self, request: v1::RegisterRequest) -> Result<Result<v1::Registered, Refusal>, Status> {
+        let member = baton_proto::convert::required("member", request.member)?;
+        if request.wire_version != WIRE_VERSION {
+            let detail = format!("wire version {}, this cluster speaks {WIRE_VERSION}", request.wire_version);
+            return Ok(Err(refusal(Refused::Incompatible, detail)));
+        }
+        match Role::try_from(member.role())? {
+            Role::Gateway => {
+                if let Err(refused) = self.same_cluster(&request.cluster) {
+                    return Ok(Err(refused));
+                }
+                let member = ask::gateway(member)?;
+                Ok(self.gateway(member).map(|()| self.registered(Incarnation(0))))
+            }
+            role if view::is_worker(role) => {
+                let registration = ask::registration(member.clone(), request.process_key)?;
+                Ok(self.register_worker(registration, member, &request.cluster).await)
+            }
+            _ => Err(Status::invalid_argument("a coordinator does not register")),
+        }
+    }
+
+    async fn register_worker(
+        &self,
+        registration: crate::state::Registration,
+        member: v1::Member,
+        cluster: &str,
+    ) -> Result<v1::Registered, Refusal> {
+        self.leading().await?;
+        self.same_cluster(cluster)?;
+        let worker = registration.worker.clone();
+        match self.submit(Command::Register(registration)).await? {
+            Outcome::Registered { incarnation } => {
+                tracing::info!(%worker, %incarnation, address = member.address, "registered");
+                let member = v1::Member { incarnation: incarnation.0, ..member };
+                self.roster().registered(member, Instant::now());
+                self.tell_members();
+                Ok(self.registered(incarnation))
+            }
+            Outcome::Refused(reason) => Err(refusal(reason, "the ledger takes no further worker")),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Refuses whoever belongs to another cluster.
+    fn same_cluster(&self, cluster: &str) -> Result<(), Refusal> {
+        let own = self.node.ledger().cluster().to_string();
+        if cluster.is_empty() || own.is_empty() || cluster == own {
+            return Ok(());
+        }
+        Err(refusal(Refused::Incompatible, format!("this is cluster {own:?}, not {cluster:?}")))
+    }
+
+    fn registered(&self, incarnation: Incarnation) -> v1::Registered {
+        v1::Registered {
+            incarnation: incarnation.0,
+            cluster: self.node.ledger().cluster().to_string(),
+            lease_ms: WORKER_LEASE_MS,
+            heartbeat_ms: HEARTBEAT_MS,
+            coordinators: self.addresses.values().cloned().collect(),
+        }
+    }
+
+    fn gateway(&self, member: v1::Member) -> Result<(), Refusal> {
+        match self.roster().gateway(member, Instant::now()) {
+            Some(false) => return Ok(()),
+            Some(true) => {}
+            None => return Err(refusal(Refused::NoCapacity, format!("{} gateways already", roster::GATEWAYS_MAX))),
+        }
+        self.tell_members();
+        Ok(())
+    }
+
+    fn heartbeat(&self, request: v1::HeartbeatRequest) -> Result<Result<v1::HeartbeatAccepted, Refusal>, Status> {
+        let member = baton_proto::convert::required("member", request.member.clone())?;
+        if Role::try_from(member.role())? == Role::Gateway {
+            let member = ask::gateway(member)?;
+            return Ok(self.gateway(member).map(|()| self.accepted(false)));
+        }
+        let beat = ask::beat(request, member)?;
+        if let Err(refused) = self.in_force(&beat.worker, beat.incarnation) {
+            metrics::counter!("baton_coordinator_heartbeats_refused_total").increment(1);
+            return Ok(Err(refused));
+        }
+        let taken = self.roster().beat(beat, Instant::now());
+        self.loads_changed.send_modify(|version| *version += 1);
+        Ok(match taken {
+            Ok(index_wanted) => Ok(self.accepted(index_wanted)),
+            Err(Old) => Err(refusal(Refused::Stale, "a later heartbeat has been heard")),
+        })
+    }
+
+    /// Refuses a life that the ledger knows to be over; the leader refuses one it does not know as well.
+    fn in_force(&self, id: &WorkerId, incarnation: Incarnation) -> Result<(), Refusal> {
+        let leads = self.lead.now().is_some();
+        let ledger = self.node.ledger();
+        let over = match ledger.worker(id) {
+            Some(worker) if worker.incarnation == incarnation => !worker.live,
+            Some(worker) => worker.incarnation > incarnation || leads,
+            None => leads,
+        };
+        if !over {
+            return Ok(());
+        }
+        Err(refusal(Refused::Stale, format!("{id} incarnation {incarnation} is not in force: register again")))
+    }
+
+    fn accepted(&self, index_wanted: bool) -> v1::HeartbeatAccepted {
+        let leader = self.node.standing().borrow().leader;
+        v1::HeartbeatAccepted {
+            leader: self.lead.now().is_some(),
+            lease_ms: WORKER_LEASE_MS,
+            index_wanted,
+            leader_node: leader.map_or(0, |leader| leader.0),
+            leader_address: leader.map(|leader| self.address(leader)).unwrap_or_default(),
+        }
+    }
+
+    async fn assign(&self, ask: Ask) -> Result<v1::Assignment, Refusal> {
+        self.leading().await?;
+        self.suspect(&ask);
+        for _ in 0..PLACEMENTS_MAX {
+            let decision = self.place(&ask).map_err(declined)?;
+            let lives = lives(&decision);
+            match self.submit(Command::Assign(Box::new(ask.proposed(decision)))).await? {
+                Outcome::Assigned(assigned) => return Ok(granted(*assigned)),
+                Outcome::Misplaced => self.release(&ask, &lives),
+                Outcome::Ended => {
+                    self.release(&ask, &lives);
+                    return Err(refusal(Refused::Stale, "the request has ended"));
+                }
+                Outcome::Refused(reason) => {
+                    self.release(&ask, &lives);
+                    return Err(refusal(reason, "refused by the ledger"));
+                }
+                other => return Err(unexpected(&other)),
+            }
+        }
+        Err(unavailable("workers come and go faster than requests are placed"))
+    }
+
+    fn suspect(&self, ask: &Ask) {
+        let mut roster = self.roster();
+        ask.exclude.iter().for_each(|(id, incarnation)| roster.suspect(id, *incarnation));
+    }
+
+    /// Chooses workers and counts the request on them.
+    fn place(&self, ask: &Ask) -> Result<Decision, Declined> {
+        let ledger = self.node.ledger();
+        let mut roster = self.roster();
+        let before = ledger.request(ask.request);
+        let question = ask.question(before.map(|open| &open.numerics));
+        let decision = placement::place(&question, &roster.candidates(&ledger, &ask.chain), &self.policy)?;
+        roster.promise(ask.request, &decision, Instant::now());
+        Ok(decision)
+    }
+
+    fn release(&self, ask: &Ask, lives: &[WorkerId]) {
+        let mut roster = self.roster();
+        lives.iter().for_each(|worker| roster.release(ask.request, worker));
+    }
+
+    async fn finish(&self, request: v1::FinishRequest) -> Result<Result<(), Refusal>, Status> {
+        if request.requests.len() > FINISHED_MAX {
+            return Err(Status::invalid_argument(format!("more than {FINISHED_MAX} ends in one call")));
+        }
+        let finished = request.requests.into_iter().map(ask::finished).collect::<Result<Vec<_>, _>>()?;
+        if let Err(refused) = self.leading().await {
+            return Ok(Err(refused));
+        }
+        {
+            let ledger = self.node.ledger();
+            let mut roster = self.roster();
+            for open in finished.iter().filter_map(|finished| Some((finished.request, ledger.request(finished.request)?))) {
+                let (request, open) = open;
+                roster.release(request, &open.decode.worker);
+                open.prefill.iter().for_each(|prefill| roster.release(request, &prefill.worker));
+            }
+        }
+        let submits = finished.into_iter().map(|finished| self.submit(Command::Finish(finished)));
+        let outcomes = futures::future::join_all(submits).await;
+        metrics::counter!("baton_coordinator_finished_total").increment(outcomes.len() as u64);
+        Ok(outcomes.into_iter().collect::<Result<Vec<_>, _>>().map(|_| ()))
+    }
+
+    async fn leave(&self, request: v1::LeaveRequest) -> Result<(), Status> {
+        if self.roster().gateway_left(&request.id) {
+            self.tell_members();
+            return Ok(());
+        }
+        let refused = |refused: Refusal| Status::failed_precondition(format!("{}: {}", refused.reason, refused.detail));
+        self.leading().await.map_err(refused)?;
+        let (worker, incarnation) = (WorkerId(request.id), Incarnation(request.incarnation));
+        tracing::info!(%worker, %incarnation, "leaves");
+        self.submit(Command::Leave { worker, incarnation }).await.map_err(refused)?;
+        Ok(())
+    }
+}
+
+/// Resolves when this node stops.
+async fn stopped(stopping: &mut watch::Receiver<bool>) {
+    drop(stopping.wait_for(|stopping| *stopping).await);
+}
+
+fn unavailable(why: &str) -> Refusal {
+    Refusal { retry_after_ms: RETRY_UNKNOWN_MS, ..refusal(Refused::Unavailable, why) }
+}
+
+fn unexpected(outcome: &Outcome) -> Refusal {
+    tracing::error!(?outcome, "the ledger answered another question");
+    unavailable("the ledger answered another question")
+}
+
+fn declined(declined: Declined) -> Refusal {
+    Refusal { retry_after_ms: declined.retry_after_ms, ..refusal(declined.reason, declined.detail) }
+}
+
+fn lives(decision: &Decision) -> Vec<WorkerId> {
+    let prefill = decision.prefill.iter().map(|(worker, _)| worker.clone());
+    prefill.chain([decision.decode.0.clone()]).collect()
+}
+
+fn granted(assigned: Assigned) -> v1::Assignment {
+    v1::Assignment {
+        request: assigned.request.to_string(),
+        attempt: assigned.attempt,
+        epoch: assigned.epoch.0,
+        decode: Some(assigned.decode.into()),
+        prefill: assigned.prefill.map(Into::into),
+        lease_ms: assigned.lease_ms,
+        explanation: assigned.explanation,
+    }
+}
+
+/// Counts an answered Assign.
+fn count(answer: &Result<v1::Assignment, Refusal>, since: Instant) {
+    match answer {
+        Ok(assignment) => {
+            let prefill = if assignment.prefill.is_some() { "remote" } else { "local" };
+            metrics::counter!("baton_coordinator_assignments_total", "prefill" => prefill).increment(1);
+            metrics::histogram!("baton_coordinator_assign_seconds").record(since.elapsed().as_secs_f64());
+            tracing::debug!(request = assignment.request, explanation = assignment.explanation, "assigned");
+        }
+        Err(refused) => {
+            let reason = baton_proto::convert::refused(refused).as_str();
+            metrics::counter!("baton_coordinator_refused_total", "reason" => reason).increment(1);
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl v1::coordinator_server::Coordinator for Service {
+    type WatchStream = Pin<Box<dyn Stream<Item = Result<v1::ClusterView, Status>> + Send>>;
+
+    async fn register(&self, request: Request<v1::RegisterRequest>) -> Result<Response<v1::RegisterReply>, Status> {
+        use v1::register_reply::Outcome;
+        let outcome = match self.0.register(request.into_inner()).await? {
+            Ok(registered) => Outcome::Registered(registered),
+            Err(refused) => Outcome::Refused(refused),
+        };
+        Ok(Response::new(v1::RegisterReply { outcome: Some(outcome) }))
+    }
+
+    async fn heartbeat(&self, request: Request<v1::HeartbeatRequest>) -> Result<Response<v1::HeartbeatReply>, Status> {
+        use v1::heartbeat_reply::Outcome;
+        let outcome = match self.0.heartbeat(request.into_inner())? {
+            Ok(accepted) => Outcome::Accepted(accepted),
+            Err(refused) => Outcome::Refused(refused),
+        };
+        Ok(Response::new(v1::HeartbeatReply { outcome: Some(outcome) }))
+    }
+
+    async fn leave(&self, request: Request<v1::LeaveRequest>) -> Result<Response<v1::LeaveReply>, Status> {
+        self.0.leave(request.into_inner()).await?;
+        Ok(Response::new(v1::LeaveReply {}))
+    }
+
+    async fn assign(&self, request: Request<v1::AssignRequest>) -> Result<Response<v1::AssignReply>, Status> {
+        use v1::assign_reply::Outcome;
+        let since = Instant::now();
+        let answer = self.0.assign(Ask::new(request.into_inner())?).await;
+        count(&answer, since);
+        let outcome = match answer {
+            Ok(assignment) => Outcome::Assignment(assignment),
+            Err(refused) => Outcome::Refused(refused),
+        };
+        Ok(Response::new(v1::AssignReply { outcome: Some(outcome) }))
+    }
+
+    async fn finish(&self, request: Request<v1::FinishRequest>) -> Result<Response<v1::FinishReply>, Status> {
+        use v1::finish_reply::Outcome;
+        let outcome = match self.0.finish(request.into_inner()).await? {
+            Ok(()) => Outcome::Finished(v1::Finished {}),
+            Err(refused) => Outcome::Refused(refused),
+        };
+        Ok(Response::new(v1::FinishReply { outcome: Some(outcome) }))
+    }
+
+    async fn watch(&self, _: Request<v1::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        Ok(Response::new(Box::pin(view::views(self.0.clone()))))
+    }
+}

@@ -1,0 +1,253 @@
+//! What this node has heard: load, liveness and prefix index from heartbeats, gateways, and what the leader promised
+//! since. Soft state, the same on every node; never written to the log and never a proof of anything.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
+
+use baton_core::limits::WORKER_LEASE_MS;
+use baton_core::{BlockHash, Incarnation, RequestId, WorkerId};
+use baton_proto::v1;
+use tokio::time::Instant;
+
+use crate::placement::{Candidate, Decision, Load, PrefixIndex, Slot};
+use crate::state::Ledger;
+
+/// (block, holder) pairs remembered, about 48 bytes each.
+const PREFIX_INDEX_MAX: usize = 200_000;
+/// Gateways known at a time.
+pub(crate) const GATEWAYS_MAX: usize = 1024;
+/// A gateway silent for so long is forgotten.
+const GATEWAY_FORGET: Duration = Duration::from_millis(10 * WORKER_LEASE_MS);
+/// An assignment this much older than a heartbeat is part of the load that the heartbeat reports.
+const PROMISE_SEEN: Duration = Duration::from_millis(100);
+
+/// Everything heard.
+pub(crate) struct Roster {
+    workers: BTreeMap<WorkerId, Heard>,
+    gateways: BTreeMap<String, Gateway>,
+    prefix: PrefixIndex,
+    slots: Slot,
+}
+
+/// One life of a worker.
+pub(crate) struct Heard {
+    incarnation: Incarnation,
+    sequence: u64,
+    /// Without the index lists.
+    pub(crate) load: v1::Load,
+    pub(crate) member: v1::Member,
+    pub(crate) at: Instant,
+    slot: Slot,
+    suspect: bool,
+    promises: VecDeque<Promise>,
+}
+
+/// An assignment that the worker may not have reported yet.
+struct Promise {
+    request: RequestId,
+    at: Instant,
+    blocks: u64,
+    tokens: u64,
+}
+
+pub(crate) struct Gateway {
+    pub(crate) member: v1::Member,
+    pub(crate) at: Instant,
+}
+
+/// One heartbeat, checked.
+pub(crate) struct Beat {
+    pub(crate) worker: WorkerId,
+    pub(crate) incarnation: Incarnation,
+    pub(crate) sequence: u64,
+    pub(crate) load: v1::Load,
+    pub(crate) member: v1::Member,
+    pub(crate) added: Vec<BlockHash>,
+    pub(crate) removed: Vec<BlockHash>,
+}
+
+/// The heartbeat is older than one already heard.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Old;
+
+impl Roster {
+    pub(crate) fn new() -> Roster {
+        let prefix = PrefixIndex::new(PREFIX_INDEX_MAX);
+        Roster { workers: BTreeMap::new(), gateways: BTreeMap::new(), prefix, slots: 0 }
+    }
+
+    /// The worker as last heard in this life.
+    pub(crate) fn worker(&self, id: &WorkerId, incarnation: Incarnation) -> Option<&Heard> {
+        self.workers.get(id).filter(|heard| heard.incarnation == incarnation)
+    }
+
+    pub(crate) fn gateways(&self) -> impl Iterator<Item = (&String, &Gateway)> {
+        self.gateways.iter()
+    }
+
+    /// Takes a heartbeat in. True: the whole index is wanted with the next one.
+    pub(crate) fn beat(&mut self, beat: Beat, now: Instant) -> Result<bool, Old> {
+        let known = self.workers.get(&beat.worker);
+        let fresh = known.is_none_or(|heard| beat.incarnation > heard.incarnation);
+        let old = known.is_some_and(|heard| {
+            beat.incarnation < heard.incarnation
+                || (beat.incarnation == heard.incarnation && beat.sequence <= heard.sequence)
+        });
+        if old {
+            return Err(Old);
+        }
+        let heard = if fresh { self.begin(&beat, now) } else { self.workers.get_mut(&beat.worker).expect("known") };
+        let reset = beat.load.index_reset;
+        let gap = beat.sequence != heard.sequence.saturating_add(1);
+        heard.sequence = beat.sequence;
+        heard.load = v1::Load { blocks_added: vec![], blocks_removed: vec![], ..beat.load };
+        heard.member = beat.member;
+        heard.at = now;
+        heard.suspect = false;
+        heard.promises.retain(|promise| promise.at + PROMISE_SEEN > now);
+        let slot = heard.slot;
+        if reset {
+            self.prefix.clear(slot);
+        }
+        self.prefix.remove(slot, beat.removed);
+        self.prefix.add(slot, beat.added);
+        metrics::gauge!("baton_coordinator_prefix_index_blocks").set(self.prefix.len() as f64);
+        Ok(gap && !reset)
+    }
+
+    /// A worker that has just registered counts as heard, so that its lease starts then.
+    pub(crate) fn registered(&mut self, member: v1::Member, now: Instant) {
+        let load = v1::Load { blocks_total: blocks(&member), blocks_free: blocks(&member), ..Default::default() };
+        let (worker, incarnation) = (WorkerId(member.id.clone()), Incarnation(member.incarnation));
+        if self.workers.get(&worker).is_some_and(|heard| heard.incarnation >= incarnation) {
+            return;
+        }
+        let beat = Beat { worker, incarnation, sequence: 0, load, member, added: vec![], removed: vec![] };
+        self.begin(&beat, now);
+    }
+
+    fn begin(&mut self, beat: &Beat, now: Instant) -> &mut Heard {
+        self.forget(&beat.worker);
+        self.slots += 1;
+        let heard = Heard {
+            incarnation: beat.incarnation,
+            sequence: 0,
+            load: beat.load.clone(),
+            member: beat.member.clone(),
+            at: now,
+            slot: self.slots,
+            suspect: false,
+            promises: VecDeque::new(),
+        };
+        self.workers.entry(beat.worker.clone()).insert_entry(heard).into_mut()
+    }
+
+    fn forget(&mut self, worker: &WorkerId) {
+        if let Some(heard) = self.workers.remove(worker) {
+            self.prefix.clear(heard.slot);
+        }
+    }
+
+    /// Forgets what no longer lives. True: the set of members changed.
+    pub(crate) fn sweep(&mut self, ledger: &Ledger, now: Instant) -> bool {
+        let replaced = |id: &WorkerId, heard: &Heard| match ledger.worker(id) {
+            Some(worker) => worker.incarnation > heard.incarnation || (worker.incarnation == heard.incarnation && !worker.live),
+            None => heard.at + GATEWAY_FORGET < now,
+        };
+        let gone: Vec<WorkerId> =
+            self.workers.iter().filter(|(id, heard)| replaced(id, heard)).map(|(id, _)| id.clone()).collect();
+        gone.iter().for_each(|id| self.forget(id));
+        let before = self.gateways.len();
+        self.gateways.retain(|_, gateway| gateway.at + GATEWAY_FORGET > now);
+        before != self.gateways.len()
+    }
+
+    /// Takes a gateway in. None: there are too many. True: it is new.
+    pub(crate) fn gateway(&mut self, member: v1::Member, now: Instant) -> Option<bool> {
+        let new = self.gateways.get(&member.id).is_none_or(|known| known.member != member);
+        if !self.gateways.contains_key(&member.id) && self.gateways.len() >= GATEWAYS_MAX {
+            return None;
+        }
+        self.gateways.insert(member.id.clone(), Gateway { member, at: now });
+        Some(new)
+    }
+
+    pub(crate) fn gateway_left(&mut self, id: &str) -> bool {
+        self.gateways.remove(id).is_some()
+    }
+
+    /// Somebody could not use this life; others are preferred until it is heard of again.
+    pub(crate) fn suspect(&mut self, id: &WorkerId, incarnation: Incarnation) {
+        if let Some(heard) = self.workers.get_mut(id).filter(|heard| heard.incarnation == incarnation) {
+            heard.suspect = true;
+        }
+    }
+
+    /// Counts an assignment on its workers until they report it themselves.
+    pub(crate) fn promise(&mut self, request: RequestId, decision: &Decision, now: Instant) {
+        let local = decision.prefill.is_none();
+        let decode_tokens = if local { decision.prefill_tokens } else { 0 };
+        self.promise_to(&decision.decode, Promise { request, at: now, blocks: decision.blocks, tokens: decode_tokens });
+        if let Some(prefill) = &decision.prefill {
+            self.promise_to(prefill, Promise { request, at: now, blocks: 0, tokens: decision.prefill_tokens });
+        }
+    }
+
+    fn promise_to(&mut self, (id, incarnation): &(WorkerId, Incarnation), promise: Promise) {
+        if let Some(heard) = self.workers.get_mut(id).filter(|heard| heard.incarnation == *incarnation) {
+            heard.promises.push_back(promise);
+        }
+    }
+
+    /// The request is not on this worker, or no longer.
+    pub(crate) fn release(&mut self, request: RequestId, worker: &WorkerId) {
+        if let Some(heard) = self.workers.get_mut(worker) {
+            heard.promises.retain(|promise| promise.request != request);
+        }
+    }
+
+    /// The ledger's live workers with what was heard of them, for placement.
+    pub(crate) fn candidates<'a>(&self, ledger: &'a Ledger, chain: &[BlockHash]) -> Vec<Candidate<'a>> {
+        let hits = self.prefix.hits(chain);
+        let live = ledger.workers().filter(|(_, worker)| worker.live);
+        let candidate = |(id, worker): (&'a WorkerId, &'a crate::state::Worker)| {
+            let heard = self.worker(id, worker.incarnation);
+            Candidate {
+                worker: id,
+                incarnation: worker.incarnation,
+                role: worker.role,
+                model: &worker.model,
+                load: heard.map_or(unheard(worker.model.blocks_total), Heard::load_now),
+                hits: heard.and_then(|heard| hits.get(&heard.slot)).copied().unwrap_or(0),
+                suspect: heard.is_some_and(|heard| heard.suspect),
+            }
+        };
+        live.map(candidate).collect()
+    }
+}
+
+impl Heard {
+    /// Load as reported, plus the promises it cannot have seen.
+    fn load_now(&self) -> Load {
+        let promised_blocks: u64 = self.promises.iter().map(|promise| promise.blocks).sum();
+        let promised_tokens: u64 = self.promises.iter().map(|promise| promise.tokens).sum();
+        let available = self.load.blocks_free.saturating_add(self.load.blocks_cached);
+        Load {
+            blocks_available: available.saturating_sub(promised_blocks),
+            running: u64::from(self.load.sequences_running),
+            waiting: u64::from(self.load.sequences_waiting) + self.promises.len() as u64,
+            tokens_waiting: self.load.tokens_waiting.saturating_add(promised_tokens),
+            prefill_rate: self.load.prefill_tokens_per_s,
+            draining: self.load.draining,
+        }
+    }
+}
+
+/// A worker that a new leader has not heard of yet.
+fn unheard(blocks_total: u64) -> Load {
+    Load { blocks_available: blocks_total, ..Load::default() }
+}
+
+fn blocks(member: &v1::Member) -> u64 {
+    member.model.as_ref().map_or(0, |model| model.blocks_total)
+}

@@ -1,0 +1,118 @@
+//! What can be written to the ledger and what comes of it. Every command may be repeated without a second effect.
+
+use baton_core::{Epoch, Incarnation, Lane, NumericsClass, Place, Refused, RequestId, Role, WorkerId};
+use serde::{Deserialize, Serialize};
+
+/// One Raft entry: commands stamped with the leader's monotonic time.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Batch {
+    /// Milliseconds of the ledger's own time; a stamp older than one already applied counts as that one.
+    pub time_ms: u64,
+    pub commands: Vec<Command>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Command {
+    /// The first one names the cluster for ever; later ones learn the name.
+    Found { cluster: String },
+    Register(Registration),
+    /// The worker's life has gone silent, or failed: its later words are refused.
+    Fence { worker: WorkerId, incarnation: Incarnation },
+    /// The worker ends this life by itself.
+    Leave { worker: WorkerId, incarnation: Incarnation },
+    /// Accept + assign. The key is (request, attempt).
+    Assign(Box<Proposed>),
+    Finish(Finished),
+    /// Ends every request whose deadline has passed.
+    Expire,
+}
+
+/// A worker that announces itself. The key is (worker, process_key).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Registration {
+    pub worker: WorkerId,
+    pub role: Role,
+    /// gRPC address.
+    pub address: String,
+    pub pid: u32,
+    /// Version of the binary.
+    pub version: String,
+    pub model: Model,
+    /// Random per process.
+    pub process_key: String,
+}
+
+/// What placement needs to know of the model a worker serves.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Model {
+    pub name: String,
+    pub card_hash: String,
+    pub numerics: NumericsClass,
+    pub block_tokens: u32,
+    pub positions_max: u64,
+    /// BlockLayout as text; blocks pass only between equal ones.
+    pub layout: String,
+    pub blocks_total: u64,
+    pub block_bytes: u64,
+}
+
+/// A placement that the leader proposes; the ledger checks that it still holds.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Proposed {
+    pub request: RequestId,
+    /// From 1.
+    pub attempt: u32,
+    pub tenant: String,
+    pub lane: Lane,
+    pub gateway: String,
+    pub prompt_tokens: u64,
+    pub tokens_max: u64,
+    /// From acceptance; of the first attempt that was accepted.
+    pub deadline_ms: u64,
+    pub decode: (WorkerId, Incarnation),
+    pub prefill: Option<(WorkerId, Incarnation)>,
+    pub explanation: String,
+}
+
+/// The end of a request. The key is (request, epoch); epoch 0 ends it under whatever epoch it has, and even before
+/// its assignment arrives.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Finished {
+    pub request: RequestId,
+    pub epoch: Epoch,
+    /// `complete`, `cancelled`, or a `core::Aborted` word.
+    pub outcome: String,
+    pub prompt_tokens: u64,
+    pub cached_tokens: u64,
+    pub generated_tokens: u64,
+}
+
+/// What became of one command.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Outcome {
+    Founded { cluster: String },
+    Registered { incarnation: Incarnation },
+    /// The life that was named is not live (any more).
+    Gone,
+    Assigned(Box<Assigned>),
+    /// The proposed workers are no longer those lives: place again.
+    Misplaced,
+    /// Nothing was done.
+    Refused(Refused),
+    /// The request has ended, now or before.
+    Ended,
+    Expired { requests: Vec<RequestId> },
+}
+
+/// An assignment as the ledger granted it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Assigned {
+    pub request: RequestId,
+    pub attempt: u32,
+    pub epoch: Epoch,
+    pub decode: Place,
+    pub prefill: Option<Place>,
+    /// Milliseconds left until the request's deadline.
+    pub lease_ms: u64,
+    pub explanation: String,
+}

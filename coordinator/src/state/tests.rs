@@ -1,0 +1,259 @@
+//! The ledger against its promises: replaying gives the same state, repeating changes nothing, a request has one
+//! assignment and ends once, numbers only grow.
+
+use baton_core::Lane;
+use proptest::prelude::*;
+
+use super::*;
+
+const WORKERS: [(&str, Role); 4] =
+    [("p0", Role::Prefill), ("p1", Role::Prefill), ("d0", Role::Decode), ("d1", Role::Decode)];
+
+fn registration(worker: usize, key: u8) -> Registration {
+    let (id, role) = WORKERS[worker];
+    Registration {
+        worker: WorkerId(id.into()),
+        role,
+        address: format!("{id}:{key}"),
+        pid: u32::from(key),
+        version: "1".into(),
+        model: Model { name: "m".into(), ..Model::default() },
+        process_key: format!("{key}"),
+    }
+}
+
+fn proposed(request: u128, attempt: u32, decode: (usize, u64), prefill: Option<(usize, u64)>) -> Proposed {
+    let life = |(worker, incarnation): (usize, u64)| (WorkerId(WORKERS[worker].0.into()), Incarnation(incarnation));
+    Proposed {
+        request: RequestId(request),
+        attempt,
+        tenant: String::new(),
+        lane: Lane::Interactive,
+        gateway: "g".into(),
+        prompt_tokens: 10,
+        tokens_max: 5,
+        deadline_ms: 50,
+        decode: life(decode),
+        prefill: prefill.map(life),
+        explanation: "why".into(),
+    }
+}
+
+fn finished(request: u128, epoch: Epoch) -> Command {
+    Command::Finish(Finished {
+        request: RequestId(request),
+        epoch,
+        outcome: "complete".into(),
+        prompt_tokens: 10,
+        cached_tokens: 0,
+        generated_tokens: 5,
+    })
+}
+
+/// Applies one command at the next index and returns its outcome.
+fn one(ledger: &mut Ledger, time_ms: u64, command: Command) -> Outcome {
+    let index = ledger.index() + 1;
+    ledger.apply(index, Batch { time_ms, commands: vec![command] }).pop().unwrap()
+}
+
+/// A ledger with one prefill and one decode worker, and their incarnations.
+fn pair() -> (Ledger, u64, u64) {
+    let mut ledger = Ledger::default();
+    let mut life = |worker| match one(&mut ledger, 1, Command::Register(registration(worker, 1))) {
+        Outcome::Registered { incarnation } => incarnation.0,
+        other => panic!("{other:?}"),
+    };
+    let (p, d) = (life(0), life(2));
+    (ledger, p, d)
+}
+
+fn assign(ledger: &mut Ledger, p: Proposed) -> Outcome {
+    one(ledger, 2, Command::Assign(Box::new(p)))
+}
+
+fn epoch(outcome: &Outcome) -> Epoch {
+    match outcome {
+        Outcome::Assigned(assigned) => assigned.epoch,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn the_same_attempt_gives_the_same_assignment_and_a_later_one_a_later_epoch() {
+    let (mut ledger, p, d) = pair();
+    let first = assign(&mut ledger, proposed(1, 1, (2, d), Some((0, p))));
+    assert_eq!(assign(&mut ledger, proposed(1, 1, (2, d), None)), first);
+    let second = assign(&mut ledger, proposed(1, 2, (2, d), None));
+    assert!(epoch(&second) > epoch(&first));
+    assert_eq!(assign(&mut ledger, proposed(1, 1, (2, d), None)), Outcome::Refused(Refused::Stale));
+    assert_eq!(ledger.requests_open(), 1);
+}
+
+#[test]
+fn a_placement_on_a_life_that_is_over_is_handed_back() {
+    let (mut ledger, p, d) = pair();
+    assert_eq!(assign(&mut ledger, proposed(1, 1, (2, d + 1), None)), Outcome::Misplaced);
+    assert_eq!(assign(&mut ledger, proposed(1, 1, (0, p), None)), Outcome::Misplaced, "a prefill worker cannot decode");
+    one(&mut ledger, 3, Command::Fence { worker: WorkerId("p0".into()), incarnation: Incarnation(p) });
+    assert_eq!(assign(&mut ledger, proposed(1, 1, (2, d), Some((0, p)))), Outcome::Misplaced);
+    assert_eq!(ledger.requests_open(), 0);
+}
+
+#[test]
+fn a_process_keeps_its_incarnation_until_it_is_fenced() {
+    let (mut ledger, p, _) = pair();
+    let again = one(&mut ledger, 2, Command::Register(registration(0, 1)));
+    assert_eq!(again, Outcome::Registered { incarnation: Incarnation(p) });
+    let Outcome::Registered { incarnation } = one(&mut ledger, 2, Command::Register(registration(0, 2))) else {
+        panic!("a restarted worker takes over");
+    };
+    assert!(incarnation.0 > p);
+    one(&mut ledger, 3, Command::Fence { worker: WorkerId("p0".into()), incarnation });
+    let after = one(&mut ledger, 3, Command::Register(registration(0, 2)));
+    assert!(matches!(after, Outcome::Registered { incarnation: later } if later > incarnation));
+}
+
+#[test]
+fn a_request_ends_once_and_stays_ended() {
+    let (mut ledger, _, d) = pair();
+    let granted = epoch(&assign(&mut ledger, proposed(1, 1, (2, d), None)));
+    let later = epoch(&assign(&mut ledger, proposed(1, 2, (2, d), None)));
+    assert_eq!(one(&mut ledger, 3, finished(1, granted)), Outcome::Refused(Refused::Stale));
+    assert_eq!(one(&mut ledger, 3, finished(1, later)), Outcome::Ended);
+    let ended = ledger.clone();
+    assert_eq!(one(&mut ledger, 3, finished(1, later)), Outcome::Ended);
+    assert_eq!(assign(&mut ledger, proposed(1, 3, (2, d), None)), Outcome::Ended);
+    assert_eq!((ledger.open, ledger.ended), (ended.open, ended.ended));
+}
+
+#[test]
+fn a_cancel_that_overtakes_its_assignment_wins() {
+    let (mut ledger, _, d) = pair();
+    assert_eq!(one(&mut ledger, 2, finished(1, Epoch(0))), Outcome::Ended);
+    assert_eq!(assign(&mut ledger, proposed(1, 1, (2, d), None)), Outcome::Ended);
+}
+
+#[test]
+fn an_overdue_request_is_ended_and_a_new_attempt_does_not_move_its_deadline() {
+    let (mut ledger, _, d) = pair();
+    assign(&mut ledger, proposed(1, 1, (2, d), None));
+    one(&mut ledger, 40, Command::Assign(Box::new(proposed(1, 2, (2, d), None))));
+    assert_eq!(ledger.deadline_next(), Some(52));
+    assert_eq!(one(&mut ledger, 51, Command::Expire), Outcome::Expired { requests: vec![] });
+    assert_eq!(one(&mut ledger, 52, Command::Expire), Outcome::Expired { requests: vec![RequestId(1)] });
+    assert_eq!((ledger.requests_open(), ledger.has_ended(RequestId(1))), (0, true));
+}
+
+#[test]
+fn ended_requests_are_remembered_up_to_their_bound() {
+    let mut ledger = Ledger::default();
+    for request in 0..EndedRequests::MAX as u128 + 10 {
+        one(&mut ledger, 1, finished(request, Epoch(0)));
+    }
+    assert_eq!(ledger.ended.len(), EndedRequests::MAX);
+    assert!(!ledger.has_ended(RequestId(9)) && ledger.has_ended(RequestId(10)));
+}
+
+#[test]
+fn time_never_falls() {
+    let mut ledger = Ledger::default();
+    one(&mut ledger, 9, Command::Expire);
+    one(&mut ledger, 3, Command::Expire);
+    assert_eq!(ledger.time_ms(), 9);
+}
+
+#[test]
+fn bytes_of_a_newer_version_are_refused() {
+    let mut bytes = encode_batch(&Batch { time_ms: 1, commands: vec![Command::Expire] });
+    assert!(decode_batch(&bytes).is_ok());
+    bytes[..2].copy_from_slice(&(VERSION + 1).to_le_bytes());
+    assert_eq!(decode_batch(&bytes), Err(CodecError::Newer(VERSION + 1)));
+    assert!(matches!(decode_ledger(&[]), Err(CodecError::Damaged(_))));
+}
+
+fn command() -> impl Strategy<Value = Command> {
+    let incarnation = (0u64..12).prop_map(|index| Incarnation(index * COMMANDS_MAX as u64));
+    let life = (0usize..4, (0u64..12).prop_map(|index| index * COMMANDS_MAX as u64));
+    let worker = (0usize..4).prop_map(|worker| WorkerId(WORKERS[worker].0.into()));
+    prop_oneof![
+        4 => (0usize..4, 0u8..3).prop_map(|(worker, key)| Command::Register(registration(worker, key))),
+        1 => (worker.clone(), incarnation.clone()).prop_map(|(worker, incarnation)| Command::Fence { worker, incarnation }),
+        1 => (worker, incarnation).prop_map(|(worker, incarnation)| Command::Leave { worker, incarnation }),
+        6 => (0u128..4, 1u32..10, life.clone(), proptest::option::of(life))
+            .prop_map(|(request, attempt, decode, prefill)| Command::Assign(Box::new(proposed(request, attempt, decode, prefill)))),
+        3 => (0u128..4, 0u64..40).prop_map(|(request, index)| finished(request, Epoch(index * COMMANDS_MAX as u64))),
+        1 => Just(Command::Expire),
+        1 => Just(Command::Found { cluster: "c".into() }),
+    ]
+}
+
+fn batches() -> impl Strategy<Value = Vec<Batch>> {
+    let batch = (0u64..200, proptest::collection::vec(command(), 0..4));
+    proptest::collection::vec(batch.prop_map(|(time_ms, commands)| Batch { time_ms, commands }), 0..40)
+}
+
+/// What must hold after every entry.
+fn check_invariants(ledger: &Ledger) {
+    let deadlines: Vec<_> = ledger.open.iter().map(|(id, open)| (open.deadline_ms, *id)).collect();
+    assert_eq!(ledger.deadlines.iter().copied().collect::<BTreeSet<_>>(), deadlines.into_iter().collect());
+    for (id, open) in &ledger.open {
+        assert!(!ledger.has_ended(*id), "open and ended");
+        assert!(open.attempt <= ATTEMPTS_MAX && open.epoch.0 / COMMANDS_MAX as u64 <= ledger.index);
+    }
+}
+
+proptest! {
+    /// Replaying entries, also through an encoded snapshot in their middle, gives the same state and outcomes.
+    #[test]
+    fn replay_is_deterministic(batches in batches(), cut in 0usize..40) {
+        let (mut straight, mut restored) = (Ledger::default(), Ledger::default());
+        for (i, batch) in batches.iter().enumerate() {
+            if i == cut {
+                restored = decode_ledger(&encode_ledger(&restored)).unwrap();
+            }
+            let again = decode_batch(&encode_batch(batch)).unwrap();
+            prop_assert_eq!(straight.apply(i as u64 + 1, batch.clone()), restored.apply(i as u64 + 1, again));
+        }
+        prop_assert_eq!(hash(&straight), hash(&restored));
+        prop_assert_eq!(straight, restored);
+    }
+
+    /// One assignment per request, never after its end; epochs and incarnations only grow.
+    #[test]
+    fn invariants_hold(batches in batches()) {
+        let mut ledger = Ledger::default();
+        let mut granted: BTreeMap<RequestId, Epoch> = BTreeMap::new();
+        let mut ended: BTreeSet<RequestId> = BTreeSet::new();
+        for (i, batch) in batches.into_iter().enumerate() {
+            let commands = batch.commands.clone();
+            let outcomes = ledger.apply(i as u64 + 1, batch);
+            check_invariants(&ledger);
+            for (command, outcome) in commands.into_iter().zip(outcomes) {
+                match (command, outcome) {
+                    (Command::Assign(p), Outcome::Assigned(a)) => {
+                        prop_assert!(!ended.contains(&p.request), "assigned after its end");
+                        let before = granted.insert(p.request, a.epoch);
+                        prop_assert!(before.is_none_or(|before| before <= a.epoch));
+                    }
+                    (Command::Finish(f), Outcome::Ended) if ledger.has_ended(f.request) => drop(ended.insert(f.request)),
+                    (_, Outcome::Expired { requests }) => ended.extend(requests),
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    /// Saying any entry twice leaves workers, open and ended requests as saying it once does.
+    #[test]
+    fn repetition_changes_nothing(batches in batches()) {
+        let mut ledger = Ledger::default();
+        for (i, batch) in batches.into_iter().enumerate() {
+            // Within one entry a later command may undo an earlier one; repeat entries of one command.
+            let batch = Batch { commands: batch.commands.into_iter().take(1).collect(), ..batch };
+            ledger.apply(2 * i as u64 + 1, batch.clone());
+            let once = ledger.clone();
+            ledger.apply(2 * i as u64 + 2, batch);
+            prop_assert_eq!((&ledger.workers, &ledger.open, &ledger.ended), (&once.workers, &once.open, &once.ended));
+        }
+    }
+}

@@ -1,0 +1,232 @@
+//! One or three coordinators in this process, and the calls that gateways and workers make.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use baton_coordinator::{Config, Running, placement::Policy};
+use baton_core::{Env, Net, NodeId, Rng, SystemClock};
+use baton_proto::v1::coordinator_client::CoordinatorClient;
+use baton_proto::{TcpNet, WIRE_VERSION, v1};
+use tonic::transport::Channel;
+
+use crate::wait_for;
+
+/// A directory that goes when the test ends.
+pub(crate) struct Directory(PathBuf);
+
+impl Directory {
+    pub(crate) fn new() -> Directory {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let name = format!("baton-coordinator-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+        std::fs::create_dir_all(&path).unwrap();
+        Directory(path)
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        drop(std::fs::remove_dir_all(&self.0));
+    }
+}
+
+fn env(seed: u64) -> Env {
+    Env { net: Arc::new(TcpNet), clock: Arc::new(SystemClock), rng: Rng::new(seed) }
+}
+
+pub(crate) fn config(node: u64, data: &Path, peers: &[(NodeId, String)]) -> Config {
+    let listen = peers.iter().find(|(id, _)| id.0 == node).map_or("127.0.0.1:0", |(_, address)| address);
+    Config {
+        node: NodeId(node),
+        listen: listen.to_string(),
+        data: data.join(format!("node-{node}")),
+        peers: peers.to_vec(),
+        advertise: String::new(),
+        cluster: None,
+        policy: Policy::default(),
+    }
+}
+
+pub(crate) async fn start(config: Config) -> Running {
+    baton_coordinator::start(config.clone(), env(config.node.0)).await.unwrap()
+}
+
+pub(crate) async fn try_start(config: Config) -> Result<Running, baton_coordinator::StartError> {
+    baton_coordinator::start(config.clone(), env(config.node.0)).await
+}
+
+/// Three coordinators, each restartable on its own directory and port.
+pub(crate) struct Group {
+    pub(crate) directory: Directory,
+    pub(crate) peers: Vec<(NodeId, String)>,
+    pub(crate) running: Vec<Option<Running>>,
+}
+
+impl Group {
+    pub(crate) async fn start() -> Group {
+        let directory = Directory::new();
+        let peers = free_addresses(3).await;
+        let mut group = Group { directory, peers, running: vec![None, None, None] };
+        for at in 0..3 {
+            group.restart(at).await;
+        }
+        group
+    }
+
+    pub(crate) async fn restart(&mut self, at: usize) {
+        let config = config(at as u64 + 1, self.directory.path(), &self.peers);
+        self.running[at] = Some(start(config).await);
+    }
+
+    pub(crate) async fn stop(&mut self, at: usize) {
+        self.running[at].take().unwrap().stop().await;
+    }
+
+    pub(crate) async fn stop_all(&mut self) {
+        for at in 0..3 {
+            if self.running[at].is_some() {
+                self.stop(at).await;
+            }
+        }
+    }
+
+    pub(crate) fn client(&self, at: usize) -> Client {
+        Client::new(&self.peers[at].1)
+    }
+
+    /// Waits until the running nodes agree on a leader among them and returns its place.
+    pub(crate) async fn leader(&self) -> usize {
+        wait_for("one leader that all know", || async {
+            let mut leaders = Vec::new();
+            for at in (0..3).filter(|at| self.running[*at].is_some()) {
+                leaders.push(self.client(at).view().await?.leader);
+            }
+            let leader = leaders[0];
+            let place = leader.checked_sub(1)? as usize;
+            (leaders.iter().all(|l| *l == leader) && self.running[place].is_some()).then_some(place)
+        })
+        .await
+    }
+}
+
+/// Ports that were free a moment ago.
+async fn free_addresses(count: u64) -> Vec<(NodeId, String)> {
+    let mut listeners = Vec::new();
+    for node in 1..=count {
+        listeners.push((NodeId(node), TcpNet.listen("127.0.0.1:0").await.unwrap()));
+    }
+    listeners.iter().map(|(node, listener)| (*node, listener.address())).collect()
+}
+
+/// One caller of one coordinator.
+#[derive(Clone)]
+pub(crate) struct Client(CoordinatorClient<Channel>);
+
+impl Client {
+    pub(crate) fn new(address: &str) -> Client {
+        Client(CoordinatorClient::new(baton_proto::channel(Arc::new(TcpNet), address).unwrap()))
+    }
+
+    /// The first view of a watch, if the node answers.
+    pub(crate) async fn view(&mut self) -> Option<v1::ClusterView> {
+        let mut views = self.0.watch(v1::WatchRequest {}).await.ok()?.into_inner();
+        views.message().await.ok()?
+    }
+
+    pub(crate) async fn register(&mut self, id: &str, key: &str) -> Result<u64, v1::Refusal> {
+        let request = v1::RegisterRequest {
+            cluster: String::new(),
+            wire_version: WIRE_VERSION,
+            member: Some(member(id)),
+            process_key: key.into(),
+        };
+        match self.0.register(request).await.unwrap().into_inner().outcome.unwrap() {
+            v1::register_reply::Outcome::Registered(registered) => Ok(registered.incarnation),
+            v1::register_reply::Outcome::Refused(refusal) => Err(refusal),
+        }
+    }
+
+    pub(crate) async fn beat(&mut self, id: &str, incarnation: u64, sequence: u64) -> Result<v1::HeartbeatAccepted, v1::Refusal> {
+        let load = v1::Load { blocks_total: 1000, blocks_free: 1000, ..Default::default() };
+        self.beat_with(id, incarnation, sequence, load).await
+    }
+
+    pub(crate) async fn beat_with(
+        &mut self,
+        id: &str,
+        incarnation: u64,
+        sequence: u64,
+        load: v1::Load,
+    ) -> Result<v1::HeartbeatAccepted, v1::Refusal> {
+        let member = Some(member(id));
+        let request = v1::HeartbeatRequest { id: id.into(), incarnation, sequence, load: Some(load), member };
+        match self.0.heartbeat(request).await.unwrap().into_inner().outcome.unwrap() {
+            v1::heartbeat_reply::Outcome::Accepted(accepted) => Ok(accepted),
+            v1::heartbeat_reply::Outcome::Refused(refusal) => Err(refusal),
+        }
+    }
+
+    pub(crate) async fn assign(&mut self, request: v1::AssignRequest) -> Result<v1::Assignment, v1::Refusal> {
+        match self.0.assign(request).await.unwrap().into_inner().outcome.unwrap() {
+            v1::assign_reply::Outcome::Assignment(assignment) => Ok(assignment),
+            v1::assign_reply::Outcome::Refused(refusal) => Err(refusal),
+        }
+    }
+
+    pub(crate) async fn finish(&mut self, request: u128, epoch: u64) -> Result<(), v1::Refusal> {
+        let request = v1::FinishedRequest {
+            request: format!("{request:032x}"),
+            epoch,
+            outcome: "complete".into(),
+            ..Default::default()
+        };
+        let reply = self.0.finish(v1::FinishRequest { requests: vec![request] }).await.unwrap();
+        match reply.into_inner().outcome.unwrap() {
+            v1::finish_reply::Outcome::Finished(_) => Ok(()),
+            v1::finish_reply::Outcome::Refused(refusal) => Err(refusal),
+        }
+    }
+}
+
+/// `prefill-…` and `decode-…` of one model.
+pub(crate) fn member(id: &str) -> v1::Member {
+    let role = if id.starts_with("prefill") { v1::Role::Prefill } else { v1::Role::Decode };
+    let model = v1::ModelSummary {
+        name: "m".into(),
+        card_hash: "c".into(),
+        numerics: "n".into(),
+        block_tokens: 16,
+        positions_max: 4096,
+        layout: "l".into(),
+        blocks_total: 1000,
+        block_bytes: 1,
+    };
+    v1::Member {
+        id: id.into(),
+        role: role.into(),
+        address: format!("{id}:1"),
+        pid: 1,
+        incarnation: 0,
+        version: "1".into(),
+        model: Some(model),
+    }
+}
+
+pub(crate) fn request(id: u128, attempt: u32) -> v1::AssignRequest {
+    v1::AssignRequest {
+        request: format!("{id:032x}"),
+        attempt,
+        model: "m".into(),
+        prompt_tokens: 100,
+        tokens_max: 10,
+        choices: 1,
+        deadline_ms: 60_000,
+        gateway: "g".into(),
+        ..Default::default()
+    }
+}
