@@ -3,9 +3,11 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use baton_core::{Finish, RequestId, SampledToken, TokenId};
+use baton_core::{BlockId, Finish, RequestId, SampledToken, TokenId};
 use baton_engine::testing::{TinyModel, hash_spec};
-use baton_engine::{Engine, EngineConfig, Event, LoadOptions, Loaded, ModelSpec, Usage, load};
+use baton_engine::{
+    Backend, Blocks, Engine, EngineConfig, Event, Filled, LoadOptions, Loaded, ModelSpec, Usage, Work, load,
+};
 
 pub(crate) const CONFIG: EngineConfig =
     EngineConfig { blocks: 64, batch_tokens_max: 16, sequences_max: 8, queue_max: 64, prefix_cache: true };
@@ -88,4 +90,45 @@ pub(crate) fn bits(tokens: &[SampledToken]) -> Vec<(TokenId, u32, Vec<(TokenId, 
 pub(crate) fn prompt(seed: u64, len: usize, vocab: usize) -> Vec<TokenId> {
     let mut rng = baton_core::Rng::new(seed);
     (0..len).map(|_| rng.below(vocab as u64) as TokenId).collect()
+}
+
+/// What a prefill hands over, with the blocks as they lie in its arena.
+pub(crate) struct Handed {
+    pub(crate) first: Vec<(u32, SampledToken)>,
+    pub(crate) prompt_logprobs: Vec<Option<SampledToken>>,
+    pub(crate) tokens: usize,
+    pub(crate) exported: Vec<(usize, BlockId)>,
+    pub(crate) blocks: Blocks,
+}
+
+/// Prefills on `engine` and collects the exports as the worker would.
+pub(crate) fn prefill(engine: &mut Engine, backend: &mut dyn Backend, work: Work) -> Handed {
+    engine.admit(work).expect("room");
+    let (mut exported, mut events) = (Vec::new(), Vec::new());
+    while let Some(batch) = engine.plan() {
+        let output = backend.run(&batch, &mut |_| {});
+        exported.extend(batch.exports().iter().flat_map(|export| export.blocks.clone()));
+        engine.commit(batch, output, &mut events);
+    }
+    let Some(Event::Prefilled { first, prompt_logprobs, blocks, tokens, .. }) = events.pop() else {
+        panic!("no handoff")
+    };
+    Handed { first, prompt_logprobs, tokens, exported, blocks }
+}
+
+/// Copies the exported blocks into blocks of another engine, after the `skip` that it has already.
+pub(crate) fn carry(from: &Engine, to: &Engine, handed: &Handed, mut held: Blocks) -> Filled {
+    let skip = held.len();
+    let indices: Vec<usize> = handed.exported.iter().map(|block| block.0).collect();
+    assert_eq!(indices, (skip..handed.blocks.len()).collect::<Vec<_>>(), "each block announced once, in order");
+    let reserved = to.cache().reserve(indices.len()).expect("room");
+    let bytes = from.cache().arena().layout().block_bytes();
+    for ((_, source), target) in handed.exported.iter().zip(reserved.ids()) {
+        let (from, to) = (from.cache().arena().block(source.index), to.cache().arena().block(target.index));
+        // SAFETY: `handed` holds the source, `reserved` the target.
+        unsafe { std::ptr::copy_nonoverlapping(from, to, bytes) };
+    }
+    held.append(reserved.fill(&[]));
+    let (first, prompt_logprobs) = (handed.first.clone(), handed.prompt_logprobs.clone());
+    Filled { blocks: held, tokens: handed.tokens, first, prompt_logprobs }
 }

@@ -1,11 +1,12 @@
 //! The scheduler over a backend whose tokens are a hash of the whole prefix as it stands in the arena: any lost, stale
 //! or foreign block changes every token after it, so equal tokens mean that all blocks were right.
 
-use baton_core::{Finish, Lane, Refused, RequestId, SampledToken, TokenId};
+use baton_core::{Finish, Lane, Refused, Request, RequestId, TokenId};
 use baton_engine::testing::{drain, request, step, work};
-use baton_engine::{Choice, Engine, EngineConfig, Event, Filled, Goal, HashBackend, Work};
+use baton_engine::{Backend, Choice, Engine, EngineConfig, Event, Goal, HashBackend, Work};
+use proptest::prelude::*;
 
-use crate::common::{CONFIG, Choices, hash_engine, prompt};
+use crate::common::{CONFIG, Choices, carry, hash_engine, prefill, prompt};
 
 fn backend() -> HashBackend {
     HashBackend::new(1000)
@@ -70,14 +71,14 @@ fn an_equal_prompt_is_found_in_the_cache() {
         assert_eq!(choices.ids(id, 0), alone(&prompt, 5));
         assert_eq!(choices.ends[&(RequestId(id), 0)].1.cached_tokens, cached);
     }
-    let salted = baton_core::Request { cache_salt: "other".into(), ..request(3, &prompt, 5) };
+    let salted = Request { cache_salt: "other".into(), ..request(3, &prompt, 5) };
     engine.admit(work(&salted)).expect("room");
     let choices = Choices::of(drain(&mut engine, &mut backend()));
     assert_eq!(choices.ends[&(RequestId(3), 0)].1.cached_tokens, 0, "another tenant's blocks");
 }
 
-fn sampled(id: u128, prompt: &[TokenId], choices: u32) -> baton_core::Request {
-    let mut request = baton_core::Request { choices, ..request(id, prompt, 11) };
+fn sampled(id: u128, prompt: &[TokenId], choices: u32) -> Request {
+    let mut request = Request { choices, ..request(id, prompt, 11) };
     request.sampling.temperature = 1.0;
     request.sampling.seed = 99;
     request
@@ -125,47 +126,6 @@ fn resumed_from_any_token_equals_undisturbed() {
     }
 }
 
-/// What a prefill hands over, with the blocks as they lie in its arena.
-pub(crate) struct Handed {
-    pub(crate) first: Vec<(u32, SampledToken)>,
-    pub(crate) prompt_logprobs: Vec<Option<SampledToken>>,
-    pub(crate) tokens: usize,
-    pub(crate) exported: Vec<(usize, baton_core::BlockId)>,
-    pub(crate) blocks: baton_engine::Blocks,
-}
-
-/// Prefills on `engine` and collects the exports as the worker would.
-pub(crate) fn prefill(engine: &mut Engine, backend: &mut dyn baton_engine::Backend, work: Work) -> Handed {
-    engine.admit(work).expect("room");
-    let (mut exported, mut events) = (Vec::new(), Vec::new());
-    while let Some(batch) = engine.plan() {
-        let output = backend.run(&batch, &mut |_| {});
-        exported.extend(batch.exports().iter().flat_map(|export| export.blocks.clone()));
-        engine.commit(batch, output, &mut events);
-    }
-    let Some(Event::Prefilled { first, prompt_logprobs, blocks, tokens, .. }) = events.pop() else {
-        panic!("no handoff")
-    };
-    Handed { first, prompt_logprobs, tokens, exported, blocks }
-}
-
-/// Copies the exported blocks into blocks of another engine, after the `skip` that it has already.
-pub(crate) fn carry(from: &Engine, to: &Engine, handed: &Handed, mut held: baton_engine::Blocks) -> Filled {
-    let skip = held.len();
-    let indices: Vec<usize> = handed.exported.iter().map(|block| block.0).collect();
-    assert_eq!(indices, (skip..handed.blocks.len()).collect::<Vec<_>>(), "each block announced once, in order");
-    let reserved = to.cache().reserve(indices.len()).expect("room");
-    let bytes = from.cache().arena().layout().block_bytes();
-    for ((_, source), target) in handed.exported.iter().zip(reserved.ids()) {
-        let (from, to) = (from.cache().arena().block(source.index), to.cache().arena().block(target.index));
-        // SAFETY: `handed` holds the source, `reserved` the target.
-        unsafe { std::ptr::copy_nonoverlapping(from, to, bytes) };
-    }
-    held.append(reserved.fill(&[]));
-    let (first, prompt_logprobs) = (handed.first.clone(), handed.prompt_logprobs.clone());
-    Filled { blocks: held, tokens: handed.tokens, first, prompt_logprobs }
-}
-
 /// Prefill here, decode there, with copied blocks: the same tokens as in one place, for all lengths around a block, with
 /// blocks that the receiver had before, and with tokens emitted before.
 #[test]
@@ -179,7 +139,7 @@ fn handed_over_equals_local() {
             let expected = Choices::of(drain(&mut local, &mut backend())).ids(1, 0);
 
             let (mut here, mut there) = (hash_engine(CONFIG), hash_engine(CONFIG));
-            there.admit(work(&baton_core::Request { tokens_max: 1, ..request.clone() })).expect("room");
+            there.admit(work(&Request { tokens_max: 1, ..request.clone() })).expect("room");
             drain(&mut there, &mut backend());
             let hashes = baton_core::BlockHash::chain("salt", &prompt, 4);
             let held = there.cache().lookup(&hashes[..skip]);
@@ -222,7 +182,7 @@ fn first_tokens_need_no_step() {
 #[test]
 fn the_interactive_lane_goes_first() {
     let mut engine = hash_engine(EngineConfig { blocks: 16, ..CONFIG });
-    let batch = baton_core::Request { lane: Lane::Batch, ..request(1, &prompt(1, 50, 1000), 10) };
+    let batch = Request { lane: Lane::Batch, ..request(1, &prompt(1, 50, 1000), 10) };
     engine.admit(work(&batch)).expect("room");
     let mut events = Vec::new();
     for _ in 0..5 {
@@ -247,11 +207,11 @@ fn the_interactive_lane_goes_first() {
 #[test]
 fn what_cannot_be_done_is_refused() {
     let mut engine = hash_engine(EngineConfig { blocks: 8, queue_max: 2, ..CONFIG });
-    let refused = |engine: &mut Engine, request: baton_core::Request| engine.admit(work(&request)).err();
+    let refused = |engine: &mut Engine, request: Request| engine.admit(work(&request)).err();
     assert_eq!(refused(&mut engine, request(1, &prompt(1, 30, 1000), 4)), Some(Refused::TooLarge));
     assert_eq!(refused(&mut engine, request(1, &[], 4)), Some(Refused::Incompatible));
     assert_eq!(refused(&mut engine, request(1, &[1000], 4)), Some(Refused::Incompatible));
-    let many = baton_core::Request { choices: 9, ..request(1, &[1], 4) };
+    let many = Request { choices: 9, ..request(1, &[1], 4) };
     assert_eq!(refused(&mut engine, many), Some(Refused::TooLarge));
     for id in 0..2 {
         assert_eq!(refused(&mut engine, request(id, &[1], 4)), None);
@@ -277,7 +237,7 @@ fn cancel_frees_everything() {
             engine.cancel(RequestId(1));
             engine.cancel(RequestId(1));
             if let Some(batch) = batch {
-                let output = baton_engine::Backend::run(&mut backend(), &batch, &mut |_| {});
+                let output = Backend::run(&mut backend(), &batch, &mut |_| {});
                 engine.commit(batch, output, &mut events);
             }
             events.extend(drain(&mut engine, &mut backend()));
@@ -286,5 +246,185 @@ fn cancel_frees_everything() {
             assert_eq!(choices.ends.len(), 0);
             assert_idle(&engine);
         }
+    }
+}
+
+/// Blocks that were announced stay as they are while the handoff holds them, though the request is cancelled and the
+/// engine is busy with others.
+#[test]
+fn announced_blocks_outlive_their_request() {
+    let mut engine = hash_engine(EngineConfig { blocks: 16, batch_tokens_max: 8, prefix_cache: false, ..CONFIG });
+    let goal = Goal::Prefill { skip_blocks: 0 };
+    engine.admit(Work { goal, ..work(&request(1, &prompt(1, 40, 1000), 4)) }).expect("room");
+    let batch = engine.plan().expect("a batch");
+    let output = backend().run(&batch, &mut |_| {});
+    let export = batch.exports()[0].clone();
+    engine.commit(batch, output, &mut Vec::new());
+    let read = |engine: &Engine| -> Vec<u8> {
+        let arena = engine.cache().arena();
+        let bytes = export.blocks.iter().flat_map(|(_, id)| {
+            // SAFETY: the export's guard holds the block.
+            unsafe { std::slice::from_raw_parts(arena.block(id.index), arena.layout().block_bytes()) }.to_vec()
+        });
+        bytes.collect()
+    };
+    let before = read(&engine);
+    engine.cancel(RequestId(1));
+    assert_eq!(engine.cache().stats().used, 2);
+    engine.admit(work(&request(2, &prompt(2, 50, 1000), 6))).expect("room");
+    drain(&mut engine, &mut backend());
+    assert_eq!(read(&engine), before);
+    drop(export);
+    assert_idle(&engine);
+}
+
+/// While a handoff holds all blocks there is nothing to plan; when it lets go, the waker is called and work goes on.
+#[test]
+fn work_waits_for_blocks_held_outside() {
+    let mut engine = hash_engine(EngineConfig { blocks: 8, ..CONFIG });
+    let held = engine.cache().reserve(6).expect("room");
+    engine.admit(work(&request(1, &prompt(1, 20, 1000), 4))).expect("room");
+    assert!(engine.plan().is_none());
+    let (sender, receiver) = std::sync::mpsc::sync_channel(16);
+    engine.cache().on_freed(move || sender.send(()).expect("the test listens"));
+    drop(held);
+    assert_eq!(receiver.try_recv(), Ok(()));
+    let choices = Choices::of(drain(&mut engine, &mut backend()));
+    assert_eq!(choices.ids(1, 0), alone(&prompt(1, 20, 1000), 4));
+}
+
+/// Ends: the end-of-sequence token, a stop token, neither before `tokens_min`, and not at all when they are ignored.
+#[test]
+fn sequences_end_where_they_should() {
+    let prompt = prompt(11, 9, 1000);
+    let free = alone(&prompt, 8);
+    let check = |request: Request, eos: &[TokenId], expected: &[TokenId], finish: Finish| {
+        let spec = baton_engine::ModelSpec { eos: eos.to_vec(), ..baton_engine::testing::hash_spec() };
+        let mut engine = Engine::new(spec, CONFIG);
+        engine.admit(work(&request)).expect("room");
+        let choices = Choices::of(drain(&mut engine, &mut backend()));
+        assert_eq!((choices.ids(1, 0), choices.ends[&(RequestId(1), 0)].0), (expected.to_vec(), finish));
+        choices
+    };
+    let plain = request(1, &prompt, 8);
+    check(plain.clone(), &[free[3]], &free[..4], Finish::Eos);
+    check(plain.clone(), &[free[0]], &free[..1], Finish::Eos);
+    check(Request { ignore_eos: true, ..plain.clone() }, &[free[3]], &free, Finish::Length);
+    check(Request { stop_tokens: vec![free[2]], ..plain.clone() }, &[free[3]], &free[..3], Finish::StopToken(free[2]));
+    check(Request { tokens_min: 3, ..plain.clone() }, &[free[3]], &free[..4], Finish::Eos);
+    // One more and the token cannot come at all: everything after it is different.
+    let longer = Request { tokens_min: 4, ..plain.clone() };
+    let spec = baton_engine::ModelSpec { eos: vec![free[3]], ..baton_engine::testing::hash_spec() };
+    let mut engine = Engine::new(spec, CONFIG);
+    engine.admit(work(&longer)).expect("room");
+    let tokens = Choices::of(drain(&mut engine, &mut backend())).ids(1, 0);
+    assert_eq!(tokens[..3], free[..3]);
+    assert_ne!(tokens[3], free[3]);
+}
+
+/// A sequence ends at the model's length though the request asks for more.
+#[test]
+fn the_models_length_is_a_limit() {
+    let spec = baton_engine::ModelSpec { positions_max: 20, ..baton_engine::testing::hash_spec() };
+    let mut engine = Engine::new(spec, CONFIG);
+    engine.admit(work(&request(1, &prompt(1, 15, 1000), 100))).expect("room");
+    let choices = Choices::of(drain(&mut engine, &mut backend()));
+    assert_eq!(choices.ids(1, 0).len(), 5);
+    assert_eq!(engine.admit(work(&request(2, &prompt(1, 20, 1000), 1))), Err(Refused::TooLarge));
+}
+
+/// One request of a random workload.
+#[derive(Clone, Debug)]
+struct Arrival {
+    prompt: (u64, usize),
+    tokens_max: u32,
+    choices: u32,
+    batch_lane: bool,
+    prompt_logprobs: bool,
+    /// Steps before it comes, and steps after which it is cancelled.
+    after: usize,
+    cancel: Option<usize>,
+    /// Tokens of its first choice that were emitted elsewhere.
+    emitted: usize,
+}
+
+fn arrival() -> impl Strategy<Value = Arrival> {
+    let cancel = prop_oneof![4 => Just(None), 1 => (0..12usize).prop_map(Some)];
+    ((0..3u64, 1..24usize), 1..14u32, 1..4u32, any::<bool>(), 0..6u8, 0..6usize, cancel, 0..4usize).prop_map(
+        |(prompt, tokens_max, choices, batch_lane, logprobs, after, cancel, emitted)| Arrival {
+            prompt,
+            tokens_max,
+            choices,
+            batch_lane,
+            prompt_logprobs: logprobs == 0,
+            after,
+            cancel,
+            emitted: emitted.min(tokens_max as usize - 1),
+        },
+    )
+}
+
+impl Arrival {
+    fn request(&self, id: u128) -> Request {
+        let mut request = sampled(id, &prompt(self.prompt.0, self.prompt.1, 1000), self.choices);
+        request.lane = if self.batch_lane { Lane::Batch } else { Lane::Interactive };
+        request.prompt_logprobs = self.prompt_logprobs.then_some(0);
+        Request { tokens_max: self.tokens_max, ..request }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(300) })]
+
+    /// Any workload on a small engine: every request ends once, with the tokens it has when alone; no block is lost.
+    #[test]
+    fn any_workload_gives_lone_tokens(
+        arrivals in proptest::collection::vec(arrival(), 1..12),
+        blocks in 12..40usize, batch_tokens_max in 4..40usize, sequences_max in 4..9usize, prefix_cache in any::<bool>(),
+    ) {
+        let config = EngineConfig { blocks, batch_tokens_max, sequences_max, queue_max: 64, prefix_cache };
+        let mut engine = hash_engine(config);
+        let (mut events, mut expected, mut cancels) = (Vec::new(), Vec::new(), Vec::new());
+        let mut now = 0;
+        for (id, arrival) in arrivals.iter().enumerate() {
+            let request = arrival.request(id as u128);
+            let mut lone = hash_engine(EngineConfig { blocks: 256, ..CONFIG });
+            lone.admit(work(&request)).expect("room");
+            let whole = Choices::of(drain(&mut lone, &mut backend()));
+            for _ in 0..arrival.after {
+                step(&mut engine, &mut backend(), &mut events);
+                now += 1;
+                cancels.iter().filter(|(at, _)| *at == now).for_each(|(_, id)| engine.cancel(*id));
+                let stats = engine.cache().stats();
+                prop_assert_eq!(stats.free + stats.used + stats.in_flight + stats.cached, stats.total);
+            }
+            let mut given = work(&request);
+            given.choices[0].so_far = whole.ids(id as u128, 0)[..arrival.emitted].to_vec();
+            engine.admit(given).expect("room");
+            cancels.extend(arrival.cancel.map(|after| (now + after + 1, request.id)));
+            expected.push(whole);
+        }
+        while step(&mut engine, &mut backend(), &mut events) {
+            now += 1;
+            cancels.iter().filter(|(at, _)| *at == now).for_each(|(_, id)| engine.cancel(*id));
+        }
+        let found = Choices::of(events);
+        for (id, (arrival, whole)) in arrivals.iter().zip(&expected).enumerate() {
+            let id = id as u128;
+            let cancelled = found.aborted.contains(&RequestId(id));
+            for choice in 0..arrival.choices {
+                let emitted = if choice == 0 { arrival.emitted } else { 0 };
+                let (tokens, wanted) = (found.ids(id, choice), whole.ids(id, choice)[emitted..].to_vec());
+                match cancelled {
+                    true => prop_assert!(wanted.starts_with(&tokens)),
+                    false => prop_assert_eq!(tokens, wanted),
+                }
+                prop_assert!(cancelled || found.ends.contains_key(&(RequestId(id), choice)));
+            }
+            if arrival.prompt_logprobs && arrival.emitted == 0 && !cancelled {
+                prop_assert_eq!(&found.prompts[&RequestId(id)], &whole.prompts[&RequestId(id)]);
+            }
+        }
+        assert_idle(&engine);
     }
 }
