@@ -27,7 +27,7 @@ pub struct Config {
 
 impl Config {
     /// The address others use for a listener bound to `bound`.
-    pub(crate) fn advertised(&self, bound: &str) -> String {
+    pub fn advertised(&self, bound: &str) -> String {
         let port = bound.rsplit(':').next().unwrap_or_default();
         format!("{}:{port}", self.advertise_host)
     }

@@ -6,6 +6,7 @@ pub mod card;
 pub mod grant;
 pub mod metrics;
 pub mod outlet;
+pub mod testing;
 
 mod assigned;
 mod config;

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use baton_core::{Aborted, Refused, Role};
 use baton_engine::{CacheStats, EngineConfig, Event, Load, ModelSpec};
+use baton_kvtransfer::{Counters, Dropped};
 use metrics::{Counter, Gauge, Histogram, Label, counter, gauge, histogram};
 
 /// Handles of the engine thread, made once.
@@ -124,5 +125,22 @@ pub fn count_aborted(reason: Aborted) {
 pub fn record_prefill(phases: [Duration; 3]) {
     for (phase, took) in ["queue", "compute", "transfer"].into_iter().zip(phases) {
         histogram!("baton_worker_prefill_seconds", "phase" => phase).record(took.as_secs_f64());
+    }
+}
+
+/// A decode worker computes a prompt itself, because it was `assigned` so or because it holds nearly all of it.
+pub fn count_local_prefill(reason: &'static str) {
+    counter!("baton_worker_local_prefill_total", "reason" => reason).increment(1);
+}
+
+/// What a decode worker's receiver has counted since its start.
+pub fn record_transfers(counters: &Counters) {
+    counter!("baton_worker_transfers_total", "outcome" => "completed").absolute(counters.completed);
+    counter!("baton_worker_transfers_total", "outcome" => "failed").absolute(counters.failed);
+    counter!("baton_worker_transfer_bytes_total").absolute(counters.bytes);
+    gauge!("baton_worker_transfers_held").set(counters.held as f64);
+    for reason in Dropped::ALL {
+        let dropped = counter!("baton_worker_transfer_dropped_total", "reason" => reason.as_str());
+        dropped.absolute(counters.dropped(reason));
     }
 }

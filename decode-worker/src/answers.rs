@@ -1,0 +1,120 @@
+//! What a gateway reads: one message per engine step, with everything the step has for it.
+
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use baton_engine::{Event, Usage};
+use baton_proto::convert::{abort, finish_word, prompt_logprobs, refusal};
+use baton_proto::v1::request_output::Output;
+use baton_proto::v1::{Admitted, ChoiceFinished, PromptLogprobs, RequestOutput, StepOutput, Tokens};
+use baton_worker::outlet::{Inlet, Note, Notes, Phases};
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tonic::Status;
+
+/// The answers of one stream. When the gateway goes away this is dropped, and with it all the stream's requests.
+pub(crate) struct Answers {
+    inlet: Inlet,
+    ends: mpsc::Receiver<RequestOutput>,
+    following: JoinHandle<Result<(), Status>>,
+    over: bool,
+}
+
+impl Answers {
+    pub(crate) fn new(
+        inlet: Inlet,
+        ends: mpsc::Receiver<RequestOutput>,
+        following: JoinHandle<Result<(), Status>>,
+    ) -> Answers {
+        Answers { inlet, ends, following, over: false }
+    }
+
+    /// How the stream ends, once nothing more can come.
+    fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<StepOutput, Status>>> {
+        let ended = std::task::ready!(Pin::new(&mut self.following).poll(cx));
+        self.over = true;
+        match ended {
+            Ok(Ok(())) => Poll::Ready(None),
+            Ok(Err(status)) => Poll::Ready(Some(Err(status))),
+            Err(_) => Poll::Ready(Some(Err(Status::internal("the stream's task panicked")))),
+        }
+    }
+}
+
+impl futures::Stream for Answers {
+    type Item = Result<StepOutput, Status>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        if self.over {
+            return Poll::Ready(None);
+        }
+        let mut closed = 0;
+        match self.ends.poll_recv(cx) {
+            Poll::Ready(Some(output)) => return Poll::Ready(Some(Ok(StepOutput { outputs: vec![output] }))),
+            Poll::Ready(None) => closed += 1,
+            Poll::Pending => {}
+        }
+        match self.inlet.poll_next(cx) {
+            Poll::Ready(Some(notes)) => return Poll::Ready(Some(Ok(step_output(notes)))),
+            Poll::Ready(None) => closed += 1,
+            Poll::Pending => {}
+        }
+        if closed == 2 { self.poll_end(cx) } else { Poll::Pending }
+    }
+}
+
+impl Drop for Answers {
+    fn drop(&mut self) {
+        self.following.abort();
+    }
+}
+
+fn step_output(notes: Notes) -> StepOutput {
+    let outputs = notes.into_iter().filter_map(|(handle, note)| {
+        let output = Some(output(note)?);
+        Some(RequestOutput { handle, output })
+    });
+    StepOutput { outputs: outputs.collect() }
+}
+
+/// What a gateway is told; None for what concerns handoffs only.
+fn output(note: Note) -> Option<Output> {
+    Some(match note {
+        Note::Admitted(phases) => Output::Admitted(admitted(phases)),
+        Note::Refused(reason) => Output::Refused(refusal(reason, "the engine does not take it")),
+        Note::Event(Event::Tokens { choice, tokens, .. }) => {
+            Output::Tokens(Tokens { choice, tokens: tokens.into_iter().map(Into::into).collect() })
+        }
+        Note::Event(Event::PromptLogprobs { tokens, .. }) => {
+            Output::PromptLogprobs(PromptLogprobs { tokens: prompt_logprobs(tokens) })
+        }
+        Note::Event(Event::Finished { choice, finish, usage, .. }) => Output::Finished(finished(choice, finish, usage)),
+        Note::Event(Event::Aborted { reason, .. }) => Output::Aborted(abort(reason, "in the decode worker's engine")),
+        Note::Layer { .. } | Note::Event(Event::Prefilled { .. }) => return None,
+    })
+}
+
+fn admitted(phases: Phases) -> Admitted {
+    let us = |duration: Duration| duration.as_micros() as u64;
+    Admitted {
+        cached_tokens: phases.cached_tokens,
+        prefill_queue_us: us(phases.prefill_queue),
+        prefill_compute_us: us(phases.prefill_compute),
+        transfer_us: us(phases.transfer),
+        handoff_us: us(phases.handoff),
+        local_prefill: phases.local_prefill,
+    }
+}
+
+fn finished(choice: u32, finish: baton_core::Finish, usage: Usage) -> ChoiceFinished {
+    let (reason, stop_token) = finish_word(finish);
+    ChoiceFinished {
+        choice,
+        reason: reason.into(),
+        stop_token,
+        prompt_tokens: usage.prompt_tokens as u64,
+        cached_tokens: usage.cached_tokens as u64,
+        generated_tokens: usage.generated_tokens as u64,
+    }
+}

@@ -1,0 +1,145 @@
+//! Decode's side of a handoff: reserve, grant, ask the prefill worker, wait until every block has arrived. All that is
+//! held on the way is held by guards, so that giving up at any point frees it, as soon as nobody can write it any more.
+
+use std::time::Duration;
+
+use baton_core::{Aborted, BlockHash, Place, Refused, TokenId};
+use baton_engine::{Blocks, Filled, Reserved};
+use baton_kvtransfer::TransferError;
+use baton_proto::convert::{prompt_logprobs_back, refusal};
+use baton_proto::v1::{Choice, PrefillRequest, Prefilled};
+use baton_worker::outlet::Phases;
+use baton_worker::{Assigned, grant, metrics};
+use tokio::time::timeout;
+
+use crate::Decode;
+use crate::prefills::blame;
+use crate::request::End;
+
+/// After a transfer broke, how long the prefill worker may take to say why; its word names the cause.
+const VERDICT: Duration = Duration::from_millis(500);
+
+/// What a request brings to the engine.
+#[derive(Default)]
+pub(crate) struct Brought {
+    /// None: the engine prefills.
+    pub(crate) filled: Option<Filled>,
+    pub(crate) phases: Phases,
+}
+
+/// Brings the blocks here, unless the engine is to compute them.
+pub(crate) async fn bring(decode: &Decode, assigned: &Assigned) -> Result<Brought, End> {
+    let Some(place) = &assigned.assignment.prefill else { return Ok(local("assigned")) };
+    let tokens = assigned.shared_tokens();
+    let hashes = names(decode, assigned, &tokens);
+    let held = decode.shell.engine.cache().lookup(&hashes);
+    if is_nearly_held(decode, assigned, &tokens, &held) {
+        return Ok(local("prefix_hit"));
+    }
+    let room = reserve(decode, &tokens, held)?;
+    let result = receive(decode, assigned, place, room).await;
+    metrics::record_transfers(&decode.receiver.counters());
+    let (prefilled, room) = result?;
+    let phases = phases(&prefilled);
+    let filled = fill(decode, place, &tokens, &hashes, room, prefilled)?;
+    Ok(Brought { filled: Some(filled), phases })
+}
+
+fn local(reason: &'static str) -> Brought {
+    metrics::count_local_prefill(reason);
+    Brought { filled: None, phases: Phases { local_prefill: true, ..Phases::default() } }
+}
+
+fn names(decode: &Decode, assigned: &Assigned, tokens: &[TokenId]) -> Vec<BlockHash> {
+    let block_tokens = decode.shell.spec.layout.block_tokens as usize;
+    match decode.shell.config.prefix_cache {
+        true => BlockHash::chain(&assigned.request.cache_salt, tokens, block_tokens),
+        false => Vec::new(),
+    }
+}
+
+/// Computing at most one block takes less than a handoff.
+fn is_nearly_held(decode: &Decode, assigned: &Assigned, tokens: &[TokenId], held: &Blocks) -> bool {
+    let block_tokens = decode.shell.spec.layout.block_tokens as usize;
+    let lacking = tokens.len() - held.len() * block_tokens;
+    !held.is_empty() && lacking <= block_tokens && assigned.request.prompt_logprobs.is_none()
+}
+
+/// Blocks for a sequence: those found here, and those that the handoff is to fill.
+struct Room {
+    held: Blocks,
+    reserved: Reserved,
+}
+
+fn reserve(decode: &Decode, tokens: &[TokenId], held: Blocks) -> Result<Room, End> {
+    let spec = &decode.shell.spec;
+    let blocks = tokens.len().div_ceil(spec.layout.block_tokens as usize);
+    if tokens.len() >= spec.positions_max || blocks > decode.shell.config.blocks {
+        return Err(refusal(Refused::TooLarge, format!("{} tokens fit no sequence here", tokens.len())).into());
+    }
+    let reserved = decode.shell.engine.cache().reserve(blocks - held.len());
+    let reserved = reserved.map_err(|reason| refusal(reason, format!("{blocks} blocks are not free")))?;
+    Ok(Room { held, reserved })
+}
+
+/// Grants the room to the prefill worker and waits for its answer and for the blocks, in whatever order they come.
+async fn receive(decode: &Decode, assigned: &Assigned, place: &Place, room: Room) -> Result<(Prefilled, Room), End> {
+    let (request, epoch) = (assigned.request.id, assigned.assignment.epoch);
+    let (blocks, skip_blocks) = (room.reserved.ids(), room.held.len());
+    let (mut grant, incoming) = decode.receiver.open(request, epoch, blocks, assigned.left(), room);
+    grant.address = decode.kv_address.clone();
+    let left_ms = assigned.left().as_millis() as u64;
+    let wire = PrefillRequest {
+        assignment: Some(baton_proto::v1::Assignment { lease_ms: left_ms, ..assigned.assignment.clone().into() }),
+        request: Some(baton_proto::v1::Request { deadline_ms: left_ms, ..(&*assigned.request).into() }),
+        choices: assigned.choices.iter().map(|c| Choice { index: c.index, so_far: c.so_far.clone() }).collect(),
+        grant: Some(grant::to_wire(grant)),
+        skip_blocks: skip_blocks as u32,
+    };
+    let mut call = std::pin::pin!(decode.prefills.call(place, wire));
+    let mut arrival = std::pin::pin!(incoming.wait());
+    let broken = |error: TransferError| End::from(blame(place, error.reason(), error.to_string()));
+    tokio::select! {
+        reply = &mut call => {
+            let prefilled = reply?;
+            let (room, _) = arrival.await.map_err(broken)?;
+            Ok((prefilled, room))
+        }
+        arrived = &mut arrival => match arrived {
+            Ok((room, _)) => Ok((call.await?, room)),
+            Err(error) => match timeout(VERDICT, call).await {
+                Ok(Err(abort)) => Err(abort.into()),
+                Ok(Ok(_)) | Err(_) => Err(broken(error)),
+            },
+        },
+    }
+}
+
+fn phases(prefilled: &Prefilled) -> Phases {
+    Phases {
+        cached_tokens: prefilled.cached_tokens,
+        prefill_queue: Duration::from_micros(prefilled.queue_us),
+        prefill_compute: Duration::from_micros(prefilled.compute_us),
+        transfer: Duration::from_micros(prefilled.transfer_us),
+        ..Phases::default()
+    }
+}
+
+/// Declares the arrived blocks filled, once the prefill worker's answer fits them.
+fn fill(
+    decode: &Decode,
+    place: &Place,
+    tokens: &[TokenId],
+    hashes: &[BlockHash],
+    room: Room,
+    prefilled: Prefilled,
+) -> Result<Filled, End> {
+    let first: Vec<_> = prefilled.first.into_iter().filter_map(|f| Some((f.choice, f.token?.into()))).collect();
+    let known = |(_, token): &(u32, baton_core::SampledToken)| (token.id as usize) < decode.shell.spec.vocab;
+    if prefilled.tokens != tokens.len() as u64 || !first.iter().all(known) {
+        return Err(blame(place, Aborted::Internal, "its answer does not fit the request".into()).into());
+    }
+    let Room { held: mut blocks, reserved } = room;
+    blocks.append(reserved.fill(&hashes[blocks.len().min(hashes.len())..]));
+    Ok(Filled { blocks, tokens: tokens.len(), first, prompt_logprobs: prompt_logprobs_back(prefilled.prompt_logprobs) })
+}

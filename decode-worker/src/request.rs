@@ -1,0 +1,79 @@
+//! One request, from Start to its end. Its task holds every guard, so that aborting the task frees everything.
+
+use std::sync::Arc;
+
+use baton_core::{Aborted, Refused};
+use baton_engine::{Goal, Work};
+use baton_proto::BadMessage;
+use baton_proto::convert::{abort, aborted, refusal};
+use baton_proto::v1::request_output::Output;
+use baton_proto::v1::{Abort, Refusal, RequestOutput, Start};
+use baton_worker::outlet::Outlet;
+use baton_worker::{Assigned, Submission, metrics};
+use tokio::sync::mpsc;
+use tokio::time::timeout_at;
+
+use crate::Decode;
+use crate::handoff::{Brought, bring};
+
+/// A request that ended before the engine had it; afterwards the engine's notes say how it ends.
+pub(crate) enum End {
+    Refused(Refusal),
+    Aborted(Abort),
+}
+
+impl From<Refusal> for End {
+    fn from(refusal: Refusal) -> End {
+        End::Refused(refusal)
+    }
+}
+
+impl From<Abort> for End {
+    fn from(abort: Abort) -> End {
+        End::Aborted(abort)
+    }
+}
+
+impl From<BadMessage> for End {
+    fn from(bad: BadMessage) -> End {
+        End::Refused(refusal(Refused::Incompatible, bad.to_string()))
+    }
+}
+
+/// Serves one request and returns its handle. What its engine says goes to `outlet`, what ends it before that to `said`.
+pub(crate) async fn serve(decode: Arc<Decode>, outlet: Outlet, said: mpsc::Sender<RequestOutput>, start: Start) -> u32 {
+    let handle = start.handle;
+    let Err(end) = generate(&decode, outlet, start).await else { return handle };
+    let output = match end {
+        End::Refused(refusal) => Output::Refused(refusal),
+        End::Aborted(abort) => {
+            metrics::count_aborted(aborted(&abort));
+            Output::Aborted(abort)
+        }
+    };
+    // Without a reader the stream is over, and so is the request.
+    let _ = said.send(RequestOutput { handle, output: Some(output) }).await;
+    handle
+}
+
+async fn generate(decode: &Decode, outlet: Outlet, start: Start) -> Result<(), End> {
+    let tag = start.handle;
+    let assigned = Assigned::parse(start.assignment, start.request, start.choices)?;
+    let deadline = assigned.deadline;
+    let _lease = decode.shell.enter(&assigned.assignment.decode, &assigned)?;
+    let brought = timeout_at(deadline, bring(decode, &assigned)).await;
+    let Brought { filled, phases } = brought.map_err(|_| abort(Aborted::Deadline, "during the handoff"))??;
+    let Assigned { request, choices, started, .. } = assigned;
+    let work = Work { request, choices, goal: Goal::Generate, filled };
+    let submission = Submission { work, outlet, tag, phases, started };
+    let mut admission = decode.shell.engine.submit(submission).map_err(|reason| {
+        metrics::count_refused(reason);
+        refusal(reason, "the engine's queue is full")
+    })?;
+    if timeout_at(deadline, admission.ended()).await.is_err() {
+        metrics::count_aborted(Aborted::Deadline);
+        admission.abort(Aborted::Deadline);
+        admission.ended().await;
+    }
+    Ok(())
+}

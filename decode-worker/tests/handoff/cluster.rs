@@ -1,0 +1,135 @@
+//! Workers of a test.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use baton_core::{Env, Net, Place, Rng, Role, SystemClock, WorkerId};
+use baton_engine::{CacheStats, EngineConfig};
+use baton_proto::TcpNet;
+use baton_worker::testing::{FakeCoordinator, hash_model};
+use baton_worker::{Config, LoadedModel, Running};
+
+use crate::gate::{Gate, Gated};
+
+pub const SIZES: EngineConfig =
+    EngineConfig { blocks: 256, batch_tokens_max: 16, sequences_max: 64, queue_max: 64, prefix_cache: true };
+
+/// Polls until `condition` holds.
+pub async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    let mut ticks = tokio::time::interval(Duration::from_millis(2));
+    for _ in 0..5_000 {
+        ticks.tick().await;
+        if condition() {
+            return;
+        }
+    }
+    panic!("waited in vain until {what}");
+}
+
+pub struct Cluster {
+    pub net: Arc<dyn Net>,
+    pub coordinator: FakeCoordinator,
+    pub prefills: Vec<Worker>,
+    pub decodes: Vec<Worker>,
+}
+
+/// A worker on a runtime of its own, so that it can die at once.
+pub struct Worker {
+    pub running: Running,
+    pub gate: Gate,
+    runtime: Option<tokio::runtime::Runtime>,
+}
+
+impl Cluster {
+    /// Workers of the hash model.
+    pub async fn start(prefills: usize, decodes: usize) -> Cluster {
+        Cluster::of(prefills, decodes, SIZES, hash_model).await
+    }
+
+    pub async fn of(prefills: usize, decodes: usize, sizes: EngineConfig, model: impl Fn() -> LoadedModel) -> Cluster {
+        let net: Arc<dyn Net> = Arc::new(TcpNet);
+        let coordinator = FakeCoordinator::start(&net).await.unwrap();
+        let mut cluster = Cluster { net, coordinator, prefills: Vec::new(), decodes: Vec::new() };
+        for n in 0..prefills {
+            let worker = cluster.worker(Role::Prefill, &format!("prefill-{n}"), sizes, model()).await;
+            cluster.prefills.push(worker);
+        }
+        for n in 0..decodes {
+            let worker = cluster.worker(Role::Decode, &format!("decode-{n}"), sizes, model()).await;
+            cluster.decodes.push(worker);
+        }
+        cluster
+    }
+
+    pub fn config(&self, role: Role, id: &str, engine: EngineConfig) -> Config {
+        Config {
+            id: WorkerId(id.into()),
+            role,
+            listen: "127.0.0.1:0".into(),
+            kv_listen: "127.0.0.1:0".into(),
+            advertise_host: "127.0.0.1".into(),
+            coordinators: vec![self.coordinator.address()],
+            engine,
+        }
+    }
+
+    pub fn env(&self) -> Env {
+        Env { net: self.net.clone(), clock: Arc::new(SystemClock), rng: Rng::new(7) }
+    }
+
+    async fn worker(&self, role: Role, id: &str, sizes: EngineConfig, model: LoadedModel) -> Worker {
+        let gate = Gate::default();
+        let backend = Box::new(Gated { backend: model.backend, gate: gate.clone() });
+        let (config, env, model) = (self.config(role, id, sizes), self.env(), LoadedModel { backend, ..model });
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let started = runtime.spawn(async move {
+            match role {
+                Role::Prefill => baton_prefill_worker::start(config, model, env).await,
+                _ => baton_decode_worker::start(config, model, env).await,
+            }
+        });
+        Worker { running: started.await.unwrap().unwrap(), gate, runtime: Some(runtime) }
+    }
+
+    pub fn workers(&self) -> impl Iterator<Item = &Worker> {
+        self.prefills.iter().chain(&self.decodes)
+    }
+
+    /// Waits until no block of any worker is used or in flight.
+    pub async fn is_clean(&self) {
+        for worker in self.workers() {
+            let id = &worker.running.shell().id;
+            eventually(&format!("{id} holds no block"), || is_free(worker.stats())).await;
+        }
+    }
+}
+
+fn is_free(stats: CacheStats) -> bool {
+    assert_eq!(stats.free + stats.used + stats.in_flight + stats.cached, stats.total);
+    stats.used == 0 && stats.in_flight == 0
+}
+
+impl Worker {
+    pub fn place(&self) -> Place {
+        let shell = self.running.shell();
+        Place { worker: shell.id.clone(), incarnation: shell.incarnation, address: self.running.address() }
+    }
+
+    pub fn stats(&self) -> CacheStats {
+        self.running.shell().engine.cache().stats()
+    }
+
+    /// Ends all its tasks and connections without a word.
+    pub fn kill(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.gate.open();
+        self.kill();
+    }
+}

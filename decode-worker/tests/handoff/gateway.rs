@@ -1,0 +1,177 @@
+//! The gateway's side of a Generate stream.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use baton_core::{Assignment, Epoch, Place, Request};
+use baton_engine::{Choice, Engine, EngineConfig, Event, ModelSpec, testing};
+use baton_proto::convert::{aborted, refused};
+use baton_proto::v1::decode_client::DecodeClient;
+use baton_proto::v1::generate_command::Command;
+use baton_proto::v1::request_output::Output;
+use baton_proto::v1::{
+    Abort, Admitted, Cancel, ChoiceFinished, GenerateCommand, PromptLogprob, Refusal, RequestOutput, Start, StepOutput,
+    Token,
+};
+use futures::channel::mpsc;
+use tokio::time::timeout;
+use tonic::Streaming;
+
+use crate::cluster::{Cluster, Worker};
+
+/// One request and who is to serve it.
+#[derive(Clone)]
+pub struct Order {
+    pub request: Request,
+    pub choices: Vec<Choice>,
+    pub decode: Place,
+    pub prefill: Option<Place>,
+    pub epoch: u64,
+}
+
+impl Order {
+    pub fn new(request: Request, decode: &Worker, prefill: Option<&Worker>) -> Order {
+        let choices = (0..request.choices).map(|index| Choice { index, so_far: Vec::new() }).collect();
+        Order { request, choices, decode: decode.place(), prefill: prefill.map(Worker::place), epoch: 1 }
+    }
+
+    fn start(&self, handle: u32) -> Start {
+        let assignment = Assignment {
+            request: self.request.id,
+            attempt: 1,
+            epoch: Epoch(self.epoch),
+            decode: self.decode.clone(),
+            prefill: self.prefill.clone(),
+            lease_ms: self.request.deadline_ms,
+            explanation: String::new(),
+        };
+        let wire = |c: &Choice| baton_proto::v1::Choice { index: c.index, so_far: c.so_far.clone() };
+        Start {
+            handle,
+            assignment: Some(assignment.into()),
+            request: Some((&self.request).into()),
+            choices: self.choices.iter().map(wire).collect(),
+        }
+    }
+}
+
+/// What a gateway has been told about one request.
+#[derive(Clone, Debug, Default)]
+pub struct Told {
+    choices: usize,
+    pub admitted: Option<Admitted>,
+    pub tokens: BTreeMap<u32, Vec<Token>>,
+    pub prompt_logprobs: Vec<PromptLogprob>,
+    pub finished: BTreeMap<u32, ChoiceFinished>,
+    pub aborted: Option<Abort>,
+    pub refused: Option<Refusal>,
+}
+
+impl Told {
+    pub fn is_over(&self) -> bool {
+        self.aborted.is_some() || self.refused.is_some() || self.finished.len() == self.choices
+    }
+
+    pub fn ids(&self) -> BTreeMap<u32, Vec<u32>> {
+        self.tokens.iter().map(|(choice, tokens)| (*choice, tokens.iter().map(|t| t.id).collect())).collect()
+    }
+
+    pub fn aborted(&self) -> baton_core::Aborted {
+        aborted(self.aborted.as_ref().unwrap_or_else(|| panic!("not aborted: {self:?}")))
+    }
+
+    pub fn refused(&self) -> baton_core::Refused {
+        refused(self.refused.as_ref().unwrap_or_else(|| panic!("not refused: {self:?}")))
+    }
+}
+
+/// One stream to one decode worker.
+pub struct Gateway {
+    commands: mpsc::Sender<GenerateCommand>,
+    answers: Streaming<StepOutput>,
+    told: BTreeMap<u32, Told>,
+    /// Messages read.
+    pub messages: usize,
+}
+
+impl Gateway {
+    pub async fn connect(cluster: &Cluster, decode: &Worker) -> Gateway {
+        let channel = baton_proto::channel(cluster.net.clone(), &decode.running.address()).unwrap();
+        let (commands, outgoing) = mpsc::channel(64);
+        let answers = DecodeClient::new(channel).generate(outgoing).await.unwrap().into_inner();
+        Gateway { commands, answers, told: BTreeMap::new(), messages: 0 }
+    }
+
+    pub fn start(&mut self, order: &Order) -> u32 {
+        let handle = self.told.len() as u32;
+        self.told.insert(handle, Told { choices: order.choices.len(), ..Told::default() });
+        self.send(Command::Start(order.start(handle)));
+        handle
+    }
+
+    pub fn cancel(&mut self, handle: u32) {
+        self.send(Command::Cancel(Cancel { handle }));
+    }
+
+    fn send(&mut self, command: Command) {
+        self.commands.try_send(GenerateCommand { command: Some(command) }).unwrap();
+    }
+
+    pub fn told(&self, handle: u32) -> &Told {
+        &self.told[&handle]
+    }
+
+    /// Reads until `condition` holds for what the request was told.
+    pub async fn until(&mut self, handle: u32, condition: impl Fn(&Told) -> bool) -> Told {
+        while !condition(&self.told[&handle]) {
+            let message = timeout(Duration::from_secs(20), self.answers.message()).await;
+            let message = message.unwrap_or_else(|_| panic!("nothing more came: {:?}", self.told[&handle]));
+            self.read(message.unwrap().expect("the stream goes on"));
+        }
+        self.told[&handle].clone()
+    }
+
+    pub async fn finish(&mut self, handle: u32) -> Told {
+        self.until(handle, Told::is_over).await
+    }
+
+    /// Starts and reads to the end.
+    pub async fn run(&mut self, order: &Order) -> Told {
+        let handle = self.start(order);
+        self.finish(handle).await
+    }
+
+    fn read(&mut self, message: StepOutput) {
+        self.messages += 1;
+        for RequestOutput { handle, output } in message.outputs {
+            let told = self.told.get_mut(&handle).expect("a handle of this stream");
+            assert!(!told.is_over(), "more after the end: {output:?}");
+            match output.expect("an output") {
+                Output::Admitted(admitted) => told.admitted = Some(admitted),
+                Output::Tokens(new) => told.tokens.entry(new.choice).or_default().extend(new.tokens),
+                Output::PromptLogprobs(prompt) => told.prompt_logprobs = prompt.tokens,
+                Output::Finished(finished) => drop(told.finished.insert(finished.choice, finished)),
+                Output::Aborted(abort) => told.aborted = Some(abort),
+                Output::Refused(refusal) => told.refused = Some(refusal),
+            }
+        }
+    }
+}
+
+/// What one engine alone makes of a request, with `backend`.
+pub fn alone(
+    spec: ModelSpec,
+    config: EngineConfig,
+    backend: &mut dyn baton_engine::Backend,
+    order: &Order,
+) -> BTreeMap<u32, Vec<Token>> {
+    let mut engine = Engine::new(spec, config);
+    engine.admit(baton_engine::Work { choices: order.choices.clone(), ..testing::work(&order.request) }).unwrap();
+    let mut tokens: BTreeMap<u32, Vec<Token>> = BTreeMap::new();
+    for event in testing::drain(&mut engine, backend) {
+        if let Event::Tokens { choice, tokens: new, .. } = event {
+            tokens.entry(choice).or_default().extend(new.into_iter().map(Token::from));
+        }
+    }
+    tokens
+}

@@ -1,0 +1,9 @@
+//! Prefill and decode workers together, in one process, over real sockets on loopback; the coordinator is a stand-in,
+//! the gateway is the test.
+
+mod cluster;
+mod gate;
+mod gateway;
+
+mod faults;
+mod same_bytes;

@@ -1,0 +1,166 @@
+//! What tests of workers stand on: a coordinator that says yes, and a model without weights. Nothing in a running
+//! worker uses it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use baton_core::{BlockHash, Net, Refused};
+use baton_engine::HashBackend;
+use baton_engine::testing::hash_spec;
+use baton_proto::convert::{block_hash, refusal};
+use baton_proto::v1::coordinator_server::{Coordinator, CoordinatorServer};
+use baton_proto::v1::{
+    AssignReply, AssignRequest, ClusterView, FinishReply, FinishRequest, HeartbeatAccepted, HeartbeatReply,
+    HeartbeatRequest, LeaveReply, LeaveRequest, Load, Member, ModelCard, RegisterReply, RegisterRequest, Registered,
+    WatchRequest, heartbeat_reply, register_reply,
+};
+use tokio::task::JoinSet;
+use tonic::{Request, Response, Status};
+
+use crate::card::LoadedModel;
+
+/// `HashBackend` as a model to serve.
+pub fn hash_model() -> LoadedModel {
+    let spec = hash_spec();
+    let card = ModelCard { name: spec.name.clone(), hash: "card".into(), ..ModelCard::default() };
+    LoadedModel { backend: Box::new(HashBackend::new(spec.vocab)), spec, card }
+}
+
+/// A coordinator of one node that accepts every worker and remembers what it said. It assigns nothing.
+pub struct FakeCoordinator {
+    address: String,
+    state: Arc<Mutex<State>>,
+    _server: JoinSet<Result<(), tonic::transport::Error>>,
+}
+
+#[derive(Default)]
+struct State {
+    /// What registrations are answered with instead of yes.
+    refusal: Option<(Refused, String)>,
+    lives: BTreeMap<String, u64>,
+    members: BTreeMap<String, Member>,
+    loads: BTreeMap<String, Load>,
+    indices: BTreeMap<String, BTreeSet<BlockHash>>,
+    index_wanted: bool,
+    registrations: usize,
+    left: BTreeSet<String>,
+}
+
+impl FakeCoordinator {
+    pub async fn start(net: &Arc<dyn Net>) -> std::io::Result<FakeCoordinator> {
+        let listener = net.listen("127.0.0.1:0").await?;
+        let (address, state) = (listener.address(), Arc::<Mutex<State>>::default());
+        let service = CoordinatorServer::new(Service(state.clone()));
+        let router = baton_proto::channel::server().add_service(service);
+        let mut server = JoinSet::new();
+        server.spawn(router.serve_with_incoming(baton_proto::incoming(listener)));
+        Ok(FakeCoordinator { address, state, _server: server })
+    }
+
+    pub fn address(&self) -> String {
+        self.address.clone()
+    }
+
+    /// Answers registrations with a refusal from now on; `leader` is where it sends them.
+    pub fn refuse(&self, refusal: Option<(Refused, &str)>) {
+        lock(&self.state).refusal = refusal.map(|(reason, leader)| (reason, leader.to_string()));
+    }
+
+    /// Pretends that another process has registered under the worker's name.
+    pub fn supersede(&self, id: &str) {
+        *lock(&self.state).lives.entry(id.into()).or_default() += 1;
+    }
+
+    /// Asks for the whole index with every answer.
+    pub fn want_index(&self, wanted: bool) {
+        lock(&self.state).index_wanted = wanted;
+    }
+
+    pub fn registrations(&self) -> usize {
+        lock(&self.state).registrations
+    }
+
+    pub fn load(&self, id: &str) -> Option<Load> {
+        lock(&self.state).loads.get(id).cloned()
+    }
+
+    /// The prefix index as the worker's heartbeats tell it.
+    pub fn index(&self, id: &str) -> BTreeSet<BlockHash> {
+        lock(&self.state).indices.get(id).cloned().unwrap_or_default()
+    }
+
+    pub fn has_left(&self, id: &str) -> bool {
+        lock(&self.state).left.contains(id)
+    }
+}
+
+struct Service(Arc<Mutex<State>>);
+
+#[tonic::async_trait]
+impl Coordinator for Service {
+    type WatchStream = Pin<Box<dyn futures::Stream<Item = Result<ClusterView, Status>> + Send>>;
+
+    async fn register(&self, request: Request<RegisterRequest>) -> Result<Response<RegisterReply>, Status> {
+        let member = request.into_inner().member.unwrap_or_default();
+        let mut state = lock(&self.0);
+        state.registrations += 1;
+        if let Some((reason, leader)) = &state.refusal {
+            let refused = baton_proto::v1::Refusal { leader_address: leader.clone(), ..refusal(*reason, "as told") };
+            return Ok(Response::new(RegisterReply { outcome: Some(register_reply::Outcome::Refused(refused)) }));
+        }
+        let life = state.lives.entry(member.id.clone()).or_default();
+        *life += 1;
+        let registered = Registered { incarnation: *life, ..Registered::default() };
+        state.members.insert(member.id.clone(), member);
+        Ok(Response::new(RegisterReply { outcome: Some(register_reply::Outcome::Registered(registered)) }))
+    }
+
+    async fn heartbeat(&self, request: Request<HeartbeatRequest>) -> Result<Response<HeartbeatReply>, Status> {
+        let beat = request.into_inner();
+        let mut state = lock(&self.0);
+        let outcome = match state.lives.get(&beat.id) == Some(&beat.incarnation) {
+            true => heartbeat_reply::Outcome::Accepted(state.hear(beat)),
+            false => heartbeat_reply::Outcome::Refused(refusal(Refused::Stale, "superseded")),
+        };
+        Ok(Response::new(HeartbeatReply { outcome: Some(outcome) }))
+    }
+
+    async fn leave(&self, request: Request<LeaveRequest>) -> Result<Response<LeaveReply>, Status> {
+        lock(&self.0).left.insert(request.into_inner().id);
+        Ok(Response::new(LeaveReply {}))
+    }
+
+    async fn assign(&self, _: Request<AssignRequest>) -> Result<Response<AssignReply>, Status> {
+        Err(Status::unimplemented("tests assign by themselves"))
+    }
+
+    async fn finish(&self, _: Request<FinishRequest>) -> Result<Response<FinishReply>, Status> {
+        Err(Status::unimplemented("tests keep no ledger"))
+    }
+
+    async fn watch(&self, _: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        Err(Status::unimplemented("workers do not watch"))
+    }
+}
+
+impl State {
+    fn hear(&mut self, beat: HeartbeatRequest) -> HeartbeatAccepted {
+        let load = beat.load.unwrap_or_default();
+        let index = self.indices.entry(beat.id.clone()).or_default();
+        let hashes = |list: &[bytes::Bytes]| list.iter().filter_map(|b| block_hash(b).ok()).collect::<Vec<_>>();
+        if load.index_reset {
+            index.clear();
+        }
+        for hash in hashes(&load.blocks_removed) {
+            index.remove(&hash);
+        }
+        index.extend(hashes(&load.blocks_added));
+        self.loads.insert(beat.id, load);
+        HeartbeatAccepted { leader: true, index_wanted: self.index_wanted, ..HeartbeatAccepted::default() }
+    }
+}
+
+fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
+    state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
