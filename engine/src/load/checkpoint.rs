@@ -229,11 +229,16 @@ fn from_f16(bits: u16) -> f32 {
     let sign = if bits >> 15 == 1 { -1.0 } else { 1.0 };
     let (exponent, fraction) = (bits >> 10 & 0x1f, f32::from(bits & 0x3ff));
     match exponent {
-        0 => sign * fraction * (-24f32).exp2(),
+        0 => sign * fraction * power_of_two(-24),
         0x1f if fraction == 0.0 => sign * f32::INFINITY,
         0x1f => f32::NAN,
-        _ => sign * (1024.0 + fraction) * f32::from_bits(u32::from(exponent) + 127 - 25 << 23),
+        _ => sign * (1024.0 + fraction) * power_of_two(i32::from(exponent) - 25),
     }
+}
+
+/// 2^n for n of a normal number.
+fn power_of_two(n: i32) -> f32 {
+    f32::from_bits(((n + 127) as u32) << 23)
 }
 
 /// Whether no exponent is all ones.
@@ -248,6 +253,44 @@ fn is_finite(dtype: Dtype, bytes: &[u8]) -> bool {
         Dtype::F32 => {
             let (words, _) = bytes.as_chunks::<4>();
             !words.iter().fold(false, |found, word| found | (u32::from_le_bytes(*word) & 0x7f80_0000 == 0x7f80_0000))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn half_precision_widens_exactly() {
+        for (bits, expected) in [
+            (0x0000, 0.0),
+            (0x8000, -0.0),
+            (0x0001, 5.960_464_5e-8),
+            (0x03ff, 6.097_555e-5),
+            (0x0400, 6.103_515_6e-5),
+            (0x3c00, 1.0),
+            (0xc248, -3.140_625),
+            (0x7bff, 65504.0),
+            (0xfc00, f32::NEG_INFINITY),
+        ] {
+            assert_eq!(from_f16(bits).to_bits(), f32::to_bits(expected), "{bits:04x}");
+        }
+        assert!(from_f16(0x7e00).is_nan());
+    }
+
+    #[test]
+    fn exponents_of_all_ones_are_found_anywhere() {
+        for at in 0..9 {
+            let check = |dtype: Dtype, size: usize, bad: &[u8]| {
+                let mut bytes = vec![1; 9 * size];
+                assert!(is_finite(dtype, &bytes));
+                bytes[at * size..][..size].copy_from_slice(bad);
+                assert!(!is_finite(dtype, &bytes));
+            };
+            check(Dtype::Bf16, 2, &[0x80, 0xff]);
+            check(Dtype::F16, 2, &[0x00, 0x7c]);
+            check(Dtype::F32, 4, &[1, 0, 0x80, 0x7f]);
         }
     }
 }

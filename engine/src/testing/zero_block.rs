@@ -1,6 +1,9 @@
 //! A backend that forgets: it zeroes one block of a sequence before decoding from it. A test that must notice a lost
 //! block runs once with it, and has to fail.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use baton_core::arena::Half;
 
 use crate::backend::Backend;
@@ -9,8 +12,8 @@ use crate::batch::{Batch, Output};
 /// Wraps the backend of a decode worker.
 pub struct ZeroBlock {
     pub backend: Box<dyn Backend>,
-    /// Position in the sequence of the block to zero.
-    pub block: usize,
+    /// Position in the sequence of the block to zero; the test may change it between requests.
+    pub block: Arc<AtomicUsize>,
 }
 
 impl Backend for ZeroBlock {
@@ -20,7 +23,7 @@ impl Backend for ZeroBlock {
         for span in decoding {
             // Only blocks before the one being written.
             let filled = &batch.table(span)[..span.position / layout.block_tokens as usize];
-            if let Some(index) = filled.get(self.block) {
+            if let Some(index) = filled.get(self.block.load(Ordering::Relaxed)) {
                 let block = batch.arena().block(*index);
                 // SAFETY: the block starts at (head 0, layer 0, key) and has so many bytes. The sequence holds it as
                 // filled, and this backend is the only one that computes on this arena.

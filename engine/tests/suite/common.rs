@@ -77,8 +77,11 @@ impl Choices {
     }
 }
 
+/// (id, log-probability, alternatives), the numbers as bits.
+pub(crate) type Bits = (TokenId, u32, Vec<(TokenId, u32)>);
+
 /// Ids and log-probabilities as bits, so that a test compares bits.
-pub(crate) fn bits(tokens: &[SampledToken]) -> Vec<(TokenId, u32, Vec<(TokenId, u32)>)> {
+pub(crate) fn bits(tokens: &[SampledToken]) -> Vec<Bits> {
     let of = |token: &SampledToken| {
         let top = token.top.iter().map(|(id, logprob)| (*id, logprob.to_bits())).collect();
         (token.id, token.logprob.to_bits(), top)
