@@ -1,4 +1,88 @@
-//! `baton bench engine`: prefill and decode in this process.
-#[derive(clap::Args, Debug)]
-pub(crate) struct EngineFlags {}
-pub(crate) fn run(_: EngineFlags) -> Result<(), crate::exit::Failure> { Ok(()) }
+//! `baton bench engine`: prefill and decode in this process, beside the limits of the machine measured in the same minute.
+
+use std::path::PathBuf;
+
+use baton_engine::bench::{self, BenchOptions};
+use baton_engine::{LoadOptions, Loaded};
+use baton_kernels::Profile;
+use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
+use tokio::time::Instant;
+
+use super::figure::{self, Figure};
+use crate::exit::Failure;
+use crate::surroundings;
+use crate::table;
+
+/// Measure the engine.
+///
+/// Prefill of one prompt of 512 tokens, decode of 1, 8 and 32 sequences, and both mixed, in tokens a second; the
+/// machine's memory bandwidth and multiply-add rate on the same threads; and the shares of them that prefill and decode
+/// reach. Each figure is the best of --rounds rounds.
+#[derive(Args, Debug)]
+pub(crate) struct EngineFlags {
+    /// Hugging Face model directory [default: the model in the binary]
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// Threads to compute with [default: all cores]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    threads: Option<u32>,
+    /// Kernel profile: f32acc or bf16dp [default: the fastest this machine has]
+    #[arg(long)]
+    profile: Option<String>,
+    /// Rounds over all figures
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    rounds: u32,
+    /// Print one JSON object a line for each figure instead of a table
+    #[arg(long)]
+    json: bool,
+}
+
+pub(crate) fn run(flags: EngineFlags) -> Result<(), Failure> {
+    let directory = match &flags.model {
+        Some(directory) => directory.clone(),
+        None => crate::model::unpack(&surroundings::default_data()).map_err(Failure::refused)?,
+    };
+    let options = LoadOptions {
+        threads: flags.threads.map_or_else(surroundings::cores, |n| n as usize),
+        profile: profile(flags.profile.as_deref())?,
+    };
+    let started = Instant::now();
+    let Loaded { mut model, spec } = load(&directory, options)?;
+    let took = started.elapsed();
+
+    let options = BenchOptions { rounds: flags.rounds as usize, ..BenchOptions::default() };
+    let measured = bench::bench(&mut model, &spec, options, &|| started.elapsed().as_secs_f64());
+    let mut figures = vec![Figure::new("load", took.as_secs_f64(), "s")];
+    figures.extend(measured.into_iter().map(|f| Figure::new(f.name, f.value, f.unit)));
+    let resident = surroundings::resident(std::process::id()).unwrap_or(0);
+    figures.push(Figure::new("resident", resident as f64 / (1 << 20) as f64, "MiB"));
+    match flags.json {
+        true => figure::print(&figures),
+        false => {
+            let cpu = model.cpu();
+            println!("{}: {} parameters, {} threads, {} on {}", spec.name, spec.parameters, cpu.threads(), spec.numerics, cpu.isa());
+            let rows: Vec<_> = figures.iter().map(|f| vec![f.name.clone(), format!("{:.2}", f.value), f.unit.into()]).collect();
+            print!("{}", table::render(&["FIGURE", "VALUE", "UNIT"], &rows));
+        }
+    }
+    Ok(())
+}
+
+fn load(directory: &std::path::Path, options: LoadOptions) -> Result<Loaded, Failure> {
+    let style = ProgressStyle::with_template("loading {bar:40} {percent}% {elapsed}").expect("the template is well-formed");
+    let bar = ProgressBar::new(0).with_style(style);
+    let loaded = baton_engine::load(directory, options, &mut |progress| {
+        bar.set_length(progress.bytes_total);
+        bar.set_position(progress.bytes_done);
+    });
+    bar.finish_and_clear();
+    loaded.map_err(Failure::refused)
+}
+
+/// The kernel profile of that name.
+pub(crate) fn profile(name: Option<&str>) -> Result<Option<Profile>, Failure> {
+    let Some(name) = name else { return Ok(None) };
+    let found = [Profile::F32Acc, Profile::Bf16Dp].into_iter().find(|profile| profile.as_str() == name);
+    found.map(Some).ok_or_else(|| Failure::refuse(format!("{name:?} is no kernel profile; f32acc and bf16dp are")))
+}

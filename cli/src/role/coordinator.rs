@@ -11,7 +11,7 @@ use crate::exit::Failure;
 use crate::surroundings;
 
 /// Where a coordinator listens unless told otherwise.
-pub(crate) const LISTEN: &str = "127.0.0.1:7100";
+pub(crate) const LISTEN: &str = "127.0.0.1:7400";
 
 /// Run one coordinator.
 ///
@@ -25,7 +25,7 @@ pub(crate) struct CoordinatorFlags {
     /// Number of this node, from 1; never given to another node or an emptied disk [default: 1]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     node: Option<u32>,
-    /// gRPC address [default: 127.0.0.1:7100]
+    /// gRPC address [default: 127.0.0.1:7400]
     #[arg(long, value_name = "HOST:PORT")]
     listen: Option<String>,
     /// Address under which other processes reach this node [default: --listen]
@@ -78,12 +78,8 @@ fn fill(mut settings: Settings, flags: CoordinatorFlags) -> Result<Config, Failu
     settings.flag("peers", (!pairs.is_empty()).then_some(pairs));
     settings.fallback("node", 1);
     settings.fallback("listen", LISTEN);
-    let (node, listen) = (settings.get("node"), settings.get("listen"));
-    settings.fallback("advertise", listen);
-    let advertise = settings.get("advertise");
-    let directory = format!("coordinator-{}", node.as_integer().unwrap_or(1));
+    let directory = format!("coordinator-{}", settings.get("node"));
     settings.fallback("data", surroundings::default_data().join(directory).display().to_string());
-    settings.fallback("peers", vec![Value::Array(vec![node, advertise])]);
     settings.finish()
 }
 

@@ -23,7 +23,7 @@ pub(crate) struct GatewayFlags {
     /// HTTP address; port 0 takes a free one [default: 127.0.0.1:8000]
     #[arg(long, value_name = "HOST:PORT")]
     listen: Option<String>,
-    /// A coordinator's address; name each of them [default: 127.0.0.1:7100]
+    /// A coordinator's address; name each of them [default: 127.0.0.1:7400]
     #[arg(long = "coordinator", value_name = "HOST:PORT")]
     coordinators: Vec<String>,
 }

@@ -26,17 +26,6 @@ const CONNECTIONS_MAX: usize = 16;
 /// Longest a scraper may take to send its request.
 const REQUEST_MAX: Duration = Duration::from_secs(5);
 
-/// vLLM's buckets, so that boards and alerts made for it read Baton's metrics unchanged.
-const TTFT: &[f64] = &[
-    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0,
-    640.0, 2560.0,
-];
-const PER_TOKEN: &[f64] =
-    &[0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0];
-const REQUEST: &[f64] = &[
-    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0,
-    7680.0,
-];
 /// Baton's own durations, from a handoff on loopback to a long answer.
 const SECONDS: &[f64] = &[
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0,
@@ -46,23 +35,12 @@ const COUNTS: &[f64] = &[
     1.0, 4.0, 16.0, 64.0, 256.0, 1024.0, 4096.0, 16384.0, 65536.0, 262144.0, 1048576.0, 4194304.0, 16777216.0, 67108864.0,
 ];
 
-/// Which buckets each of vLLM's histograms has.
-const VLLM: &[(&str, &[f64])] = &[
-    ("vllm:time_to_first_token_seconds", TTFT),
-    ("vllm:inter_token_latency_seconds", PER_TOKEN),
-    ("vllm:request_time_per_output_token_seconds", PER_TOKEN),
-    ("vllm:e2e_request_latency_seconds", REQUEST),
-    ("vllm:request_queue_time_seconds", REQUEST),
-    ("vllm:request_prefill_time_seconds", REQUEST),
-    ("vllm:request_decode_time_seconds", REQUEST),
-    ("vllm:request_inference_time_seconds", REQUEST),
-];
-
-/// Installs the process's one recorder, and keeps it tidy for as long as the runtime lives.
+/// Installs the process's one recorder, with the buckets the gateway names (vLLM's, so that boards made for it read
+/// Baton unchanged) and the two kinds above for all else, and keeps it tidy for as long as the runtime lives.
 pub(crate) fn install() -> anyhow::Result<PrometheusHandle> {
     let seconds = Matcher::Suffix("_seconds".to_string());
     let mut builder = PrometheusBuilder::new().set_buckets(COUNTS)?.set_buckets_for_metric(seconds, SECONDS)?;
-    for (name, buckets) in VLLM {
+    for (name, buckets) in baton_gateway::BUCKETS {
         builder = builder.set_buckets_for_metric(Matcher::Full(name.to_string()), buckets)?;
     }
     let handle = builder.install_recorder()?;
@@ -133,7 +111,7 @@ mod tests {
 
     #[test]
     fn buckets_grow() {
-        for buckets in VLLM.iter().map(|(_, buckets)| *buckets).chain([SECONDS, COUNTS]) {
+        for buckets in baton_gateway::BUCKETS.iter().map(|(_, buckets)| *buckets).chain([SECONDS, COUNTS]) {
             assert!(buckets.windows(2).all(|pair| pair[0] < pair[1]), "{buckets:?}");
         }
     }

@@ -40,9 +40,9 @@ impl Settings {
         }
     }
 
-    /// What a key of the outermost table is now; an empty text if it is not set.
-    pub(crate) fn get(&self, key: &str) -> Value {
-        self.table.get(key).cloned().unwrap_or_else(|| Value::String(String::new()))
+    /// What a key of the outermost table is now, as text; empty if it is not set.
+    pub(crate) fn get(&self, key: &str) -> String {
+        self.table.get(key).map(Value::to_string).unwrap_or_default()
     }
 
     /// The table a key stands in, made if it is missing; None if the file holds no table there, which reading out tells.

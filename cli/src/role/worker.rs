@@ -48,7 +48,7 @@ pub(crate) struct WorkerFlags {
     /// Host under which other processes reach this worker [default: 127.0.0.1]
     #[arg(long, value_name = "HOST")]
     advertise_host: Option<String>,
-    /// A coordinator's address; name each of them [default: 127.0.0.1:7100]
+    /// A coordinator's address; name each of them [default: 127.0.0.1:7400]
     #[arg(long = "coordinator", value_name = "HOST:PORT")]
     coordinators: Vec<String>,
     /// Threads to compute with [default: all cores]
@@ -145,17 +145,11 @@ fn settings(flags: WorkerFlags, role: Role) -> Result<(Own, Settings), Failure> 
     let own = Own {
         model: flags.model.or(settings.take("model")?).ok_or_else(|| Failure::refuse("name a model directory with --model"))?,
         threads: flags.threads.or(settings.take("threads")?).map_or_else(surroundings::cores, |n: u32| n as usize),
-        profile: profile(flags.profile.or(settings.take("profile")?))?,
+        profile: crate::bench::engine::profile(flags.profile.or(settings.take("profile")?).as_deref())?,
         kv_bytes: kv_bytes(flags.kv_bytes.or(settings.take("kv_bytes")?))?,
         metrics: flags.metrics.or(settings.take("metrics")?).unwrap_or_else(|| "127.0.0.1:0".to_string()),
     };
     Ok((own, settings))
-}
-
-fn profile(name: Option<String>) -> Result<Option<Profile>, Failure> {
-    let Some(name) = name else { return Ok(None) };
-    let found = [Profile::F32Acc, Profile::Bf16Dp].into_iter().find(|profile| profile.as_str() == name);
-    found.map(Some).ok_or_else(|| Failure::refuse(format!("{name:?} is no kernel profile; f32acc and bf16dp are")))
 }
 
 fn kv_bytes(asked: Option<i64>) -> Result<u64, Failure> {
