@@ -21,7 +21,7 @@ use baton_core::{Arena, KvDtype};
 use self::attend::{Attend, Operands, Plan};
 use self::isa::Isa;
 use self::lanes::{Kernel, Lanes};
-use self::matmul::{Dot, Exact, Full, Inputs, Matmul, Pack, Pairs};
+use self::matmul::{Dot, Exact, Full, Inputs, Matmul, Pack, Pairs, pieces};
 use self::rows::{Add, ExpSum, Largest, Norm, Rope, SiluMul};
 use crate::packed::{PANEL, locate};
 use crate::pool::{Part, Pool};
@@ -47,7 +47,14 @@ struct State {
     /// A matmul's inputs, rounded.
     inputs: Vec<u32>,
     /// Attention's tiles, one share per thread.
-    scratch: Vec<f32>,
+    scratch: Vec<Line>,
+}
+
+/// A cache line: vectors of scratch do not straddle two.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+struct Line {
+    _lanes: [f32; 16],
 }
 
 /// Memory that parts write at places of their own.
@@ -174,14 +181,16 @@ impl Cpu {
         let words = rows * w.pairs() * D::WORDS;
         let mut inputs = std::mem::take(&mut state.inputs);
         inputs.resize(inputs.len().max(words), 0);
-        let (to, paired) = (Out(inputs.as_mut_ptr()), D::WORDS == 1);
+        let pieces = pieces::<D>(w.pairs(), rows, segmented);
+        let to = Out(inputs.as_mut_ptr());
         state.run(x.len() / 8, &|part| {
-            self.launch(Inputs { x, cols: w.cols(), to, paired, rows: part.share(rows) });
+            let (pieces, shown) = (&pieces, part.share(rows));
+            self.launch(Inputs::<D> { x, cols: w.cols(), rows, pieces, to, shown, dot: PhantomData });
         });
         let cycles = (w.bytes() / 16).max(rows * w.panels() * w.pairs() * 4);
         state.run(cycles, &|part| {
-            let (x, panels) = (&inputs[..words], part.share(w.panels()));
-            self.launch(Matmul::<D> { w, x, rows, y, segmented, panels, dot: PhantomData });
+            let (x, pieces, panels) = (&inputs[..words], &pieces, part.share(w.panels()));
+            self.launch(Matmul::<D> { w, x, rows, pieces, y, panels, dot: PhantomData });
         });
         state.inputs = inputs;
     }
@@ -256,19 +265,18 @@ impl Cpu {
         a.check(q_in_qkv.len(), out.len(), arena);
         let out = Out(out.as_mut_ptr());
         match (arena.layout().dtype, self.profile) {
-            (KvDtype::F32, _) => self.attend::<Full>(a, q_in_qkv, arena, out),
-            (KvDtype::Bf16, Profile::F32Acc) => self.attend::<Exact>(a, q_in_qkv, arena, out),
             (KvDtype::Bf16, Profile::Bf16Dp) => self.attend::<Pairs>(a, q_in_qkv, arena, out),
+            _ => self.attend::<Full>(a, q_in_qkv, arena, out),
         }
     }
 
     fn attend<D: Operands>(&self, a: &Attention, qkv: &[f32], arena: &Arena, out: Out<f32>) {
         let mut state = self.state();
         let (plan, tiles) = (Plan::new(a, arena), attend::tiles(a));
-        let words = plan.scratch_words();
+        let words = plan.scratch_words().next_multiple_of(16);
         let mut scratch = std::mem::take(&mut state.scratch);
-        scratch.resize(scratch.len().max(words * self.threads), 0.0);
-        let base = Out(scratch.as_mut_ptr());
+        scratch.resize(scratch.len().max(words * self.threads / 16), Line { _lanes: [0.0; 16] });
+        let base = Out(scratch.as_mut_ptr().cast::<f32>());
         state.run(attend::cost(&tiles) * a.heads.head_dim * 4, &|part| {
             let tiles = &tiles[attend::share(&tiles, part.index, part.of)];
             // SAFETY: each part has a share of its own.

@@ -11,10 +11,10 @@ use std::marker::PhantomData;
 use std::ops::Range;
 
 use baton_core::Arena;
-use baton_core::arena::Half;
+use baton_core::arena::{Half, KvDtype};
 
 use super::lanes::{Kernel, Lanes, exp};
-use super::matmul::{Block, Dot, transpose};
+use super::matmul::{Ahead, Block, Dot, Full, Pairs, transpose, widen_steps};
 use super::rows::sum64;
 use super::{Out, get, put};
 use crate::attention::BLOCK;
@@ -140,24 +140,17 @@ pub(crate) struct Attend<'a, D> {
 
 /// How a block's operands are laid out for a dot.
 pub(crate) trait Operands: Dot {
-    /// Values of one dot step: positions per value row, dims per key row.
-    const STEP: usize;
-    /// Both operands are bf16 pairs.
+    /// Both operands are bf16 pairs, else f32.
     const PAIRED: bool;
+    /// Positions per step over values, dims per step over keys.
+    const STEP: usize = if Self::PAIRED { 2 } else { 1 };
 }
 
-impl Operands for super::matmul::Exact {
-    const STEP: usize = 2;
-    const PAIRED: bool = false;
-}
-
-impl Operands for super::matmul::Pairs {
-    const STEP: usize = 2;
+impl Operands for Pairs {
     const PAIRED: bool = true;
 }
 
-impl Operands for super::matmul::Full {
-    const STEP: usize = 1;
+impl Operands for Full {
     const PAIRED: bool = false;
 }
 
@@ -255,20 +248,28 @@ impl<D: Operands> Attend<'_, D> {
             let mut values = keys;
             self.locate(span, kv_head, positions.clone(), Half::Key, &mut keys);
             self.locate(span, kv_head, positions, Half::Value, &mut values);
+            let widen = !D::PAIRED && self.arena.layout().dtype == KvDtype::Bf16;
+            // Keys that are widened pass through the values' place.
+            let panel = if widen { s.value_panels } else { s.key_panel };
             for lane in (0..BLOCK).step_by(16) {
                 let rows = std::array::from_fn(|i| keys[lane + i]);
-                transpose::<L>(rows, self.plan.words, s.key_panel.add(lane));
+                transpose::<L>(rows, self.plan.words, panel.add(lane));
             }
-            let dim = self.a.heads.head_dim;
-            for step in 0..BLOCK / D::STEP {
-                for d in (0..dim).step_by(16) {
-                    let to = s.value_panels.add((d / PANEL * (BLOCK / D::STEP) + step) * PANEL + d % PANEL);
-                    let count = 16.min(dim - d);
-                    if D::STEP == 1 {
-                        std::ptr::copy_nonoverlapping(values[step].add(d), to, count);
+            if widen {
+                widen_steps::<L>(panel.cast(), self.plan.words, s.key_panel.cast());
+            }
+            for d in (0..self.a.heads.head_dim).step_by(16) {
+                let count = 16.min(self.a.heads.head_dim - d);
+                let to = s.value_panels.add(d / PANEL * (BLOCK / D::STEP) * PANEL + d % PANEL);
+                for step in 0..BLOCK / D::STEP {
+                    let to = to.add(step * PANEL);
+                    if D::PAIRED {
+                        let (a, b) = (values[2 * step].cast::<u16>(), values[2 * step + 1].cast::<u16>());
+                        zip::<L>(to, a.add(d), b.add(d), count);
+                    } else if widen {
+                        widen_row::<L>(to.cast(), values[step].cast::<u16>().add(d), count);
                     } else {
-                        let (a, b) = (values[2 * step].cast::<u16>().add(d), values[2 * step + 1].cast::<u16>().add(d));
-                        zip::<L>(to, a, b, count);
+                        std::ptr::copy_nonoverlapping(values[step].add(d), to, count);
                     }
                 }
             }
@@ -342,7 +343,7 @@ impl<D: Operands> Attend<'_, D> {
                 y: s.scores.add(rows.start * BLOCK),
                 y_stride: BLOCK,
                 fresh: true,
-                prefetch: false,
+                ahead: Ahead::NOTHING,
             };
             block.run::<L, D>();
         }
@@ -418,7 +419,7 @@ impl<D: Operands> Attend<'_, D> {
                 y: s.partial.add(rows.start * PANEL),
                 y_stride: PANEL,
                 fresh: true,
-                prefetch: false,
+                ahead: Ahead::NOTHING,
             };
             block.run::<L, D>();
             for row in rows {
@@ -486,6 +487,19 @@ unsafe fn zip<L: Lanes>(to: *mut u32, a: *const u16, b: *const u16, count: usize
         }
         for i in 0..count {
             to.add(i).write(a.add(i).read() as u32 | (b.add(i).read() as u32) << 16);
+        }
+    }
+}
+
+/// A row's elements as f32.
+#[inline(always)]
+unsafe fn widen_row<L: Lanes>(to: *mut f32, from: *const u16, count: usize) {
+    unsafe {
+        if count == 16 {
+            return L::store(to, L::load_bf16(from));
+        }
+        for i in 0..count {
+            to.add(i).write(bf16::widen(from.add(i).read()));
         }
     }
 }

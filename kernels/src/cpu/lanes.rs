@@ -34,6 +34,7 @@ pub(crate) trait Lanes: 'static {
     unsafe fn round_bf16(x: Self::F) -> Self::F;
     /// Stores 16 bf16 of values that `round_bf16` gave.
     unsafe fn store_bf16(to: *mut u16, x: Self::F);
+    unsafe fn load_bf16(from: *const u16) -> Self::F;
     /// The first elements of 16 pairs of bf16.
     unsafe fn load_even(from: *const u8) -> Self::F;
     /// The second elements.
@@ -169,6 +170,9 @@ impl Lanes for Scalar {
     unsafe fn store_bf16(to: *mut u16, x: [f32; 16]) {
         let narrow = x.map(|x| (x.to_bits() >> 16) as u16);
         unsafe { to.cast::<[u16; 16]>().write_unaligned(narrow) }
+    }
+    unsafe fn load_bf16(from: *const u16) -> [f32; 16] {
+        unsafe { from.cast::<[u16; 16]>().read_unaligned() }.map(crate::bf16::widen)
     }
     unsafe fn load_even(from: *const u8) -> [f32; 16] {
         unsafe { from.cast::<[[u16; 2]; 16]>().read_unaligned() }.map(|pair| crate::bf16::widen(pair[0]))

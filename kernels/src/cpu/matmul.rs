@@ -18,7 +18,9 @@ use crate::{Packed, bf16};
 /// Steps per block: 32 KiB of a panel, which stays in L1 while all row tiles pass over it.
 const BLOCK_STEPS: usize = 128;
 /// Rows whose sums are kept at once.
-const GROUP: usize = 96;
+const GROUP: usize = 192;
+/// Rows from which it pays to widen a block of bf16 to f32 once, instead of in every tile.
+const WIDEN_ROWS: usize = 40;
 /// Rows per tile at most: 6 × 4 vectors of sums leave 8 registers of 32.
 const TILE_ROWS: usize = 6;
 /// Bytes read ahead when each weight is used once.
@@ -30,6 +32,8 @@ const LEVELS: usize = 4;
 pub(crate) trait Dot: 'static {
     /// Words of x per step.
     const WORDS: usize;
+    /// Equals `Full` over widened weights.
+    const WIDENS: bool = false;
 
     /// # Safety
     /// As for `Lanes`; `w` holds NR·16 words, `x` has MR rows `stride` words apart.
@@ -51,6 +55,7 @@ pub(crate) struct Full;
 // SAFETY (of each block below): the traits' contracts.
 impl Dot for Exact {
     const WORDS: usize = 2;
+    const WIDENS: bool = true;
 
     #[inline(always)]
     unsafe fn step<L: Lanes, const MR: usize, const NR: usize>(
@@ -146,8 +151,19 @@ pub(crate) struct Block {
     pub(crate) y_stride: usize,
     /// Sums begin at zero, not at what y holds.
     pub(crate) fresh: bool,
-    /// Read memory ahead: weights come from afar.
-    pub(crate) prefetch: bool,
+    /// What to read ahead meanwhile.
+    pub(crate) ahead: Ahead,
+}
+
+/// Memory that will be needed: `lines` lines of 64 bytes per step, from `from` on.
+#[derive(Clone, Copy)]
+pub(crate) struct Ahead {
+    pub(crate) from: *const u8,
+    pub(crate) lines: usize,
+}
+
+impl Ahead {
+    pub(crate) const NOTHING: Ahead = Ahead { from: std::ptr::null(), lines: 0 };
 }
 
 impl Block {
@@ -163,18 +179,14 @@ impl Block {
                 let mut part = self;
                 part.x = self.x.add(row * self.x_stride);
                 part.y = self.y.add(row * self.y_stride);
-                let lines = 4 * tile / tiles..4 * (tile + 1) / tiles;
-                match self.prefetch {
-                    false => part.tile::<L, D, 0>(rows, 0),
-                    true if tiles == 1 => part.tile::<L, D, 4>(rows, AHEAD),
-                    true => {
-                        let ahead = BLOCK_STEPS * STEP + lines.start * 64;
-                        match lines.len() {
-                            0 => part.tile::<L, D, 0>(rows, ahead),
-                            1 => part.tile::<L, D, 1>(rows, ahead),
-                            _ => part.tile::<L, D, 2>(rows, ahead),
-                        }
-                    }
+                // One tile streams into L1; many tiles together fetch the next block into L2, each its share.
+                let (first, end) = (self.ahead.lines * tile / tiles, self.ahead.lines * (tile + 1) / tiles);
+                part.ahead.from = self.ahead.from.wrapping_add(first * 64);
+                match end - first {
+                    0 => part.tile::<L, D, 0>(rows),
+                    1 => part.tile::<L, D, 1>(rows),
+                    2 => part.tile::<L, D, 2>(rows),
+                    _ => part.tile::<L, D, 4>(rows),
                 }
                 row += rows;
             }
@@ -182,39 +194,39 @@ impl Block {
     }
 
     #[inline(always)]
-    unsafe fn tile<L: Lanes, D: Dot, const LINES: usize>(self, rows: usize, ahead: usize) {
+    unsafe fn tile<L: Lanes, D: Dot, const LINES: usize>(self, rows: usize) {
         unsafe {
             match (rows, L::WIDE) {
-                (1, _) => self.columns::<L, D, LINES, 1, 4>(ahead),
-                (2, true) => self.columns::<L, D, LINES, 2, 4>(ahead),
-                (3, true) => self.columns::<L, D, LINES, 3, 4>(ahead),
-                (4, true) => self.columns::<L, D, LINES, 4, 4>(ahead),
-                (5, true) => self.columns::<L, D, LINES, 5, 4>(ahead),
-                (_, true) => self.columns::<L, D, LINES, 6, 4>(ahead),
-                (2, false) => self.columns::<L, D, LINES, 2, 2>(ahead),
-                (3, false) => self.columns::<L, D, LINES, 3, 2>(ahead),
-                (4, false) => self.columns::<L, D, LINES, 4, 1>(ahead),
-                (5, false) => self.columns::<L, D, LINES, 5, 1>(ahead),
-                (_, false) => self.columns::<L, D, LINES, 6, 1>(ahead),
+                (1, _) => self.columns::<L, D, LINES, 1, 4>(),
+                (2, true) => self.columns::<L, D, LINES, 2, 4>(),
+                (3, true) => self.columns::<L, D, LINES, 3, 4>(),
+                (4, true) => self.columns::<L, D, LINES, 4, 4>(),
+                (5, true) => self.columns::<L, D, LINES, 5, 4>(),
+                (_, true) => self.columns::<L, D, LINES, 6, 4>(),
+                (2, false) => self.columns::<L, D, LINES, 2, 2>(),
+                (3, false) => self.columns::<L, D, LINES, 3, 2>(),
+                (4, false) => self.columns::<L, D, LINES, 4, 1>(),
+                (5, false) => self.columns::<L, D, LINES, 5, 1>(),
+                (_, false) => self.columns::<L, D, LINES, 6, 1>(),
             }
         }
     }
 
     /// The panel's 64 outputs, NR·16 at a time.
     #[inline(always)]
-    unsafe fn columns<L: Lanes, D: Dot, const LINES: usize, const MR: usize, const NR: usize>(self, ahead: usize) {
+    unsafe fn columns<L: Lanes, D: Dot, const LINES: usize, const MR: usize, const NR: usize>(self) {
         unsafe {
             for column in 0..4 / NR {
                 let mut part = self;
                 part.w = self.w.add(column * NR * 64);
                 part.y = self.y.add(column * NR * 16);
-                part.chain::<L, D, LINES, MR, NR>(ahead);
+                part.chain::<L, D, LINES, MR, NR>();
             }
         }
     }
 
     #[inline(always)]
-    unsafe fn chain<L: Lanes, D: Dot, const LINES: usize, const MR: usize, const NR: usize>(self, ahead: usize) {
+    unsafe fn chain<L: Lanes, D: Dot, const LINES: usize, const MR: usize, const NR: usize>(self) {
         unsafe {
             let mut acc = [[L::splat(0.0); NR]; MR];
             if !self.fresh {
@@ -224,15 +236,15 @@ impl Block {
                     }
                 }
             }
-            let (mut w, mut x) = (self.w, self.x);
+            let (mut w, mut x, mut ahead) = (self.w, self.x, self.ahead.from);
             for _ in 0..self.steps {
                 for line in 0..LINES {
-                    // One tile streams into L1; many tiles together fetch the next block into L2.
                     match LINES {
-                        4 => L::prefetch::<true>(w.wrapping_add(ahead + line * 64)),
-                        _ => L::prefetch::<false>(w.wrapping_add(ahead + line * 64)),
+                        4 => L::prefetch::<true>(ahead.wrapping_add(line * 64)),
+                        _ => L::prefetch::<false>(ahead.wrapping_add(line * 64)),
                     }
                 }
+                ahead = ahead.wrapping_add(self.ahead.lines * 64);
                 D::step::<L, MR, NR>(&mut acc, w, x, self.x_stride);
                 w = w.add(STEP);
                 x = x.add(D::WORDS);
@@ -246,19 +258,47 @@ impl Block {
     }
 }
 
+/// Consecutive steps that every row tile passes over before the next; x lies piece by piece, (piece, row, k), so that
+/// a tile reads it in a straight line. Outer: one run of pieces per chain.
+pub(crate) fn pieces<D: Dot>(pairs: usize, rows: usize, segmented: bool) -> Vec<Vec<Range<usize>>> {
+    let size = match rows {
+        0..=TILE_ROWS => pairs.max(1),
+        _ if widens::<D>(rows) => BLOCK_STEPS / 2,
+        _ => BLOCK_STEPS,
+    };
+    let chain = |steps: Range<usize>| {
+        let starts = steps.clone().step_by(size).chain(steps.is_empty().then_some(steps.start));
+        starts.map(|start| start..steps.end.min(start + size)).collect()
+    };
+    match segmented {
+        true => (0..SEGMENTS).map(|index| chain(segment(pairs, index))).collect(),
+        false => vec![chain(0..pairs)],
+    }
+}
+
+fn widens<D: Dot>(rows: usize) -> bool {
+    D::WIDENS && rows >= WIDEN_ROWS
+}
+
 /// Some panels of y = x · Wᵀ.
 pub(crate) struct Matmul<'a, D> {
     pub(crate) w: &'a Packed,
-    /// (rows, pairs of k, `D::WORDS`)
+    /// As `Inputs` leaves it.
     pub(crate) x: &'a [u32],
     pub(crate) rows: usize,
+    pub(crate) pieces: &'a [Vec<Range<usize>>],
     pub(crate) y: Out<f32>,
-    pub(crate) segmented: bool,
     pub(crate) panels: Range<usize>,
     pub(crate) dot: PhantomData<D>,
 }
 
-type Sums = MaybeUninit<[[f32; GROUP * PANEL]; LEVELS]>;
+/// What a thread keeps at hand; nothing in it is read before it is written.
+#[repr(align(64))]
+struct Scratch {
+    sums: [[f32; GROUP * PANEL]; LEVELS],
+    /// A block of weights in f32.
+    wide: [f32; BLOCK_STEPS * PANEL],
+}
 
 impl<D: Dot> Kernel for Matmul<'_, D> {
     type Output = ();
@@ -266,13 +306,14 @@ impl<D: Dot> Kernel for Matmul<'_, D> {
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
         unsafe {
-            let mut sums = Sums::uninit();
-            let sums = sums.as_mut_ptr().cast::<f32>();
-            for panel in self.panels.clone() {
-                for row in (0..self.rows).step_by(GROUP) {
-                    let rows = GROUP.min(self.rows - row);
-                    self.group::<L>(panel, row, rows, sums);
-                    self.write::<L>(panel, row, rows, sums);
+            let mut scratch = MaybeUninit::<Scratch>::uninit();
+            let scratch = scratch.as_mut_ptr();
+            // A group's x stays in L2 while all panels pass by.
+            for row in (0..self.rows).step_by(GROUP) {
+                let rows = GROUP.min(self.rows - row);
+                for panel in self.panels.clone() {
+                    self.group::<L>(panel, row, rows, scratch);
+                    self.write::<L>(panel, row, rows, (&raw const (*scratch).sums).cast());
                 }
             }
         }
@@ -282,14 +323,14 @@ impl<D: Dot> Kernel for Matmul<'_, D> {
 impl<D: Dot> Matmul<'_, D> {
     /// Sums of one row group against one panel, into the first level.
     #[inline(always)]
-    unsafe fn group<L: Lanes>(&self, panel: usize, row: usize, rows: usize, sums: *mut f32) {
+    unsafe fn group<L: Lanes>(&self, panel: usize, row: usize, rows: usize, scratch: *mut Scratch) {
         unsafe {
-            let parts = if self.segmented { SEGMENTS } else { 1 };
-            for part in 0..parts {
-                let steps = if self.segmented { segment(self.w.pairs(), part) } else { 0..self.w.pairs() };
+            let (sums, wide) = (&raw mut (*scratch).sums, &raw mut (*scratch).wide);
+            let sums = sums.cast::<f32>();
+            for (part, pieces) in self.pieces.iter().enumerate() {
                 // Finished parts lie on the levels below as in a binary counter.
                 let mut level = part.count_ones() as usize;
-                self.steps::<L>(panel, row, rows, steps, sums.add(level * GROUP * PANEL));
+                self.chain::<L>(panel, row..row + rows, pieces, sums.add(level * GROUP * PANEL), wide.cast());
                 for _ in 0..part.trailing_ones() {
                     let (to, from) = (sums.add((level - 1) * GROUP * PANEL), sums.add(level * GROUP * PANEL));
                     for i in (0..rows * PANEL).step_by(16) {
@@ -301,29 +342,40 @@ impl<D: Dot> Matmul<'_, D> {
         }
     }
 
-    /// One chain per output over `steps`, block by block when there are several row tiles.
+    /// One chain per output, piece by piece.
     #[inline(always)]
-    unsafe fn steps<L: Lanes>(&self, panel: usize, row: usize, rows: usize, steps: Range<usize>, sums: *mut f32) {
+    unsafe fn chain<L: Lanes>(
+        &self,
+        panel: usize,
+        rows: Range<usize>,
+        pieces: &[Range<usize>],
+        sums: *mut f32,
+        wide: *mut f32,
+    ) {
         unsafe {
-            let x_stride = self.w.pairs() * D::WORDS;
-            let size = if rows <= TILE_ROWS { steps.len().max(1) } else { BLOCK_STEPS };
-            let mut from = steps.start;
-            loop {
-                let block = Block {
-                    steps: size.min(steps.end - from),
-                    w: self.w.panel(panel).add(from * STEP),
-                    x: self.x.as_ptr().add(row * x_stride + from * D::WORDS),
+            for (i, piece) in pieces.iter().enumerate() {
+                let w = self.w.panel(panel).add(piece.start * STEP);
+                let distance = if rows.len() <= TILE_ROWS { AHEAD } else { piece.len() * STEP };
+                let x_stride = piece.len() * D::WORDS;
+                let mut block = Block {
+                    steps: piece.len(),
+                    w,
+                    x: self.x.as_ptr().add(self.rows * piece.start * D::WORDS + rows.start * x_stride),
                     x_stride,
-                    rows,
+                    rows: rows.len(),
                     y: sums,
                     y_stride: PANEL,
-                    fresh: from == steps.start,
-                    prefetch: row == 0,
+                    fresh: i == 0,
+                    ahead: Ahead { from: w.wrapping_add(distance), lines: 4 },
                 };
-                block.run::<L, D>();
-                from += size;
-                if from >= steps.end {
-                    return;
+                if widens::<D>(self.rows) {
+                    widen_steps::<L>(w, piece.len(), wide);
+                    block.steps *= 2;
+                    block.w = wide.cast::<u8>().cast_const();
+                    block.ahead.lines = 2;
+                    block.run::<L, Full>();
+                } else {
+                    block.run::<L, D>();
                 }
             }
         }
@@ -344,40 +396,67 @@ impl<D: Dot> Matmul<'_, D> {
     }
 }
 
-/// Rounds rows of f32 to bf16 for a matmul: as pairs of bf16, or as f32, padded to whole pairs.
-pub(crate) struct Inputs<'a> {
-    pub(crate) x: &'a [f32],
-    pub(crate) cols: usize,
-    pub(crate) to: Out<u32>,
-    pub(crate) paired: bool,
-    pub(crate) rows: Range<usize>,
+/// Steps of pairs of bf16 to twice as many steps of f32.
+#[inline(always)]
+pub(crate) unsafe fn widen_steps<L: Lanes>(from: *const u8, steps: usize, to: *mut f32) {
+    unsafe {
+        for step in 0..steps {
+            for n in 0..4 {
+                let (from, to) = (from.add(step * STEP + n * 64), to.add(step * 2 * PANEL + n * 16));
+                L::store(to, L::load_even(from));
+                L::store(to.add(PANEL), L::load_odd(from));
+            }
+        }
+    }
 }
 
-impl Kernel for Inputs<'_> {
+/// Rounds rows of f32 to bf16 for a matmul, in (piece, row, k): as pairs of bf16, or as f32, padded to whole pairs.
+pub(crate) struct Inputs<'a, D> {
+    pub(crate) x: &'a [f32],
+    pub(crate) cols: usize,
+    pub(crate) rows: usize,
+    pub(crate) pieces: &'a [Vec<Range<usize>>],
+    pub(crate) to: Out<u32>,
+    /// The rows to do now.
+    pub(crate) shown: Range<usize>,
+    pub(crate) dot: PhantomData<D>,
+}
+
+impl<D: Dot> Kernel for Inputs<'_, D> {
     type Output = ();
 
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
         unsafe {
-            let words = self.cols.div_ceil(2) * if self.paired { 1 } else { 2 };
-            for row in self.rows {
-                let x = self.x.as_ptr().add(row * self.cols);
-                let to = self.to.at(row * words);
-                let whole = self.cols / 16 * 16;
-                for i in (0..whole).step_by(16) {
-                    let values = L::round_bf16(L::load(x.add(i)));
-                    match self.paired {
-                        true => L::store_bf16(to.cast::<u16>().add(i), values),
-                        false => L::store(to.cast::<f32>().add(i), values),
-                    }
+            for row in self.shown.clone() {
+                for piece in self.pieces.iter().flatten() {
+                    let to = self.to.at((self.rows * piece.start + row * piece.len()) * D::WORDS);
+                    let x = self.x.as_ptr().add(row * self.cols + 2 * piece.start);
+                    round::<L, D>(x, (2 * piece.end).min(self.cols) - 2 * piece.start, to);
                 }
-                for i in whole..self.cols.next_multiple_of(2) {
-                    let value = if i < self.cols { bf16::round(x.add(i).read()) } else { 0 };
-                    match self.paired {
-                        true => to.cast::<u16>().add(i).write(value),
-                        false => to.cast::<f32>().add(i).write(bf16::widen(value)),
-                    }
-                }
+            }
+        }
+    }
+}
+
+/// `len` values rounded to bf16; an odd end is padded with zero.
+#[inline(always)]
+unsafe fn round<L: Lanes, D: Dot>(x: *const f32, len: usize, to: *mut u32) {
+    unsafe {
+        let paired = D::WORDS == 1;
+        let whole = len / 16 * 16;
+        for i in (0..whole).step_by(16) {
+            let values = L::round_bf16(L::load(x.add(i)));
+            match paired {
+                true => L::store_bf16(to.cast::<u16>().add(i), values),
+                false => L::store(to.cast::<f32>().add(i), values),
+            }
+        }
+        for i in whole..len.next_multiple_of(2) {
+            let value = if i < len { bf16::round(x.add(i).read()) } else { 0 };
+            match paired {
+                true => to.cast::<u16>().add(i).write(value),
+                false => to.cast::<f32>().add(i).write(bf16::widen(value)),
             }
         }
     }

@@ -123,6 +123,13 @@ macro_rules! avx512_lanes {
                 }
             }
             #[inline(always)]
+            unsafe fn load_bf16(from: *const u16) -> __m512 {
+                unsafe {
+                    let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
+                    _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
+                }
+            }
+            #[inline(always)]
             unsafe fn load_even(from: *const u8) -> __m512 {
                 unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_loadu_si512(from.cast()))) }
             }
@@ -318,6 +325,10 @@ impl Lanes for Avx2 {
         }
     }
     #[inline(always)]
+    unsafe fn load_bf16(from: *const u16) -> [__m256; 2] {
+        unsafe { [widen_256(from), widen_256(from.add(8))] }
+    }
+    #[inline(always)]
     unsafe fn load_even(from: *const u8) -> [__m256; 2] {
         unsafe { [even_256(from), even_256(from.add(32))] }
     }
@@ -387,6 +398,14 @@ unsafe fn round_bf16_256(x: __m256) -> __m256 {
         let nan = _mm256_cmp_ps::<_CMP_UNORD_Q>(x, x);
         let up = _mm256_blendv_ps(_mm256_castsi256_ps(up), _mm256_castsi256_ps(quiet), nan);
         _mm256_and_ps(up, _mm256_castsi256_ps(_mm256_set1_epi32(0xffff_0000u32 as i32)))
+    }
+}
+
+#[inline(always)]
+unsafe fn widen_256(from: *const u16) -> __m256 {
+    unsafe {
+        let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
+        _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
     }
 }
 
