@@ -144,10 +144,11 @@ impl Running {
     /// Ends open calls, leaves the group to the others and closes the log.
     pub async fn stop(mut self) {
         self.stopping.send_replace(true);
+        drop((&mut self.beside).await);
+        self.node.stop().await;
         if tokio::time::timeout(STOP_TIMEOUT, &mut self.server).await.is_err() {
             self.server.abort();
         }
-        drop((&mut self.beside).await);
-        self.node.stop().await;
+        self.node.close().await;
     }
 }

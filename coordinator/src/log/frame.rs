@@ -20,12 +20,20 @@ pub(super) const RECORD_HEADER: usize = 9;
 /// One thing the log remembers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Record<'a> {
-    Entry { index: u64, body: &'a [u8] },
+    Entry {
+        index: u64,
+        body: &'a [u8],
+    },
     Vote(&'a [u8]),
     /// Entries from this index on are void.
-    Truncate { from: u64 },
+    Truncate {
+        from: u64,
+    },
     /// Entries up to this index are void; `tag` is the caller's name for that point.
-    Purge { index: u64, tag: &'a [u8] },
+    Purge {
+        index: u64,
+        tag: &'a [u8],
+    },
     Committed(&'a [u8]),
 }
 

@@ -9,7 +9,9 @@ use super::recover::{Recovered, Slot};
 #[derive(Clone, Copy, Debug)]
 enum Entry {
     /// Not durable yet; the body is among the recent ones.
-    Pending { ticket: u64 },
+    Pending {
+        ticket: u64,
+    },
     Written(Slot),
 }
 

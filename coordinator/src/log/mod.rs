@@ -6,6 +6,7 @@ mod disk;
 mod frame;
 mod identity;
 mod memory;
+mod memory_disk;
 mod recover;
 mod snapshot;
 #[cfg(test)]
@@ -23,6 +24,7 @@ use tokio::sync::oneshot;
 pub use disk::{Appender, Directory, DirectoryError, Disk};
 pub use identity::{Identity, IdentityError};
 use memory::{Body, Memory};
+pub use memory_disk::MemoryDisk;
 pub use snapshot::{Saved, load_snapshot, save_snapshot};
 pub use writer::Done;
 use writer::{Item, Job, Running, Start, Writer};

@@ -100,7 +100,11 @@ fn read_segment(disk: &dyn Disk, name: u64, first: bool, last: bool, out: &mut R
     Ok(())
 }
 
-fn apply_frame(bytes: &[u8], records: std::ops::Range<usize>, out: &mut Recovered) -> Result<(), (usize, &'static str)> {
+fn apply_frame(
+    bytes: &[u8],
+    records: std::ops::Range<usize>,
+    out: &mut Recovered,
+) -> Result<(), (usize, &'static str)> {
     let mut offset = records.start;
     while offset < records.end {
         let (record, len) = Record::read(&bytes[offset..records.end]).ok_or((offset, "record"))?;

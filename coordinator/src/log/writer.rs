@@ -30,10 +30,19 @@ pub(super) struct Job {
 
 pub(super) enum Item {
     /// The ticket tells this entry from a later one under the same index.
-    Entry { index: u64, ticket: u64, body: Bytes },
+    Entry {
+        index: u64,
+        ticket: u64,
+        body: Bytes,
+    },
     Vote(Bytes),
-    Truncate { from: u64 },
-    Purge { index: u64, tag: Bytes },
+    Truncate {
+        from: u64,
+    },
+    Purge {
+        index: u64,
+        tag: Bytes,
+    },
 }
 
 /// The running writer: a thread where syncs block, a task where the disk is simulated.

@@ -247,7 +247,8 @@ fn too_large(question: &Question, decodes: &[&Candidate]) -> Declined {
 /// Every queue is at its bound. The shortest of them, at its own pace, says when to come back.
 fn full(decodes: &[&Candidate]) -> Declined {
     const WAITING_MS: u64 = 50;
-    let wait_ms = |c: &&Candidate| c.load.tokens_waiting * 1_000 / c.load.prefill_rate.max(1_000) + c.load.waiting * WAITING_MS;
+    let wait_ms =
+        |c: &&Candidate| c.load.tokens_waiting * 1_000 / c.load.prefill_rate.max(1_000) + c.load.waiting * WAITING_MS;
     let retry_after_ms = decodes.iter().map(wait_ms).min().unwrap_or(0).clamp(100, 10_000);
     let waiting = decodes.iter().map(|c| c.load.waiting).min().unwrap_or(0);
     let detail = format!("all {} decode workers are full; the shortest queue holds {waiting}", decodes.len());

@@ -1,6 +1,7 @@
 //! The ledger as openraft wants it: applies entries, makes and installs snapshots.
 
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 
 use futures::{Stream, TryStreamExt};
@@ -25,6 +26,8 @@ pub(crate) struct Machine {
     disk: Arc<dyn Disk>,
     ledger: Arc<RwLock<Ledger>>,
     applied: Arc<Mutex<Applied>>,
+    /// Bytes of entries applied since the ledger was saved.
+    log_bytes: Arc<AtomicU64>,
     /// Index of the last entry that changed the cluster's name or its workers.
     changed: Arc<watch::Sender<u64>>,
 }
@@ -53,12 +56,17 @@ impl Machine {
             disk,
             ledger: Arc::new(RwLock::new(ledger)),
             applied: Arc::new(Mutex::new(applied)),
+            log_bytes: Arc::default(),
             changed: Arc::new(watch::Sender::new(0)),
         })
     }
 
     pub(super) fn ledger(&self) -> Arc<RwLock<Ledger>> {
         self.ledger.clone()
+    }
+
+    pub(super) fn log_bytes(&self) -> Arc<AtomicU64> {
+        self.log_bytes.clone()
     }
 
     pub(super) fn changes(&self) -> watch::Receiver<u64> {
@@ -70,6 +78,7 @@ impl Machine {
         let batch = state::decode_batch(&proposal.0).map_err(invalid)?;
         let mut ledger = self.ledger.write().expect("ledger lock");
         let outcomes = ledger.apply(index, batch);
+        self.log_bytes.fetch_add(proposal.0.len() as u64, Ordering::Relaxed);
         if index.is_multiple_of(HASH_EVERY) {
             report_hash(&ledger);
         }
@@ -145,6 +154,7 @@ impl RaftStateMachine<Types> for Machine {
             disk: self.disk.clone(),
             ledger: Arc::new(RwLock::new(ledger)),
             applied: Arc::new(Mutex::new(applied)),
+            log_bytes: self.log_bytes.clone(),
             changed: self.changed.clone(),
         }
     }

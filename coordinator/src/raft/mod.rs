@@ -7,6 +7,7 @@ mod types;
 mod wire;
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
@@ -14,14 +15,14 @@ use baton_core::limits::RPC_TIMEOUT_MS;
 use baton_core::{Net, NodeId};
 use openraft::async_runtime::watch::WatchReceiver;
 use openraft::errors::{ClientWriteError, InitializeError, RaftError};
-use openraft::{BasicNode, Config, SnapshotPolicy};
+use openraft::{BasicNode, Config, Instant, SnapshotPolicy};
 use tokio::sync::watch;
 
 use crate::log::{Disk, Log, LogError, LogOptions};
 use crate::state::{Batch, Ledger, Outcome, encode_batch};
 use machine::Machine;
-pub(crate) use network::RaftService;
 use network::Peers;
+pub(crate) use network::RaftService;
 use store::Store;
 use types::{Proposal, Raft, scoped};
 
@@ -30,6 +31,8 @@ const ELECTION_MS_MIN: u64 = 150;
 const ELECTION_MS_MAX: u64 = 300;
 /// Entries after which the ledger is saved and the log before it dropped.
 const SNAPSHOT_EVERY: u64 = 5_000;
+/// Bytes of entries after which it is saved as well.
+const LOG_BYTES_MAX: u64 = 32 << 20;
 /// Entries kept before a snapshot, for nodes that are a little behind.
 const ENTRIES_KEPT: u64 = 1_000;
 /// No answer from a quorum for so long, and a command's fate is unknown.
@@ -82,8 +85,10 @@ pub(crate) struct Node {
     log: Log,
     seed: u64,
     ledger: Arc<RwLock<Ledger>>,
+    log_bytes: Arc<AtomicU64>,
     changes: watch::Receiver<u64>,
     standing: watch::Receiver<Standing>,
+    alone: bool,
     follower: tokio::task::JoinHandle<()>,
 }
 
@@ -93,7 +98,8 @@ impl Node {
         let Parts { node, peers, net, disk, seed } = parts;
         let log = Log::open(disk.clone(), LogOptions::default())?;
         let machine = Machine::open(disk)?;
-        let (ledger, changes) = (machine.ledger(), machine.changes());
+        let (ledger, changes, log_bytes) = (machine.ledger(), machine.changes(), machine.log_bytes());
+        let alone = peers.len() == 1;
         let config = Arc::new(config(peers.len()));
         let network = Peers { net, addresses: peers.clone() };
         let raft = Raft::new(node.0, config, network, Store(log.clone()), machine);
@@ -103,7 +109,7 @@ impl Node {
         }
         let (tell, standing) = watch::channel(Standing::default());
         let follower = tokio::spawn(follow(raft.clone(), tell));
-        Ok(Node { id: node, raft, log, seed, ledger, changes, standing, follower })
+        Ok(Node { id: node, raft, log, seed, ledger, log_bytes, changes, standing, alone, follower })
     }
 
     pub(crate) fn id(&self) -> NodeId {
@@ -124,6 +130,23 @@ impl Node {
         self.standing.clone()
     }
 
+    /// Whether a quorum has answered this leader lately; without one it may lead no more and not know it.
+    pub(crate) fn has_quorum(&self) -> bool {
+        let acked = self.raft.metrics().borrow_watched().last_quorum_acked;
+        self.alone || acked.is_some_and(|acked| acked.elapsed() < Duration::from_millis(2 * ELECTION_MS_MAX))
+    }
+
+    /// Saves the ledger and drops the log before it when the entries since the last time are many bytes.
+    pub(crate) async fn save_when_long(&self) {
+        if self.log_bytes.load(Ordering::Relaxed) < LOG_BYTES_MAX {
+            return;
+        }
+        self.log_bytes.store(0, Ordering::Relaxed);
+        if let Err(error) = self.raft.trigger().snapshot().await {
+            tracing::debug!(%error, "raft has ended");
+        }
+    }
+
     /// What peers call.
     pub(crate) fn service(&self) -> RaftService {
         RaftService::new(self.raft.clone(), self.seed ^ 1)
@@ -141,12 +164,16 @@ impl Node {
         }
     }
 
-    /// Stops taking part; what was acknowledged is on the disk.
+    /// Stops taking part, and ends the calls that peers have open.
     pub(crate) async fn stop(&self) {
         if let Err(error) = self.raft.shutdown().await {
             tracing::warn!(%error, "raft did not stop cleanly");
         }
         self.follower.abort();
+    }
+
+    /// Writes out what the log still holds back.
+    pub(crate) async fn close(&self) {
         self.log.close().await;
     }
 }

@@ -8,9 +8,9 @@ use std::time::Duration;
 
 use baton_core::Net;
 use baton_core::limits::MESSAGE_BYTES_MAX;
+use baton_proto::v1::Blob;
 use baton_proto::v1::raft_client::RaftClient;
 use baton_proto::v1::raft_server;
-use baton_proto::v1::Blob;
 use futures::future::ready;
 use futures::{Stream, StreamExt};
 use openraft::alias::{SnapshotMetaOf, SnapshotOf, VoteOf};

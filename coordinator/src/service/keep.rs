@@ -8,8 +8,8 @@ use baton_core::limits::WORKER_LEASE_MS;
 use baton_core::{Incarnation, WorkerId};
 use tokio::time::{Instant, MissedTickBehavior};
 
-use super::{Shared, stopped};
 use super::lead::Leading;
+use super::{Shared, stopped};
 use crate::log::Identity;
 use crate::state::Command;
 
@@ -28,7 +28,7 @@ pub(super) async fn keep(shared: Arc<Shared>) {
             () = stopped(&mut stopping) => return,
             Ok(()) = standing.changed() => {}
             Ok(()) = changes.changed() => remember_cluster(&shared),
-            _ = rounds.tick() => round(&shared),
+            _ = rounds.tick() => round(&shared).await,
         }
         if let Err(error) = shared.lead.follow(&shared.node, &shared.cluster_proposed).await {
             tracing::debug!(%error, "does not lead yet");
@@ -36,7 +36,7 @@ pub(super) async fn keep(shared: Arc<Shared>) {
     }
 }
 
-fn round(shared: &Shared) {
+async fn round(shared: &Shared) {
     let now = Instant::now();
     let members_changed = {
         let ledger = shared.node.ledger();
@@ -46,6 +46,7 @@ fn round(shared: &Shared) {
     if members_changed {
         shared.tell_members();
     }
+    shared.node.save_when_long().await;
     let Some(leading) = shared.lead.now() else { return };
     for (worker, incarnation) in silent(shared, &leading, now) {
         tracing::warn!(%worker, %incarnation, "silent for a whole lease: fenced");

@@ -258,7 +258,7 @@ impl Shared {
     fn accepted(&self, index_wanted: bool) -> v1::HeartbeatAccepted {
         let leader = self.node.standing().borrow().leader;
         v1::HeartbeatAccepted {
-            leader: self.lead.now().is_some(),
+            leader: self.lead.now().is_some() && self.node.has_quorum(),
             lease_ms: WORKER_LEASE_MS,
             index_wanted,
             leader_node: leader.map_or(0, |leader| leader.0),
@@ -268,6 +268,9 @@ impl Shared {
 
     async fn assign(&self, ask: Ask) -> Result<v1::Assignment, Refusal> {
         self.leading().await?;
+        if let Some(assigned) = self.repeated(&ask) {
+            return Ok(granted(assigned));
+        }
         self.suspect(&ask);
         for _ in 0..PLACEMENTS_MAX {
             let decision = self.place(&ask).map_err(declined)?;
@@ -287,6 +290,12 @@ impl Shared {
             }
         }
         Err(unavailable("workers come and go faster than requests are placed"))
+    }
+
+    /// What this attempt was given when it was asked for before. It has been committed: that it is applied here says so.
+    fn repeated(&self, ask: &Ask) -> Option<Assigned> {
+        let now_ms = self.lead.stamp()?;
+        self.node.ledger().assignment(ask.request, ask.attempt, now_ms)
     }
 
     fn suspect(&self, ask: &Ask) {
@@ -321,7 +330,9 @@ impl Shared {
         {
             let ledger = self.node.ledger();
             let mut roster = self.roster();
-            for open in finished.iter().filter_map(|finished| Some((finished.request, ledger.request(finished.request)?))) {
+            for open in
+                finished.iter().filter_map(|finished| Some((finished.request, ledger.request(finished.request)?)))
+            {
                 let (request, open) = open;
                 roster.release(request, &open.decode.worker);
                 open.prefill.iter().for_each(|prefill| roster.release(request, &prefill.worker));

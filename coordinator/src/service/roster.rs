@@ -1,7 +1,7 @@
 //! What this node has heard: load, liveness and prefix index from heartbeats, gateways, and what the leader promised
 //! since. Soft state, the same on every node; never written to the log and never a proof of anything.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use baton_core::limits::WORKER_LEASE_MS;
@@ -39,15 +39,44 @@ pub(crate) struct Heard {
     pub(crate) at: Instant,
     slot: Slot,
     suspect: bool,
-    promises: VecDeque<Promise>,
+    promises: Promises,
 }
 
-/// An assignment that the worker may not have reported yet.
+/// Assignments that the worker may not have reported yet, and their sums.
+#[derive(Default)]
+struct Promises {
+    by_request: BTreeMap<RequestId, Promise>,
+    blocks: u64,
+    tokens: u64,
+}
+
 struct Promise {
-    request: RequestId,
     at: Instant,
     blocks: u64,
     tokens: u64,
+}
+
+impl Promises {
+    fn insert(&mut self, request: RequestId, promise: Promise) {
+        self.remove(request);
+        self.blocks += promise.blocks;
+        self.tokens += promise.tokens;
+        self.by_request.insert(request, promise);
+    }
+
+    fn remove(&mut self, request: RequestId) {
+        if let Some(promise) = self.by_request.remove(&request) {
+            self.blocks -= promise.blocks;
+            self.tokens -= promise.tokens;
+        }
+    }
+
+    /// Drops those that a report of now includes.
+    fn seen(&mut self, now: Instant) {
+        self.by_request.retain(|_, promise| promise.at + PROMISE_SEEN > now);
+        self.blocks = self.by_request.values().map(|promise| promise.blocks).sum();
+        self.tokens = self.by_request.values().map(|promise| promise.tokens).sum();
+    }
 }
 
 pub(crate) struct Gateway {
@@ -104,7 +133,7 @@ impl Roster {
         heard.member = beat.member;
         heard.at = now;
         heard.suspect = false;
-        heard.promises.retain(|promise| promise.at + PROMISE_SEEN > now);
+        heard.promises.seen(now);
         let slot = heard.slot;
         if reset {
             self.prefix.clear(slot);
@@ -137,7 +166,7 @@ impl Roster {
             at: now,
             slot: self.slots,
             suspect: false,
-            promises: VecDeque::new(),
+            promises: Promises::default(),
         };
         self.workers.entry(beat.worker.clone()).insert_entry(heard).into_mut()
     }
@@ -151,7 +180,9 @@ impl Roster {
     /// Forgets what no longer lives. True: the set of members changed.
     pub(crate) fn sweep(&mut self, ledger: &Ledger, now: Instant) -> bool {
         let replaced = |id: &WorkerId, heard: &Heard| match ledger.worker(id) {
-            Some(worker) => worker.incarnation > heard.incarnation || (worker.incarnation == heard.incarnation && !worker.live),
+            Some(worker) => {
+                worker.incarnation > heard.incarnation || (worker.incarnation == heard.incarnation && !worker.live)
+            }
             None => heard.at + GATEWAY_FORGET < now,
         };
         let gone: Vec<WorkerId> =
@@ -187,22 +218,23 @@ impl Roster {
     pub(crate) fn promise(&mut self, request: RequestId, decision: &Decision, now: Instant) {
         let local = decision.prefill.is_none();
         let decode_tokens = if local { decision.prefill_tokens } else { 0 };
-        self.promise_to(&decision.decode, Promise { request, at: now, blocks: decision.blocks, tokens: decode_tokens });
+        let promise = Promise { at: now, blocks: decision.blocks, tokens: decode_tokens };
+        self.promise_to(&decision.decode, request, promise);
         if let Some(prefill) = &decision.prefill {
-            self.promise_to(prefill, Promise { request, at: now, blocks: 0, tokens: decision.prefill_tokens });
+            self.promise_to(prefill, request, Promise { at: now, blocks: 0, tokens: decision.prefill_tokens });
         }
     }
 
-    fn promise_to(&mut self, (id, incarnation): &(WorkerId, Incarnation), promise: Promise) {
+    fn promise_to(&mut self, (id, incarnation): &(WorkerId, Incarnation), request: RequestId, promise: Promise) {
         if let Some(heard) = self.workers.get_mut(id).filter(|heard| heard.incarnation == *incarnation) {
-            heard.promises.push_back(promise);
+            heard.promises.insert(request, promise);
         }
     }
 
     /// The request is not on this worker, or no longer.
     pub(crate) fn release(&mut self, request: RequestId, worker: &WorkerId) {
         if let Some(heard) = self.workers.get_mut(worker) {
-            heard.promises.retain(|promise| promise.request != request);
+            heard.promises.remove(request);
         }
     }
 
@@ -229,14 +261,12 @@ impl Roster {
 impl Heard {
     /// Load as reported, plus the promises it cannot have seen.
     fn load_now(&self) -> Load {
-        let promised_blocks: u64 = self.promises.iter().map(|promise| promise.blocks).sum();
-        let promised_tokens: u64 = self.promises.iter().map(|promise| promise.tokens).sum();
         let available = self.load.blocks_free.saturating_add(self.load.blocks_cached);
         Load {
-            blocks_available: available.saturating_sub(promised_blocks),
+            blocks_available: available.saturating_sub(self.promises.blocks),
             running: u64::from(self.load.sequences_running),
-            waiting: u64::from(self.load.sequences_waiting) + self.promises.len() as u64,
-            tokens_waiting: self.load.tokens_waiting.saturating_add(promised_tokens),
+            waiting: u64::from(self.load.sequences_waiting) + self.promises.by_request.len() as u64,
+            tokens_waiting: self.load.tokens_waiting.saturating_add(self.promises.tokens),
             prefill_rate: self.load.prefill_tokens_per_s,
             draining: self.load.draining,
         }

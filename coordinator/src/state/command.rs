@@ -3,6 +3,8 @@
 use baton_core::{Epoch, Incarnation, Lane, NumericsClass, Place, Refused, RequestId, Role, WorkerId};
 use serde::{Deserialize, Serialize};
 
+use super::OpenRequest;
+
 /// One Raft entry: commands stamped with the leader's monotonic time.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Batch {
@@ -14,12 +16,20 @@ pub struct Batch {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Command {
     /// The first one names the cluster for ever; later ones learn the name.
-    Found { cluster: String },
+    Found {
+        cluster: String,
+    },
     Register(Registration),
     /// The worker's life has gone silent, or failed: its later words are refused.
-    Fence { worker: WorkerId, incarnation: Incarnation },
+    Fence {
+        worker: WorkerId,
+        incarnation: Incarnation,
+    },
     /// The worker ends this life by itself.
-    Leave { worker: WorkerId, incarnation: Incarnation },
+    Leave {
+        worker: WorkerId,
+        incarnation: Incarnation,
+    },
     /// Accept + assign. The key is (request, attempt).
     Assign(Box<Proposed>),
     Finish(Finished),
@@ -90,8 +100,12 @@ pub struct Finished {
 /// What became of one command.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Outcome {
-    Founded { cluster: String },
-    Registered { incarnation: Incarnation },
+    Founded {
+        cluster: String,
+    },
+    Registered {
+        incarnation: Incarnation,
+    },
     /// The life that was named is not live (any more).
     Gone,
     Assigned(Box<Assigned>),
@@ -101,7 +115,9 @@ pub enum Outcome {
     Refused(Refused),
     /// The request has ended, now or before.
     Ended,
-    Expired { requests: Vec<RequestId> },
+    Expired {
+        requests: Vec<RequestId>,
+    },
 }
 
 /// An assignment as the ledger granted it.
@@ -115,4 +131,18 @@ pub struct Assigned {
     /// Milliseconds left until the request's deadline.
     pub lease_ms: u64,
     pub explanation: String,
+}
+
+impl Assigned {
+    pub(super) fn new(request: RequestId, open: &OpenRequest, now_ms: u64) -> Assigned {
+        Assigned {
+            request,
+            attempt: open.attempt,
+            epoch: open.epoch,
+            decode: open.decode.clone(),
+            prefill: open.prefill.clone(),
+            lease_ms: open.deadline_ms.saturating_sub(now_ms),
+            explanation: open.explanation.clone(),
+        }
+    }
 }

@@ -79,6 +79,12 @@ impl Ledger {
         self.open.get(&id)
     }
 
+    /// The assignment in force, if it is that of this attempt.
+    pub fn assignment(&self, request: RequestId, attempt: u32, now_ms: u64) -> Option<Assigned> {
+        let open = self.open.get(&request).filter(|open| open.attempt == attempt)?;
+        Some(Assigned::new(request, open, now_ms))
+    }
+
     pub fn has_ended(&self, id: RequestId) -> bool {
         self.ended.contains(id)
     }
@@ -227,15 +233,7 @@ impl Ledger {
     }
 
     fn assigned(&self, request: RequestId, open: &OpenRequest) -> Outcome {
-        Outcome::Assigned(Box::new(Assigned {
-            request,
-            attempt: open.attempt,
-            epoch: open.epoch,
-            decode: open.decode.clone(),
-            prefill: open.prefill.clone(),
-            lease_ms: open.deadline_ms.saturating_sub(self.time_ms),
-            explanation: open.explanation.clone(),
-        }))
+        Outcome::Assigned(Box::new(Assigned::new(request, open, self.time_ms)))
     }
 
     fn finish(&mut self, finished: Finished) -> Outcome {

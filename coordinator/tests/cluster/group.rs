@@ -151,7 +151,12 @@ impl Client {
         }
     }
 
-    pub(crate) async fn beat(&mut self, id: &str, incarnation: u64, sequence: u64) -> Result<v1::HeartbeatAccepted, v1::Refusal> {
+    pub(crate) async fn beat(
+        &mut self,
+        id: &str,
+        incarnation: u64,
+        sequence: u64,
+    ) -> Result<v1::HeartbeatAccepted, v1::Refusal> {
         let load = v1::Load { blocks_total: 1000, blocks_free: 1000, ..Default::default() };
         self.beat_with(id, incarnation, sequence, load).await
     }
