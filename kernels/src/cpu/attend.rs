@@ -214,6 +214,8 @@ impl<D: Operands> Attend<'_, D> {
             for block in self.a.first(first) / BLOCK..=(first + tile.rows - 1) / BLOCK {
                 let end = (first + tile.rows).min((block + 1) * BLOCK);
                 self.lay_out::<L>(span, tile.kv_head, block * BLOCK..end, s);
+                let next = end..(first + tile.rows).min(end + BLOCK);
+                self.prefetch::<L>(span, tile.kv_head, next);
                 self.block::<L>(tile, first, block, s);
             }
             self.write::<L>(span, tile, s);
@@ -270,6 +272,22 @@ impl<D: Operands> Attend<'_, D> {
                         widen_row::<L>(to.cast(), values[step].cast::<u16>().add(d), count);
                     } else {
                         std::ptr::copy_nonoverlapping(values[step].add(d), to, count);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Asks for the next positions' keys and values, which lie scattered.
+    #[inline(always)]
+    unsafe fn prefetch<L: Lanes>(&self, span: &Span, kv_head: usize, positions: Range<usize>) {
+        unsafe {
+            let mut rows = [std::ptr::null(); BLOCK];
+            for half in [Half::Key, Half::Value] {
+                self.locate(span, kv_head, positions.clone(), half, &mut rows);
+                for row in &rows[..positions.len()] {
+                    for word in (0..self.plan.words).step_by(16) {
+                        L::prefetch(row.wrapping_add(word).cast());
                     }
                 }
             }

@@ -4,9 +4,6 @@ use super::isa::Isa;
 use super::lanes::{Kernel, Lanes};
 use crate::Profile;
 
-/// Bytes read ahead, as the matmul does.
-const AHEAD: usize = 4096;
-
 /// Reads all bytes once.
 pub(crate) fn read(bytes: &[u8]) -> f32 {
     // SAFETY: the best set is supported, and the bytes are a slice.
@@ -33,7 +30,6 @@ impl Kernel for Read<'_> {
             let mut sums = [L::splat(0.0); 4];
             for step in self.0.as_chunks::<256>().0 {
                 for (i, sum) in sums.iter_mut().enumerate() {
-                    L::prefetch::<true>(step.as_ptr().wrapping_add(AHEAD + 64 * i));
                     *sum = L::add(*sum, L::load(step.as_ptr().add(64 * i).cast()));
                 }
             }

@@ -46,9 +46,9 @@ pub(crate) trait Lanes: 'static {
     /// Sixteen words of each of sixteen rows, transposed; `to` has rows of 64 words.
     unsafe fn transpose(from: [*const u32; 16], to: *mut u32);
 
-    /// Asks for a line of memory, any address: into the nearest cache, or the one behind it.
+    /// Asks for a line of memory, any address, to come into L2.
     #[inline(always)]
-    unsafe fn prefetch<const NEAR: bool>(_: *const u8) {}
+    unsafe fn prefetch(_: *const u8) {}
 
     /// Lanes summed as `reference::tree`.
     unsafe fn sum(x: Self::F) -> f32;

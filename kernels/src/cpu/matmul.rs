@@ -23,8 +23,8 @@ const GROUP: usize = 192;
 const WIDEN_ROWS: usize = 40;
 /// Rows per tile at most: 6 × 4 vectors of sums leave 8 registers of 32.
 const TILE_ROWS: usize = 6;
-/// Bytes read ahead when each weight is used once.
-const AHEAD: usize = 4096;
+/// Bytes read ahead, into L2, when each weight is used once: nearer, or into L1, the line buffers run out.
+const AHEAD: usize = 16384;
 /// Sums of a row group: one for the chain at work, three for finished parts of the segment tree.
 const LEVELS: usize = 4;
 
@@ -179,7 +179,7 @@ impl Block {
                 let mut part = self;
                 part.x = self.x.add(row * self.x_stride);
                 part.y = self.y.add(row * self.y_stride);
-                // One tile streams into L1; many tiles together fetch the next block into L2, each its share.
+                // Tiles share the reading ahead evenly.
                 let (first, end) = (self.ahead.lines * tile / tiles, self.ahead.lines * (tile + 1) / tiles);
                 part.ahead.from = self.ahead.from.wrapping_add(first * 64);
                 match end - first {
@@ -239,10 +239,7 @@ impl Block {
             let (mut w, mut x, mut ahead) = (self.w, self.x, self.ahead.from);
             for _ in 0..self.steps {
                 for line in 0..LINES {
-                    match LINES {
-                        4 => L::prefetch::<true>(ahead.wrapping_add(line * 64)),
-                        _ => L::prefetch::<false>(ahead.wrapping_add(line * 64)),
-                    }
+                    L::prefetch(ahead.wrapping_add(line * 64));
                 }
                 ahead = ahead.wrapping_add(self.ahead.lines * 64);
                 D::step::<L, MR, NR>(&mut acc, w, x, self.x_stride);

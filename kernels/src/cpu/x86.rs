@@ -157,8 +157,8 @@ macro_rules! avx512_lanes {
                 unsafe { transpose_512(from, to) }
             }
             #[inline(always)]
-            unsafe fn prefetch<const NEAR: bool>(line: *const u8) {
-                unsafe { prefetch::<NEAR>(line) }
+            unsafe fn prefetch(line: *const u8) {
+                unsafe { _mm_prefetch::<_MM_HINT_T1>(line.cast()) }
             }
             #[inline(always)]
             unsafe fn sum(x: __m512) -> f32 {
@@ -356,8 +356,8 @@ impl Lanes for Avx2 {
         unsafe { super::lanes::Scalar::transpose(from, to) }
     }
     #[inline(always)]
-    unsafe fn prefetch<const NEAR: bool>(line: *const u8) {
-        unsafe { prefetch::<NEAR>(line) }
+    unsafe fn prefetch(line: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(line.cast()) }
     }
     #[inline(always)]
     unsafe fn sum(x: [__m256; 2]) -> f32 {
@@ -370,16 +370,6 @@ impl Lanes for Avx2 {
 }
 
 // SAFETY (of the helpers below): as for the trait's functions that call them.
-#[inline(always)]
-unsafe fn prefetch<const NEAR: bool>(line: *const u8) {
-    unsafe {
-        match NEAR {
-            true => _mm_prefetch::<_MM_HINT_T0>(line.cast()),
-            false => _mm_prefetch::<_MM_HINT_T1>(line.cast()),
-        }
-    }
-}
-
 #[inline(always)]
 unsafe fn power_of_two_256(t: __m256) -> __m256 {
     unsafe {
