@@ -1,4 +1,4 @@
-//! What a receiver has seen, as numbers for metrics.
+//! What receivers and links have seen, as numbers for metrics.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
@@ -60,7 +60,7 @@ impl Dropped {
     }
 }
 
-/// A snapshot. `granted` = `completed` + `failed` + those in flight.
+/// A receiver's snapshot. `granted` = `completed` + `failed` + those in flight.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
     pub granted: u64,
@@ -89,7 +89,49 @@ impl Counters {
     }
 }
 
-/// The counters as they are counted.
+/// A snapshot of the sending side. `tcp` + `local` = `committed` + `failed` + those in flight.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LinkCounters {
+    /// Transfers begun over a connection.
+    pub tcp: u64,
+    /// Transfers begun to a receiver of this process.
+    pub local: u64,
+    pub committed: u64,
+    pub failed: u64,
+    /// Key and value bytes of committed transfers.
+    pub bytes: u64,
+    /// Connections made.
+    pub connected: u64,
+    /// Attempts to connect that failed.
+    pub unconnected: u64,
+}
+
+#[derive(Default)]
+pub(crate) struct LinkCounts {
+    pub(crate) tcp: Count,
+    pub(crate) local: Count,
+    pub(crate) committed: Count,
+    pub(crate) failed: Count,
+    pub(crate) bytes: Count,
+    pub(crate) connected: Count,
+    pub(crate) unconnected: Count,
+}
+
+impl LinkCounts {
+    pub(crate) fn snapshot(&self) -> LinkCounters {
+        LinkCounters {
+            tcp: self.tcp.get(),
+            local: self.local.get(),
+            committed: self.committed.get(),
+            failed: self.failed.get(),
+            bytes: self.bytes.get(),
+            connected: self.connected.get(),
+            unconnected: self.unconnected.get(),
+        }
+    }
+}
+
+/// A receiver's counters as they are counted.
 #[derive(Default)]
 pub(crate) struct Counts {
     pub(crate) granted: Count,

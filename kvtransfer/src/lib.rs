@@ -20,7 +20,7 @@ mod receiver;
 mod sending;
 mod transfer;
 
-pub use counters::{Counters, Dropped};
+pub use counters::{Counters, Dropped, LinkCounters};
 pub use error::TransferError;
 pub use extent::Data;
 pub use grant::Grant;

@@ -10,20 +10,23 @@ use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
-use crate::connection::{Connection, connect};
+use crate::connection::{Connection, Greeted, connect};
+use crate::counters::{LinkCounters, LinkCounts};
 use crate::receiver::{Receiver, Shared};
 use crate::{Grant, Outgoing, TransferError, extent, wire};
 
 /// The links of one cache. Clones share them; they end with the last clone and the last transfer.
 #[derive(Clone)]
 pub struct Links {
-    pool: Arc<Pool>,
+    source: Arc<Source>,
 }
 
-pub(crate) struct Pool {
+/// What the links of one cache share.
+pub(crate) struct Source {
     net: Arc<dyn Net>,
     pub(crate) arena: Arc<Arena>,
     compatibility: String,
+    pub(crate) counts: Arc<LinkCounts>,
     links: Mutex<BTreeMap<String, Link>>,
     local: Mutex<BTreeMap<String, Arc<Shared>>>,
 }
@@ -32,42 +35,46 @@ impl Links {
     /// Links that read blocks of `arena`. `model` as for `Receiver::listen`.
     pub fn new(net: Arc<dyn Net>, arena: Arc<Arena>, model: &str) -> Links {
         let compatibility = wire::compatibility(arena.layout(), model);
-        let (links, local) = Default::default();
-        Links { pool: Arc::new(Pool { net, arena, compatibility, links, local }) }
+        let (counts, links, local) = Default::default();
+        Links { source: Arc::new(Source { net, arena, compatibility, counts, links, local }) }
     }
 
     /// Makes a receiver of this process known: transfers to its address do without a connection.
     pub fn add_local(&self, receiver: &Receiver) {
-        lock(&self.pool.local).insert(receiver.address(), receiver.shared());
+        lock(&self.source.local).insert(receiver.address(), receiver.shared());
     }
 
     /// Connects ahead of the first transfer; to be called when a receiver joins the cluster.
     pub fn connect(&self, address: &str) {
-        if !lock(&self.pool.local).contains_key(address) {
-            self.pool.link(address);
+        if !lock(&self.source.local).contains_key(address) {
+            self.source.link(address);
         }
     }
 
     /// Ends the link to a receiver that has left, and its transfers with it.
     pub fn disconnect(&self, address: &str) {
-        lock(&self.pool.links).remove(address);
-        lock(&self.pool.local).remove(address);
+        lock(&self.source.links).remove(address);
+        lock(&self.source.local).remove(address);
+    }
+
+    pub fn counters(&self) -> LinkCounters {
+        self.source.counts.snapshot()
     }
 
     /// Opens the transfer that `grant` allows. The receiver has accepted it when this returns.
     pub async fn open(&self, grant: Grant) -> Result<Outgoing, TransferError> {
-        self.pool.check(&grant)?;
-        let local = lock(&self.pool.local).get(&grant.address).cloned();
+        self.source.check(&grant)?;
+        let local = lock(&self.source.local).get(&grant.address).cloned();
         if let Some(receiver) = local {
-            self.pool.compare(&receiver.compatibility)?;
-            return Outgoing::to_local(self.pool.clone(), receiver, grant).await;
+            self.source.compare(&receiver.compatibility)?;
+            return Outgoing::to_local(self.source.clone(), receiver, grant).await;
         }
-        let connection = self.pool.connection(&grant.address).await?;
-        Outgoing::over_tcp(self.pool.clone(), connection, grant).await
+        let connection = self.source.connection(&grant.address).await?;
+        Outgoing::over_tcp(self.source.clone(), connection, grant).await
     }
 }
 
-impl Pool {
+impl Source {
     /// Whether blocks of this arena fit the granted ones.
     fn check(&self, grant: &Grant) -> Result<(), TransferError> {
         let (ours, theirs) = (self.arena.layout(), &grant.layout);
@@ -112,7 +119,7 @@ impl Pool {
         if links.len() >= HANDOFF_LINKS_MAX && !links.contains_key(address) {
             links.retain(|_, link| !matches!(&*link.state.borrow(), State::Down(_)));
         }
-        let make = || Link::new(self.net.clone(), address.to_string(), self.compatibility.clone());
+        let make = || Link::new(self, address);
         let link = links.entry(address.to_string()).or_insert_with(make);
         (link.state.clone(), link.wake.clone())
     }
@@ -132,11 +139,18 @@ enum State {
 }
 
 impl Link {
-    fn new(net: Arc<dyn Net>, address: String, compatibility: String) -> Link {
+    fn new(source: &Source, address: &str) -> Link {
         let (told, state) = watch::channel(State::Connecting);
         let wake = Arc::new(Notify::new());
-        let keeping = tokio::spawn(keep(net, address, compatibility, told, wake.clone()));
-        Link { state, wake, keeping }
+        let keeper = Keeper {
+            net: source.net.clone(),
+            address: address.to_string(),
+            compatibility: source.compatibility.clone(),
+            counts: source.counts.clone(),
+            state: told,
+            wake: wake.clone(),
+        };
+        Link { state, wake, keeping: tokio::spawn(keeper.keep()) }
     }
 }
 
@@ -146,42 +160,57 @@ impl Drop for Link {
     }
 }
 
-/// Keeps a link up: connects, serves, and connects again after a pause that grows; after too many failures in a row
-/// only when somebody asks for the link.
-async fn keep(
+/// Keeps a link up.
+struct Keeper {
     net: Arc<dyn Net>,
     address: String,
     compatibility: String,
+    counts: Arc<LinkCounts>,
     state: watch::Sender<State>,
     wake: Arc<Notify>,
-) {
-    let mut failures = 0;
-    loop {
-        let error = match connect(&*net, &address, &compatibility).await {
-            Ok(greeted) => {
-                failures = 0;
-                let live = Live(Arc::new(Connection::new(&address)));
-                state.send_replace(State::Up(live.0.clone()));
-                let cause = live.0.run(greeted).await;
-                live.0.fail(&cause);
-                TransferError::Lost { peer: address.clone(), cause }
-            }
-            Err(error) => error,
-        };
-        tracing::debug!(%error, failures, "link down");
-        state.send_replace(State::Down(error));
-        pause(failures, &wake).await;
-        failures += 1;
-        state.send_replace(State::Connecting);
-    }
 }
 
-async fn pause(failures: u32, wake: &Notify) {
-    if failures >= HANDOFF_CONNECTS_MAX {
-        return wake.notified().await;
+impl Keeper {
+    /// Connects, serves, and connects again after a pause that grows; after too many failures in a row only when
+    /// somebody asks for the link.
+    async fn keep(self) {
+        let mut failures = 0;
+        loop {
+            let error = match connect(&*self.net, &self.address, &self.compatibility).await {
+                Ok(greeted) => {
+                    failures = 0;
+                    self.serve(greeted).await
+                }
+                Err(error) => {
+                    self.counts.unconnected.add(1);
+                    error
+                }
+            };
+            tracing::debug!(%error, failures, "link down");
+            self.state.send_replace(State::Down(error));
+            self.pause(failures).await;
+            failures += 1;
+            self.state.send_replace(State::Connecting);
+        }
     }
-    let pause = (HANDOFF_BACKOFF_MS << failures.min(16)).min(HANDOFF_BACKOFF_MS_MAX);
-    let _ = timeout(Duration::from_millis(pause), wake.notified()).await;
+
+    /// One connection until it fails.
+    async fn serve(&self, greeted: Greeted) -> TransferError {
+        self.counts.connected.add(1);
+        let live = Live(Arc::new(Connection::new(&self.address)));
+        self.state.send_replace(State::Up(live.0.clone()));
+        let cause = live.0.run(greeted).await;
+        live.0.fail(&cause);
+        TransferError::Lost { peer: self.address.clone(), cause }
+    }
+
+    async fn pause(&self, failures: u32) {
+        if failures >= HANDOFF_CONNECTS_MAX {
+            return self.wake.notified().await;
+        }
+        let pause = (HANDOFF_BACKOFF_MS << failures.min(16)).min(HANDOFF_BACKOFF_MS_MAX);
+        let _ = timeout(Duration::from_millis(pause), self.wake.notified()).await;
+    }
 }
 
 /// A connection whose transfers fail when its task ends, however it ends.

@@ -10,7 +10,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 use crate::connection::{Connection, Frame};
 use crate::extent::{self, Data};
 use crate::link::{LinkId, Peer};
-use crate::links::Pool;
+use crate::links::Source;
 use crate::receiver::Shared;
 use crate::sending::Sending;
 use crate::transfer::Event;
@@ -22,13 +22,14 @@ pub type Committed = Summary;
 
 /// A transfer that the receiver has opened. Dropping it aborts the transfer.
 pub struct Outgoing {
-    pool: Arc<Pool>,
+    source: Arc<Source>,
     grant: Grant,
     digest: u128,
     deadline: Instant,
     path: Path,
     sending: Arc<Sending>,
     sent: Summary,
+    committed: bool,
 }
 
 /// How frames get to the receiver.
@@ -44,16 +45,16 @@ enum Path {
 
 impl Outgoing {
     pub(crate) async fn over_tcp(
-        pool: Arc<Pool>,
+        source: Arc<Source>,
         connection: Arc<Connection>,
         grant: Grant,
     ) -> Result<Outgoing, TransferError> {
         let sending = connection.enrol(grant.transfer)?;
-        Outgoing::new(pool, Path::Tcp(connection), sending, grant).open().await
+        Outgoing::new(source, Path::Tcp(connection), sending, grant).open().await
     }
 
     pub(crate) async fn to_local(
-        pool: Arc<Pool>,
+        source: Arc<Source>,
         receiver: Arc<Shared>,
         grant: Grant,
     ) -> Result<Outgoing, TransferError> {
@@ -63,13 +64,17 @@ impl Outgoing {
         };
         let link = receiver.join(peer);
         let path = Path::Local { receiver: receiver.clone(), link, data: Data::default() };
-        Outgoing::new(pool, path, sending, grant).open().await
+        Outgoing::new(source, path, sending, grant).open().await
     }
 
-    fn new(pool: Arc<Pool>, path: Path, sending: Arc<Sending>, grant: Grant) -> Outgoing {
+    fn new(source: Arc<Source>, path: Path, sending: Arc<Sending>, grant: Grant) -> Outgoing {
         let digest = grant.digest();
+        match &path {
+            Path::Tcp(_) => source.counts.tcp.add(1),
+            Path::Local { .. } => source.counts.local.add(1),
+        }
         let deadline = Instant::now() + Duration::from_millis(grant.deadline_ms.min(REQUEST_DEADLINE_MS));
-        Outgoing { pool, grant, digest, deadline, path, sending, sent: Summary::default() }
+        Outgoing { source, grant, digest, deadline, path, sending, sent: Summary::default(), committed: false }
     }
 
     async fn open(self) -> Result<Outgoing, TransferError> {
@@ -92,7 +97,7 @@ impl Outgoing {
     pub async fn send(&mut self, layer: usize, blocks: &[(usize, BlockId)]) -> Result<(), TransferError> {
         assert!(layer < self.grant.layout.layers as usize, "layer {layer} of {}", self.grant.layout.layers);
         for blocks in blocks.chunks(extent::extents_per_frame(&self.grant.layout)) {
-            let frame = Frame { arena: &self.pool.arena, grant: &self.grant, digest: self.digest, layer, blocks };
+            let frame = Frame { arena: &self.source.arena, grant: &self.grant, digest: self.digest, layer, blocks };
             let digest = match &mut self.path {
                 Path::Tcp(connection) => timeout_at(self.deadline, connection.send(&self.sending, frame))
                     .await
@@ -113,9 +118,13 @@ impl Outgoing {
     }
 
     /// Says that everything has been sent, and waits until the receiver has confirmed exactly that.
-    pub async fn commit(self) -> Result<Committed, TransferError> {
+    pub async fn commit(mut self) -> Result<Committed, TransferError> {
         self.tell(Body::Commit(self.sent))?;
-        timeout_at(self.deadline, self.sending.committed()).await.map_err(|_| TransferError::Deadline)?
+        let committed =
+            timeout_at(self.deadline, self.sending.committed()).await.map_err(|_| TransferError::Deadline)??;
+        self.committed = true;
+        self.source.counts.bytes.add(committed.bytes);
+        Ok(committed)
     }
 
     /// Gives up; the receiver frees its blocks.
@@ -153,6 +162,8 @@ impl Outgoing {
 impl Drop for Outgoing {
     fn drop(&mut self) {
         self.end(Aborted::Cancelled);
+        let counts = &self.source.counts;
+        if self.committed { &counts.committed } else { &counts.failed }.add(1);
         match &self.path {
             Path::Tcp(connection) => connection.strike(self.grant.transfer),
             Path::Local { receiver, link, .. } => receiver.leave(*link),

@@ -420,8 +420,10 @@ async fn ring(shared: Arc<Shared>) {
             continue;
         };
         if timeout_at(at, shared.alarm_set.notified()).await.is_err() {
-            shared.registry().alarms.remove(&(at, id));
-            shared.step(id, LinkId::NONE, Event::Alarm);
+            let still_set = shared.registry().alarms.remove(&(at, id));
+            if still_set {
+                shared.step(id, LinkId::NONE, Event::Alarm);
+            }
         }
     }
 }

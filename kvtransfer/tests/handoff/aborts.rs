@@ -140,6 +140,8 @@ async fn a_thousand_aborts(world: World) {
     until(|| world.held.count() == 0 && world.counters().held == 0).await;
     let counters = world.counters();
     assert_eq!((counters.granted, counters.failed, counters.completed), (1000, 1000, 0));
+    let sent = world.links.counters();
+    assert_eq!((sent.tcp + sent.local, sent.committed), (sent.failed, 0));
     let (grant, incoming) = world.grant_first(8);
     let mut outgoing = world.links.open(grant).await.unwrap();
     for layer in 0..3 {

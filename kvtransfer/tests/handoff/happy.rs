@@ -25,6 +25,8 @@ async fn arrives(world: &World) -> Result<(), TransferError> {
     let counters = world.counters();
     assert_eq!((counters.granted, counters.completed, counters.held), (1, 1, 0));
     assert_eq!(counters.dropped_total(), 0);
+    let sent = world.links.counters();
+    assert_eq!((sent.tcp + sent.local, sent.committed, sent.failed, sent.bytes), (1, 1, 0, received.bytes));
     Ok(())
 }
 

@@ -114,9 +114,17 @@ pub(crate) fn fill(arena: &Arena, rng: &mut Rng) {
     }
 }
 
-/// Waits until `condition` holds; the test's own time limit is what ends a wait in vain.
-pub(crate) async fn until(condition: impl Fn() -> bool) {
-    while !condition() {
-        tokio::task::yield_now().await;
+/// Waits until `condition` holds; fails after 20 s.
+#[track_caller]
+pub(crate) fn until(condition: impl Fn() -> bool) -> impl Future<Output = ()> {
+    let caller = std::panic::Location::caller();
+    async move {
+        for _ in 0..20_000 {
+            if condition() {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        panic!("waited in vain at {caller}");
     }
 }
