@@ -1,6 +1,6 @@
 //! Speeds of the kernels in the shapes of Qwen2.5-0.5B, as shares of the limits measured in between.
 //!
-//! `cargo run --release -p baton-kernels --example speed [threads] [f32acc|bf16dp] [matmul|attention|rows]`
+//! `cargo run --release -p baton-kernels --example speed [threads] [f32acc|bf16dp|best] [matmul|attention|rows]`
 
 use baton_core::{Arena, BlockLayout, KvDtype};
 use baton_kernels::limits::{best, matmul_flops, read_bandwidth};
@@ -14,9 +14,13 @@ const VOCABULARY: usize = 151_936;
 fn main() {
     let arguments: Vec<String> = std::env::args().collect();
     let threads = arguments.get(1).and_then(|text| text.parse().ok()).unwrap_or(2);
-    let profile = if arguments.get(2).is_some_and(|text| text == "f32acc") { Profile::F32Acc } else { Profile::best() };
+    let profile = match arguments.get(2).map(String::as_str) {
+        Some("f32acc") => Profile::F32Acc,
+        Some("bf16dp") => Profile::Bf16Dp,
+        _ => Profile::best(),
+    };
     let wanted = |part: &str| arguments.get(3).is_none_or(|text| text == part);
-    let cpu = Cpu::new(threads, profile).expect("Profile::best is supported");
+    let cpu = Cpu::new(threads, profile).expect("this machine runs the profile");
     println!("{} {profile} on {threads} threads", cpu.isa());
     if wanted("matmul") {
         matmuls(&cpu);
@@ -35,7 +39,6 @@ fn matmuls(cpu: &Cpu) {
     for rows in [1, 2, 4, 8, 16, 32] {
         matmul(cpu, "head", &head, rows, false);
     }
-    // Many copies in turn, so that weights come from memory as in a model of many layers.
     for rows in [128, 512, 2048] {
         matmul(cpu, "qkv", &qkv, rows, false);
         matmul(cpu, "gate_up", &gate_up, rows, false);

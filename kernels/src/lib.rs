@@ -2,7 +2,7 @@
 //! bits that depend on nothing but a row's own values: not on the batch around it, its chunking, or the thread count.
 //! `reference` defines those bits with plain loops; everything fast is tested against it.
 //!
-//! `unsafe` lives in memory.rs, packed.rs, kv.rs, pool.rs and cpu/.
+//! `unsafe` lives in bf16.rs, kv.rs, limits.rs, memory.rs, packed.rs, pool.rs, cpu.rs and cpu/.
 
 mod attention;
 mod bf16;
