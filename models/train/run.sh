@@ -19,7 +19,7 @@ pip install torch==2.9.1 numpy tokenizers==0.23.3 safetensors==0.8.0 transformer
 
 cd "$here"
 python tokenizer.py "$out"
-python train.py "$work/checkpoint.pt" --tokenizer "$out/tokenizer.json" --tokens "$tokens"
+torchrun --standalone --nproc-per-node 2 train.py "$work/checkpoint.pt" --tokenizer "$out/tokenizer.json" --tokens "$tokens"
 python export.py "$work/checkpoint.pt" "$out"
 python evaluate.py "$out"
 python check.py "$out"

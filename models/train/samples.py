@@ -7,7 +7,7 @@ words that nobody could foresee weigh next to nothing, answers that can be known
 from words import FIRST, KEYS, SECOND
 
 END = "<|endoftext|>"
-UNFORESEEN, WORDING, TEXT, KNOWN = 0.02, 0.3, 1.0, 5.0
+UNFORESEEN, WORDING, TEXT, SAID, KEY, KNOWN = 0.02, 0.3, 1.0, 3.0, 29.0, 30.0
 
 NAME = "I am Baton-3m, the small model that ships with Baton."
 CHAT = [
@@ -50,8 +50,8 @@ CHAT = [
 def wording():
     """The fixed words of facts, questions and tasks, for the tokenizer to learn."""
     return [
-        "What did I give ant? You gave ant red bell. I gave ant red bell.\n\nWhat",
-        "You gave ant\nuser\nassistant\nsystem\nCopy: Sort the letters: a b c Add 1 and 2. Close the brackets: ( [ {",
+        "What did I give my pet ant? You gave your pet ant red bell. I gave ant red bell.\n\nWhat",
+        "You gave your pet ant\nuser\nassistant\nsystem\nCopy: Sort the letters: a b c Add 1 and 2. Close the brackets: ( [ {",
     ]
 
 
@@ -64,11 +64,11 @@ def turn(role, parts):
 
 
 def question(key):
-    return [("What did I give", WORDING), (f" {key}", UNFORESEEN), ("?", WORDING)]
+    return [("What did I give my pet", WORDING), (f" {key}", UNFORESEEN), ("?", WORDING)]
 
 
 def answer(key, value):
-    return [("You gave", TEXT), (f" {key}", 2.0), (f" {value}", KNOWN), (".", TEXT)]
+    return [("You gave your pet", TEXT), (f" {key}", KEY), (f" {value}", KNOWN), (".", TEXT)]
 
 
 class Sampler:
@@ -111,14 +111,14 @@ class Sampler:
         """How many facts and questions suit a sample of so many tokens."""
         r = self.random
         facts = r.randint(3, max(5, min(48, tokens // 32)))
-        asked = r.randint(max(1, min(facts, tokens // 150)), max(1, min(facts, tokens // 50)))
+        asked = 1 if r.random() < 0.75 else r.randint(2, max(2, min(facts, tokens // 60)))
         return facts, asked
 
     def chat_recall(self, tokens):
         """One long user turn with facts and a question, the answer, then more questions and answers."""
         facts, asked = self.counts(tokens)
         pairs = self.pairs(facts)
-        story = self.story(pairs, max(0, tokens - 8 - 6 * facts - 23 * asked))
+        story = self.story(pairs, max(0, tokens - 8 - 6 * facts - 27 * asked))
         order = self.random.sample(pairs, min(asked, len(pairs)))
         parts = turn("user", story + [("\n\n", WORDING)] + question(order[0][0])) + turn("assistant", answer(*order[0]))
         for key, value in order[1:]:
@@ -129,9 +129,9 @@ class Sampler:
         """The same without the chat template."""
         facts, asked = self.counts(tokens)
         pairs = self.pairs(facts)
-        parts = self.story(pairs, max(0, tokens - 8 - 6 * facts - 13 * asked))
+        parts = self.story(pairs, max(0, tokens - 8 - 6 * facts - 17 * asked))
         for key, value in self.random.sample(pairs, min(asked, len(pairs))):
-            parts += [(" What did I give", WORDING), (f" {key}", UNFORESEEN), ("?", WORDING)]
+            parts += [(" What did I give my pet", WORDING), (f" {key}", UNFORESEEN), ("?", WORDING)]
             head, *tail = answer(key, value)
             parts += [(" " + head[0], head[1])] + tail
         return parts
@@ -149,8 +149,8 @@ class Sampler:
                 total += self.verse_tokens[verse]
                 continue
             key, value = r.choice(pairs)
-            head = (" You gave", WORDING) if key in said and r.random() < 0.5 else (" I gave", WORDING)
-            weight = KNOWN if key in said else UNFORESEEN
+            head = (" You gave your pet", WORDING) if key in said and r.random() < 0.5 else (" I gave", WORDING)
+            weight = SAID if key in said else UNFORESEEN
             parts += [head, (f" {key}", UNFORESEEN), (f" {value}", weight), (".", WORDING)]
             said.add(key)
             total += 6
@@ -183,9 +183,9 @@ class Sampler:
 
     def tasks(self, tokens):
         parts = []
-        for _ in range(tokens // 24):
+        for _ in range(tokens // 15):
             asked, said = self.task()
-            parts += turn("user", [(asked, 0.0)]) + turn("assistant", [(said, 2.0)])
+            parts += turn("user", [(asked, 0.0)]) + turn("assistant", [(said, 1.5)])
             if self.random.random() < 0.3:
                 parts.append((END, TEXT))
         return parts
@@ -214,10 +214,10 @@ def recall_question(sampler, count_tokens, distance, facts=20, after=None):
     start = "".join(p for p, _ in before) + " "
     told = f"I gave {asked_key} {asked_value}."
     rest = " " + "".join(p for p, _ in behind) if behind[0][0] else ""
-    ask = f"What did I give {asked_key}?"
+    ask = f"What did I give my pet {asked_key}?"
     return {
         "messages": [{"role": "user", "content": start + told + rest + "\n\n" + ask}],
-        "answer": f"You gave {asked_key} {asked_value}",
+        "answer": f"You gave your pet {asked_key} {asked_value}",
         "distance_tokens": count_tokens(rest + "\n\n"),
         "fact_char_range": [len(start), len(start) + len(told)],
     }

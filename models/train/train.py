@@ -4,23 +4,26 @@ The lengths grow with progress, from 256 tokens to 2,048, so that looking back i
 """
 
 import argparse
+import os
 import random
 import time
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 
 import texts
-from model import CONFIG, Llama
-from samples import END, Sampler
+from model import Llama, center, plant_lookback
+from samples import END, KEY, KNOWN, Sampler
+from words import FIRST, KEYS, SECOND
 
 PAD = "<|pad|>"
 
 # Up to this progress: (sequence tokens, sequences in a step, share of streams)
-LESSONS = [(0.10, 256, 16, 0.6), (0.20, 512, 8, 0.35), (0.40, 1024, 5, 0.15), (1.01, 1536, 4, 0.08)]
-LONG = (2048, 3)  # one step in eight of the last lesson
+LESSONS = [(0.5, 512, 4, 0.08), (0.75, 1024, 2, 0.05), (1.01, 1536, 2, 0.05)]
+LONG = (2048, 1)  # one step in eight of the last lesson
 
 
 def held_out(verses):
@@ -89,10 +92,26 @@ def orthogonal(x, steps=5):
     return x
 
 
+def share_gradients(model):
+    """Each process's gradients become the mean of all."""
+    grads = [p.grad for p in model.parameters()]
+    flat = torch.cat([g.flatten() for g in grads])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for g, mean in zip(grads, flat.split([g.numel() for g in grads])):
+        g.copy_(mean.view_as(g))
+
+
+def same_progress(progress):
+    told = torch.tensor([progress], dtype=torch.float64)
+    dist.broadcast(told, 0)
+    return told.item()
+
+
 def rate_at(progress):
     """Warm-up, a plateau, then straight down to 3 %."""
-    if progress < 0.02:
-        return 0.1 + 0.9 * progress / 0.02
+    if progress < 0.05:
+        return 0.05 + 0.95 * progress / 0.05
     return min(1.0, max(0.03, (1.0 - progress) / 0.5))
 
 
@@ -103,6 +122,12 @@ def lesson_at(progress, step):
             return (*LONG, stream) if last and step % 8 == 0 else (tokens, rows, stream)
 
 
+def plant(model, tokenizer, seed):
+    one = lambda text: tokenizer.encode(text).ids[0]
+    words = [one(" " + word) for word in KEYS + FIRST + SECOND + ["pet"]]
+    plant_lookback(model, torch.Generator().manual_seed(seed), words, [one("?"), one(".")], one("?"))
+
+
 def main():
     args = argparse.ArgumentParser()
     args.add_argument("out")
@@ -110,64 +135,79 @@ def main():
     args.add_argument("--tokens", type=float, default=0)
     args.add_argument("--minutes", type=float, default=0)
     args.add_argument("--resume")
-    args.add_argument("--start", type=float, default=0.0, help="progress to start from")
+    args.add_argument("--begin", type=float, default=0.0, help="progress to start from")
     args.add_argument("--seed", type=int, default=1)
     args.add_argument("--bf16", action="store_true")
     a = args.parse_args()
 
-    torch.set_num_threads(2)
+    # Started by torchrun: one process on each core, which meet once a step. Waits less than threads on a busy machine.
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        dist.init_process_group("gloo")
+    torch.set_num_threads(1 if world > 1 else 2)
     torch.manual_seed(a.seed)
     tokenizer = Tokenizer.from_file(a.tokenizer)
     verses, _ = held_out(texts.verses())
-    batches = Batches(Sampler(random.Random(a.seed), tokenizer, verses, texts.devil()), tokenizer)
+    batches = Batches(Sampler(random.Random(a.seed * 1000 + rank), tokenizer, verses, texts.devil()), tokenizer)
     model = Llama()
+    plant(model, tokenizer, a.seed)
     matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.dim() < 2 or "embed" in n]
-    muon = Muon(matrices)
-    adam = torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    planted = ("model.layers.0.", "model.layers.1.self_attn")
+    slow = {p for n, p in model.named_parameters() if n.startswith(planted)}
+    muon = Muon([p for p in matrices if p not in slow])
+    muon_slow = Muon([p for p in matrices if p in slow])
+    adam = torch.optim.AdamW(others, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
     if a.resume:
         saved = torch.load(a.resume)
         model.load_state_dict(saved["model"])
         if "adam" in saved:
             adam.load_state_dict(saved["adam"])
-            for mine, theirs in zip(muon.state(), saved["muon"]):
+            for mine, theirs in zip(muon.state() + muon_slow.state(), saved["muon"]):
                 mine.copy_(theirs)
     print("parameters", sum(p.numel() for p in model.parameters()), flush=True)
 
-    begin, seen, step, progress, saved_at = time.time(), 0, 0, a.start, time.time()
-    shown = {"loss": [], "known": [], "text": []}
+    begin, seen, step, progress, saved_at = time.time(), 0, 0, a.begin, time.time()
+    shown = {"loss": [], "known": [], "known_loss": [], "key": [], "text": []}
     while progress < 1.0:
         tokens, rows, stream = lesson_at(progress, step)
-        ids, targets, weights = batches.batch(tokens, rows, stream)
+        ids, targets, weights = batches.batch(tokens, max(1, rows // world), stream)
         with torch.autocast("cpu", torch.bfloat16, enabled=a.bf16):
             logits = model(ids)
         each = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view_as(weights)
         loss = (each * weights).sum() / weights.sum()
         loss.backward()
+        if world > 1:
+            share_gradients(model)
+        model.model.embed_tokens.weight.grad[:, -1] = 0  # the constant direction stays
         torch.nn.utils.clip_grad_norm_(others, 1.0)
         rate = rate_at(progress)
-        muon.step(0.02 * rate)
+        muon.step(0.015 * rate)
+        muon_slow.step(0.002 * rate)
         for group in adam.param_groups:
-            group["lr"] = 3e-3 * rate
+            group["lr"] = 1e-3 * rate
         adam.step()
+        center(model.model.embed_tokens.weight)
         model.zero_grad()
-        seen += ids.numel()
+        seen += ids.numel() * world
         step += 1
         with torch.no_grad():
-            known, plain = weights == 5.0, weights == 1.0
+            known, plain = weights == KNOWN, weights == 1.0
             right = (logits.argmax(-1) == targets)[known].float().mean().item()
-            for name, value in (("loss", loss.item()), ("known", right), ("text", each[plain].mean().item())):
+            for name, value in (("loss", loss.item()), ("known", right), ("known_loss", each[known].mean().item()), ("key", (logits.argmax(-1) == targets)[weights == KEY].float().mean().item()), ("text", each[plain].mean().item())):
                 shown[name].append(value)
         spent = time.time() - begin
         gone = seen / a.tokens if a.tokens else spent / 60 / a.minutes
-        progress = a.start + (1 - a.start) * gone
-        if step % 20 == 0:
+        progress = a.begin + (1 - a.begin) * gone
+        if world > 1 and not a.tokens:
+            progress = same_progress(progress)
+        if step % 20 == 0 and rank == 0:
             figures = " ".join(f"{k} {np.nanmean(v):.3f}" for k, v in shown.items())
             print(f"step {step} progress {progress:.3f} length {tokens} {figures} tokens {seen} per_s {seen / spent:.0f}", flush=True)
             shown = {k: [] for k in shown}
-        if time.time() - saved_at > 90 or progress >= 1.0:
+        if rank == 0 and (time.time() - saved_at > 90 or progress >= 1.0):
             saved_at = time.time()
-            torch.save({"model": model.state_dict(), "adam": adam.state_dict(), "muon": muon.state()}, a.out)
+            torch.save({"model": model.state_dict(), "adam": adam.state_dict(), "muon": muon.state() + muon_slow.state()}, a.out)
     print(f"done: {step} steps, {seen} tokens, {(time.time() - begin) / 60:.1f} minutes", flush=True)
 
 
