@@ -43,7 +43,7 @@ async fn main() {
 async fn measure(layout: BlockLayout, rounds: usize) {
     let blocks = TOTAL_BYTES / layout.block_bytes();
     let (source, target) = (Arc::new(Arena::new(layout, blocks)), Arc::new(Arena::new(layout, blocks)));
-    let noise: Vec<u8> = (0..layout.layer_bytes()).map(|i| (i * 31 >> 3) as u8).collect();
+    let noise: Vec<u8> = (0..layout.layer_bytes()).map(|i| ((i * 31) >> 3) as u8).collect();
     for (arena, block, layer) in [&source, &target]
         .into_iter()
         .flat_map(|arena| (0..blocks as u32).flat_map(move |b| (0..LAYERS as usize).map(move |l| (arena, b, l))))
