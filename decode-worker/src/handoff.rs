@@ -7,7 +7,7 @@ use baton_core::{Aborted, BlockHash, Place, Refused, TokenId};
 use baton_engine::{Blocks, Filled, Reserved};
 use baton_kvtransfer::TransferError;
 use baton_proto::convert::{prompt_logprobs_back, refusal};
-use baton_proto::v1::{Choice, PrefillRequest, Prefilled};
+use baton_proto::v1::{Choice, PrefillRequest, Prefilled, Refusal};
 use baton_worker::outlet::Phases;
 use baton_worker::{Assigned, grant, metrics};
 use tokio::time::timeout;
@@ -18,6 +18,9 @@ use crate::request::End;
 
 /// After a transfer broke, how long the prefill worker may take to say why; its word names the cause.
 const VERDICT: Duration = Duration::from_millis(500);
+
+/// A full cache may have room again when so much time has passed.
+const RETRY_AFTER_MS: u64 = 250;
 
 /// What a request brings to the engine.
 #[derive(Default)]
@@ -75,10 +78,14 @@ fn reserve(decode: &Decode, tokens: &[TokenId], held: Blocks) -> Result<Room, En
     let spec = &decode.shell.spec;
     let blocks = tokens.len().div_ceil(spec.layout.block_tokens as usize);
     if tokens.len() >= spec.positions_max || blocks > decode.shell.config.blocks {
+        metrics::count_refused(Refused::TooLarge);
         return Err(refusal(Refused::TooLarge, format!("{} tokens fit no sequence here", tokens.len())).into());
     }
     let reserved = decode.shell.engine.cache().reserve(blocks - held.len());
-    let reserved = reserved.map_err(|reason| refusal(reason, format!("{blocks} blocks are not free")))?;
+    let reserved = reserved.map_err(|reason| {
+        metrics::count_refused(reason);
+        Refusal { retry_after_ms: RETRY_AFTER_MS, ..refusal(reason, format!("{blocks} blocks are not free")) }
+    })?;
     Ok(Room { held, reserved })
 }
 

@@ -116,3 +116,55 @@ fn created(path: &Path) -> u64 {
     let since = modified.ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
     since.map_or(0, |since| since.as_secs())
 }
+
+#[cfg(test)]
+mod tests {
+    use baton_engine::testing::hash_spec;
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn the_model_that_ships_has_a_card() {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/baton-3m");
+        let card = read(&dir, &hash_spec()).unwrap();
+        assert_eq!((card.bos_token.as_str(), card.eos_token.as_str()), ("<|endoftext|>", "<|im_end|>"));
+        assert!(card.chat_template.contains("add_generation_prompt") && card.created_unix_s > 0 && !card.add_bos);
+        assert_eq!(card.hash, read(&dir, &hash_spec()).unwrap().hash);
+        assert_ne!(card.hash, read(&dir, &ModelSpec { vocab: 7, ..hash_spec() }).unwrap().hash);
+    }
+
+    #[test]
+    fn a_bad_directory_is_named_by_its_file() {
+        let check = |tokenizer: Option<&str>, expected: &str| {
+            let dir = folder();
+            if let Some(text) = tokenizer {
+                std::fs::write(dir.join("tokenizer.json"), text).unwrap();
+            }
+            let error = read(&dir, &hash_spec()).unwrap_err().to_string();
+            assert!(error.contains("tokenizer.json") && error.contains(expected), "{error}");
+            std::fs::remove_dir_all(&dir).unwrap();
+        };
+        check(None, "is missing");
+        check(Some("{"), "not valid JSON");
+    }
+
+    /// A folder of this test process alone.
+    fn folder() -> PathBuf {
+        let dir = std::env::temp_dir().join(format!("baton-card-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        dir
+    }
+
+    #[test]
+    fn templates_and_tokens_come_in_two_shapes() {
+        let named = json!([{"name": "tool", "template": "t"}, {"name": "default", "template": "d"}]);
+        assert_eq!(template(&named).as_deref(), Some("d"));
+        assert_eq!(template(&json!([{"name": "tool", "template": "t"}])).as_deref(), Some("t"));
+        assert_eq!(template(&json!("x")).as_deref(), Some("x"));
+        assert_eq!(template(&Value::Null), None);
+        assert_eq!(token(&json!({"content": "<s>"})), "<s>");
+        assert_eq!(token(&json!("<s>")), "<s>");
+        assert_eq!(token(&Value::Null), "");
+    }
+}

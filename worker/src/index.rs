@@ -92,8 +92,8 @@ mod tests {
         if changes.reset {
             node.clear();
         }
-        changes.removed.iter().for_each(|hash| drop(node.remove(&hash.0)));
-        changes.added.iter().for_each(|hash| drop(node.insert(hash.0)));
+        node.retain(|name| !changes.removed.contains(&BlockHash(*name)));
+        node.extend(changes.added.iter().map(|hash| hash.0));
     }
 
     proptest! {

@@ -20,7 +20,7 @@ use tonic::Streaming;
 use crate::cluster::{Cluster, Worker};
 
 /// One request and who is to serve it.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct Order {
     pub request: Request,
     pub choices: Vec<Choice>,
@@ -124,7 +124,7 @@ impl Gateway {
     /// Reads until `condition` holds for what the request was told.
     pub async fn until(&mut self, handle: u32, condition: impl Fn(&Told) -> bool) -> Told {
         while !condition(&self.told[&handle]) {
-            let message = timeout(Duration::from_secs(20), self.answers.message()).await;
+            let message = timeout(Duration::from_secs(60), self.answers.message()).await;
             let message = message.unwrap_or_else(|_| panic!("nothing more came: {:?}", self.told[&handle]));
             self.read(message.unwrap().expect("the stream goes on"));
         }

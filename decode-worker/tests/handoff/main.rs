@@ -6,4 +6,5 @@ mod gate;
 mod gateway;
 
 mod faults;
+mod recall;
 mod same_bytes;

@@ -1,8 +1,11 @@
 //! The same request gives the same tokens and the same logprobs wherever it is prefilled.
 
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+
 use baton_core::{Request, Sampling, TokenId};
 use baton_engine::testing::{ZeroBlock, hash_spec, request};
-use baton_engine::{Choice, HashBackend};
+use baton_engine::{Choice, EngineConfig, HashBackend};
 use baton_worker::LoadedModel;
 use baton_worker::testing::hash_model;
 
@@ -50,7 +53,7 @@ async fn prefilled_elsewhere_or_here() {
 
 #[tokio::test]
 async fn thirty_two_at_once() {
-    let cluster = Cluster::start(1, 1).await;
+    let cluster = Cluster::of(1, 1, EngineConfig { blocks: 2048, ..SIZES }, hash_model).await;
     let (prefill, decode) = (&cluster.prefills[0], &cluster.decodes[0]);
     let mut gateway = Gateway::connect(&cluster, decode).await;
     let order = |id: u32| {
@@ -180,6 +183,7 @@ async fn a_zeroed_block_is_noticed() {
     for block in 0..9 {
         let spoiled = || {
             let model = hash_model();
+            let block = Arc::new(AtomicUsize::new(block));
             LoadedModel { backend: Box::new(ZeroBlock { backend: model.backend, block }), ..model }
         };
         let cluster = Cluster::of(1, 1, SIZES, spoiled).await;

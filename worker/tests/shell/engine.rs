@@ -1,0 +1,128 @@
+//! The engine thread: notes in order, cancellation by drop, readers that do not read, and a backend that panics.
+
+use baton_core::Refused;
+use baton_engine::testing::{request, work};
+use baton_engine::{Backend, Batch, Event, Goal, Output, Work};
+use baton_worker::outlet::{Note, Outlet, Phases, outlet};
+use baton_worker::testing::{FakeCoordinator, hash_model};
+use baton_worker::{Admission, Error, LoadedModel, Running, Submission};
+
+use crate::{config, eventually, net, start, start_with};
+
+async fn worker() -> (FakeCoordinator, Running) {
+    let coordinator = FakeCoordinator::start(&net()).await.unwrap();
+    let worker = start(config(&[&coordinator])).await.unwrap();
+    (coordinator, worker)
+}
+
+fn submit(worker: &Running, work: Work, outlet: &Outlet) -> Result<Admission, Refused> {
+    let started = tokio::time::Instant::now();
+    let submission = Submission { work, outlet: outlet.clone(), tag: 5, phases: Phases::default(), started };
+    worker.shell().engine.submit(submission)
+}
+
+fn is_free(worker: &Running) -> bool {
+    let stats = worker.shell().engine.cache().stats();
+    stats.used == 0 && stats.in_flight == 0
+}
+
+#[tokio::test]
+async fn notes_come_in_order_one_message_a_step() {
+    let (_coordinator, worker) = worker().await;
+    let (outlet, mut inlet) = outlet(64);
+    let mut admission = submit(&worker, work(&request(1, &[1, 2, 3], 4)), &outlet).unwrap();
+    admission.ended().await;
+    drop((outlet, admission));
+    let mut told = String::new();
+    while let Some(notes) = inlet.next().await {
+        for (tag, note) in notes {
+            assert_eq!(tag, 5);
+            told.push(match note {
+                Note::Admitted(_) => 'a',
+                Note::Event(Event::Tokens { .. }) => 't',
+                Note::Event(Event::Finished { .. }) => 'f',
+                other => panic!("{other:?}"),
+            });
+        }
+        told.push('|');
+    }
+    assert_eq!(told, "a|t|t|t|tf|");
+    eventually("its blocks are free", || is_free(&worker)).await;
+}
+
+/// Each layer of each block is announced once, in order, and the blocks are held until the notes are dropped.
+#[tokio::test]
+async fn layers_are_announced_while_they_are_computed() {
+    let (_coordinator, worker) = worker().await;
+    let (outlet, mut inlet) = outlet(1024);
+    let prompt: Vec<u32> = (0..150).collect();
+    let goal = Goal::Prefill { skip_blocks: 2 };
+    let admission = submit(&worker, Work { goal, ..work(&request(1, &prompt, 4)) }, &outlet).unwrap();
+    let (mut announced, mut kept, mut done) = (Vec::new(), Vec::new(), false);
+    while !done {
+        for (_, note) in inlet.next().await.unwrap() {
+            match note {
+                Note::Layer { layer, export } => {
+                    announced.extend(export.blocks.iter().map(|(index, _)| (*index, layer)));
+                    kept.push(export);
+                }
+                Note::Event(Event::Prefilled { .. }) => done = true,
+                _ => {}
+            }
+        }
+    }
+    announced.sort_unstable();
+    let expected: Vec<(usize, usize)> = (2..38).flat_map(|block| [(block, 0), (block, 1)]).collect();
+    assert_eq!(announced, expected);
+    drop(admission);
+    assert_eq!(worker.shell().engine.cache().stats().used, 36);
+    drop(kept);
+    eventually("its blocks are free", || is_free(&worker)).await;
+}
+
+#[tokio::test]
+async fn dropping_an_admission_cancels() {
+    let (_coordinator, worker) = worker().await;
+    let (outlet, mut inlet) = outlet(1024);
+    let admission = submit(&worker, work(&request(1, &[1, 2, 3], 200)), &outlet).unwrap();
+    inlet.next().await.unwrap();
+    drop(admission);
+    eventually("its blocks are free", || is_free(&worker)).await;
+}
+
+/// Nobody reads: the work is cancelled, the reader learns it, and the engine goes on with other work.
+#[tokio::test]
+async fn a_reader_that_does_not_read_is_overrun() {
+    let (_coordinator, worker) = worker().await;
+    let (slow, mut unread) = outlet(2);
+    let mut first = submit(&worker, work(&request(1, &[1, 2, 3], 200)), &slow).unwrap();
+    let mut second = submit(&worker, work(&request(2, &[4], 200)), &slow).unwrap();
+    slow.overrun().await;
+    first.ended().await;
+    second.ended().await;
+    assert!(unread.is_overrun() && unread.next().await.is_none());
+    let (quick, mut inlet) = outlet(64);
+    submit(&worker, work(&request(3, &[1, 2, 3], 2)), &quick).unwrap().ended().await;
+    assert!(inlet.next().await.is_some());
+    eventually("its blocks are free", || is_free(&worker)).await;
+}
+
+struct Panics;
+
+impl Backend for Panics {
+    fn run(&mut self, _: &Batch, _: &mut dyn FnMut(usize)) -> Output {
+        panic!("the device is gone");
+    }
+}
+
+#[tokio::test]
+async fn a_backend_that_panics_ends_the_worker() {
+    let coordinator = FakeCoordinator::start(&net()).await.unwrap();
+    let model = LoadedModel { backend: Box::new(Panics), ..hash_model() };
+    let mut worker = start_with(config(&[&coordinator]), model).await.unwrap();
+    let (outlet, _inlet) = outlet(8);
+    submit(&worker, work(&request(1, &[1], 1)), &outlet).unwrap().ended().await;
+    assert!(matches!(worker.stopped().await, Err(Error::EngineDied)));
+    let again = submit(&worker, work(&request(2, &[1], 1)), &outlet);
+    assert!(again.is_err());
+}
