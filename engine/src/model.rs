@@ -107,72 +107,79 @@ impl CpuModel {
         self.layer_bytes() + self.head_bytes() + embedding
     }
 
-    /// Everything up to the final norm, which is left in `scratch.normed`.
-    fn forward(&mut self, batch: &Batch, layers: &mut dyn FnMut(usize)) {
+    /// Everything up to the final norm, whose rows are left in `scratch.normed`: one per row that is drawn from, which
+    /// are returned. The others are done when their last keys and values are written.
+    fn forward(&mut self, batch: &Batch, layers: &mut dyn FnMut(usize)) -> Vec<usize> {
         let CpuModel { cpu, config, weights, rope, scratch } = self;
-        let (rows, hidden, eps) = (batch.tokens.len(), config.hidden, config.eps);
-        let spans: Vec<Span> = batch.spans.iter().map(|span| kernel_span(batch, span)).collect();
-        let scale = 1.0 / (config.heads.head_dim as f32).sqrt();
-        let x = sized(&mut scratch.x, rows * hidden);
-        let normed = sized(&mut scratch.normed, rows * hidden);
-        let qkv = sized(&mut scratch.qkv, rows * config.heads.qkv_width());
-        let attended = sized(&mut scratch.attended, rows * config.heads.width());
-        let delta = sized(&mut scratch.delta, rows * hidden);
-        let gate_up = sized(&mut scratch.gate_up, rows * 2 * config.intermediate);
-        let gated = sized(&mut scratch.gated, rows * config.intermediate);
+        let (heads, eps, hidden) = (config.heads, config.eps, config.hidden);
+        let scale = 1.0 / (heads.head_dim as f32).sqrt();
+        let drawn = drawn_rows(&batch.draws);
+        let mut spans: Vec<Span> = batch.spans.iter().map(|span| kernel_span(batch, span)).collect();
+        let mut rows = batch.tokens.len();
 
+        let (x, normed) = (sized(&mut scratch.x, rows * hidden), sized(&mut scratch.normed, rows * hidden));
         cpu.embed(&weights.embedding, &batch.tokens, x);
         cpu.rms_norm(x, &weights.layers[0].attention_norm, eps, normed);
         for (index, layer) in weights.layers.iter().enumerate() {
-            let heads = config.heads;
+            let normed = sized(&mut scratch.normed, rows * hidden);
+            let qkv = sized(&mut scratch.qkv, rows * heads.qkv_width());
             matmul(cpu, normed, rows, &layer.qkv, &layer.qkv_bias, qkv);
             let (q_norm, k_norm) = (layer.q_norm.as_deref(), layer.k_norm.as_deref());
             let store = RopeStore { heads, layer: index, spans: &spans, rope, q_norm, k_norm, eps };
             cpu.rope_store(&store, qkv, batch.arena());
             layers(index);
-            let attention = Attention { heads, layer: index, spans: &spans, scale, window: layer.window };
-            cpu.attention(&attention, qkv, batch.arena(), attended);
-            matmul_segmented(cpu, attended, rows, &layer.out, &layer.out_bias, delta);
-            cpu.add_rms_norm(x, delta, &layer.mlp_norm, eps, normed);
-            matmul(cpu, normed, rows, &layer.gate_up, &layer.gate_up_bias, gate_up);
-            cpu.silu_mul(gate_up, config.intermediate, gated);
-            matmul_segmented(cpu, gated, rows, &layer.down, &layer.down_bias, delta);
-            let next = weights.layers.get(index + 1).map_or(&weights.norm, |next| &next.attention_norm);
-            cpu.add_rms_norm(x, delta, next, eps, normed);
-        }
-    }
-
-    /// Reads the draws off the logits of their rows, a few rows at a time.
-    fn draw(&mut self, draws: &[Draw]) -> Vec<SampledToken> {
-        let mut drawn = Vec::with_capacity(draws.len());
-        let mut rest = draws;
-        while !rest.is_empty() {
-            let rows = leading_rows(rest);
-            let count = rest.partition_point(|draw| draw.row <= rows[rows.len() - 1]);
-            let logits = self.logits(&rows);
-            let vocab = logits.len() / rows.len();
-            for draw in &rest[..count] {
-                let at = rows.partition_point(|row| *row < draw.row);
-                drawn.push(sampling::draw(&self.cpu, &mut self.scratch.logits[at * vocab..][..vocab], draw));
+            if index + 1 == weights.layers.len() && drawn.len() < rows {
+                spans = keep_spans(&spans, &drawn);
+                keep_rows(&mut scratch.qkv, &drawn, heads.qkv_width());
+                keep_rows(&mut scratch.x, &drawn, hidden);
+                rows = drawn.len();
             }
-            rest = &rest[count..];
+            if rows == 0 {
+                break;
+            }
+            let attention = Attention { heads, layer: index, spans: &spans, scale, window: layer.window };
+            let qkv = sized(&mut scratch.qkv, rows * heads.qkv_width());
+            let attended = sized(&mut scratch.attended, rows * heads.width());
+            cpu.attention(&attention, qkv, batch.arena(), attended);
+            let next = weights.layers.get(index + 1).map_or(&weights.norm, |next| &next.attention_norm);
+            mix(cpu, config, layer, next, rows, scratch);
         }
         drawn
     }
 
-    /// Logits of some rows of the batch just run: (row, vocab).
-    fn logits(&mut self, rows: &[usize]) -> &mut [f32] {
+    /// Reads the draws off the logits of their rows, a few rows at a time. `drawn` are the rows that are left.
+    fn draw(&mut self, draws: &[Draw], drawn: &[usize]) -> Vec<SampledToken> {
         let CpuModel { cpu, config, weights, scratch, .. } = self;
-        let hidden = config.hidden;
-        // The residual stream is not needed any more.
-        let picked = sized(&mut scratch.delta, rows.len() * hidden);
-        for (to, row) in picked.chunks_exact_mut(hidden).zip(rows) {
-            to.copy_from_slice(&scratch.normed[row * hidden..][..hidden]);
+        let mut tokens = Vec::with_capacity(draws.len());
+        let mut rest = draws.iter().peekable();
+        for (chunk, rows) in drawn.chunks(LOGIT_ROWS).enumerate() {
+            let logits = sized(&mut scratch.logits, rows.len() * config.vocab);
+            let normed = &scratch.normed[chunk * LOGIT_ROWS * config.hidden..][..rows.len() * config.hidden];
+            cpu.matmul(normed, rows.len(), &weights.head, logits);
+            for (row, logits) in rows.iter().zip(logits.chunks_exact_mut(config.vocab)) {
+                while let Some(draw) = rest.next_if(|draw| draw.row == *row) {
+                    tokens.push(sampling::draw(cpu, logits, draw));
+                }
+            }
         }
-        let logits = sized(&mut scratch.logits, rows.len() * config.vocab);
-        cpu.matmul(picked, rows.len(), &weights.head, logits);
-        logits
+        tokens
     }
+}
+
+/// The second half of a layer: attention's output and the MLP into the residual stream, then the norm before what comes
+/// next.
+fn mix(cpu: &Cpu, config: &ModelConfig, layer: &Layer, next: &[f32], rows: usize, scratch: &mut Scratch) {
+    let (hidden, wide, eps) = (config.hidden, config.intermediate, config.eps);
+    let (x, normed) = (sized(&mut scratch.x, rows * hidden), sized(&mut scratch.normed, rows * hidden));
+    let attended = sized(&mut scratch.attended, rows * config.heads.width());
+    let delta = sized(&mut scratch.delta, rows * hidden);
+    let (gate_up, gated) = (sized(&mut scratch.gate_up, rows * 2 * wide), sized(&mut scratch.gated, rows * wide));
+    matmul_segmented(cpu, attended, rows, &layer.out, &layer.out_bias, delta);
+    cpu.add_rms_norm(x, delta, &layer.mlp_norm, eps, normed);
+    matmul(cpu, normed, rows, &layer.gate_up, &layer.gate_up_bias, gate_up);
+    cpu.silu_mul(gate_up, wide, gated);
+    matmul_segmented(cpu, gated, rows, &layer.down, &layer.down_bias, delta);
+    cpu.add_rms_norm(x, delta, next, eps, normed);
 }
 
 impl Backend for CpuModel {
@@ -181,23 +188,35 @@ impl Backend for CpuModel {
             return Output::default();
         }
         batch.copy_shared_blocks();
-        self.forward(batch, layers);
-        Output { drawn: self.draw(&batch.draws) }
+        let drawn = self.forward(batch, layers);
+        Output { drawn: self.draw(&batch.draws, &drawn) }
     }
 }
 
-/// The first `LOGIT_ROWS` different rows of draws that are sorted by row.
-fn leading_rows(draws: &[Draw]) -> Vec<usize> {
-    let mut rows: Vec<usize> = Vec::with_capacity(LOGIT_ROWS);
-    for draw in draws {
-        if rows.last() != Some(&draw.row) {
-            if rows.len() == LOGIT_ROWS {
-                break;
-            }
-            rows.push(draw.row);
+/// The different rows of draws that are sorted by row.
+fn drawn_rows(draws: &[Draw]) -> Vec<usize> {
+    let mut rows: Vec<usize> = draws.iter().map(|draw| draw.row).collect();
+    rows.dedup();
+    rows
+}
+
+/// Moves the rows that are kept, which are sorted, to the front.
+fn keep_rows(buffer: &mut [f32], kept: &[usize], width: usize) {
+    for (to, from) in kept.iter().enumerate() {
+        buffer.copy_within(from * width..(from + 1) * width, to * width);
+    }
+}
+
+/// Spans of the rows that are kept, once they lie one behind the other.
+fn keep_spans<'a>(spans: &[Span<'a>], kept: &[usize]) -> Vec<Span<'a>> {
+    let mut left = kept.iter().enumerate().peekable();
+    let mut found = Vec::with_capacity(kept.len());
+    for span in spans {
+        while let Some((row, from)) = left.next_if(|(_, from)| **from < span.row + span.rows) {
+            found.push(Span { row, rows: 1, position: span.position + from - span.row, blocks: span.blocks });
         }
     }
-    rows
+    found
 }
 
 fn kernel_span<'a>(batch: &'a Batch, span: &crate::batch::Span) -> Span<'a> {

@@ -63,9 +63,11 @@ impl Model {
 
     /// Blocks that a guard gives back, in its order.
     fn gave_back(&mut self, ids: &[BlockId]) {
-        for id in ids.iter().rev() {
+        for (at, id) in ids.iter().enumerate().rev() {
             let indexed = self.index.iter().any(|entry| entry.1 == *id);
-            if indexed && self.holders(*id) == 0 && !self.cached.contains(id) {
+            // A guard may hold a block twice.
+            let last = !ids[..at].contains(id) && self.holders(*id) == 0;
+            if indexed && last && !self.cached.contains(id) {
                 self.cached.push(*id);
             }
         }

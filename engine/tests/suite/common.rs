@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use baton_core::{BlockId, Finish, RequestId, SampledToken, TokenId};
+use baton_core::{Finish, RequestId, SampledToken, TokenId};
 use baton_engine::testing::{TinyModel, hash_spec};
 use baton_engine::{
     Backend, Blocks, Engine, EngineConfig, Event, Filled, LoadOptions, Loaded, ModelSpec, Usage, Work, load,
@@ -95,42 +95,50 @@ pub(crate) fn prompt(seed: u64, len: usize, vocab: usize) -> Vec<TokenId> {
     (0..len).map(|_| rng.below(vocab as u64) as TokenId).collect()
 }
 
-/// What a prefill hands over, with the blocks as they lie in its arena.
+/// What a prefill hands over, with the bytes of its blocks as they were when each layer was announced.
 pub(crate) struct Handed {
     pub(crate) first: Vec<(u32, SampledToken)>,
     pub(crate) prompt_logprobs: Vec<Option<SampledToken>>,
     pub(crate) tokens: usize,
-    pub(crate) exported: Vec<(usize, BlockId)>,
+    /// Keeps the blocks, as a worker does until the handoff is done.
     pub(crate) blocks: Blocks,
+    /// (index in the sequence, layer, bytes), in the order of announcement.
+    announced: Vec<(usize, usize, Vec<u8>)>,
 }
 
-/// Prefills on `engine` and collects the exports as the worker would.
+/// Prefills on `engine` and sends each layer of each announced block at once, as the worker does.
 pub(crate) fn prefill(engine: &mut Engine, backend: &mut dyn Backend, work: Work) -> Handed {
     engine.admit(work).expect("room");
-    let (mut exported, mut events) = (Vec::new(), Vec::new());
+    let (mut announced, mut events) = (Vec::new(), Vec::new());
     while let Some(batch) = engine.plan() {
-        let output = backend.run(&batch, &mut |_| {});
-        exported.extend(batch.exports().iter().flat_map(|export| export.blocks.clone()));
+        let arena = batch.arena();
+        let output = backend.run(&batch, &mut |layer| {
+            for (index, block) in batch.exports().iter().flat_map(|export| &export.blocks) {
+                let mut bytes = vec![0; arena.layout().layer_bytes()];
+                // SAFETY: the export's guard holds the block.
+                unsafe { arena.read_layer(block.index, layer, &mut bytes) };
+                announced.push((*index, layer, bytes));
+            }
+        });
         engine.commit(batch, output, &mut events);
     }
     let Some(Event::Prefilled { first, prompt_logprobs, blocks, tokens, .. }) = events.pop() else {
         panic!("no handoff")
     };
-    Handed { first, prompt_logprobs, tokens, exported, blocks }
+    Handed { first, prompt_logprobs, tokens, blocks, announced }
 }
 
-/// Copies the exported blocks into blocks of another engine, after the `skip` that it has already.
-pub(crate) fn carry(from: &Engine, to: &Engine, handed: &Handed, mut held: Blocks) -> Filled {
-    let skip = held.len();
-    let indices: Vec<usize> = handed.exported.iter().map(|block| block.0).collect();
-    assert_eq!(indices, (skip..handed.blocks.len()).collect::<Vec<_>>(), "each block announced once, in order");
-    let reserved = to.cache().reserve(indices.len()).expect("room");
-    let bytes = from.cache().arena().layout().block_bytes();
-    for ((_, source), target) in handed.exported.iter().zip(reserved.ids()) {
-        let (from, to) = (from.cache().arena().block(source.index), to.cache().arena().block(target.index));
-        // SAFETY: `handed` holds the source, `reserved` the target.
-        unsafe { std::ptr::copy_nonoverlapping(from, to, bytes) };
+/// Writes what was announced into blocks of another engine, behind those in `held` that it has already.
+pub(crate) fn carry(to: &Engine, handed: &Handed, mut held: Blocks) -> Filled {
+    let (skip, layout) = (held.len(), to.spec().layout);
+    let reserved = to.cache().reserve(handed.blocks.len() - skip).expect("room");
+    let mut written = std::collections::BTreeSet::new();
+    for (index, layer, bytes) in &handed.announced {
+        assert!(written.insert((*index, *layer)), "each block is announced once");
+        // SAFETY: `reserved` holds the block.
+        unsafe { to.cache().arena().write_layer(reserved.ids()[index - skip].index, *layer, bytes) };
     }
+    assert_eq!(written.len(), reserved.ids().len() * layout.layers as usize, "all blocks are announced");
     held.append(reserved.fill(&[]));
     let (first, prompt_logprobs) = (handed.first.clone(), handed.prompt_logprobs.clone());
     Filled { blocks: held, tokens: handed.tokens, first, prompt_logprobs }

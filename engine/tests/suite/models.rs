@@ -117,7 +117,7 @@ fn handed_over_equals_local() {
             let (mut here, mut there) = (model_engine(&spec, config), model_engine(&spec, config));
             let goal = Goal::Prefill { skip_blocks: 0 };
             let handed = prefill(&mut here, &mut model, Work { choices: all.clone(), goal, ..work(&request) });
-            let filled = Some(carry(&here, &there, &handed, there.cache().lookup(&[])));
+            let filled = Some(carry(&there, &handed, there.cache().lookup(&[])));
             there.admit(Work { choices: all, filled, ..work(&request) }).expect("room");
             let found = Choices::of(drain(&mut there, &mut model));
             for choice in 0..choices {

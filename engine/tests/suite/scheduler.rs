@@ -138,7 +138,8 @@ fn handed_over_equals_local() {
             local.admit(work(&request)).expect("room");
             let expected = Choices::of(drain(&mut local, &mut backend())).ids(1, 0);
 
-            let (mut here, mut there) = (hash_engine(CONFIG), hash_engine(CONFIG));
+            let mut here = hash_engine(EngineConfig { batch_tokens_max: 3, ..CONFIG });
+            let mut there = hash_engine(CONFIG);
             there.admit(work(&Request { tokens_max: 1, ..request.clone() })).expect("room");
             drain(&mut there, &mut backend());
             let hashes = baton_core::BlockHash::chain("salt", &prompt, 4);
@@ -148,7 +149,7 @@ fn handed_over_equals_local() {
             let prefill_work =
                 Work { choices: choices.clone(), goal: Goal::Prefill { skip_blocks: skip }, ..work(&request) };
             let handed = prefill(&mut here, &mut backend(), prefill_work);
-            let filled = Some(carry(&here, &there, &handed, held));
+            let filled = Some(carry(&there, &handed, held));
             drop(handed);
             assert_idle(&here);
             there.admit(Work { choices, filled, ..work(&request) }).expect("room");
@@ -167,7 +168,7 @@ fn first_tokens_need_no_step() {
     let (mut here, mut there) = (hash_engine(CONFIG), hash_engine(CONFIG));
     let goal = Goal::Prefill { skip_blocks: 0 };
     let handed = prefill(&mut here, &mut backend(), Work { goal, ..work(&request) });
-    let filled = Some(carry(&here, &there, &handed, there.cache().lookup(&[])));
+    let filled = Some(carry(&there, &handed, there.cache().lookup(&[])));
     there.admit(Work { filled, ..work(&request) }).expect("room");
     let mut events = Vec::new();
     there.take_events(&mut events);
@@ -234,9 +235,11 @@ fn cancel_frees_everything() {
                 step(&mut engine, &mut backend(), &mut events);
             }
             let batch = if during { engine.plan() } else { None };
+            let used = engine.cache().stats().used;
             engine.cancel(RequestId(1));
             engine.cancel(RequestId(1));
             if let Some(batch) = batch {
+                assert_eq!(engine.cache().stats().used, used, "the backend writes these blocks");
                 let output = Backend::run(&mut backend(), &batch, &mut |_| {});
                 engine.commit(batch, output, &mut events);
             }
