@@ -281,3 +281,92 @@ fn unheard(blocks_total: u64) -> Load {
 fn blocks(member: &v1::Member) -> u64 {
     member.model.as_ref().map_or(0, |model| model.blocks_total)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state::{Batch, Command, Outcome, Registration};
+
+    fn beat(incarnation: u64, sequence: u64, added: Vec<BlockHash>) -> Beat {
+        let load = v1::Load { blocks_free: 100, ..Default::default() };
+        let (worker, incarnation) = (WorkerId("d".into()), Incarnation(incarnation));
+        Beat { worker, incarnation, sequence, load, member: v1::Member::default(), added, removed: vec![] }
+    }
+
+    /// A ledger with the one worker `d`, and its incarnation.
+    fn ledger() -> (Ledger, Incarnation) {
+        let registration = Registration {
+            worker: WorkerId("d".into()),
+            role: baton_core::Role::Decode,
+            address: "d:1".into(),
+            pid: 1,
+            version: String::new(),
+            model: crate::state::Model { blocks_total: 100, ..Default::default() },
+            process_key: "k".into(),
+        };
+        let mut ledger = Ledger::default();
+        let batch = Batch { time_ms: 0, commands: vec![Command::Register(registration)] };
+        match ledger.apply(1, batch).pop() {
+            Some(Outcome::Registered { incarnation }) => (ledger, incarnation),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[tokio::test]
+    async fn older_heartbeats_are_refused_and_a_gap_asks_for_the_whole_index() {
+        let (mut roster, now) = (Roster::new(), Instant::now());
+        assert_eq!(roster.beat(beat(5, 1, vec![]), now), Ok(false));
+        assert_eq!(roster.beat(beat(5, 1, vec![]), now), Err(Old));
+        assert_eq!(roster.beat(beat(4, 9, vec![]), now), Err(Old));
+        assert_eq!(roster.beat(beat(5, 3, vec![]), now), Ok(true));
+        let mut reset = beat(5, 7, vec![]);
+        reset.load.index_reset = true;
+        assert_eq!(roster.beat(reset, now), Ok(false));
+        assert_eq!(roster.beat(beat(6, 1, vec![]), now), Ok(false), "a later life starts anew");
+        assert_eq!(roster.beat(beat(7, u64::MAX, vec![]), now), Ok(true));
+        assert_eq!(roster.beat(beat(7, u64::MAX, vec![]), now), Err(Old));
+    }
+
+    #[tokio::test]
+    async fn promises_count_until_they_are_reported_or_released() {
+        let (ledger, incarnation) = ledger();
+        let (mut roster, start) = (Roster::new(), Instant::now());
+        roster.beat(beat(incarnation.0, 1, vec![]), start).unwrap();
+        let decision = Decision {
+            decode: (WorkerId("d".into()), incarnation),
+            prefill: None,
+            blocks: 10,
+            prefill_tokens: 160,
+            explanation: String::new(),
+        };
+        let load = |roster: &Roster| roster.candidates(&ledger, &[])[0].load;
+        let seen = |load: Load| (load.blocks_available, load.waiting, load.tokens_waiting);
+        (1..=3).for_each(|request| roster.promise(RequestId(request), &decision, start));
+        roster.promise(RequestId(3), &decision, start);
+        assert_eq!(seen(load(&roster)), (70, 3, 480));
+        roster.release(RequestId(2), &WorkerId("d".into()));
+        assert_eq!(seen(load(&roster)), (80, 2, 320));
+        roster.beat(beat(incarnation.0, 2, vec![]), start).unwrap();
+        assert_eq!(seen(load(&roster)), (80, 2, 320), "too young to be part of the report");
+        roster.beat(beat(incarnation.0, 3, vec![]), start + PROMISE_SEEN).unwrap();
+        assert_eq!(seen(load(&roster)), (100, 0, 0));
+    }
+
+    #[tokio::test]
+    async fn prefix_hits_and_suspicion_belong_to_one_life() {
+        let (ledger, incarnation) = ledger();
+        let (mut roster, now) = (Roster::new(), Instant::now());
+        let chain = BlockHash::chain("", &(0..64).collect::<Vec<_>>(), 16);
+        let candidate = |roster: &Roster| {
+            let candidate = roster.candidates(&ledger, &chain).remove(0);
+            (candidate.hits, candidate.suspect)
+        };
+        roster.beat(beat(incarnation.0, 1, chain[..3].to_vec()), now).unwrap();
+        roster.suspect(&WorkerId("d".into()), incarnation);
+        assert_eq!(candidate(&roster), (3, true));
+        roster.beat(beat(incarnation.0, 2, vec![]), now).unwrap();
+        assert_eq!(candidate(&roster), (3, false));
+        roster.beat(beat(incarnation.0 + 1, 1, vec![]), now).unwrap();
+        assert_eq!(candidate(&roster), (0, false), "the ledger's life is not the one heard last");
+    }
+}

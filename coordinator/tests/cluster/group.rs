@@ -176,6 +176,14 @@ impl Client {
         }
     }
 
+    pub(crate) async fn watch(&mut self) -> tonic::Streaming<v1::ClusterView> {
+        self.0.watch(v1::WatchRequest {}).await.unwrap().into_inner()
+    }
+
+    pub(crate) async fn assign_raw(&mut self, request: v1::AssignRequest) -> Result<v1::AssignReply, tonic::Status> {
+        self.0.assign(request).await.map(tonic::Response::into_inner)
+    }
+
     pub(crate) async fn assign(&mut self, request: v1::AssignRequest) -> Result<v1::Assignment, v1::Refusal> {
         match self.0.assign(request).await.unwrap().into_inner().outcome.unwrap() {
             v1::assign_reply::Outcome::Assignment(assignment) => Ok(assignment),
