@@ -8,7 +8,7 @@ use std::sync::Arc;
 use baton_core::{Aborted, Refused, RequestId, SampledToken, TokenId};
 
 use crate::cache::Cache;
-use crate::sequence::{Rank, Sequence};
+use crate::sequence::{Branch, Rank, Sequence};
 use crate::spec::{EngineConfig, ModelSpec};
 use crate::work::{Event, Filled, Goal, Load, Usage, Work};
 
@@ -151,29 +151,34 @@ impl Engine {
         let room = filled.blocks.len() * self.block_tokens();
         assert!(filled.tokens <= room, "{} positions in blocks for {room}", filled.tokens);
         trunk.admitted = true;
-        if trunk.wants_prompt_logprobs && filled.prompt_logprobs.is_empty() {
-            return self.enqueue(trunk);
-        }
         if trunk.wants_prompt_logprobs {
+            if filled.prompt_logprobs.is_empty() {
+                // Only computing the prompt again can tell them.
+                return self.enqueue(trunk);
+            }
             let request = trunk.request.id;
             self.ready.push(Event::PromptLogprobs { request, tokens: filled.prompt_logprobs });
             trunk.wants_prompt_logprobs = false;
         }
         trunk.computed = filled.tokens.min(trunk.tokens.len());
         trunk.blocks = Some(filled.blocks);
-        if trunk.pending() > 0 {
-            return self.enqueue(trunk);
+        match trunk.pending() {
+            0 => self.fork_filled(trunk, filled.first),
+            _ => self.enqueue(trunk),
         }
-        let (branches, rest) = std::mem::take(&mut trunk.branches)
-            .into_iter()
-            .partition(|branch| !branch.tail.is_empty() || filled.first.iter().any(|first| first.0 == branch.index));
-        trunk.branches = branches;
-        let lacking: Vec<_> = rest;
-        for sequence in self.fork(&mut trunk, filled.first) {
+    }
+
+    /// Lets the choices of a completely filled trunk go on; those without a first token or a tail compute one.
+    fn fork_filled(&mut self, mut trunk: Sequence, first: Vec<(u32, SampledToken)>) {
+        let branches = std::mem::take(&mut trunk.branches);
+        let known = |branch: &Branch| !branch.tail.is_empty() || first.iter().any(|entry| entry.0 == branch.index);
+        let (known, unknown) = branches.into_iter().partition(known);
+        trunk.branches = known;
+        for sequence in self.fork(&mut trunk, first) {
             self.enqueue(sequence);
         }
-        if !lacking.is_empty() {
-            trunk.branches = lacking;
+        trunk.branches = unknown;
+        if !trunk.branches.is_empty() {
             self.rewind(&mut trunk);
             self.enqueue(trunk);
         }

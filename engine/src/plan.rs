@@ -3,10 +3,9 @@
 
 use std::sync::Arc;
 
-use baton_core::{Lane, Refused};
+use baton_core::{BlockHash, Lane, Refused, TokenId};
 
 use crate::batch::{Batch, Draw, DrawKind, Next, Span};
-use crate::cache::Blocks;
 use crate::engine::Engine;
 use crate::sequence::{Rank, Sequence};
 use crate::work::Goal;
@@ -105,7 +104,7 @@ impl Engine {
     }
 
     /// Names of the blocks a sequence may take from the cache: at least its last token is always computed.
-    fn lookup_names<'a>(&self, sequence: &'a mut Sequence) -> &'a [baton_core::BlockHash] {
+    fn lookup_names<'a>(&self, sequence: &'a mut Sequence) -> &'a [BlockHash] {
         let full = (sequence.tokens.len() - 1) / self.block_tokens();
         let count = if self.config.prefix_cache && !sequence.wants_prompt_logprobs { full } else { 0 };
         sequence.hashes(count, self.block_tokens())
@@ -209,9 +208,12 @@ impl Engine {
         batch.tokens.extend(&sequence.tokens[position..end]);
         let Some(blocks) = &sequence.blocks else { unreachable!("a running sequence has blocks") };
         batch.tables.extend(blocks.ids()[..end.div_ceil(block_tokens)].iter().map(|id| id.index));
-        export(batch, sequence.goal, &mut sequence.exported, &sequence.request, blocks, {
-            if end == sequence.tokens.len() { end.div_ceil(block_tokens) } else { end / block_tokens }
-        });
+        // A block is complete when its last position is; the last one of a prompt, with the prompt.
+        let complete = match end == sequence.tokens.len() {
+            true => end.div_ceil(block_tokens),
+            false => end / block_tokens,
+        };
+        export(batch, sequence, complete);
         add_draws(batch, sequence, row, rows, banned);
         let (table, draws) = (table..batch.tables.len(), draws..batch.draws.len());
         batch.spans.push(Span { rank, row, rows, position, table, draws });
@@ -219,7 +221,7 @@ impl Engine {
     }
 
     /// Tokens that must not end the sequence yet.
-    fn banned(&self, rank: Rank) -> Arc<[u32]> {
+    fn banned(&self, rank: Rank) -> Arc<[TokenId]> {
         let sequence = &self.running[&rank];
         if sequence.generated() >= sequence.request.tokens_min as usize {
             return self.nothing_banned.clone();
@@ -228,24 +230,17 @@ impl Engine {
     }
 }
 
-/// Announces the blocks up to `complete` that have not been announced.
-fn export(
-    batch: &mut Batch,
-    goal: Goal,
-    exported: &mut usize,
-    request: &baton_core::Request,
-    blocks: &Blocks,
-    complete: usize,
-) {
-    let Goal::Prefill { skip_blocks } = goal else { return };
-    let first = skip_blocks.max(*exported);
+/// Announces the blocks before `complete` that have not been announced.
+fn export(batch: &mut Batch, sequence: &mut Sequence, complete: usize) {
+    let (Goal::Prefill { skip_blocks }, Some(blocks)) = (sequence.goal, &sequence.blocks) else { return };
+    let first = skip_blocks.max(sequence.exported);
     if first < complete {
-        batch.export(request.id, first, blocks.part(first..complete));
-        *exported = complete;
+        batch.export(sequence.request.id, first, blocks.part(first..complete));
+        sequence.exported = complete;
     }
 }
 
-fn add_draws(batch: &mut Batch, sequence: &Sequence, row: usize, rows: usize, banned: Arc<[u32]>) {
+fn add_draws(batch: &mut Batch, sequence: &Sequence, row: usize, rows: usize, banned: Arc<[TokenId]>) {
     let position = sequence.computed;
     if let Some(top) = sequence.request.prompt_logprobs.filter(|_| sequence.wants_prompt_logprobs) {
         let following = sequence.request.prompt.iter().skip(position + 1).take(rows);

@@ -160,6 +160,34 @@ fn handed_over_equals_local() {
     }
 }
 
+/// Blocks without first tokens, of less than the prompt, or more than it needs: what is missing is computed here.
+#[test]
+fn partly_filled_work_is_completed() {
+    for len in 4..13 {
+        let request = sampled(1, &prompt(9, len, 1000), 2);
+        let mut local = hash_engine(CONFIG);
+        local.admit(work(&request)).expect("room");
+        let expected = Choices::of(drain(&mut local, &mut backend()));
+        for (known, tokens, spare) in [(0, len, 0), (1, len, 2), (0, len / 4 * 4, 0), (2, len, 0)] {
+            let (mut here, mut there) = (hash_engine(CONFIG), hash_engine(CONFIG));
+            let goal = Goal::Prefill { skip_blocks: 0 };
+            let handed = prefill(&mut here, &mut backend(), Work { goal, ..work(&request) });
+            let mut filled = carry(&there, &handed, there.cache().lookup(&[]));
+            filled.blocks.append(there.cache().reserve(spare).expect("room").fill(&[]));
+            filled.first.truncate(known);
+            filled.tokens = tokens;
+            if tokens < len {
+                filled.blocks.truncate(tokens / 4);
+                filled.first.clear();
+            }
+            there.admit(Work { filled: Some(filled), ..work(&request) }).expect("room");
+            let found = Choices::of(drain(&mut there, &mut backend()));
+            assert_eq!(found.tokens, expected.tokens, "prompt {len}, {known} first tokens, {tokens} positions");
+            assert_idle(&there);
+        }
+    }
+}
+
 /// First tokens of a handoff come out before any step, and the end too when one token was asked.
 #[test]
 fn first_tokens_need_no_step() {
