@@ -51,7 +51,9 @@ pub(crate) struct Answer {
 
 impl Answer {
     pub(crate) fn new(prompt: usize, serving: Serving, model: Arc<Model>, options: Arc<TextOptions>, silent: bool) -> Answer {
-        let texts = (0..serving.request().choices).map(|_| ChoiceText::new(options.clone())).collect();
+        let request = serving.request();
+        let text = |_| ChoiceText::new(&model.vocabulary, &request.prompt, options.clone());
+        let texts = (0..request.choices).map(text).collect();
         Answer { prompt, serving, model, texts, silent, ready: VecDeque::new() }
     }
 

@@ -3,6 +3,8 @@
 pub(crate) mod chat;
 pub(crate) mod completions;
 mod fields;
+#[cfg(test)]
+mod fuzz;
 mod logprobs;
 mod params;
 mod reply;

@@ -33,8 +33,11 @@ pub(crate) struct Params {
 
 const CACHE_SALT_BYTES_MAX: usize = 256;
 
-/// Parameters that would change the answer in ways Baton does not know, and when they do.
-const UNSUPPORTED: &[(&str, fn(&Value) -> bool)] = &[
+/// Whether a parameter's value changes the answer.
+type Changes = fn(&Value) -> bool;
+
+/// Parameters that can change the answer in ways Baton does not know.
+const UNSUPPORTED: &[(&str, Changes)] = &[
     ("response_format", |v| v.get("type").and_then(Value::as_str) != Some("text")),
     ("structured_outputs", |_| true),
     ("guided_json", |_| true),

@@ -227,7 +227,7 @@ mod tests {
     fn templates_render_as_in_python() {
         let hi = json!([{"role": "user", "content": "hi & <b>"}]);
         let chatml = "{% for m in messages %}\n    {{ '<|im_start|>' + m['role'] + '\\n' + m['content'] }}\n{% endfor %}\n{% if add_generation_prompt %}A{% endif %}";
-        check(chatml, hi.clone(), Ok("<|im_start|>user\nhi & <b>\nA"));
+        check(chatml, hi.clone(), Ok("    <|im_start|>user\nhi & <b>\nA"));
         check("{{ bos_token }}{{ messages[0].content.upper().strip() }}{{ eos_token }}", hi.clone(), Ok("<s>HI & <B></s>"));
         check("{{ tools | tojson }}", hi.clone(), Ok(r#"[{"name": "f<", "args": {"z": 1, "a": [true, null]}}]"#));
         check("{{ tools[0].args | tojson(indent=1) }}", hi.clone(), Ok("{\n \"z\": 1,\n \"a\": [\n  true,\n  null\n ]\n}"));
@@ -244,6 +244,6 @@ mod tests {
         let check = |unix_s, expected: &str| assert_eq!(strftime(unix_s, "%Y-%m-%d %a %I%p"), expected);
         check(0, "1970-01-01 Thu 12AM");
         check(951_782_400, "2000-02-29 Tue 12AM");
-        check(4_107_585_600 + 13 * 3600, "2100-03-01 Mon 01PM");
+        check(4107542400 + 13 * 3600, "2100-03-01 Mon 01PM");
     }
 }

@@ -2,6 +2,8 @@
 
 mod choice;
 mod detokenizer;
+#[cfg(test)]
+pub(crate) mod fixtures;
 mod stop;
 mod vocabulary;
 

@@ -7,7 +7,7 @@ use crate::world::{EOS, MODEL, Script, World};
 
 const PATH: &str = "/v1/chat/completions";
 
-pub fn hi(more: Value) -> Value {
+pub(crate) fn hi(more: Value) -> Value {
     let mut body = json!({"model": MODEL, "messages": [{"role": "user", "content": "hi"}]});
     body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
     body

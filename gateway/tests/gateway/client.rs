@@ -11,24 +11,24 @@ use serde_json::Value;
 use tokio::task::JoinSet;
 
 /// A response read to its end.
-pub struct Response {
+pub(crate) struct Response {
     pub status: u16,
     pub headers: hyper::HeaderMap,
     pub body: Bytes,
 }
 
 impl Response {
-    pub fn json(&self) -> Value {
+    pub(crate) fn json(&self) -> Value {
         serde_json::from_slice(&self.body).unwrap_or_else(|e| panic!("{e}: {:?}", self.body))
     }
 
-    pub fn header(&self, name: &str) -> Option<&str> {
+    pub(crate) fn header(&self, name: &str) -> Option<&str> {
         self.headers.get(name).and_then(|v| v.to_str().ok())
     }
 }
 
 /// A response whose events are read one by one. Dropping it closes the connection.
-pub struct Stream {
+pub(crate) struct Stream {
     pub status: u16,
     pub headers: hyper::HeaderMap,
     body: Incoming,
@@ -36,23 +36,23 @@ pub struct Stream {
     _connection: JoinSet<()>,
 }
 
-pub async fn get(address: &str, path: &str) -> Response {
+pub(crate) async fn get(address: &str, path: &str) -> Response {
     send(address, Request::get(path), Bytes::new()).await.whole().await
 }
 
-pub async fn post(address: &str, path: &str, body: &Value) -> Response {
+pub(crate) async fn post(address: &str, path: &str, body: &Value) -> Response {
     post_bytes(address, path, body.to_string().into()).await
 }
 
-pub async fn post_bytes(address: &str, path: &str, body: Bytes) -> Response {
+pub(crate) async fn post_bytes(address: &str, path: &str, body: Bytes) -> Response {
     send(address, Request::post(path), body).await.whole().await
 }
 
-pub async fn stream(address: &str, path: &str, body: &Value) -> Stream {
+pub(crate) async fn stream(address: &str, path: &str, body: &Value) -> Stream {
     send(address, Request::post(path), body.to_string().into()).await
 }
 
-pub async fn send(address: &str, request: hyper::http::request::Builder, body: Bytes) -> Stream {
+pub(crate) async fn send(address: &str, request: hyper::http::request::Builder, body: Bytes) -> Stream {
     let io = TcpNet.connect(address).await.unwrap();
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(io)).await.unwrap();
     let mut connections = JoinSet::new();
@@ -65,13 +65,13 @@ pub async fn send(address: &str, request: hyper::http::request::Builder, body: B
 }
 
 impl Stream {
-    pub async fn whole(self) -> Response {
+    pub(crate) async fn whole(self) -> Response {
         let body = self.body.collect().await.unwrap().to_bytes();
         Response { status: self.status, headers: self.headers, body }
     }
 
     /// The data of the next event; None at the end of the stream.
-    pub async fn event(&mut self) -> Option<String> {
+    pub(crate) async fn event(&mut self) -> Option<String> {
         loop {
             if let Some(end) = self.buffer.windows(2).position(|w| w == b"\n\n") {
                 let event: Vec<u8> = self.buffer.drain(..end + 2).collect();
@@ -84,7 +84,7 @@ impl Stream {
     }
 
     /// All events to `[DONE]`, which must be the last one.
-    pub async fn events(mut self) -> Vec<Value> {
+    pub(crate) async fn events(mut self) -> Vec<Value> {
         let mut events = Vec::new();
         while let Some(event) = self.event().await {
             if event == "[DONE]" {
@@ -98,14 +98,14 @@ impl Stream {
 }
 
 /// The text of a choice over the events of a stream.
-pub fn text(events: &[Value], choice: u64) -> String {
+pub(crate) fn text(events: &[Value], choice: u64) -> String {
     let choices = events.iter().flat_map(|e| e["choices"].as_array().into_iter().flatten());
     let own = choices.filter(|c| c["index"] == choice);
     own.filter_map(|c| c["delta"]["content"].as_str().or(c["text"].as_str())).collect()
 }
 
 /// The finish reason of a choice over the events of a stream.
-pub fn finish(events: &[Value], choice: u64) -> Option<&str> {
+pub(crate) fn finish(events: &[Value], choice: u64) -> Option<&str> {
     let choices = events.iter().flat_map(|e| e["choices"].as_array().into_iter().flatten());
     choices.filter(|c| c["index"] == choice).find_map(|c| c["finish_reason"].as_str())
 }

@@ -1,5 +1,10 @@
 //! The gateway over real sockets against a fake coordinator and fake workers, which speak the wire and nothing more.
 
+mod bad_input;
 mod chat;
 mod client;
+mod completions;
+mod failover;
+mod limits;
+mod routes;
 mod world;

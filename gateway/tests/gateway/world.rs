@@ -21,21 +21,21 @@ use tokio::task::JoinSet;
 use tokio_stream::wrappers::{ReceiverStream, WatchStream};
 use tonic::{Request, Response, Status, Streaming};
 
-pub const EOS: u32 = 256;
-pub const VOCAB: u32 = 259;
-pub const POSITIONS_MAX: u64 = 512;
-pub const MODEL: &str = "tiny";
+pub(crate) const EOS: u32 = 256;
+pub(crate) const VOCAB: u32 = 259;
+pub(crate) const POSITIONS_MAX: u64 = 512;
+pub(crate) const MODEL: &str = "tiny";
 
 type Answer<T> = Result<Response<T>, Status>;
 type Events<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 /// A byte-level tokenizer whose token ids are the bytes, with an end token and two role tokens.
-pub fn tokenizer_json() -> String {
+pub(crate) fn tokenizer_json() -> String {
     let printable = |b: u32| matches!(b, 0x21..=0x7E | 0xA1..=0xAC | 0xAE..=0xFF);
-    let mut other = 0x100;
+    let mut others = 0x100..;
     let mut vocab = serde_json::Map::new();
     for byte in 0..=255u32 {
-        let code = if printable(byte) { byte } else { std::mem::replace(&mut other, other + 1) };
+        let code = if printable(byte) { byte } else { others.next().unwrap() };
         vocab.insert(char::from_u32(code).unwrap().to_string(), byte.into());
     }
     let special = |id: u32, content: &str| {
@@ -76,7 +76,7 @@ fn card() -> ModelCard {
 
 /// What a fake worker does with requests.
 #[derive(Clone, Debug)]
-pub struct Script {
+pub(crate) struct Script {
     /// The text of choice `i` is `texts[i % len]`; an end token follows.
     pub texts: Vec<Vec<u8>>,
     pub tokens_per_step: usize,
@@ -106,7 +106,7 @@ impl Default for Script {
 
 /// What the fakes have seen.
 #[derive(Default)]
-pub struct Seen {
+pub(crate) struct Seen {
     pub assigns: Vec<AssignRequest>,
     pub finishes: Vec<FinishedRequest>,
     pub starts: Vec<(String, Start)>,
@@ -123,17 +123,19 @@ struct FakeCoordinator {
     epoch: AtomicUsize,
 }
 
+struct CoordinatorService(Arc<FakeCoordinator>);
+
 #[tonic::async_trait]
-impl Coordinator for Arc<FakeCoordinator> {
+impl Coordinator for CoordinatorService {
     async fn register(&self, request: Request<RegisterRequest>) -> Answer<RegisterReply> {
         let member = request.into_inner().member.unwrap_or_default();
-        self.seen.send_modify(|seen| seen.registered.push(member));
+        self.0.seen.send_modify(|seen| seen.registered.push(member));
         let registered = Registered { incarnation: 7, heartbeat_ms: 250, ..Default::default() };
         Ok(Response::new(RegisterReply { outcome: Some(register_reply::Outcome::Registered(registered)) }))
     }
 
     async fn heartbeat(&self, _: Request<HeartbeatRequest>) -> Answer<HeartbeatReply> {
-        self.seen.send_modify(|seen| seen.heartbeats += 1);
+        self.0.seen.send_modify(|seen| seen.heartbeats += 1);
         let accepted = HeartbeatAccepted { leader: true, ..Default::default() };
         Ok(Response::new(HeartbeatReply { outcome: Some(heartbeat_reply::Outcome::Accepted(accepted)) }))
     }
@@ -144,20 +146,20 @@ impl Coordinator for Arc<FakeCoordinator> {
 
     async fn assign(&self, request: Request<AssignRequest>) -> Answer<AssignReply> {
         let request = request.into_inner();
-        let outcome = self.assign_outcome(&request);
-        self.seen.send_modify(|seen| seen.assigns.push(request));
+        let outcome = self.0.assign_outcome(&request);
+        self.0.seen.send_modify(|seen| seen.assigns.push(request));
         Ok(Response::new(AssignReply { outcome: Some(outcome) }))
     }
 
     async fn finish(&self, request: Request<FinishRequest>) -> Answer<FinishReply> {
-        self.seen.send_modify(|seen| seen.finishes.extend(request.into_inner().requests));
+        self.0.seen.send_modify(|seen| seen.finishes.extend(request.into_inner().requests));
         Ok(Response::new(FinishReply { outcome: Some(finish_reply::Outcome::Finished(Finished {})) }))
     }
 
     type WatchStream = Events<ClusterView>;
 
     async fn watch(&self, _: Request<WatchRequest>) -> Answer<Self::WatchStream> {
-        Ok(Response::new(WatchStream::new(self.view.subscribe()).map(Ok).boxed()))
+        Ok(Response::new(WatchStream::new(self.0.view.subscribe()).map(Ok).boxed()))
     }
 }
 
@@ -196,20 +198,23 @@ struct FakeWorker {
     killed: watch::Sender<bool>,
 }
 
+#[derive(Clone)]
+struct WorkerService(Arc<FakeWorker>);
+
 #[tonic::async_trait]
-impl Worker for Arc<FakeWorker> {
+impl Worker for WorkerService {
     async fn card(&self, _: Request<CardRequest>) -> Answer<ModelCard> {
         Ok(Response::new(card()))
     }
 }
 
 #[tonic::async_trait]
-impl Decode for Arc<FakeWorker> {
+impl Decode for WorkerService {
     type GenerateStream = Events<StepOutput>;
 
     async fn generate(&self, commands: Request<Streaming<GenerateCommand>>) -> Answer<Self::GenerateStream> {
         let (steps, outgoing) = mpsc::channel(64);
-        tokio::spawn(self.clone().work(commands.into_inner(), steps));
+        tokio::spawn(self.0.clone().work(commands.into_inner(), steps));
         Ok(Response::new(ReceiverStream::new(outgoing).boxed()))
     }
 }
@@ -332,7 +337,7 @@ fn prompt_logprobs(prompt: &[u32], top: u32) -> PromptLogprobs {
 }
 
 /// A gateway among fakes.
-pub struct World {
+pub(crate) struct World {
     pub gateway: Running,
     pub seen: watch::Receiver<Seen>,
     coordinator: Arc<FakeCoordinator>,
@@ -342,11 +347,11 @@ pub struct World {
 
 impl World {
     /// As many decode workers as scripts; ready when the gateway is healthy.
-    pub async fn new(scripts: Vec<Script>) -> World {
+    pub(crate) async fn new(scripts: Vec<Script>) -> World {
         World::with(scripts, |_| {}).await
     }
 
-    pub async fn with(scripts: Vec<Script>, configure: impl FnOnce(&mut Config)) -> World {
+    pub(crate) async fn with(scripts: Vec<Script>, configure: impl FnOnce(&mut Config)) -> World {
         let (seen_sender, seen) = watch::channel(Seen::default());
         let seen_sender = Arc::new(seen_sender);
         let mut tasks = JoinSet::new();
@@ -362,8 +367,8 @@ impl World {
                 killed: watch::Sender::new(false),
             });
             let services = baton_proto::channel::server()
-                .add_service(DecodeServer::new(worker.clone()))
-                .add_service(WorkerServer::new(worker.clone()));
+                .add_service(DecodeServer::new(WorkerService(worker.clone())))
+                .add_service(WorkerServer::new(WorkerService(worker.clone())));
             members.push(member(&id, serve(services, &mut tasks).await));
             workers.push(worker);
         }
@@ -374,7 +379,7 @@ impl World {
             refusals: Mutex::new(Vec::new()),
             epoch: AtomicUsize::new(0),
         });
-        let services = baton_proto::channel::server().add_service(CoordinatorServer::new(coordinator.clone()));
+        let services = baton_proto::channel::server().add_service(CoordinatorServer::new(CoordinatorService(coordinator.clone())));
         let address = serve(services, &mut tasks).await;
         let mut config = Config::new("gateway-0", "127.0.0.1:0", vec![address]);
         configure(&mut config);
@@ -388,35 +393,35 @@ impl World {
     }
 
     /// One worker that says "Hello world".
-    pub async fn hello() -> World {
+    pub(crate) async fn hello() -> World {
         World::new(vec![Script::default()]).await
     }
 
     /// One worker that generates `text`.
-    pub async fn says(text: &str) -> World {
+    pub(crate) async fn says(text: &str) -> World {
         World::new(vec![Script { texts: vec![text.as_bytes().to_vec()], ..Script::default() }]).await
     }
 
-    pub fn address(&self) -> String {
+    pub(crate) fn address(&self) -> String {
         self.gateway.address()
     }
 
     /// What the next Assign calls are answered, the last one first.
-    pub fn refuse_assigns(&self, reasons: &[&str]) {
+    pub(crate) fn refuse_assigns(&self, reasons: &[&str]) {
         let refusal = |reason: &&str| Refusal { reason: reason.to_string(), retry_after_ms: 1500, ..Default::default() };
         self.coordinator.refusals.lock().unwrap().extend(reasons.iter().map(refusal));
     }
 
-    pub fn change_view(&self, change: impl FnOnce(&mut ClusterView)) {
+    pub(crate) fn change_view(&self, change: impl FnOnce(&mut ClusterView)) {
         self.coordinator.view.send_modify(change);
     }
 
-    pub fn set_script(&self, worker: usize, script: Script) {
+    pub(crate) fn set_script(&self, worker: usize, script: Script) {
         *self.workers[worker].script.lock().unwrap() = script;
     }
 
     /// Waits until what the fakes have seen satisfies a condition.
-    pub async fn until(&self, condition: impl FnMut(&Seen) -> bool) {
+    pub(crate) async fn until(&self, condition: impl FnMut(&Seen) -> bool) {
         self.seen.clone().wait_for(condition).await.unwrap();
     }
 
