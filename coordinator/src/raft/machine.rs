@@ -193,3 +193,45 @@ impl RaftSnapshotBuilder<Types> for Machine {
         Ok(Snapshot { meta, snapshot })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::log::MemoryDisk;
+    use crate::state::{Batch, Command, encode_batch};
+
+    fn named(cluster: &str) -> Proposal {
+        let commands = vec![Command::Found { cluster: cluster.into() }];
+        Proposal(encode_batch(&Batch { time_ms: 7, commands }).into())
+    }
+
+    /// Goal: a snapshot carries the whole ledger to another node and over a restart. Method: build on one machine,
+    /// install on a second, reopen both disks.
+    #[tokio::test]
+    async fn a_snapshot_carries_the_ledger() {
+        let disks = [MemoryDisk::new(Duration::ZERO), MemoryDisk::new(Duration::ZERO)];
+        let open = |disk: &MemoryDisk| Machine::open(Arc::new(disk.clone())).unwrap();
+        let (mut first, mut second) = (open(&disks[0]), open(&disks[1]));
+        first.apply_one(1, &named("c")).unwrap();
+        let mut builder = first.get_snapshot_builder().await;
+        first.apply_one(2, &named("later")).unwrap();
+        let snapshot = builder.build_snapshot().await.unwrap();
+        let changes = second.changes();
+        second.install_snapshot(&snapshot.meta, snapshot.snapshot).await.unwrap();
+        assert!(changes.has_changed().unwrap());
+        for machine in [second, open(&disks[0]), open(&disks[1])] {
+            let ledger = machine.ledger();
+            let ledger = ledger.read().unwrap();
+            assert_eq!((ledger.cluster(), ledger.index(), ledger.time_ms()), ("c", 1, 7));
+        }
+    }
+
+    #[tokio::test]
+    async fn bytes_that_are_no_commands_stop_the_node() {
+        let machine = Machine::open(Arc::new(MemoryDisk::new(Duration::ZERO))).unwrap();
+        assert!(machine.apply_one(1, &Proposal(vec![1, 0, 99].into())).is_err());
+        assert!(machine.apply_one(1, &Proposal(vec![2, 0].into())).is_err(), "a newer version");
+    }
+}

@@ -3,6 +3,8 @@
 mod machine;
 mod network;
 mod store;
+#[cfg(test)]
+mod tests;
 mod types;
 mod wire;
 
@@ -89,6 +91,7 @@ pub(crate) struct Node {
     changes: watch::Receiver<u64>,
     standing: watch::Receiver<Standing>,
     alone: bool,
+    stopping: watch::Sender<bool>,
     follower: tokio::task::JoinHandle<()>,
 }
 
@@ -109,7 +112,19 @@ impl Node {
         }
         let (tell, standing) = watch::channel(Standing::default());
         let follower = tokio::spawn(follow(raft.clone(), tell));
-        Ok(Node { id: node, raft, log, seed, ledger, log_bytes, changes, standing, alone, follower })
+        Ok(Node {
+            id: node,
+            raft,
+            log,
+            seed,
+            ledger,
+            log_bytes,
+            changes,
+            standing,
+            alone,
+            stopping: watch::Sender::new(false),
+            follower,
+        })
     }
 
     pub(crate) fn id(&self) -> NodeId {
@@ -149,7 +164,7 @@ impl Node {
 
     /// What peers call.
     pub(crate) fn service(&self) -> RaftService {
-        RaftService::new(self.raft.clone(), self.seed ^ 1)
+        RaftService::new(self.raft.clone(), self.seed ^ 1, self.stopping.subscribe())
     }
 
     /// Commits one entry and says what became of its commands.
@@ -166,6 +181,7 @@ impl Node {
 
     /// Stops taking part, and ends the calls that peers have open.
     pub(crate) async fn stop(&self) {
+        self.stopping.send_replace(true);
         if let Err(error) = self.raft.shutdown().await {
             tracing::warn!(%error, "raft did not stop cleanly");
         }

@@ -24,6 +24,7 @@ use openraft::raft::{
 use openraft::storage::Snapshot;
 use openraft::{AnyError, BasicNode, OptionalSend, RaftNetworkFactory};
 use serde::{Serialize, de::DeserializeOwned};
+use tokio::sync::watch;
 use tonic::transport::Channel;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -146,11 +147,13 @@ pub(crate) struct RaftService {
     raft: Raft,
     /// Seed for what openraft spawns on a caller's behalf.
     seed: u64,
+    stopping: watch::Receiver<bool>,
 }
 
 impl RaftService {
-    pub(super) fn new(raft: Raft, seed: u64) -> RaftService {
-        RaftService { raft, seed }
+    /// Streams that peers have open end when `stopping` turns true.
+    pub(super) fn new(raft: Raft, seed: u64, stopping: watch::Receiver<bool>) -> RaftService {
+        RaftService { raft, seed, stopping }
     }
 }
 
@@ -200,7 +203,10 @@ impl raft_server::Raft for RaftService {
         &self,
         request: Request<Streaming<Blob>>,
     ) -> Result<Response<Self::StreamAppendStream>, Status> {
+        let mut stopping = self.stopping.clone();
+        let stopped = async move { drop(stopping.wait_for(|stopping| *stopping).await) };
         let appends = request.into_inner().map(appended).take_while(|a| ready(a.is_some())).filter_map(ready);
+        let appends = appends.take_until(Box::pin(stopped));
         let raft = self.raft.clone();
         let (tell, told) = tokio::sync::mpsc::channel(APPEND_ANSWERS_MAX);
         // Ends with the caller's stream, whose end is the end of `appends`.
