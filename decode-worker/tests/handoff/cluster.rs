@@ -11,11 +11,11 @@ use baton_worker::{Config, LoadedModel, Running};
 
 use crate::gate::{Gate, Gated};
 
-pub const SIZES: EngineConfig =
+pub(crate) const SIZES: EngineConfig =
     EngineConfig { blocks: 256, batch_tokens_max: 16, sequences_max: 64, queue_max: 64, prefix_cache: true };
 
 /// Polls until `condition` holds.
-pub async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+pub(crate) async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     let mut ticks = tokio::time::interval(Duration::from_millis(2));
     for _ in 0..5_000 {
         ticks.tick().await;
@@ -26,27 +26,32 @@ pub async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     panic!("waited in vain until {what}");
 }
 
-pub struct Cluster {
-    pub net: Arc<dyn Net>,
-    pub coordinator: FakeCoordinator,
-    pub prefills: Vec<Worker>,
-    pub decodes: Vec<Worker>,
+pub(crate) struct Cluster {
+    pub(crate) net: Arc<dyn Net>,
+    pub(crate) coordinator: FakeCoordinator,
+    pub(crate) prefills: Vec<Worker>,
+    pub(crate) decodes: Vec<Worker>,
 }
 
 /// A worker on a runtime of its own, so that it can die at once.
-pub struct Worker {
-    pub running: Running,
-    pub gate: Gate,
+pub(crate) struct Worker {
+    pub(crate) running: Running,
+    pub(crate) gate: Gate,
     runtime: Option<tokio::runtime::Runtime>,
 }
 
 impl Cluster {
     /// Workers of the hash model.
-    pub async fn start(prefills: usize, decodes: usize) -> Cluster {
+    pub(crate) async fn start(prefills: usize, decodes: usize) -> Cluster {
         Cluster::of(prefills, decodes, SIZES, hash_model).await
     }
 
-    pub async fn of(prefills: usize, decodes: usize, sizes: EngineConfig, model: impl Fn() -> LoadedModel) -> Cluster {
+    pub(crate) async fn of(
+        prefills: usize,
+        decodes: usize,
+        sizes: EngineConfig,
+        model: impl Fn() -> LoadedModel,
+    ) -> Cluster {
         let net: Arc<dyn Net> = Arc::new(TcpNet);
         let coordinator = FakeCoordinator::start(&net).await.unwrap();
         let mut cluster = Cluster { net, coordinator, prefills: Vec::new(), decodes: Vec::new() };
@@ -61,7 +66,7 @@ impl Cluster {
         cluster
     }
 
-    pub fn config(&self, role: Role, id: &str, engine: EngineConfig) -> Config {
+    pub(crate) fn config(&self, role: Role, id: &str, engine: EngineConfig) -> Config {
         Config {
             id: WorkerId(id.into()),
             role,
@@ -73,7 +78,7 @@ impl Cluster {
         }
     }
 
-    pub fn env(&self) -> Env {
+    pub(crate) fn env(&self) -> Env {
         Env { net: self.net.clone(), clock: Arc::new(SystemClock), rng: Rng::new(7) }
     }
 
@@ -91,12 +96,12 @@ impl Cluster {
         Worker { running: started.await.unwrap().unwrap(), gate, runtime: Some(runtime) }
     }
 
-    pub fn workers(&self) -> impl Iterator<Item = &Worker> {
+    pub(crate) fn workers(&self) -> impl Iterator<Item = &Worker> {
         self.prefills.iter().chain(&self.decodes)
     }
 
     /// Waits until no block of any worker is used or in flight.
-    pub async fn is_clean(&self) {
+    pub(crate) async fn is_clean(&self) {
         for worker in self.workers() {
             let id = &worker.running.shell().id;
             eventually(&format!("{id} holds no block"), || is_free(worker.stats())).await;
@@ -110,17 +115,17 @@ fn is_free(stats: CacheStats) -> bool {
 }
 
 impl Worker {
-    pub fn place(&self) -> Place {
+    pub(crate) fn place(&self) -> Place {
         let shell = self.running.shell();
         Place { worker: shell.id.clone(), incarnation: shell.incarnation, address: self.running.address() }
     }
 
-    pub fn stats(&self) -> CacheStats {
+    pub(crate) fn stats(&self) -> CacheStats {
         self.running.shell().engine.cache().stats()
     }
 
     /// Ends all its tasks and connections without a word.
-    pub fn kill(&mut self) {
+    pub(crate) fn kill(&mut self) {
         if let Some(runtime) = self.runtime.take() {
             runtime.shutdown_background();
         }

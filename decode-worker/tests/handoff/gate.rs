@@ -7,7 +7,7 @@ use baton_engine::{Backend, Batch, Output};
 use crate::cluster::eventually;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Point {
+pub(crate) enum Point {
     /// Before a step.
     Step,
     /// Behind so many layers of a step.
@@ -22,24 +22,24 @@ struct State {
 }
 
 #[derive(Clone, Default)]
-pub struct Gate(Arc<(Mutex<State>, Condvar)>);
+pub(crate) struct Gate(Arc<(Mutex<State>, Condvar)>);
 
 impl Gate {
-    pub fn hold(&self, point: Point) {
+    pub(crate) fn hold(&self, point: Point) {
         self.0.0.lock().unwrap().hold = Some(point);
     }
 
-    pub fn open(&self) {
+    pub(crate) fn open(&self) {
         self.0.0.lock().unwrap().hold = None;
         self.0.1.notify_all();
     }
 
     /// Resolves when the backend stands at the point.
-    pub async fn held(&self) {
+    pub(crate) async fn held(&self) {
         eventually("the backend is held", || self.0.0.lock().unwrap().is_held).await;
     }
 
-    pub fn steps(&self) -> usize {
+    pub(crate) fn steps(&self) -> usize {
         self.0.0.lock().unwrap().steps
     }
 
@@ -54,9 +54,9 @@ impl Gate {
     }
 }
 
-pub struct Gated {
-    pub backend: Box<dyn Backend>,
-    pub gate: Gate,
+pub(crate) struct Gated {
+    pub(crate) backend: Box<dyn Backend>,
+    pub(crate) gate: Gate,
 }
 
 impl Backend for Gated {

@@ -21,16 +21,16 @@ use crate::cluster::{Cluster, Worker};
 
 /// One request and who is to serve it.
 #[derive(Clone, Debug)]
-pub struct Order {
-    pub request: Request,
-    pub choices: Vec<Choice>,
-    pub decode: Place,
-    pub prefill: Option<Place>,
-    pub epoch: u64,
+pub(crate) struct Order {
+    pub(crate) request: Request,
+    pub(crate) choices: Vec<Choice>,
+    pub(crate) decode: Place,
+    pub(crate) prefill: Option<Place>,
+    pub(crate) epoch: u64,
 }
 
 impl Order {
-    pub fn new(request: Request, decode: &Worker, prefill: Option<&Worker>) -> Order {
+    pub(crate) fn new(request: Request, decode: &Worker, prefill: Option<&Worker>) -> Order {
         let choices = (0..request.choices).map(|index| Choice { index, so_far: Vec::new() }).collect();
         Order { request, choices, decode: decode.place(), prefill: prefill.map(Worker::place), epoch: 1 }
     }
@@ -57,59 +57,59 @@ impl Order {
 
 /// What a gateway has been told about one request.
 #[derive(Clone, Debug, Default)]
-pub struct Told {
+pub(crate) struct Told {
     choices: usize,
-    pub admitted: Option<Admitted>,
-    pub tokens: BTreeMap<u32, Vec<Token>>,
-    pub prompt_logprobs: Vec<PromptLogprob>,
-    pub finished: BTreeMap<u32, ChoiceFinished>,
-    pub aborted: Option<Abort>,
-    pub refused: Option<Refusal>,
+    pub(crate) admitted: Option<Admitted>,
+    pub(crate) tokens: BTreeMap<u32, Vec<Token>>,
+    pub(crate) prompt_logprobs: Vec<PromptLogprob>,
+    pub(crate) finished: BTreeMap<u32, ChoiceFinished>,
+    pub(crate) aborted: Option<Abort>,
+    pub(crate) refused: Option<Refusal>,
 }
 
 impl Told {
-    pub fn is_over(&self) -> bool {
+    pub(crate) fn is_over(&self) -> bool {
         self.aborted.is_some() || self.refused.is_some() || self.finished.len() == self.choices
     }
 
-    pub fn ids(&self) -> BTreeMap<u32, Vec<u32>> {
+    pub(crate) fn ids(&self) -> BTreeMap<u32, Vec<u32>> {
         self.tokens.iter().map(|(choice, tokens)| (*choice, tokens.iter().map(|t| t.id).collect())).collect()
     }
 
-    pub fn aborted(&self) -> baton_core::Aborted {
+    pub(crate) fn aborted(&self) -> baton_core::Aborted {
         aborted(self.aborted.as_ref().unwrap_or_else(|| panic!("not aborted: {self:?}")))
     }
 
-    pub fn refused(&self) -> baton_core::Refused {
+    pub(crate) fn refused(&self) -> baton_core::Refused {
         refused(self.refused.as_ref().unwrap_or_else(|| panic!("not refused: {self:?}")))
     }
 }
 
 /// One stream to one decode worker.
-pub struct Gateway {
+pub(crate) struct Gateway {
     commands: mpsc::Sender<GenerateCommand>,
     answers: Streaming<StepOutput>,
     told: BTreeMap<u32, Told>,
     /// Messages read.
-    pub messages: usize,
+    pub(crate) messages: usize,
 }
 
 impl Gateway {
-    pub async fn connect(cluster: &Cluster, decode: &Worker) -> Gateway {
+    pub(crate) async fn connect(cluster: &Cluster, decode: &Worker) -> Gateway {
         let channel = baton_proto::channel(cluster.net.clone(), &decode.running.address()).unwrap();
         let (commands, outgoing) = mpsc::channel(64);
         let answers = DecodeClient::new(channel).generate(outgoing).await.unwrap().into_inner();
         Gateway { commands, answers, told: BTreeMap::new(), messages: 0 }
     }
 
-    pub fn start(&mut self, order: &Order) -> u32 {
+    pub(crate) fn start(&mut self, order: &Order) -> u32 {
         let handle = self.told.len() as u32;
         self.told.insert(handle, Told { choices: order.choices.len(), ..Told::default() });
         self.send(Command::Start(order.start(handle)));
         handle
     }
 
-    pub fn cancel(&mut self, handle: u32) {
+    pub(crate) fn cancel(&mut self, handle: u32) {
         self.send(Command::Cancel(Cancel { handle }));
     }
 
@@ -117,12 +117,12 @@ impl Gateway {
         self.commands.try_send(GenerateCommand { command: Some(command) }).unwrap();
     }
 
-    pub fn told(&self, handle: u32) -> &Told {
+    pub(crate) fn told(&self, handle: u32) -> &Told {
         &self.told[&handle]
     }
 
     /// Reads until `condition` holds for what the request was told.
-    pub async fn until(&mut self, handle: u32, condition: impl Fn(&Told) -> bool) -> Told {
+    pub(crate) async fn until(&mut self, handle: u32, condition: impl Fn(&Told) -> bool) -> Told {
         while !condition(&self.told[&handle]) {
             let message = timeout(Duration::from_secs(60), self.answers.message()).await;
             let message = message.unwrap_or_else(|_| panic!("nothing more came: {:?}", self.told[&handle]));
@@ -131,12 +131,12 @@ impl Gateway {
         self.told[&handle].clone()
     }
 
-    pub async fn finish(&mut self, handle: u32) -> Told {
+    pub(crate) async fn finish(&mut self, handle: u32) -> Told {
         self.until(handle, Told::is_over).await
     }
 
     /// Starts and reads to the end.
-    pub async fn run(&mut self, order: &Order) -> Told {
+    pub(crate) async fn run(&mut self, order: &Order) -> Told {
         let handle = self.start(order);
         self.finish(handle).await
     }
@@ -159,7 +159,7 @@ impl Gateway {
 }
 
 /// What one engine alone makes of a request, with `backend`.
-pub fn alone(
+pub(crate) fn alone(
     spec: ModelSpec,
     config: EngineConfig,
     backend: &mut dyn baton_engine::Backend,

@@ -58,7 +58,7 @@ async fn thirty_two_at_once() {
     let mut gateway = Gateway::connect(&cluster, decode).await;
     let order = |id: u32| {
         let request = sampled(request(id as u128 + 1, &prompt(id, 10 + id * 3), 20), id as u64);
-        Order::new(request, decode, (id % 4 > 0).then_some(prefill))
+        Order::new(request, decode, (!id.is_multiple_of(4)).then_some(prefill))
     };
     let orders: Vec<Order> = (0..32).map(order).collect();
     let handles: Vec<u32> = orders.iter().map(|order| gateway.start(order)).collect();
