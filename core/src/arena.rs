@@ -88,9 +88,13 @@ impl BlockLayout {
     }
 }
 
-/// Memory for `blocks` blocks, zeroed, aligned to 2 MiB so that the kernel can back it with huge pages.
+/// Start of the blocks in their allocation: a huge page's size, so that the kernel can back the arena with such pages.
+const ALIGNMENT: usize = 2 << 20;
+
+/// Memory for `blocks` blocks, zeroed, aligned to 2 MiB. Pages are taken from the machine when they are first touched.
 pub struct Arena {
     base: *mut u8,
+    start: *mut u8,
     allocation: Layout,
     layout: BlockLayout,
     blocks: usize,
@@ -107,13 +111,16 @@ impl Arena {
     pub fn new(layout: BlockLayout, blocks: usize) -> Arena {
         let bytes = layout.block_bytes().checked_mul(blocks).expect("arena size overflows");
         assert!(bytes > 0, "an arena holds at least one block");
-        let allocation = Layout::from_size_align(bytes, 2 << 20).expect("arena size overflows");
+        // Asked for with a larger alignment, zeroed memory would be written at once instead of coming as untouched pages.
+        let allocation = Layout::from_size_align(bytes + ALIGNMENT, 16).expect("arena size overflows");
         // SAFETY: the size is not zero.
-        let base = unsafe { alloc_zeroed(allocation) };
-        if base.is_null() {
+        let start = unsafe { alloc_zeroed(allocation) };
+        if start.is_null() {
             handle_alloc_error(allocation);
         }
-        Arena { base, allocation, layout, blocks }
+        // SAFETY: the offset is below ALIGNMENT, by which the allocation exceeds the blocks.
+        let base = unsafe { start.add(start.align_offset(ALIGNMENT)) };
+        Arena { base, start, allocation, layout, blocks }
     }
 
     pub fn layout(&self) -> &BlockLayout {
@@ -173,7 +180,7 @@ impl Arena {
 impl Drop for Arena {
     fn drop(&mut self) {
         // SAFETY: allocated in `new` with this layout.
-        unsafe { dealloc(self.base, self.allocation) }
+        unsafe { dealloc(self.start, self.allocation) }
     }
 }
 

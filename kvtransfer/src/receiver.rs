@@ -152,11 +152,11 @@ struct Registry {
 }
 
 struct Held {
-    slot: Arc<Mutex<Slot>>,
+    pending: Arc<Mutex<Pending>>,
     alarm: Instant,
 }
 
-struct Slot {
+struct Pending {
     transfer: Transfer,
     guard: Option<Guard>,
     done: Option<oneshot::Sender<Outcome>>,
@@ -178,9 +178,9 @@ impl Shared {
         registry.transfers_granted += 1;
         let transfer = TransferId(registry.transfers_granted);
         let grant = Grant { transfer, attempt: 1, epoch, request, address, layout, blocks, deadline_ms };
-        let slot = Slot { transfer: Transfer::new(grant.clone()), guard: Some(guard), done: Some(done) };
+        let pending = Pending { transfer: Transfer::new(grant.clone()), guard: Some(guard), done: Some(done) };
         let alarm = Instant::now() + deadline;
-        registry.transfers.insert(transfer, Held { slot: Arc::new(Mutex::new(slot)), alarm });
+        registry.transfers.insert(transfer, Held { pending: Arc::new(Mutex::new(pending)), alarm });
         registry.alarms.insert((alarm, transfer));
         let closed = registry.closed;
         drop(registry);
@@ -194,14 +194,14 @@ impl Shared {
 
     /// Lets the transfer decide about an event, and does what it says.
     pub(crate) fn step(&self, id: TransferId, link: LinkId, event: Event) {
-        let Some(slot) = self.slot(id) else {
+        let Some(pending) = self.pending(id) else {
             return self.step_unknown(id, link, event);
         };
         let (tag, actions) = {
-            let mut slot = lock(&slot);
-            (slot.transfer.grant.tag(), slot.transfer.step(link, event))
+            let mut pending = lock(&pending);
+            (pending.transfer.grant.tag(), pending.transfer.step(link, event))
         };
-        actions.into_iter().for_each(|action| self.act(tag, &slot, action));
+        actions.into_iter().for_each(|action| self.act(tag, &pending, action));
     }
 
     fn step_unknown(&self, id: TransferId, link: LinkId, event: Event) {
@@ -219,7 +219,7 @@ impl Shared {
         }
     }
 
-    fn act(&self, tag: Tag, slot: &Mutex<Slot>, action: Action) {
+    fn act(&self, tag: Tag, pending: &Mutex<Pending>, action: Action) {
         match action {
             Action::Tell(link, body) => self.tell(link, tag, body),
             Action::Count(reason) => self.counts.drop(reason),
@@ -233,20 +233,20 @@ impl Shared {
             Action::Complete(received) => {
                 self.forget(tag.transfer);
                 self.counts.completed.add(1);
-                let (guard, done) = lock(slot).take();
+                let (guard, done) = lock(pending).take();
                 if let (Some(guard), Some(done)) = (guard, done) {
                     let _ = done.send(Ok((guard, received)));
                 }
             }
             Action::Release => {
                 self.forget(tag.transfer);
-                let guard = lock(slot).guard.take();
+                let guard = lock(pending).guard.take();
                 drop(guard);
             }
             Action::Fail(error) => {
                 self.counts.failed.add(1);
                 tracing::debug!(transfer = tag.transfer.0, %error, "transfer failed");
-                let done = lock(slot).done.take();
+                let done = lock(pending).done.take();
                 if let Some(done) = done {
                     let _ = done.send(Err(error));
                 }
@@ -257,10 +257,10 @@ impl Shared {
     /// Takes a DATA frame: what may be written is written, what may not is counted.
     pub(crate) fn data(&self, link: LinkId, header: &Header, payload: &[u8]) {
         let id = header.tag.transfer;
-        let Some(slot) = self.slot(id) else {
+        let Some(pending) = self.pending(id) else {
             return self.counts.drop(Dropped::Unknown);
         };
-        let damaged = lock(&slot).store(&self.arena, &self.counts, link, header, payload).err();
+        let damaged = lock(&pending).store(&self.arena, &self.counts, link, header, payload).err();
         if let Some(event) = damaged {
             self.counts.drop(Dropped::Damaged);
             self.step(id, link, event);
@@ -321,8 +321,8 @@ impl Shared {
         self.registry().links.get(&link).cloned()
     }
 
-    fn slot(&self, id: TransferId) -> Option<Arc<Mutex<Slot>>> {
-        self.registry().transfers.get(&id).map(|held| held.slot.clone())
+    fn pending(&self, id: TransferId) -> Option<Arc<Mutex<Pending>>> {
+        self.registry().transfers.get(&id).map(|held| held.pending.clone())
     }
 
     fn forget(&self, id: TransferId) {
@@ -354,7 +354,7 @@ impl Shared {
     }
 }
 
-impl Slot {
+impl Pending {
     /// Writes the extents of a frame; an error is what the damage means for the transfer.
     fn store(
         &mut self,

@@ -1,6 +1,7 @@
 //! Bad input ends at the gateway: each case has its status and names what was wrong, and no worker sees any of it.
 
-use baton_tests::Cluster;
+use baton_tests::cluster::{Scratch, free_port, wait_for};
+use baton_tests::{Client, Cluster, RoleProcess};
 use serde_json::{Value, json};
 
 use crate::serving::{CHAT, COMPLETIONS};
@@ -73,12 +74,16 @@ async fn each_mistake_has_its_answer() {
 
 #[tokio::test]
 async fn without_workers_there_is_a_503() {
-    let cluster = Cluster::start(&["--decode", "0", "--prefill", "0"]);
-    let reply = baton_tests::cluster::wait_for("the gateway to answer", || async {
-        cluster.client.try_get("/health").await.ok()
-    })
-    .await;
-    assert_eq!(reply.status, 503);
-    let reply = cluster.client.post(CHAT, &with("n", json!(1))).await;
-    assert!([404, 503].contains(&reply.status), "{}", reply.json());
+    let data = Scratch::new("no-workers");
+    let (node, client) = (format!("127.0.0.1:{}", free_port()), format!("127.0.0.1:{}", free_port()));
+    let folder = data.path().display().to_string();
+    let _coordinator = RoleProcess::start(&["coordinator", "--listen", &node, "--data", &folder]);
+    let _gateway = RoleProcess::start(&["gateway", "--listen", &client, "--coordinator", &node]);
+    let client = Client { address: client };
+    let health = wait_for("the gateway to answer", || async { client.try_get("/health").await.ok() }).await;
+    assert_eq!(health.status, 503);
+    assert_eq!(client.get("/live").await.status, 200);
+    let reply = client.post(CHAT, &with("n", json!(1))).await;
+    assert_eq!(reply.status, 503, "{}", reply.json());
+    assert!(reply.headers.contains_key("retry-after"), "{:?}", reply.headers);
 }

@@ -7,6 +7,9 @@ use serde_json::{Value, json};
 use crate::same_bytes::joined;
 use crate::serving::{CHAT, chat, long_prompt};
 
+/// Attempts that ended without their request, by the gateway's count.
+const FAILED: &str = "baton_gateway_attempts_failed_total";
+
 /// Long enough that a kill lands in the middle; sampled, with log-probabilities and two choices.
 fn request(number: usize, tokens: u32) -> Value {
     let mut body = chat(&long_prompt(number), tokens);
@@ -31,17 +34,22 @@ async fn replacement(cluster: &Cluster, role: &str, killed: i32) {
 async fn a_decode_worker_killed_mid_stream_changes_no_byte() {
     for flags in [&["--decode", "2"][..], &[]] {
         let cluster = Cluster::up(flags).await;
-        let undisturbed = joined(cluster.client.stream(CHAT, &request(1, 400)).await);
+        let undisturbed = joined(cluster.client.stream(CHAT, &request(1, 1200)).await);
         assert_eq!(undisturbed.error, None);
         for kill_after in [1, 200, 700] {
-            let mut events = cluster.client.open(CHAT, &request(1, 400)).await;
+            let failed = cluster.counter(FAILED).await;
+            let workers = cluster.processes();
+            let mut events = cluster.client.open(CHAT, &request(1, 1200)).await;
             events.until_text(kill_after).await;
-            for worker in cluster.processes().iter().filter(|p| p.role == "decode") {
+            for worker in workers.iter().filter(|p| p.role == "decode") {
                 signal(worker.pid, libc::SIGKILL);
-                replacement(&cluster, "decode", worker.pid).await;
             }
             let disturbed = joined(events.finish().await);
+            assert!(cluster.counter(FAILED).await > failed, "no kill met the stream; it says nothing");
             assert_eq!(disturbed, undisturbed, "{flags:?}, killed after {kill_after} bytes");
+            for worker in workers.iter().filter(|p| p.role == "decode") {
+                replacement(&cluster, "decode", worker.pid).await;
+            }
         }
         cluster.quiet().await;
     }
@@ -63,6 +71,7 @@ async fn a_prefill_worker_killed_mid_request_changes_no_byte() {
         replacement(&other, "prefill", worker.pid).await;
     }
     assert_eq!(running.await.expect("the streams end"), undisturbed);
+    assert!(other.counter(FAILED).await > 0.0, "no kill met a request; it says nothing");
     other.quiet().await;
 }
 

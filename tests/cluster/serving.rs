@@ -28,7 +28,11 @@ async fn every_process_is_shown_and_serves() {
     let mut roles: Vec<_> = processes.iter().map(|p| p.role.as_str()).collect();
     roles.sort_unstable();
     assert_eq!(roles, ["coordinator", "decode", "gateway", "prefill"]);
-    assert!(processes.iter().all(|p| alive(p.pid) && p.address.contains(':')), "{processes:?}");
+    assert!(processes.iter().all(|p| alive(p.pid)), "{processes:?}");
+    wait_for("every process to say where it listens", || async {
+        cluster.processes().iter().all(|p| p.address.contains(':')).then_some(())
+    })
+    .await;
 
     let models = cluster.client.get("/v1/models").await.json();
     assert_eq!(models["data"][0]["id"], "baton-3m");

@@ -146,6 +146,14 @@ impl Cluster {
         self.status()["processes"].as_array().into_iter().flatten().map(row).collect()
     }
 
+    /// Sum of a counter of the gateway over all its labels.
+    pub async fn counter(&self, name: &str) -> f64 {
+        let body = self.client.get("/metrics").await.body;
+        let text = String::from_utf8_lossy(&body).into_owned();
+        let lines = text.lines().filter(|l| l.starts_with(&format!("{name}{{")) || l.starts_with(&format!("{name} ")));
+        lines.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
+    }
+
     /// The first process of a role.
     ///
     /// # Panics
@@ -183,6 +191,24 @@ impl Drop for Cluster {
         // SIGTERM lets it end its children; they also die with it should it not.
         signal(self.pid(), libc::SIGTERM);
         let _ = self.up.wait();
+    }
+}
+
+/// One role process of its own, killed with its owner.
+pub struct RoleProcess(Child);
+
+impl RoleProcess {
+    pub fn start(arguments: &[&str]) -> RoleProcess {
+        let mut command = Command::new(binary());
+        command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        RoleProcess(command.spawn().expect("baton starts"))
+    }
+}
+
+impl Drop for RoleProcess {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 

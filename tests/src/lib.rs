@@ -6,4 +6,4 @@ pub mod client;
 pub mod cluster;
 
 pub use client::{Client, Reply, Streamed};
-pub use cluster::{Cluster, Process};
+pub use cluster::{Cluster, Process, RoleProcess};
