@@ -18,6 +18,7 @@ mod openai;
 mod prompt;
 mod running;
 mod serve;
+mod server;
 mod text;
 
 pub use config::Config;

@@ -1,11 +1,10 @@
 //! A gateway from its start to its stop: the socket, the routes and the tasks beside them.
 
-use std::future::Future;
 use std::io;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use baton_core::{Env, Listener, Net, Stream};
+use baton_core::Env;
 use baton_proto::channel::BadAddress;
 use baton_proto::v1::{Member, Role};
 use tokio::sync::{Semaphore, oneshot};
@@ -19,13 +18,12 @@ use crate::generate::Gateway;
 use crate::link::Links;
 use crate::prompt::Encoder;
 use crate::serve::Servers;
-use crate::{finish, http, membership};
+use crate::{finish, http, membership, server};
 
 /// How long open streams may go on after `stop`.
 const DRAIN: Duration = Duration::from_secs(5);
 /// How long the last ends of requests, and the goodbye, may take.
 const FAREWELL: Duration = Duration::from_millis(500);
-const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
 
 /// Renders the metrics that `/metrics` shows.
 pub type RenderMetrics = Arc<dyn Fn() -> String + Send + Sync>;
@@ -69,8 +67,9 @@ pub async fn start(config: Config, mut env: Env, metrics: RenderMetrics) -> Resu
         return Err(StartError::NoCoordinators);
     }
     let coordinators = Arc::new(Coordinators::new(env.net.clone(), &config.coordinators)?);
-    let listener = listen(&*env.net, &config.listen).await?;
-    let address = listener.0.address();
+    let listener = env.net.listen(&config.listen).await;
+    let listener = listener.map_err(|error| StartError::Listen { address: config.listen.clone(), error })?;
+    let address = listener.address();
     let id = config.id.clone();
     let cluster = Arc::new(Cluster::new(env.net.clone(), config.aliases.clone()));
     let links = Arc::new(Links::new(env.net.clone()));
@@ -100,9 +99,10 @@ pub async fn start(config: Config, mut env: Env, metrics: RenderMetrics) -> Resu
         metrics,
     };
     let (stop, stopped) = oneshot::channel();
-    let mut server = JoinSet::new();
-    server.spawn(serve(listener, gateway, async move { drop(stopped.await) }));
-    Ok(Running { address, id, coordinators, stop, server, beside, finisher })
+    let mut serving = JoinSet::new();
+    let router = http::router(Arc::new(gateway));
+    serving.spawn(server::serve(listener, router, async move { drop(stopped.await) }));
+    Ok(Running { address, id, coordinators, stop, server: serving, beside, finisher })
 }
 
 impl Running {
@@ -146,43 +146,5 @@ fn member(config: &Config, address: &str) -> Member {
         incarnation: 0,
         version: env!("CARGO_PKG_VERSION").into(),
         model: None,
-    }
-}
-
-async fn listen(net: &dyn Net, address: &str) -> Result<HttpListener, StartError> {
-    let listener = net.listen(address).await;
-    let error = |error| StartError::Listen { address: address.to_string(), error };
-    listener.map(HttpListener).map_err(error)
-}
-
-async fn serve(listener: HttpListener, gateway: Gateway, stopped: impl Future<Output = ()> + Send + 'static) {
-    let router = http::router(Arc::new(gateway));
-    let served = axum::serve(listener, router).with_graceful_shutdown(stopped).await;
-    if let Err(error) = served {
-        tracing::error!(%error, "HTTP server ended");
-    }
-}
-
-/// `core::Net`'s listener as axum wants it.
-struct HttpListener(Box<dyn Listener>);
-
-impl axum::serve::Listener for HttpListener {
-    type Io = Stream;
-    type Addr = String;
-
-    async fn accept(&mut self) -> (Stream, String) {
-        loop {
-            match self.0.accept().await {
-                Ok(stream) => return (stream, String::new()),
-                Err(error) => {
-                    tracing::warn!(%error, "connection not accepted");
-                    tokio::time::sleep(ACCEPT_PAUSE).await;
-                }
-            }
-        }
-    }
-
-    fn local_addr(&self) -> io::Result<String> {
-        Ok(self.0.address())
     }
 }

@@ -30,6 +30,8 @@ const NO_WORKERS_WAIT: Duration = Duration::from_millis(limits::NO_WORKERS_WAIT_
 const COORDINATOR_WAIT: Duration = Duration::from_millis(1_000);
 /// A life that is still assignable after so long without other workers is alive: only the stream to it was lost.
 const EXCLUSION: Duration = Duration::from_millis(2 * limits::WORKER_LEASE_MS);
+/// Tokens hashed on the async thread (some hundred microseconds of work).
+const INLINE_HASHED_TOKENS_MAX: usize = 16 << 10;
 const BACKOFF_MIN: Duration = Duration::from_millis(20);
 const BACKOFF_MAX: Duration = Duration::from_millis(320);
 
@@ -216,8 +218,7 @@ impl Serving {
     fn start_message(&self, assignment: &Assignment) -> v1::Start {
         let choice = |(index, c): (usize, &ChoiceState)| v1::Choice { index: index as u32, so_far: c.so_far.clone() };
         let open = self.choices.iter().enumerate().filter(|(_, c)| !c.ended);
-        let left = self.deadline.saturating_duration_since(Instant::now());
-        let request = v1::Request { deadline_ms: left.as_millis() as u64, ..(&*self.request).into() };
+        let request = v1::Request { deadline_ms: self.left_ms(), ..(&*self.request).into() };
         v1::Start {
             handle: 0,
             assignment: Some(assignment.clone().into()),
@@ -230,8 +231,11 @@ impl Serving {
     async fn assign(&mut self) -> Result<Assignment, ApiError> {
         let started = Instant::now();
         let mut backoff = BACKOFF_MIN;
+        let mut message = self.assign_message().await;
         loop {
-            let refusal = match self.servers.coordinators.assign(self.assign_message()).await {
+            message.deadline_ms = self.left_ms();
+            message.exclude = self.exclude.iter().chain(&self.busy).cloned().collect();
+            let refusal = match self.servers.coordinators.assign(message.clone()).await {
                 Ok(assignment) => match Assignment::try_from(assignment) {
                     Ok(assignment) => return Ok(assignment),
                     Err(bad) => Refusal::unavailable(bad.to_string()),
@@ -265,7 +269,8 @@ impl Serving {
         }
     }
 
-    fn assign_message(&self) -> v1::AssignRequest {
+    /// The question to the coordinator; deadline and exclusions are filled in when it is asked.
+    async fn assign_message(&self) -> v1::AssignRequest {
         let request = &*self.request;
         let open: Vec<&ChoiceState> = self.choices.iter().filter(|c| !c.ended).collect();
         let mut shared = request.prompt.to_vec();
@@ -273,8 +278,6 @@ impl Serving {
             shared.extend(&only.so_far);
         }
         let shortest = open.iter().map(|c| c.so_far.len()).min().unwrap_or(0);
-        let hashes = BlockHash::chain(&request.cache_salt, &shared, self.block_tokens);
-        let left = self.deadline.saturating_duration_since(Instant::now());
         v1::AssignRequest {
             request: request.id.to_string(),
             attempt: self.attempt,
@@ -284,14 +287,18 @@ impl Serving {
             prompt_tokens: shared.len() as u64,
             tokens_max: (request.tokens_max as usize).saturating_sub(shortest) as u64,
             choices: open.len() as u32,
-            block_hashes: hashes.into_iter().map(convert::block_hash_bytes).collect(),
-            deadline_ms: left.as_millis() as u64,
             seed: request.sampling.seed,
-            exclude: self.exclude.iter().chain(&self.busy).cloned().collect(),
             previous_epoch: self.epoch,
             prompt_logprobs: request.prompt_logprobs.is_some(),
             gateway: self.servers.gateway.clone(),
+            block_hashes: block_hashes(request.cache_salt.clone(), shared, self.block_tokens).await,
+            deadline_ms: 0,
+            exclude: Vec::new(),
         }
+    }
+
+    fn left_ms(&self) -> u64 {
+        self.deadline.saturating_duration_since(Instant::now()).as_millis() as u64
     }
 
     /// Takes in one message of the worker.
@@ -413,6 +420,15 @@ impl Drop for Serving {
             generated_tokens: generated as u64,
         });
     }
+}
+
+/// Names of the full blocks of `tokens`; those of a long prompt take a while and leave the async thread.
+async fn block_hashes(salt: String, tokens: Vec<TokenId>, block_tokens: usize) -> Vec<bytes::Bytes> {
+    let long = tokens.len() > INLINE_HASHED_TOKENS_MAX;
+    let chain = move || BlockHash::chain(&salt, &tokens, block_tokens);
+    // Without hashes a request is placed as if no worker knew its prefix; only a panic could lose them.
+    let hashes = if long { tokio::task::spawn_blocking(chain).await.unwrap_or_default() } else { chain() };
+    hashes.into_iter().map(convert::block_hash_bytes).collect()
 }
 
 fn lost() -> Failure {
