@@ -56,7 +56,7 @@ def main():
     if args.peer:
         return llama(args.gguf, args.threads)
 
-    names = {"prefill": "prefill_512_tokens_per_s", "decode": "decode_1_tokens_per_s"}
+    names = {"prefill": "prefill_512", "decode": "decode_batch_1"}
     ratios = {name: [] for name in names}
     for round_number in range(args.rounds):
         command = [sys.executable, __file__, args.baton, args.model, args.gguf, "--threads", str(args.threads), "--peer"]
