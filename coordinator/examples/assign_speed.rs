@@ -1,5 +1,6 @@
 //! How fast assignments are: one process holds 1 or 3 coordinators on real files and TCP, and clients that assign and
-//! finish one request after another over gRPC. Usage: assign_speed NODES CLIENTS SECONDS [DIRECTORY]
+//! finish one request after another over gRPC; then how many commands a second many in one call reach.
+//! Usage: assign_speed NODES CLIENTS SECONDS [DIRECTORY]
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -14,6 +15,11 @@ use tokio::time::Instant;
 use tonic::transport::Channel;
 
 type Client = CoordinatorClient<Channel>;
+
+/// Connections that the clients share, as the requests of a few gateways do.
+const CONNECTIONS: usize = 8;
+/// Ends in one call of the batched measurement.
+const FINISHES: u64 = 512;
 
 #[tokio::main]
 async fn main() {
@@ -31,19 +37,28 @@ async fn main() {
     let beating = tokio::spawn(beat(client.clone(), lives));
 
     let until = Instant::now() + Duration::from_secs(seconds);
-    let calls = (0..clients).map(|id| tokio::spawn(call(leader.clone(), id, until)));
+    let connections: Vec<Client> = (0..CONNECTIONS).map(|_| connect(&leader)).collect();
+    let connection = |id: u64| connections[id as usize % CONNECTIONS].clone();
+    let calls = (0..clients).map(|id| tokio::spawn(call(connection(id), id, until)));
     let mut latencies: Vec<f64> = Vec::new();
+    let mut refused = 0;
     for calls in futures::future::join_all(calls).await {
-        latencies.extend(calls.expect("a client"));
+        let calls = calls.expect("a client");
+        latencies.extend(calls.latencies);
+        refused += calls.refused;
     }
     latencies.sort_by(f64::total_cmp);
     let at = |share: f64| latencies[((latencies.len() - 1) as f64 * share) as usize];
     println!(
-        "{clients} clients: {:.0} assignments/s (each also finished), assign p50 {:.2} ms, p99 {:.2} ms",
+        "{clients} clients: {:.0} assignments/s (each also finished), assign p50 {:.2} ms, p99 {:.2} ms, {refused} refused",
         latencies.len() as f64 / seconds as f64,
         at(0.5),
         at(0.99)
     );
+    let until = Instant::now() + Duration::from_secs(seconds);
+    let calls = (0..4).map(|id| tokio::spawn(finish_many(connection(id), id, until)));
+    let ended: u64 = futures::future::join_all(calls).await.into_iter().map(|ended| ended.expect("a client")).sum();
+    println!("{FINISHES} ends in a call: {:.0} commands/s", ended as f64 / seconds as f64);
     println!("resident {:.1} MiB, clients included", resident_mib());
     beating.abort();
     for node in running {
@@ -158,27 +173,48 @@ fn request(client: u64, serial: u64) -> v1::AssignRequest {
     }
 }
 
-/// Assigns and finishes until the time is up; returns the assignments' latencies in milliseconds.
-async fn call(leader: String, id: u64, until: Instant) -> Vec<f64> {
-    let mut client = connect(&leader);
-    let mut latencies = Vec::new();
+struct Calls {
+    /// Of assignments, in milliseconds.
+    latencies: Vec<f64>,
+    /// Answers other than an assignment; a call that is too late among them.
+    refused: u64,
+}
+
+/// Assigns and finishes until the time is up.
+async fn call(mut client: Client, id: u64, until: Instant) -> Calls {
+    let mut calls = Calls { latencies: Vec::new(), refused: 0 };
     for serial in 1.. {
         if Instant::now() >= until {
             break;
         }
         let start = Instant::now();
-        let reply = client.assign(request(id + 1, serial)).await.expect("an answer").into_inner();
-        let Some(v1::assign_reply::Outcome::Assignment(assigned)) = reply.outcome else { panic!("{reply:?}") };
-        latencies.push(start.elapsed().as_secs_f64() * 1e3);
-        let finished = v1::FinishedRequest {
-            request: assigned.request,
-            epoch: assigned.epoch,
-            outcome: "complete".into(),
-            ..Default::default()
+        let reply = client.assign(request(id + 1, serial)).await.map(|reply| reply.into_inner().outcome);
+        let Ok(Some(v1::assign_reply::Outcome::Assignment(assigned))) = reply else {
+            calls.refused += 1;
+            continue;
         };
-        client.finish(v1::FinishRequest { requests: vec![finished] }).await.expect("finished");
+        calls.latencies.push(start.elapsed().as_secs_f64() * 1e3);
+        let requests = vec![finished(assigned.request, assigned.epoch)];
+        drop(client.finish(v1::FinishRequest { requests }).await);
     }
-    latencies
+    calls
+}
+
+/// Ends requests that never were, many in a call; returns how many.
+async fn finish_many(mut client: Client, id: u64, until: Instant) -> u64 {
+    let mut ended = 0;
+    while Instant::now() < until {
+        let name = |serial: u64| format!("{:032x}", u128::from(id + 1) << 96 | u128::from(ended + serial));
+        let requests = (0..FINISHES).map(|serial| finished(name(serial), 0)).collect();
+        if client.finish(v1::FinishRequest { requests }).await.is_ok() {
+            ended += FINISHES;
+        }
+    }
+    ended
+}
+
+fn finished(request: String, epoch: u64) -> v1::FinishedRequest {
+    v1::FinishedRequest { request, epoch, outcome: "complete".into(), ..Default::default() }
 }
 
 fn resident_mib() -> f64 {
