@@ -64,6 +64,19 @@ async fn generate(decode: &Decode, outlet: Outlet, start: Start) -> Result<(), E
     let brought = timeout_at(deadline, bring(decode, &assigned)).await;
     let Brought { filled, phases } = brought.map_err(|_| abort(Aborted::Deadline, "during the handoff"))??;
     let Assigned { request, choices, started, .. } = assigned;
+    metrics::record_handoff(started.elapsed());
+    // Together with the gateway's phases these add up to TTFT. Numbers only, never text.
+    tracing::debug!(
+        request = %request.id,
+        prompt_tokens = request.prompt.len(),
+        cached_tokens = phases.cached_tokens,
+        queue_us = phases.prefill_queue.as_micros() as u64,
+        prefill_us = phases.prefill_compute.as_micros() as u64,
+        transfer_us = phases.transfer.as_micros() as u64,
+        handoff_us = started.elapsed().as_micros() as u64,
+        local_prefill = phases.local_prefill,
+        "brought"
+    );
     let work = Work { request, choices, goal: Goal::Generate, filled };
     let submission = Submission { work, outlet, tag, phases, started };
     let mut admission = decode.shell.engine.submit(submission).map_err(|reason| {

@@ -144,3 +144,8 @@ pub fn record_transfers(counters: &Counters) {
         dropped.absolute(counters.dropped(reason));
     }
 }
+
+/// From a request's arrival at a decode worker to its submission to the engine.
+pub fn record_handoff(took: Duration) {
+    histogram!("baton_worker_handoff_seconds").record(took.as_secs_f64());
+}

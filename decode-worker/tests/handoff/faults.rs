@@ -1,6 +1,6 @@
 //! Whatever goes wrong, the request ends with one word and both caches are free again.
 
-use baton_core::{Aborted, Incarnation, Refused, Request, RequestId};
+use baton_core::{Aborted, Incarnation, Place, Refused, Request, RequestId, Role};
 use baton_engine::EngineConfig;
 use baton_engine::testing::request;
 use baton_proto::v1::WorkerLife;
@@ -209,5 +209,31 @@ async fn the_deadline_ends_a_request_in_every_phase() {
     let expired = order(&cluster, 3);
     let expired = Order { request: Request { deadline_ms: 0, ..expired.request }, ..expired };
     assert_eq!(gateway.run(&expired).await.refused(), Refused::Expired);
+    cluster.is_clean().await;
+}
+
+/// A worker that is asked to stop finishes what it has, refuses what comes, and then ends its streams.
+#[tokio::test]
+async fn a_worker_that_stops_finishes_its_requests() {
+    let cluster = Cluster::start(1, 1).await;
+    let config = cluster.config(Role::Decode, "decode-9", SIZES);
+    let running = baton_decode_worker::start(config, hash_model(), cluster.env()).await.unwrap();
+    let shell = running.shell().clone();
+    let place = Place { worker: shell.id.clone(), incarnation: shell.incarnation, address: running.address() };
+    let mut gateway = Gateway::to(&cluster, &running.address()).await;
+    cluster.prefills[0].gate.hold(Point::Step);
+    let order = Order { decode: place, ..order(&cluster, 1) };
+    let first = gateway.start(&order);
+    cluster.prefills[0].gate.held().await;
+    let stopping = tokio::spawn(running.stop());
+    let late = gateway.run(&another(&order, 2)).await;
+    assert_eq!(late.refused(), Refused::Draining);
+    cluster.prefills[0].gate.open();
+    assert_eq!(gateway.finish(first).await.tokens[&0].len(), 400);
+    assert_eq!(gateway.ended().await.unwrap_err().code(), tonic::Code::Unavailable);
+    stopping.await.unwrap();
+    assert!(cluster.coordinator.has_left("decode-9"));
+    let stats = shell.engine.cache().stats();
+    assert_eq!((stats.used, stats.in_flight), (0, 0));
     cluster.is_clean().await;
 }

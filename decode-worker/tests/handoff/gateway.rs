@@ -96,7 +96,11 @@ pub(crate) struct Gateway {
 
 impl Gateway {
     pub(crate) async fn connect(cluster: &Cluster, decode: &Worker) -> Gateway {
-        let channel = baton_proto::channel(cluster.net.clone(), &decode.running.address()).unwrap();
+        Gateway::to(cluster, &decode.running.address()).await
+    }
+
+    pub(crate) async fn to(cluster: &Cluster, address: &str) -> Gateway {
+        let channel = baton_proto::channel(cluster.net.clone(), address).unwrap();
         let (commands, outgoing) = mpsc::channel(64);
         let answers = DecodeClient::new(channel).generate(outgoing).await.unwrap().into_inner();
         Gateway { commands, answers, told: BTreeMap::new(), messages: 0 }
@@ -133,6 +137,14 @@ impl Gateway {
 
     pub(crate) async fn finish(&mut self, handle: u32) -> Told {
         self.until(handle, Told::is_over).await
+    }
+
+    /// How the stream ends.
+    pub(crate) async fn ended(&mut self) -> Result<(), tonic::Status> {
+        while let Some(message) = timeout(Duration::from_secs(60), self.answers.message()).await.unwrap()? {
+            self.read(message);
+        }
+        Ok(())
     }
 
     /// Starts and reads to the end.
