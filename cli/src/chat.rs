@@ -132,13 +132,13 @@ impl Talk {
     }
 
     /// Asks, prints the answer as it comes, and remembers both. A refused message is forgotten, so that a person can
-    /// go on; a pipe ends there.
+    /// go on; a pipe ends there, and Ctrl-C ends it as it ends any program.
     async fn answer(&mut self, message: String, person: bool) -> Result<(), Failure> {
         self.messages.push(json!({"role": "user", "content": message}));
         let mut text = String::new();
         let outcome = tokio::select! {
             outcome = print_stream(&self.client, self.body(), &mut text) => outcome,
-            _ = tokio::signal::ctrl_c() => Ok(()),
+            _ = tokio::signal::ctrl_c(), if person => Ok(()),
         };
         println!();
         match outcome {

@@ -118,6 +118,7 @@ pub(crate) async fn serve(
 ) -> Result<(), Failure> {
     let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     let address = running.address();
+    crate::process::give_memory_back();
     tracing::info!(%role, id, address, "ready");
     voice.say(&Event::Ready { role, id: id.clone(), address, metrics });
     let asked = async {

@@ -103,9 +103,10 @@ async fn measure(flags: ServeFlags) -> Result<(), Failure> {
     let started = Instant::now();
     let outcomes = load.clone().drive(&mut rng).await;
     let report = Report::new(&outcomes, started.elapsed());
+    eprintln!("seed {seed}");
     match load.flags.json {
         true => figure::print(&report.figures()),
-        false => print!("seed {seed}\n{}", report.text()),
+        false => print!("{}", report.text()),
     }
     match report.failed() {
         0 => Ok(()),

@@ -132,6 +132,8 @@ impl Child {
         self.start_at = Instant::now() + backoff(self.deaths);
         self.death = Some((Instant::now(), format!("{} (pid {}) {how}", self.plan.id, self.pid)));
         self.pid = 0;
+        self.address.clear();
+        self.metrics = None;
         self.orders = None;
     }
 
