@@ -5,6 +5,8 @@ pub const BLOCK_TOKENS: usize = 16;
 
 /// Body of an HTTP request.
 pub const HTTP_BODY_BYTES_MAX: usize = 8 << 20;
+/// What is read of a body over that limit, so that its client hears the refusal.
+pub const HTTP_DISCARD_BYTES_MAX: usize = 64 << 20;
 /// A gRPC message; a model card carries the tokenizer.
 pub const MESSAGE_BYTES_MAX: usize = 64 << 20;
 /// Requests one gateway works on at a time; more are refused with 429.

@@ -50,7 +50,13 @@ pub(crate) struct Answer {
 }
 
 impl Answer {
-    pub(crate) fn new(prompt: usize, serving: Serving, model: Arc<Model>, options: Arc<TextOptions>, silent: bool) -> Answer {
+    pub(crate) fn new(
+        prompt: usize,
+        serving: Serving,
+        model: Arc<Model>,
+        options: Arc<TextOptions>,
+        silent: bool,
+    ) -> Answer {
         let request = serving.request();
         let text = |_| ChoiceText::new(&model.vocabulary, &request.prompt, options.clone());
         let texts = (0..request.choices).map(text).collect();

@@ -1,24 +1,30 @@
 //! The routes, and what every response has: a request id, OpenAI's error shape, a count.
 
 use std::sync::Arc;
+use std::time::Duration;
 
+use axum::Json;
 use axum::Router;
-use axum::body::{Body, to_bytes};
+use axum::body::Body;
 use axum::extract::{Path, Request, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use axum::Json;
 use baton_core::{RequestId, limits};
+use bytes::{Bytes, BytesMut};
+use http_body_util::BodyExt;
 use serde_json::{Map, Value, json};
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 use crate::error::ApiError;
 use crate::generate::{Call, Gateway};
 use crate::measure;
 use crate::model::Model;
 use crate::openai::{Fields, chat, completions, tokens};
+
+/// How long the rest of a body that is too large is read.
+const DISCARD_TIMEOUT: Duration = Duration::from_secs(2);
 
 type Shared = State<Arc<Gateway>>;
 
@@ -64,8 +70,17 @@ async fn around(State(gateway): Shared, request: Request, next: Next) -> Respons
 
 fn route_label(path: &str) -> &'static str {
     const ROUTES: &[&str] = &[
-        "/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize", "/tokenizer_info",
-        "/health", "/live", "/ping", "/version", "/metrics",
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/models",
+        "/tokenize",
+        "/detokenize",
+        "/tokenizer_info",
+        "/health",
+        "/live",
+        "/ping",
+        "/version",
+        "/metrics",
     ];
     ROUTES.iter().find(|route| **route == path).copied().unwrap_or("other")
 }
@@ -142,12 +157,7 @@ fn named_model(gateway: &Gateway, fields: Fields) -> Result<(Arc<Model>, String)
 
 /// The JSON object of a request's body, whatever content type it claims.
 async fn body(request: Request) -> Result<Map<String, Value>, ApiError> {
-    let too_large = || ApiError::body_too_large(limits::HTTP_BODY_BYTES_MAX);
-    let (head, body) = request.into_parts();
-    if content_length(&head.headers).is_some_and(|length| length > limits::HTTP_BODY_BYTES_MAX) {
-        return Err(too_large());
-    }
-    let bytes = read(body).await.ok_or_else(too_large)?;
+    let bytes = read(request).await?;
     match serde_json::from_slice(&bytes) {
         Ok(Value::Object(object)) => Ok(object),
         Ok(_) => Err(ApiError::malformed("The body must be a JSON object.")),
@@ -155,9 +165,42 @@ async fn body(request: Request) -> Result<Map<String, Value>, ApiError> {
     }
 }
 
-/// None: too large. A body that breaks off is as good as none: its connection is gone.
-async fn read(body: Body) -> Option<bytes::Bytes> {
-    to_bytes(body, limits::HTTP_BODY_BYTES_MAX).await.ok()
+/// The whole body, if it is within the limit. What is over it is read and thrown away, within bounds, because a client that
+/// is still sending when its connection closes loses the answer that says why.
+async fn read(request: Request) -> Result<Bytes, ApiError> {
+    let too_large = ApiError::body_too_large(limits::HTTP_BODY_BYTES_MAX);
+    let (head, mut body) = request.into_parts();
+    let over = content_length(&head.headers).is_some_and(|length| length > limits::HTTP_BODY_BYTES_MAX);
+    if over && head.headers.contains_key(header::EXPECT) {
+        return Err(too_large);
+    }
+    let bytes = if over { None } else { collect(&mut body).await };
+    if bytes.is_none() {
+        let _ = timeout(DISCARD_TIMEOUT, discard(&mut body)).await;
+    }
+    bytes.ok_or(too_large)
+}
+
+/// None: too large, or broken off.
+async fn collect(body: &mut Body) -> Option<Bytes> {
+    let mut bytes = BytesMut::new();
+    while let Some(frame) = body.frame().await {
+        bytes.extend_from_slice(&frame.ok()?.into_data().unwrap_or_default());
+        if bytes.len() > limits::HTTP_BODY_BYTES_MAX {
+            return None;
+        }
+    }
+    Some(bytes.freeze())
+}
+
+async fn discard(body: &mut Body) {
+    let mut discarded = 0;
+    while let Some(Ok(frame)) = body.frame().await {
+        discarded += frame.data_ref().map_or(0, Bytes::len);
+        if discarded > limits::HTTP_DISCARD_BYTES_MAX {
+            return;
+        }
+    }
 }
 
 fn content_length(headers: &HeaderMap) -> Option<usize> {

@@ -133,7 +133,11 @@ impl Link {
     }
 
     /// The life of the stream; returns what ended it.
-    async fn carry(&self, mut client: DecodeClient<tonic::transport::Channel>, outgoing: mpsc::Receiver<GenerateCommand>) -> String {
+    async fn carry(
+        &self,
+        mut client: DecodeClient<tonic::transport::Channel>,
+        outgoing: mpsc::Receiver<GenerateCommand>,
+    ) -> String {
         let mut steps = match client.generate(ReceiverStream::new(outgoing)).await {
             Ok(response) => response.into_inner(),
             Err(status) => return status.message().to_string(),
@@ -208,7 +212,9 @@ impl Inbox {
 impl Drop for Inbox {
     fn drop(&mut self) {
         let mut requests = lock(&self.link.requests);
-        if requests.open.remove(&self.handle).is_some() && !self.link.send(Command::Cancel(Cancel { handle: self.handle })) {
+        if requests.open.remove(&self.handle).is_some()
+            && !self.link.send(Command::Cancel(Cancel { handle: self.handle }))
+        {
             requests.close();
         }
     }

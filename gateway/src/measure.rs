@@ -10,15 +10,14 @@ use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
 use tokio::time::Instant;
 
 const TTFT_BUCKETS: &[f64] = &[
-    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0,
-    640.0, 2560.0,
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+    160.0, 640.0, 2560.0,
 ];
-const ITL_BUCKETS: &[f64] = &[
-    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
-];
+const ITL_BUCKETS: &[f64] =
+    &[0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0];
 const E2E_BUCKETS: &[f64] = &[
-    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0,
-    7680.0,
+    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
+    1920.0, 7680.0,
 ];
 const PHASE_BUCKETS: &[f64] =
     &[0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
@@ -121,10 +120,30 @@ impl Meters {
             running: both!(gauge, model, "baton_gateway_requests_running", "vllm:num_requests_running"),
             waiting: both!(gauge, model, "baton_gateway_requests_waiting", "vllm:num_requests_waiting"),
             prompt_tokens: both!(counter, model, "baton_gateway_prompt_tokens_total", "vllm:prompt_tokens_total"),
-            cached_tokens: both!(counter, model, "baton_gateway_cached_tokens_total", "vllm:prompt_tokens_cached_total"),
-            generated_tokens: both!(counter, model, "baton_gateway_generated_tokens_total", "vllm:generation_tokens_total"),
-            ttft: both!(histogram, model, "baton_gateway_time_to_first_token_seconds", "vllm:time_to_first_token_seconds"),
-            itl: both!(histogram, model, "baton_gateway_inter_token_latency_seconds", "vllm:inter_token_latency_seconds"),
+            cached_tokens: both!(
+                counter,
+                model,
+                "baton_gateway_cached_tokens_total",
+                "vllm:prompt_tokens_cached_total"
+            ),
+            generated_tokens: both!(
+                counter,
+                model,
+                "baton_gateway_generated_tokens_total",
+                "vllm:generation_tokens_total"
+            ),
+            ttft: both!(
+                histogram,
+                model,
+                "baton_gateway_time_to_first_token_seconds",
+                "vllm:time_to_first_token_seconds"
+            ),
+            itl: both!(
+                histogram,
+                model,
+                "baton_gateway_inter_token_latency_seconds",
+                "vllm:inter_token_latency_seconds"
+            ),
             e2e: both!(histogram, model, "baton_gateway_request_seconds", "vllm:e2e_request_latency_seconds"),
         }
     }

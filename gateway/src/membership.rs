@@ -13,7 +13,12 @@ const HEARTBEAT: Duration = Duration::from_millis(limits::HEARTBEAT_MS);
 const REGISTER_PAUSE: Duration = Duration::from_millis(500);
 
 /// Registers and sends heartbeats, for ever; registers again when it has been forgotten.
-pub(crate) async fn announce(coordinators: &Coordinators, member: Member, process_key: String, running: impl Fn() -> usize) {
+pub(crate) async fn announce(
+    coordinators: &Coordinators,
+    member: Member,
+    process_key: String,
+    running: impl Fn() -> usize,
+) {
     loop {
         let request = RegisterRequest {
             cluster: String::new(),

@@ -12,11 +12,43 @@ use crate::model::Model;
 use crate::text::fixtures::byte_level;
 
 const NAMES: &[&str] = &[
-    "messages", "prompt", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
-    "frequency_penalty", "logit_bias", "seed", "n", "best_of", "logprobs", "top_logprobs", "prompt_logprobs", "stop",
-    "stop_token_ids", "include_stop_str_in_output", "min_tokens", "ignore_eos", "max_tokens", "max_completion_tokens",
-    "stream", "stream_options", "echo", "add_special_tokens", "add_generation_prompt", "chat_template_kwargs", "tools",
-    "tool_choice", "documents", "return_token_ids", "cache_salt", "response_format", "skip_special_tokens", "suffix",
+    "messages",
+    "prompt",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "seed",
+    "n",
+    "best_of",
+    "logprobs",
+    "top_logprobs",
+    "prompt_logprobs",
+    "stop",
+    "stop_token_ids",
+    "include_stop_str_in_output",
+    "min_tokens",
+    "ignore_eos",
+    "max_tokens",
+    "max_completion_tokens",
+    "stream",
+    "stream_options",
+    "echo",
+    "add_special_tokens",
+    "add_generation_prompt",
+    "chat_template_kwargs",
+    "tools",
+    "tool_choice",
+    "documents",
+    "return_token_ids",
+    "cache_salt",
+    "response_format",
+    "skip_special_tokens",
+    "suffix",
 ];
 
 fn model() -> Arc<Model> {
@@ -49,8 +81,11 @@ fn anything() -> impl Strategy<Value = Value> {
             prop::collection::vec(inner.clone(), 0..6).prop_map(Value::from),
             prop::collection::vec(("[a-z0-9_]{0,8}", inner.clone()), 0..4)
                 .prop_map(|pairs| Value::Object(pairs.into_iter().collect())),
-            prop::collection::vec(("(role|content|type|text|function|tool_calls|arguments|include_usage)", inner), 0..5)
-                .prop_map(|pairs| Value::Object(pairs.into_iter().collect())),
+            prop::collection::vec(
+                ("(role|content|type|text|function|tool_calls|arguments|include_usage)", inner),
+                0..5
+            )
+            .prop_map(|pairs| Value::Object(pairs.into_iter().collect())),
         ]
     })
 }
@@ -83,7 +118,9 @@ proptest! {
 #[test]
 fn defaults_come_from_the_model_when_they_are_good() {
     let body = json!({"messages": [{"role": "user", "content": "hi"}]});
-    let Ok(ask) = chat::read(Fields(body.as_object().unwrap()), model(), Arc::new(SystemClock)) else { panic!("refused") };
+    let Ok(ask) = chat::read(Fields(body.as_object().unwrap()), model(), Arc::new(SystemClock)) else {
+        panic!("refused")
+    };
     let sampling = ask.params.sampling;
     assert_eq!((sampling.temperature, sampling.top_p, sampling.top_k), (0.6, 1.0, 20));
 }

@@ -85,7 +85,13 @@ impl CompletionLogprobs {
     }
 
     /// Appends a prompt token; the first one has no log-probability.
-    pub(crate) fn push_prompt(&mut self, vocabulary: &Vocabulary, id: u32, token: Option<&SampledToken>, offset: &mut usize) {
+    pub(crate) fn push_prompt(
+        &mut self,
+        vocabulary: &Vocabulary,
+        id: u32,
+        token: Option<&SampledToken>,
+        offset: &mut usize,
+    ) {
         if let Some(token) = token {
             return self.push(vocabulary, &SampledToken { id, ..token.clone() }, offset);
         }
@@ -137,7 +143,10 @@ impl Serialize for PromptPosition {
     }
 }
 
-pub(crate) fn prompt_positions(vocabulary: &Vocabulary, prompt: &[Option<SampledToken>]) -> Vec<Option<PromptPosition>> {
+pub(crate) fn prompt_positions(
+    vocabulary: &Vocabulary,
+    prompt: &[Option<SampledToken>],
+) -> Vec<Option<PromptPosition>> {
     let entry = |id: u32, logprob: f32, rank: Option<usize>| {
         (id, PromptToken { logprob: finite(logprob), rank, decoded_token: vocabulary.text(id) })
     };

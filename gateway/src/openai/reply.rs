@@ -148,7 +148,13 @@ impl<'a> End<'a> {
 }
 
 impl Reply {
-    pub(crate) fn new(envelope: Envelope, model: Arc<Model>, shape: Shape, params: Params, prompts: Vec<Arc<[u32]>>) -> Reply {
+    pub(crate) fn new(
+        envelope: Envelope,
+        model: Arc<Model>,
+        shape: Shape,
+        params: Params,
+        prompts: Vec<Arc<[u32]>>,
+    ) -> Reply {
         let choices = prompts.len() * params.choices as usize;
         Reply {
             envelope,
@@ -272,7 +278,14 @@ impl Reply {
         }
     }
 
-    fn stream_chunk(&mut self, index: u32, text: &str, pieces: &[SampledToken], ending: Option<&Ending>, out: &mut Vec<u8>) {
+    fn stream_chunk(
+        &mut self,
+        index: u32,
+        text: &str,
+        pieces: &[SampledToken],
+        ending: Option<&Ending>,
+        out: &mut Vec<u8>,
+    ) {
         let logprobs = self.params.logprobs.is_some() && ending.is_none();
         let ids = || pieces.iter().map(|p| p.id).collect();
         let end = End::new(ending, self.params.return_token_ids.then(ids));

@@ -175,7 +175,17 @@ fn strftime(unix_s: u64, format: &str) -> String {
 }
 
 const MONTHS: [&str; 12] = [
-    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
     "December",
 ];
 /// The first day of 1970 was a Thursday.
@@ -228,9 +238,17 @@ mod tests {
         let hi = json!([{"role": "user", "content": "hi & <b>"}]);
         let chatml = "{% for m in messages %}\n    {{ '<|im_start|>' + m['role'] + '\\n' + m['content'] }}\n{% endfor %}\n{% if add_generation_prompt %}A{% endif %}";
         check(chatml, hi.clone(), Ok("    <|im_start|>user\nhi & <b>\nA"));
-        check("{{ bos_token }}{{ messages[0].content.upper().strip() }}{{ eos_token }}", hi.clone(), Ok("<s>HI & <B></s>"));
+        check(
+            "{{ bos_token }}{{ messages[0].content.upper().strip() }}{{ eos_token }}",
+            hi.clone(),
+            Ok("<s>HI & <B></s>"),
+        );
         check("{{ tools | tojson }}", hi.clone(), Ok(r#"[{"name": "f<", "args": {"z": 1, "a": [true, null]}}]"#));
-        check("{{ tools[0].args | tojson(indent=1) }}", hi.clone(), Ok("{\n \"z\": 1,\n \"a\": [\n  true,\n  null\n ]\n}"));
+        check(
+            "{{ tools[0].args | tojson(indent=1) }}",
+            hi.clone(),
+            Ok("{\n \"z\": 1,\n \"a\": [\n  true,\n  null\n ]\n}"),
+        );
         check("{% generation %}x{%- endgeneration %} {{ thinking }}", hi.clone(), Ok("x False"));
         check("{{ strftime_now('%d %b %Y, %A %H:%M %%') }}", hi.clone(), Ok("25 Jul 2026, Saturday 17:20 %"));
         check("{% for x in [1,2,3] %}{% if x == 2 %}{% break %}{% endif %}{{ x }}{% endfor %}", hi.clone(), Ok("1"));

@@ -118,7 +118,7 @@ fn without_last(text: &str) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::text::fixtures::{byte_level, byte_fallback};
+    use crate::text::fixtures::{byte_fallback, byte_level};
     use proptest::prelude::*;
 
     fn pieces(tokenizer: &Tokenizer, prompt: &[u32], tokens: &[u32]) -> Vec<String> {

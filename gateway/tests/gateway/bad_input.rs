@@ -108,11 +108,28 @@ async fn bad_messages_and_prompts_are_named() {
         let code = response.json()["error"]["code"].as_str().map(String::from);
         check(&response, 400, Some(param), code.as_deref(), &more.to_string());
     }
-    for prompt in [json!(null), json!(5), json!([]), json!([[]]), json!(["a", 5]), json!([1, "a"]), json!([300]), json!([[1], 2]), json!({}), json!("")] {
+    for prompt in [
+        json!(null),
+        json!(5),
+        json!([]),
+        json!([[]]),
+        json!(["a", 5]),
+        json!([1, "a"]),
+        json!([300]),
+        json!([[1], 2]),
+        json!({}),
+        json!(""),
+    ] {
         let response = post(&world.address(), COMPLETIONS, &json!({"model": MODEL, "prompt": prompt})).await;
         check(&response, 400, Some("prompt"), None, &prompt.to_string());
     }
-    for (name, value) in [("logprobs", json!(21)), ("logprobs", json!(true)), ("suffix", json!("x")), ("max_tokens", json!(0)), ("echo", json!(1))] {
+    for (name, value) in [
+        ("logprobs", json!(21)),
+        ("logprobs", json!(true)),
+        ("suffix", json!("x")),
+        ("max_tokens", json!(0)),
+        ("echo", json!(1)),
+    ] {
         let response = post(&world.address(), COMPLETIONS, &json!({"model": MODEL, "prompt": "a", name: value})).await;
         assert_eq!((response.status, &response.json()["error"]["param"]), (400, &json!(name)));
     }

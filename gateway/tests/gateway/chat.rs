@@ -24,10 +24,12 @@ async fn a_chat_in_one_piece() {
     assert_eq!(body["model"], MODEL);
     assert_eq!(body["system_fingerprint"], "weights-f32acc-bf16");
     let message = json!({"role": "assistant", "content": "Hello world"});
-    let choice = json!({"index": 0, "message": message, "logprobs": null, "finish_reason": "stop", "stop_reason": null});
+    let choice =
+        json!({"index": 0, "message": message, "logprobs": null, "finish_reason": "stop", "stop_reason": null});
     assert_eq!(body["choices"], json!([choice]));
     let details = json!({"cached_tokens": 3});
-    let usage = json!({"prompt_tokens": 4, "total_tokens": 16, "completion_tokens": 12, "prompt_tokens_details": details});
+    let usage =
+        json!({"prompt_tokens": 4, "total_tokens": 16, "completion_tokens": 12, "prompt_tokens_details": details});
     assert_eq!(body["usage"], usage);
     let seen = world.seen.borrow();
     let prompt = &seen.starts[0].1.request.as_ref().unwrap().prompt;
@@ -136,7 +138,8 @@ async fn log_probabilities_mirror_the_text() {
     assert_eq!(content[0], first);
     assert_eq!(content[1]["bytes"], json!([0xC3]));
     let events = stream(&world.address(), PATH, &hi(json!({"logprobs": true, "stream": true}))).await.events().await;
-    let streamed = events.iter().flat_map(|e| e["choices"][0]["logprobs"]["content"].as_array().cloned().unwrap_or_default());
+    let streamed =
+        events.iter().flat_map(|e| e["choices"][0]["logprobs"]["content"].as_array().cloned().unwrap_or_default());
     let streamed: Vec<Value> = streamed.map(|t| t["bytes"].clone()).collect();
     assert_eq!(streamed, content.iter().map(|t| t["bytes"].clone()).collect::<Vec<_>>());
     let stopped = post(&world.address(), PATH, &hi(json!({"logprobs": true, "stop": "é"}))).await.json();
@@ -149,9 +152,11 @@ async fn token_ids_come_back_when_asked_for() {
     let whole = post(&world.address(), PATH, &hi(json!({"return_token_ids": true}))).await.json();
     assert_eq!(whole["prompt_token_ids"], json!([257, 104, 105, 258]));
     assert_eq!(whole["choices"][0]["token_ids"], json!([97, 98, EOS]));
-    let events = stream(&world.address(), PATH, &hi(json!({"return_token_ids": true, "stream": true}))).await.events().await;
+    let events =
+        stream(&world.address(), PATH, &hi(json!({"return_token_ids": true, "stream": true}))).await.events().await;
     assert_eq!(events[0]["prompt_token_ids"], json!([257, 104, 105, 258]));
-    let ids: Vec<Value> = events.iter().flat_map(|e| e["choices"][0]["token_ids"].as_array().cloned().unwrap_or_default()).collect();
+    let ids: Vec<Value> =
+        events.iter().flat_map(|e| e["choices"][0]["token_ids"].as_array().cloned().unwrap_or_default()).collect();
     assert_eq!(ids, [json!(97), json!(98), json!(EOS)]);
 }
 
@@ -159,7 +164,8 @@ async fn token_ids_come_back_when_asked_for() {
 async fn usage_on_every_chunk_when_asked_for() {
     let world = World::says("abc").await;
     let options = json!({"include_usage": true, "continuous_usage_stats": true});
-    let events = stream(&world.address(), PATH, &hi(json!({"stream": true, "stream_options": options}))).await.events().await;
+    let events =
+        stream(&world.address(), PATH, &hi(json!({"stream": true, "stream_options": options}))).await.events().await;
     let counts: Vec<u64> = events.iter().map(|e| e["usage"]["completion_tokens"].as_u64().unwrap()).collect();
     assert!(counts.is_sorted());
     assert_eq!(counts.last(), Some(&4));

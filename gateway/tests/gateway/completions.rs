@@ -78,14 +78,16 @@ async fn a_streamed_echo_begins_with_the_prompt() {
     let events = stream(&world.address(), PATH, &body).await.events().await;
     assert_eq!(text(&events, 0), "abxy");
     assert_eq!(events[0]["choices"][0]["text"], "ab");
-    let parts = events.iter().flat_map(|e| e["choices"][0]["logprobs"]["text_offset"].as_array().cloned().unwrap_or_default());
+    let parts =
+        events.iter().flat_map(|e| e["choices"][0]["logprobs"]["text_offset"].as_array().cloned().unwrap_or_default());
     assert_eq!(parts.collect::<Vec<_>>(), [0, 1, 2, 3, 4].map(Value::from));
 }
 
 #[tokio::test]
 async fn echo_alone_generates_nothing() {
     let world = World::says("xyz").await;
-    let whole = post(&world.address(), PATH, &ask(json!("ab"), json!({"echo": true, "max_tokens": 0, "logprobs": 1}))).await;
+    let whole =
+        post(&world.address(), PATH, &ask(json!("ab"), json!({"echo": true, "max_tokens": 0, "logprobs": 1}))).await;
     let whole = whole.json();
     assert_eq!(whole["choices"][0]["text"], "ab");
     assert_eq!(whole["choices"][0]["finish_reason"], "length");
@@ -96,7 +98,8 @@ async fn echo_alone_generates_nothing() {
 #[tokio::test]
 async fn prompt_logprobs_and_token_ids_as_in_vllm() {
     let world = World::says("x").await;
-    let whole = post(&world.address(), PATH, &ask(json!("ab"), json!({"prompt_logprobs": 1, "return_token_ids": true}))).await;
+    let whole =
+        post(&world.address(), PATH, &ask(json!("ab"), json!({"prompt_logprobs": 1, "return_token_ids": true}))).await;
     let choice = &whole.json()["choices"][0];
     assert_eq!(choice["text"], "x");
     assert_eq!(choice["prompt_token_ids"], json!([97, 98]));

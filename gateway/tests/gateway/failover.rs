@@ -23,7 +23,10 @@ async fn a_stream_survives_the_loss_of_its_worker() {
         let seen = world.seen.borrow();
         let [(_, first), (_, second)] = seen.starts.as_slice() else { panic!("two starts") };
         assert_eq!(first.request.as_ref().unwrap().sampling, second.request.as_ref().unwrap().sampling);
-        assert_eq!(second.choices[0].so_far, said.as_bytes()[..lose_after].iter().map(|b| u32::from(*b)).collect::<Vec<_>>());
+        assert_eq!(
+            second.choices[0].so_far,
+            said.as_bytes()[..lose_after].iter().map(|b| u32::from(*b)).collect::<Vec<_>>()
+        );
         let [one, two] = seen.assigns.as_slice() else { panic!("two assigns") };
         assert_eq!((one.attempt, two.attempt, two.previous_epoch), (1, 2, 1));
         assert_eq!((two.exclude[0].id.as_str(), two.exclude[0].incarnation), ("decode-0", 1));
@@ -46,7 +49,12 @@ async fn every_choice_survives_the_loss_of_its_worker() {
 
 #[tokio::test]
 async fn workers_that_refuse_or_abort_are_passed_over() {
-    for (refuse, abort) in [(Some("draining"), None), (Some("no_capacity"), None), (None, Some("transfer_failed")), (None, Some("internal"))] {
+    for (refuse, abort) in [
+        (Some("draining"), None),
+        (Some("no_capacity"), None),
+        (None, Some("transfer_failed")),
+        (None, Some("internal")),
+    ] {
         let world = World::new(vec![Script { refuse, abort, ..says("good") }, says("good")]).await;
         let whole = post(&world.address(), PATH, &hi(json!({}))).await;
         assert_eq!(whole.json()["choices"][0]["message"]["content"], "good", "{refuse:?} {abort:?}");

@@ -30,7 +30,8 @@ async fn texts_become_tokens_and_back() {
     let expected = json!({"count": 4, "max_model_len": POSITIONS_MAX, "tokens": [97, 0xC3, 0xA9, EOS],
                           "token_strs": ["a", "\u{FFFD}", "\u{FFFD}", "<|end|>"]});
     assert_eq!(tokens, expected);
-    let chat = ask("/tokenize", json!({"messages": [{"role": "user", "content": "a"}], "add_generation_prompt": false})).await;
+    let chat =
+        ask("/tokenize", json!({"messages": [{"role": "user", "content": "a"}], "add_generation_prompt": false})).await;
     assert_eq!(chat["tokens"], json!([257, 97]));
     let text = ask("/detokenize", json!({"model": MODEL, "tokens": [97, 0xC3, 0xA9, EOS]})).await;
     assert_eq!(text, json!({"prompt": "aé<|end|>"}));

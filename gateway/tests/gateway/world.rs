@@ -379,7 +379,8 @@ impl World {
             refusals: Mutex::new(Vec::new()),
             epoch: AtomicUsize::new(0),
         });
-        let services = baton_proto::channel::server().add_service(CoordinatorServer::new(CoordinatorService(coordinator.clone())));
+        let services =
+            baton_proto::channel::server().add_service(CoordinatorServer::new(CoordinatorService(coordinator.clone())));
         let address = serve(services, &mut tasks).await;
         let mut config = Config::new("gateway-0", "127.0.0.1:0", vec![address]);
         configure(&mut config);
@@ -408,7 +409,8 @@ impl World {
 
     /// What the next Assign calls are answered, the last one first.
     pub(crate) fn refuse_assigns(&self, reasons: &[&str]) {
-        let refusal = |reason: &&str| Refusal { reason: reason.to_string(), retry_after_ms: 1500, ..Default::default() };
+        let refusal =
+            |reason: &&str| Refusal { reason: reason.to_string(), retry_after_ms: 1500, ..Default::default() };
         self.coordinator.refusals.lock().unwrap().extend(reasons.iter().map(refusal));
     }
 
