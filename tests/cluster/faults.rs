@@ -111,3 +111,19 @@ async fn all(client: &Client, numbers: std::ops::Range<usize>) -> Vec<Streamed> 
     }
     answers
 }
+
+#[tokio::test]
+async fn coordinators_killed_mid_stream_touch_no_stream() {
+    let cluster = Cluster::up(&["--coordinators", "3"]).await;
+    let undisturbed = joined(cluster.client.stream(CHAT, &request(5, 1200)).await);
+    let mut events = cluster.client.open(CHAT, &request(5, 1200)).await;
+    events.until_text(1).await;
+    let leader = cluster.status()["leader"].to_string();
+    let nodes = cluster.processes();
+    let leads = |id: &str| id.ends_with(&format!("-{leader}"));
+    let node = nodes.iter().find(|p| p.role == "coordinator" && leads(&p.id)).expect("a leader among the coordinators");
+    signal(node.pid, libc::SIGKILL);
+    assert_eq!(joined(events.finish().await), undisturbed);
+    let after = joined(cluster.client.stream(CHAT, &request(5, 1200)).await);
+    assert_eq!(after, undisturbed, "a new request after the leader's death");
+}

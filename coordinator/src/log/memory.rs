@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use bytes::Bytes;
 
-use super::recover::{Recovered, Slot};
+use super::recover::{Location, Recovered};
 
 #[derive(Clone, Copy, Debug)]
 enum Entry {
@@ -12,13 +12,13 @@ enum Entry {
     Pending {
         ticket: u64,
     },
-    Written(Slot),
+    Written(Location),
 }
 
 /// Where the body of an entry is.
 pub(super) enum Body {
     Recent(Bytes),
-    At(Slot),
+    At(Location),
 }
 
 pub(super) struct Memory {
@@ -40,7 +40,7 @@ impl Memory {
             committed: recovered.committed.map(Bytes::from),
             purged: recovered.purged.map(|(index, tag)| (index, tag.into())),
             first: recovered.first,
-            entries: recovered.slots.into_iter().map(Entry::Written).collect(),
+            entries: recovered.locations.into_iter().map(Entry::Written).collect(),
             recent: BTreeMap::new(),
             recent_bytes: 0,
             recent_bytes_max,
@@ -78,13 +78,13 @@ impl Memory {
     }
 
     /// Entries that are durable now: (index, ticket, where). One that was replaced meanwhile has another ticket.
-    pub(super) fn written(&mut self, entries: &[(u64, u64, Slot)]) {
-        for (index, ticket, slot) in entries {
+    pub(super) fn written(&mut self, entries: &[(u64, u64, Location)]) {
+        for (index, ticket, location) in entries {
             let at = index.checked_sub(self.first).and_then(|at| self.entries.get_mut(at as usize));
             if let Some(entry) = at
                 && matches!(entry, Entry::Pending { ticket: pending } if pending == ticket)
             {
-                *entry = Entry::Written(*slot);
+                *entry = Entry::Written(*location);
             }
         }
         self.forget_old();
@@ -107,7 +107,7 @@ impl Memory {
             return Some(Body::Recent(body.clone()));
         }
         match self.entries.get(index.checked_sub(self.first)? as usize)? {
-            Entry::Written(slot) => Some(Body::At(*slot)),
+            Entry::Written(location) => Some(Body::At(*location)),
             Entry::Pending { .. } => unreachable!("pending entries are recent"),
         }
     }

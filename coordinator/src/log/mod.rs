@@ -189,17 +189,17 @@ impl Log {
 
     /// Reads a body back from its segment; the record's checksum stands just before it.
     fn load(&self, body: Body) -> io::Result<Bytes> {
-        let slot = match body {
+        let location = match body {
             Body::Recent(bytes) => return Ok(bytes),
-            Body::At(slot) => slot,
+            Body::At(location) => location,
         };
         let before = frame::RECORD_HEADER + 8;
-        let name = segment_name(slot.segment);
-        let record = self.disk.read_at(&name, slot.offset - before as u64, before + slot.len as usize)?;
+        let name = segment_name(location.segment);
+        let record = self.disk.read_at(&name, location.offset - before as u64, before + location.len as usize)?;
         match frame::Record::read(&record) {
             Some((frame::Record::Entry { .. }, _)) => Ok(Bytes::from(record).slice(before..)),
             _ => {
-                let damage = LogError::Damaged { path: self.disk.path(&name), offset: slot.offset, what: "entry" };
+                let damage = LogError::Damaged { path: self.disk.path(&name), offset: location.offset, what: "entry" };
                 Err(io::Error::new(io::ErrorKind::InvalidData, damage))
             }
         }

@@ -11,7 +11,7 @@ const FRAMES_AHEAD_MAX: u64 = 1 << 32;
 
 /// Where an entry's body lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Slot {
+pub(super) struct Location {
     pub(super) segment: u64,
     pub(super) offset: u64,
     pub(super) len: u32,
@@ -31,9 +31,9 @@ pub(super) struct Recovered {
     pub(super) vote: Option<Vec<u8>>,
     pub(super) committed: Option<Vec<u8>>,
     pub(super) purged: Option<(u64, Vec<u8>)>,
-    /// Index of the first slot.
+    /// Index of the first location.
     pub(super) first: u64,
-    pub(super) slots: VecDeque<Slot>,
+    pub(super) locations: VecDeque<Location>,
     /// Oldest first; the last one is appended to.
     pub(super) segments: Vec<Segment>,
     pub(super) next_frame: u64,
@@ -50,7 +50,7 @@ pub(super) fn recover(disk: &dyn Disk) -> Result<Recovered, LogError> {
         read_segment(disk, *first_frame, i == 0, last, &mut recovered)?;
     }
     let purged_next = recovered.purged.as_ref().map_or(0, |(index, _)| index + 1);
-    if !recovered.slots.is_empty() && recovered.first > purged_next {
+    if !recovered.locations.is_empty() && recovered.first > purged_next {
         let (from, to) = (purged_next, recovered.first - 1);
         let path = disk.path(&segment_name(recovered.segments[0].first_frame));
         return Err(LogError::Missing { path, from, to });
@@ -119,22 +119,22 @@ fn apply_frame(
 fn apply(record: Record, end: usize, out: &mut Recovered) -> Result<(), &'static str> {
     match record {
         Record::Entry { index, body } => {
-            if out.slots.is_empty() {
+            if out.locations.is_empty() {
                 out.first = index;
-            } else if index != out.first + out.slots.len() as u64 {
+            } else if index != out.first + out.locations.len() as u64 {
                 return Err("index of an entry");
             }
             let segment = out.segments.last_mut().expect("records lie in a segment");
             segment.index_last = segment.index_last.max(Some(index));
             let offset = (end - body.len()) as u64;
-            out.slots.push_back(Slot { segment: segment.first_frame, offset, len: body.len() as u32 });
+            out.locations.push_back(Location { segment: segment.first_frame, offset, len: body.len() as u32 });
         }
         Record::Vote(body) => out.vote = Some(body.to_vec()),
         Record::Committed(body) => out.committed = Some(body.to_vec()),
-        Record::Truncate { from } => out.slots.truncate(from.saturating_sub(out.first) as usize),
+        Record::Truncate { from } => out.locations.truncate(from.saturating_sub(out.first) as usize),
         Record::Purge { index, tag } => {
-            let gone = (index + 1).saturating_sub(out.first).min(out.slots.len() as u64);
-            out.slots.drain(..gone as usize);
+            let gone = (index + 1).saturating_sub(out.first).min(out.locations.len() as u64);
+            out.locations.drain(..gone as usize);
             out.first = out.first.max(index + 1);
             out.purged = Some((index, tag.to_vec()));
         }

@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use super::disk::{Appender, Disk};
 use super::frame::{FRAME_HEADER, Record, SEGMENT_HEADER, seal_frame, segment_header};
 use super::memory::Memory;
-use super::recover::{Segment, Slot};
+use super::recover::{Location, Segment};
 use super::{LogError, segment_name};
 
 /// Jobs that may wait for the writer; then whoever appends waits.
@@ -199,14 +199,18 @@ impl Writer {
         }
     }
 
-    fn record(&mut self, item: &Item, entries: &mut Vec<(u64, u64, Slot)>) {
+    fn record(&mut self, item: &Item, entries: &mut Vec<(u64, u64, Location)>) {
         match item {
             Item::Entry { index, ticket, body } => {
                 Record::Entry { index: *index, body }.write(&mut self.buffer);
                 let segment = self.segments.last_mut().expect("a segment is open");
                 segment.index_last = segment.index_last.max(Some(*index));
                 let offset = self.offset + (self.buffer.len() - body.len()) as u64;
-                entries.push((*index, *ticket, Slot { segment: segment.first_frame, offset, len: body.len() as u32 }));
+                entries.push((
+                    *index,
+                    *ticket,
+                    Location { segment: segment.first_frame, offset, len: body.len() as u32 },
+                ));
             }
             Item::Vote(body) => {
                 Record::Vote(body).write(&mut self.buffer);
