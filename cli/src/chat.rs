@@ -53,9 +53,11 @@ async fn converse(flags: ChatFlags) -> Result<(), Failure> {
     let client = Client::new(Arc::new(TcpNet), &flags.url, key).map_err(Failure::refused)?;
     let model = match &flags.model {
         Some(model) => model.clone(),
-        None => client.first_model().await.map_err(Failure::refused)?.ok_or_else(|| {
-            Failure::refuse(format!("{} lists no model yet; name one with --model", flags.url))
-        })?,
+        None => client
+            .first_model()
+            .await
+            .map_err(Failure::refused)?
+            .ok_or_else(|| Failure::refuse(format!("{} lists no model yet; name one with --model", flags.url)))?,
     };
     let person = std::io::stdin().is_terminal() && std::io::stdout().is_terminal();
     if person {
@@ -96,7 +98,9 @@ struct Lines {
 impl Lines {
     /// None at the end. May be dropped and called again: no line is lost.
     async fn next(&mut self) -> std::io::Result<Option<String>> {
-        let read = self.pending.get_or_insert_with(|| tokio::task::spawn_blocking(|| std::io::stdin().lines().next().transpose()));
+        let read = self
+            .pending
+            .get_or_insert_with(|| tokio::task::spawn_blocking(|| std::io::stdin().lines().next().transpose()));
         let line = read.await.map_err(std::io::Error::other)?;
         self.pending = None;
         line

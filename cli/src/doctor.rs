@@ -60,7 +60,11 @@ fn huge_pages() -> String {
 }
 
 fn shipped() -> String {
-    format!("{} is part of this binary ({:.1} MiB)", crate::model::NAME, crate::model::bytes() as f64 / (1 << 20) as f64)
+    format!(
+        "{} is part of this binary ({:.1} MiB)",
+        crate::model::NAME,
+        crate::model::bytes() as f64 / (1 << 20) as f64
+    )
 }
 
 fn port() -> String {

@@ -62,7 +62,8 @@ mod tests {
             address: "127.0.0.1:5".into(),
             metrics: Some("127.0.0.1:6".into()),
         };
-        let line = r#"{"event":"ready","role":"decode","id":"decode-0","address":"127.0.0.1:5","metrics":"127.0.0.1:6"}"#;
+        let line =
+            r#"{"event":"ready","role":"decode","id":"decode-0","address":"127.0.0.1:5","metrics":"127.0.0.1:6"}"#;
         assert_eq!(serde_json::to_string(&ready).unwrap(), line);
         assert_eq!(serde_json::from_str::<Event>(line).unwrap(), ready);
         let loading: Event = serde_json::from_str(r#"{"event":"loading","done":1,"total":2}"#).unwrap();

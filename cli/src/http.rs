@@ -107,7 +107,8 @@ impl Client {
         let mut sender = self.connection().await?;
         let response = sender.send_request(self.request(path, body)).await?;
         let status = response.status();
-        let answer = Answer { client: self, sender: Some(sender), body: response.into_body(), events: Events::default() };
+        let answer =
+            Answer { client: self, sender: Some(sender), body: response.into_body(), events: Events::default() };
         match status.is_success() {
             true => Ok(answer),
             false => {
@@ -233,7 +234,8 @@ mod tests {
 
     #[test]
     fn events_are_the_same_in_any_cut() {
-        let stream = "data: {\"a\":1}\n\n: keep-alive\n\nevent: x\r\ndata: two\r\ndata: lines\r\n\r\ndata:[DONE]\n\ndata: cut";
+        let stream =
+            "data: {\"a\":1}\n\n: keep-alive\n\nevent: x\r\ndata: two\r\ndata: lines\r\n\r\ndata:[DONE]\n\ndata: cut";
         let expected = ["{\"a\":1}", "two\nlines", "[DONE]"];
         for size in 1..=stream.len() {
             let (mut events, mut seen) = (Events::default(), Vec::new());

@@ -53,12 +53,3 @@ pub(crate) fn raise_open_files() {
         tracing::warn!("the limit on open files stays as it is: {}", io::Error::last_os_error());
     }
 }
-
-/// Gives memory that was freed back to the operating system: starting leaves more of it than serving needs.
-pub(crate) fn give_memory_back() {
-    #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    // SAFETY: malloc_trim touches only what is free.
-    unsafe {
-        libc::malloc_trim(0);
-    }
-}

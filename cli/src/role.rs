@@ -22,7 +22,7 @@ use crate::exit::Failure;
 const STOP_MAX: Duration = Duration::from_secs(3);
 
 /// The end of every role's `--help`.
-pub(crate) const EXIT_CODES: &str = "Every key of the TOML file has a flag or is described in docs/operations; a flag overrides its key, and unknown keys are refused.
+pub(crate) const EXIT_CODES: &str = "A flag overrides its key in the TOML file; unknown keys are refused.
 
 Exit codes:
   0  ended as asked (Ctrl-C, SIGTERM)
@@ -118,7 +118,6 @@ pub(crate) async fn serve(
 ) -> Result<(), Failure> {
     let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     let address = running.address();
-    crate::process::give_memory_back();
     tracing::info!(%role, id, address, "ready");
     voice.say(&Event::Ready { role, id: id.clone(), address, metrics });
     let asked = async {

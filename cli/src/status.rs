@@ -22,7 +22,9 @@ const VIEW_TIMEOUT: Duration = Duration::from_secs(2);
 ///
 /// Reads the data directory of a `baton up` on this machine, or asks any coordinator with --coordinator.
 #[derive(Args, Debug)]
-#[command(after_help = "Exit codes:\n  0  the cluster answered\n  1  processes are there, but no coordinator answered\n  2  there is no cluster")]
+#[command(
+    after_help = "Exit codes:\n  0  the cluster answered\n  1  processes are there, but no coordinator answered\n  2  there is no cluster"
+)]
 pub(crate) struct StatusFlags {
     /// Print one JSON object: processes, workers, pools, leader, requests_open
     #[arg(long)]
@@ -66,7 +68,8 @@ async fn show(flags: StatusFlags) -> Result<(), Failure> {
 }
 
 fn read(data: &Path) -> Result<ClusterFile, Failure> {
-    let nobody = || format!("no cluster runs on {}; start one with `baton up`, or name its --data directory", data.display());
+    let nobody =
+        || format!("no cluster runs on {}; start one with `baton up`, or name its --data directory", data.display());
     let file = ClusterFile::read(data).map_err(|error| Failure::refuse(format!("{} ({error})", nobody())))?;
     match file.runs() {
         true => Ok(file),
@@ -304,8 +307,16 @@ const WORK_HEAD: &[&str] = &["BLOCKS", "FREE", "CACHED", "USED", "IN FLIGHT", "R
 
 fn work_cells(work: &Work) -> [String; 7] {
     let Work { blocks_total, blocks_free, blocks_cached, blocks_used, blocks_in_flight, .. } = work;
-    [blocks_total, blocks_free, blocks_cached, blocks_used, blocks_in_flight, &work.sequences_running, &work.sequences_waiting]
-        .map(u64::to_string)
+    [
+        blocks_total,
+        blocks_free,
+        blocks_cached,
+        blocks_used,
+        blocks_in_flight,
+        &work.sequences_running,
+        &work.sequences_waiting,
+    ]
+    .map(u64::to_string)
 }
 
 fn seen_by_coordinator(view: &ClusterView) -> Vec<ProcessRow> {

@@ -33,7 +33,9 @@ const INSIDE: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 /// Coordinators, prefill workers, decode workers and a gateway run as processes of their own. One that dies is started
 /// again. Ctrl-C or SIGTERM ends them all; should `baton up` itself be killed, they die with it.
 #[derive(Args, Debug)]
-#[command(after_help = "Exit codes:\n  0  ended as asked\n  1  a process could not be brought to serve\n  2  refused before anything served: port in use, model unreadable, data directory in use; nothing is left running")]
+#[command(
+    after_help = "Exit codes:\n  0  ended as asked\n  1  a process could not be brought to serve\n  2  refused before anything served: port in use, model unreadable, data directory in use; nothing is left running"
+)]
 pub(crate) struct UpFlags {
     /// Hugging Face model directory; its last component is the model's name in the API [default: the model in the binary]
     #[arg(long, value_name = "DIR")]
@@ -166,7 +168,8 @@ fn topology(
 fn coordinator_addresses(data: &Path, nodes: usize, gateway: u16, rng: &mut Rng) -> Result<Vec<SocketAddr>, Failure> {
     let ledger = Topology::ledger(data, nodes);
     let path = ledger.join("addresses.json");
-    let before: Vec<SocketAddr> = std::fs::read(&path).ok().and_then(|b| serde_json::from_slice(&b).ok()).unwrap_or_default();
+    let before: Vec<SocketAddr> =
+        std::fs::read(&path).ok().and_then(|b| serde_json::from_slice(&b).ok()).unwrap_or_default();
     let usable = |address: &SocketAddr| address.port() != gateway && surroundings::bindable(*address).is_ok();
     if before.len() == nodes && before.iter().all(usable) {
         return Ok(before);

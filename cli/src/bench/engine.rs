@@ -61,8 +61,16 @@ pub(crate) fn run(flags: EngineFlags) -> Result<(), Failure> {
         true => figure::print(&figures),
         false => {
             let cpu = model.cpu();
-            println!("{}: {} parameters, {} threads, {} on {}", spec.name, spec.parameters, cpu.threads(), spec.numerics, cpu.isa());
-            let rows: Vec<_> = figures.iter().map(|f| vec![f.name.clone(), format!("{:.2}", f.value), f.unit.into()]).collect();
+            println!(
+                "{}: {} parameters, {} threads, {} on {}",
+                spec.name,
+                spec.parameters,
+                cpu.threads(),
+                spec.numerics,
+                cpu.isa()
+            );
+            let rows: Vec<_> =
+                figures.iter().map(|f| vec![f.name.clone(), format!("{:.2}", f.value), f.unit.into()]).collect();
             print!("{}", table::render(&["FIGURE", "VALUE", "UNIT"], &rows));
         }
     }
@@ -70,7 +78,8 @@ pub(crate) fn run(flags: EngineFlags) -> Result<(), Failure> {
 }
 
 fn load(directory: &std::path::Path, options: LoadOptions) -> Result<Loaded, Failure> {
-    let style = ProgressStyle::with_template("loading {bar:40} {percent}% {elapsed}").expect("the template is well-formed");
+    let style =
+        ProgressStyle::with_template("loading {bar:40} {percent}% {elapsed}").expect("the template is well-formed");
     let bar = ProgressBar::new(0).with_style(style);
     let loaded = baton_engine::load(directory, options, &mut |progress| {
         bar.set_length(progress.bytes_total);

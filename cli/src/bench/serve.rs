@@ -30,7 +30,9 @@ enum Endpoint {
 /// Prompts are random words, different in every request, whose number is tuned by one request before the measurement
 /// until the endpoint counts --prompt-tokens. The answers' lengths are what the model gives, at most --max-tokens.
 #[derive(Args, Debug)]
-#[command(after_help = "Exit codes:\n  0  every request succeeded\n  1  at least one request failed\n  2  bad flags, or no endpoint there")]
+#[command(
+    after_help = "Exit codes:\n  0  every request succeeded\n  1  at least one request failed\n  2  bad flags, or no endpoint there"
+)]
 pub(crate) struct ServeFlags {
     /// Address of the endpoint, with or without /v1
     #[arg(long, default_value = "http://127.0.0.1:8000")]
@@ -92,9 +94,11 @@ async fn measure(flags: ServeFlags) -> Result<(), Failure> {
     let client = Client::new(Arc::new(TcpNet), &flags.url, key).map_err(Failure::refused)?;
     let model = match &flags.model {
         Some(model) => model.clone(),
-        None => client.first_model().await.map_err(Failure::refused)?.ok_or_else(|| {
-            Failure::refuse(format!("{} lists no model; name one with --model", flags.url))
-        })?,
+        None => client
+            .first_model()
+            .await
+            .map_err(Failure::refused)?
+            .ok_or_else(|| Failure::refuse(format!("{} lists no model; name one with --model", flags.url)))?,
     };
     let mut load = Load { client, flags, model, words: 0 };
     load.words = load.tune(&mut rng).await.map_err(Failure::refused)?;
@@ -374,7 +378,11 @@ impl Report {
         let complete = self.requests - self.failed();
         vec![
             Figure::new("requests", self.requests as f64, "requests"),
-            Figure { ok: self.failed() == 0, target: Some(0.0), ..Figure::new("failed", self.failed() as f64, "requests") },
+            Figure {
+                ok: self.failed() == 0,
+                target: Some(0.0),
+                ..Figure::new("failed", self.failed() as f64, "requests")
+            },
             Figure::new("duration", self.elapsed.as_secs_f64(), "s"),
             Figure::new("request_throughput", self.per_second(complete as f64), "requests/s"),
             Figure::new("output_throughput", self.per_second(self.tokens as f64), "tokens/s"),
@@ -447,8 +455,7 @@ mod tests {
     const ROLE: &str = r#"{"choices":[{"delta":{"role":"assistant"}}]}"#;
     const A: &str = r#"{"choices":[{"delta":{"content":"a"}}]}"#;
     const END: &str = r#"{"choices":[{"delta":{},"finish_reason":"stop"}]}"#;
-    const USAGE: &str =
-        r#"{"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":4,"prompt_tokens_details":{"cached_tokens":3}}}"#;
+    const USAGE: &str = r#"{"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":4,"prompt_tokens_details":{"cached_tokens":3}}}"#;
 
     #[test]
     fn a_stream_becomes_a_sample() {

@@ -15,8 +15,14 @@ pub(crate) const LISTEN: &str = "127.0.0.1:7400";
 
 /// Run one coordinator.
 ///
-/// One node is enough to serve; three survive the loss of one. Every node names all nodes with --peer. Keys of the TOML
-/// file: node, listen, advertise, data, peers, cluster, policy, metrics.
+/// One node is enough to serve; three survive the loss of one. Every node names all nodes with --peer.
+///
+/// Keys of the TOML file, as the flags of these names: node, listen, advertise, data, metrics, peers (a list of [node,
+/// address]). Besides: cluster (its name; drawn by the first leader if it is not set), and the table [policy] of placement:
+/// prefill_tokens_min (uncached prompt tokens from which a prefill worker is used, 64), prefill_backlog_max (tokens queued
+/// on the best prefill worker beyond which an idle decode worker prefills, 8192), queue_max (requests that may wait on a
+/// worker before it counts as full, 256), and the costs sequence_cost_tokens (32), pressure_cost_tokens (1024) and
+/// prefill_rate_assumed (1000 tokens a second).
 #[derive(Args, Debug)]
 #[command(after_help = EXIT_CODES)]
 pub(crate) struct CoordinatorFlags {
@@ -45,7 +51,9 @@ pub(crate) struct CoordinatorFlags {
 /// Reads `1=host:port`.
 fn peer(text: &str) -> Result<(u32, String), String> {
     let parts = text.split_once('=').and_then(|(node, address)| Some((node.parse().ok()?, address.to_string())));
-    parts.filter(|(node, address)| *node > 0 && address.contains(':')).ok_or_else(|| "is not of the form N=HOST:PORT".into())
+    parts
+        .filter(|(node, address)| *node > 0 && address.contains(':'))
+        .ok_or_else(|| "is not of the form N=HOST:PORT".into())
 }
 
 pub(crate) fn run(flags: CoordinatorFlags) -> Result<(), Failure> {
@@ -57,7 +65,8 @@ async fn serve(flags: CoordinatorFlags) -> Result<(), Failure> {
     let voice = flags.role.voice();
     let env = flags.role.env()?;
     let mut settings = Settings::read(flags.role.config.as_deref())?;
-    let metrics_address = flags.metrics.clone().or(settings.take("metrics")?).unwrap_or_else(|| "127.0.0.1:0".to_string());
+    let metrics_address =
+        flags.metrics.clone().or(settings.take("metrics")?).unwrap_or_else(|| "127.0.0.1:0".to_string());
     let config: Config = fill(settings, flags)?;
 
     let handle = metrics::install()?;
@@ -85,7 +94,30 @@ fn fill(mut settings: Settings, flags: CoordinatorFlags) -> Result<Config, Failu
 
 #[cfg(test)]
 mod tests {
+    use baton_core::NodeId;
+    use clap::Parser;
+
     use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        flags: CoordinatorFlags,
+    }
+
+    #[test]
+    fn flags_become_a_configuration() {
+        let line = "coordinator --node 2 --data d --peer 1=a:1 --peer 2=b:2 --peer 3=c:3 --listen 0.0.0.0:9";
+        let Line { flags } = Line::parse_from(line.split(' '));
+        let config = fill(Settings::read(None).unwrap(), flags).unwrap();
+        assert_eq!((config.node, config.listen.as_str()), (NodeId(2), "0.0.0.0:9"));
+        assert_eq!(config.peers[2], (NodeId(3), "c:3".to_string()));
+
+        let Line { flags } = Line::parse_from(["coordinator"]);
+        let config = fill(Settings::read(None).unwrap(), flags).unwrap();
+        assert_eq!((config.node, config.listen.as_str(), config.peers.len()), (NodeId(1), LISTEN, 0));
+        assert!(config.data.ends_with("coordinator-1"));
+    }
 
     #[test]
     fn peers_are_a_number_and_an_address() {

@@ -11,7 +11,11 @@ use crate::exit::Failure;
 /// Run one gateway.
 ///
 /// It serves the OpenAI-compatible API, /health, /live and /metrics on one port, and finds models and workers through the
-/// coordinators. Keys of the TOML file: id, listen, coordinators, aliases, requests_max, deadline_ms.
+/// coordinators.
+///
+/// Keys of the TOML file, as the flags of these names: id, listen, coordinators (a list). Besides: requests_max (requests
+/// worked on at a time before more are refused with 429, 4096), deadline_ms (milliseconds a request may take, 600000), and
+/// the table [aliases] of further names under which models answer.
 #[derive(Args, Debug)]
 #[command(after_help = EXIT_CODES)]
 pub(crate) struct GatewayFlags {

@@ -28,11 +28,13 @@ const REQUEST_MAX: Duration = Duration::from_secs(5);
 
 /// Baton's own durations, from a handoff on loopback to a long answer.
 const SECONDS: &[f64] = &[
-    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0,
+    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0,
+    300.0,
 ];
 /// Counts of tokens or bytes: powers of four.
 const COUNTS: &[f64] = &[
-    1.0, 4.0, 16.0, 64.0, 256.0, 1024.0, 4096.0, 16384.0, 65536.0, 262144.0, 1048576.0, 4194304.0, 16777216.0, 67108864.0,
+    1.0, 4.0, 16.0, 64.0, 256.0, 1024.0, 4096.0, 16384.0, 65536.0, 262144.0, 1048576.0, 4194304.0, 16777216.0,
+    67108864.0,
 ];
 
 /// Installs the process's one recorder, with the buckets the gateway names (vLLM's, so that boards made for it read
@@ -89,7 +91,8 @@ async fn talk(stream: Stream, handle: PrometheusHandle) {
         async move { Ok::<_, Infallible>(answer) }
     });
     let mut http = hyper::server::conn::http1::Builder::new();
-    let connection = http.timer(TokioTimer::new()).header_read_timeout(REQUEST_MAX).serve_connection(TokioIo::new(stream), service);
+    let connection =
+        http.timer(TokioTimer::new()).header_read_timeout(REQUEST_MAX).serve_connection(TokioIo::new(stream), service);
     if let Err(error) = connection.await {
         tracing::debug!("a scraper's connection ended: {error}");
     }

@@ -25,9 +25,12 @@ const SEQUENCES_MAX: usize = 256;
 
 /// Run one worker.
 ///
-/// It loads the model, registers with the coordinators and serves until it is ended. Keys of the TOML file: id, listen,
-/// kv_listen, advertise_host, coordinators, model, threads, profile, metrics, kv_bytes, and in [engine]: blocks,
-/// batch_tokens_max, sequences_max, queue_max, prefix_cache.
+/// It loads the model, registers with the coordinators and serves until it is ended.
+///
+/// Keys of the TOML file, as the flags of these names: id, listen, kv_listen, advertise_host, coordinators (a list), model,
+/// threads, profile, metrics, kv_bytes. In the table [engine]: blocks (--kv-blocks), batch_tokens_max (--batch-tokens),
+/// sequences_max (sequences worked on at a time, 256), queue_max (requests that wait before more are refused, 256),
+/// prefix_cache (whether finished blocks are kept and found by content, true).
 #[derive(Args, Debug)]
 #[command(after_help = EXIT_CODES)]
 pub(crate) struct WorkerFlags {
@@ -143,7 +146,10 @@ fn settings(flags: WorkerFlags, role: Role) -> Result<(Own, Settings), Failure> 
     settings.fallback("engine.prefix_cache", true);
 
     let own = Own {
-        model: flags.model.or(settings.take("model")?).ok_or_else(|| Failure::refuse("name a model directory with --model"))?,
+        model: flags
+            .model
+            .or(settings.take("model")?)
+            .ok_or_else(|| Failure::refuse("name a model directory with --model"))?,
         threads: flags.threads.or(settings.take("threads")?).map_or_else(surroundings::cores, |n: u32| n as usize),
         profile: crate::bench::engine::profile(flags.profile.or(settings.take("profile")?).as_deref())?,
         kv_bytes: kv_bytes(flags.kv_bytes.or(settings.take("kv_bytes")?))?,

@@ -90,7 +90,8 @@ mod tests {
             state: "ready".into(),
             restarts: 0,
         };
-        let processes = vec![process(Role::Coordinator, "a:1"), process(Role::Coordinator, ""), process(Role::Decode, "b:1")];
+        let processes =
+            vec![process(Role::Coordinator, "a:1"), process(Role::Coordinator, ""), process(Role::Decode, "b:1")];
         ClusterFile { pid, pid_started, url: "u".into(), model: "m".into(), started_unix_ms: 3, processes }
     }
 

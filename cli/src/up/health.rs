@@ -24,7 +24,10 @@ pub(crate) async fn wait(gateway: &str, model: &str) -> Result<(), Failure> {
         };
         if Instant::now() > deadline {
             let patience = PATIENCE.as_secs();
-            return Err(anyhow::anyhow!("every process is ready, but the gateway did not serve within {patience} s: {answer}").into());
+            return Err(anyhow::anyhow!(
+                "every process is ready, but the gateway did not serve within {patience} s: {answer}"
+            )
+            .into());
         }
         tokio::time::sleep(POLL).await;
     }

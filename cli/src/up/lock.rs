@@ -26,7 +26,8 @@ impl Lock {
             Err(TryLockError::WouldBlock) => return Err(taken(data, &mut file)),
             Err(TryLockError::Error(error)) => return Err(Failure::refused(error)),
         }
-        let rewritten = file.set_len(0).and_then(|()| file.rewind()).and_then(|()| write!(file, "{}", std::process::id()));
+        let rewritten =
+            file.set_len(0).and_then(|()| file.rewind()).and_then(|()| write!(file, "{}", std::process::id()));
         rewritten.with_context(|| format!("write {}", path.display())).map_err(Failure::refused)?;
         Ok(Lock { _file: file })
     }

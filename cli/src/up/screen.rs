@@ -18,7 +18,8 @@ pub(crate) struct Screen {
 impl Screen {
     /// The bar is drawn on stderr, and only if that is a terminal.
     pub(crate) fn new(model: &Path) -> Screen {
-        let style = ProgressStyle::with_template("loading {bar:40} {percent}% {elapsed}").expect("the template is well-formed");
+        let style =
+            ProgressStyle::with_template("loading {bar:40} {percent}% {elapsed}").expect("the template is well-formed");
         Screen { bar: ProgressBar::new(0).with_style(style), model: model.to_path_buf() }
     }
 

@@ -71,7 +71,12 @@ impl Stop {
 }
 
 impl Supervisor {
-    pub(crate) fn new(cluster: Cluster, plans: Vec<Plan>, screen: Screen, started: Instant) -> std::io::Result<Supervisor> {
+    pub(crate) fn new(
+        cluster: Cluster,
+        plans: Vec<Plan>,
+        screen: Screen,
+        started: Instant,
+    ) -> std::io::Result<Supervisor> {
         let (sender, notices) = mpsc::channel(256);
         Ok(Supervisor {
             cluster,
@@ -135,10 +140,12 @@ impl Supervisor {
     }
 
     fn silent(&self) -> Failure {
-        let late: Vec<_> = self.children.iter().filter(|c| c.state != State::Ready).map(|c| c.plan.id.as_str()).collect();
+        let late: Vec<_> =
+            self.children.iter().filter(|c| c.state != State::Ready).map(|c| c.plan.id.as_str()).collect();
         let logs = self.logs();
         let silence = START_SILENCE.as_secs();
-        anyhow::anyhow!("{} said nothing for {silence} s while starting; see {}", late.join(", "), logs.display()).into()
+        anyhow::anyhow!("{} said nothing for {silence} s while starting; see {}", late.join(", "), logs.display())
+            .into()
     }
 
     /// A child that refuses to start, or keeps dying before it has ever served, ends the start.
