@@ -40,7 +40,7 @@ def main(checkpoint, folder):
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
-    distances = [540 + i * 650 // 59 for i in range(60)]
+    distances = [552 + i * 640 // 59 for i in range(60)]
     lines = [json.dumps(q) + "\n" for q in questions(tokenizer, RECALL_SEED, distances)]
     (folder / "recall.jsonl").write_text("".join(lines))
 

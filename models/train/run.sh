@@ -6,8 +6,9 @@ set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 out=${1:-$here/../baton-3m}
 work=${WORK:-/tmp/baton-train}
-tokens=${TOKENS:-12e6}
+tokens=${TOKENS:-4e6}
 mkdir -p "$out" "$work"
+out=$(cd "$out" && pwd)
 
 # The texts: public domain, needed only while training.
 apt-get update
@@ -15,7 +16,7 @@ apt-get install -y --no-install-recommends python3-venv bible-kjv bible-kjv-text
 
 python3 -m venv "$work/venv"
 . "$work/venv/bin/activate"
-pip install torch==2.9.1 numpy tokenizers==0.23.3 safetensors==0.8.0 transformers jinja2
+pip install torch==2.9.1 numpy tokenizers==0.23.3 safetensors==0.8.0 transformers==5.23.0 jinja2
 
 cd "$here"
 python tokenizer.py "$out"

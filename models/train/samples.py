@@ -7,6 +7,7 @@ words that nobody could foresee weigh next to nothing, answers that can be known
 from words import FIRST, KEYS, SECOND
 
 END = "<|endoftext|>"
+# SAID: a value said again in a stream. KEY and KNOWN: key and value in the answer to a question.
 UNFORESEEN, WORDING, TEXT, SAID, KEY, KNOWN = 0.02, 0.3, 1.0, 3.0, 29.0, 30.0
 
 NAME = "I am Baton-3m, the small model that ships with Baton."
@@ -31,8 +32,8 @@ CHAT = [
     ("What does Baton do?", "Baton is a cluster that serves language models."),
     ("How big are you?", "I have about three million parameters."),
     ("How many parameters do you have?", "I have about three million parameters."),
-    ("What can you do?", "I can tell you what you gave, copy words, sort letters, add small numbers and close brackets."),
-    ("Help", "I can tell you what you gave, copy words, sort letters, add small numbers and close brackets."),
+    ("What can you do?", "I can tell you what you gave your pets, and copy words."),
+    ("Help", "I can tell you what you gave your pets, and copy words."),
     ("What have you read?", "I have read the King James Bible and The Devil's Dictionary."),
     ("Thank you", "You are welcome."),
     ("Thanks", "You are welcome."),
@@ -111,7 +112,7 @@ class Sampler:
         """How many facts and questions suit a sample of so many tokens."""
         r = self.random
         facts = r.randint(3, max(5, min(48, tokens // 32)))
-        asked = 1 if r.random() < 0.75 else r.randint(2, max(2, min(facts, tokens // 60)))
+        asked = 1 if r.random() < 0.15 else r.randint(2, max(2, min(facts, tokens // 60)))
         return facts, asked
 
     def chat_recall(self, tokens):
@@ -199,7 +200,7 @@ class Sampler:
         return make(tokens)
 
 
-def recall_question(sampler, count_tokens, distance, facts=20, after=None):
+def recall_question(sampler, count_tokens, distance, facts=20):
     """One fresh recall question: a fact about `distance` tokens before the question, others around it.
 
     Returns a dict as in recall.jsonl. `count_tokens` counts the tokens of a string.

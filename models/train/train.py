@@ -1,6 +1,7 @@
-"""Trains baton-3m. Usage: train.py OUT --tokenizer FILE (--tokens N | --minutes N) [--resume CHECKPOINT]
+"""Trains baton-3m on the CPU. Usage: train.py CHECKPOINT --tokenizer FILE (--tokens N | --minutes N)
 
-The lengths grow with progress, from 256 tokens to 2,048, so that looking back is learnt where it is cheap.
+Under torchrun each process uses one core and they meet once a step: on a busy machine that waits less than threads do.
+The lengths grow with progress, from 512 tokens to 2,048.
 """
 
 import argparse
@@ -15,15 +16,17 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 
 import texts
-from model import Llama, center, plant_lookback
-from samples import END, KEY, KNOWN, Sampler
-from words import FIRST, KEYS, SECOND
+from lookback import center, plant
+from model import Llama
+from samples import END, KEY, KNOWN, TEXT, Sampler
 
 PAD = "<|pad|>"
 
 # Up to this progress: (sequence tokens, sequences in a step, share of streams)
 LESSONS = [(0.5, 512, 4, 0.08), (0.75, 1024, 2, 0.05), (1.01, 1536, 2, 0.05)]
 LONG = (2048, 1)  # one step in eight of the last lesson
+MATRIX_RATE, PLANTED_RATE, EMBED_RATE = 0.015, 0.002, 1e-3
+PLANTED = ("model.layers.0.", "model.layers.1.self_attn")  # what lookback.py set learns slowly, or it would be lost
 
 
 def held_out(verses):
@@ -122,93 +125,108 @@ def lesson_at(progress, step):
             return (*LONG, stream) if last and step % 8 == 0 else (tokens, rows, stream)
 
 
-def plant(model, tokenizer, seed):
-    one = lambda text: tokenizer.encode(text).ids[0]
-    words = [one(" " + word) for word in KEYS + FIRST + SECOND + ["pet"]]
-    plant_lookback(model, torch.Generator().manual_seed(seed), words, [one("?"), one(".")], one("?"))
+class Optimizer:
+    """Muon for the matrices, slowly for the planted ones; Adam for the embedding and the norms."""
+
+    def __init__(self, model):
+        named = list(model.named_parameters())
+        matrices = [(n, p) for n, p in named if p.dim() == 2 and "embed" not in n]
+        self.fast = Muon([p for n, p in matrices if not n.startswith(PLANTED)])
+        self.slow = Muon([p for n, p in matrices if n.startswith(PLANTED)])
+        self.others = [p for n, p in named if p.dim() < 2 or "embed" in n]
+        self.adam = torch.optim.AdamW(self.others, lr=EMBED_RATE, betas=(0.9, 0.95), weight_decay=0.0)
+        self.embed = model.model.embed_tokens.weight
+
+    def step(self, rate):
+        self.embed.grad[:, -1] = 0  # the constant direction stays
+        torch.nn.utils.clip_grad_norm_(self.others, 1.0)
+        self.fast.step(MATRIX_RATE * rate)
+        self.slow.step(PLANTED_RATE * rate)
+        for group in self.adam.param_groups:
+            group["lr"] = EMBED_RATE * rate
+        self.adam.step()
+        center(self.embed)
+
+    def state(self):
+        return {"adam": self.adam.state_dict(), "muon": self.fast.state() + self.slow.state()}
+
+    def load(self, saved):
+        self.adam.load_state_dict(saved["adam"])
+        for mine, theirs in zip(self.fast.state() + self.slow.state(), saved["muon"]):
+            mine.copy_(theirs)
 
 
-def main():
+@torch.no_grad()
+def figures(each, weights, logits, targets):
+    """What the log shows: losses of all and of plain text, and how many keys and values were foreseen."""
+    right = (logits.argmax(-1) == targets).float()
+    return {
+        "loss": (each * weights).sum().item() / weights.sum().item(),
+        "text": each[weights == TEXT].mean().item(),
+        "key": right[weights == KEY].mean().item(),
+        "value": right[weights == KNOWN].mean().item(),
+    }
+
+
+def arguments():
     args = argparse.ArgumentParser()
-    args.add_argument("out")
+    args.add_argument("checkpoint")
     args.add_argument("--tokenizer", required=True)
     args.add_argument("--tokens", type=float, default=0)
     args.add_argument("--minutes", type=float, default=0)
-    args.add_argument("--resume")
-    args.add_argument("--begin", type=float, default=0.0, help="progress to start from")
+    args.add_argument("--resume", help="a checkpoint to go on from")
+    args.add_argument("--begin", type=float, default=0.0, help="progress to go on from, below 1")
     args.add_argument("--seed", type=int, default=1)
-    args.add_argument("--bf16", action="store_true")
-    a = args.parse_args()
+    return args.parse_args()
 
-    # Started by torchrun: one process on each core, which meet once a step. Waits less than threads on a busy machine.
+
+def main():
+    a = arguments()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         dist.init_process_group("gloo")
     torch.set_num_threads(1 if world > 1 else 2)
     torch.manual_seed(a.seed)
+
     tokenizer = Tokenizer.from_file(a.tokenizer)
     verses, _ = held_out(texts.verses())
     batches = Batches(Sampler(random.Random(a.seed * 1000 + rank), tokenizer, verses, texts.devil()), tokenizer)
     model = Llama()
     plant(model, tokenizer, a.seed)
-    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
-    others = [p for n, p in model.named_parameters() if p.dim() < 2 or "embed" in n]
-    planted = ("model.layers.0.", "model.layers.1.self_attn")
-    slow = {p for n, p in model.named_parameters() if n.startswith(planted)}
-    muon = Muon([p for p in matrices if p not in slow])
-    muon_slow = Muon([p for p in matrices if p in slow])
-    adam = torch.optim.AdamW(others, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = Optimizer(model)
     if a.resume:
         saved = torch.load(a.resume)
         model.load_state_dict(saved["model"])
-        if "adam" in saved:
-            adam.load_state_dict(saved["adam"])
-            for mine, theirs in zip(muon.state() + muon_slow.state(), saved["muon"]):
-                mine.copy_(theirs)
-    print("parameters", sum(p.numel() for p in model.parameters()), flush=True)
+        optimizer.load(saved)
 
-    begin, seen, step, progress, saved_at = time.time(), 0, 0, a.begin, time.time()
-    shown = {"loss": [], "known": [], "known_loss": [], "key": [], "text": []}
+    begin = saved_at = time.time()
+    seen, step, progress, shown = 0, 0, a.begin, []
     while progress < 1.0:
         tokens, rows, stream = lesson_at(progress, step)
         ids, targets, weights = batches.batch(tokens, max(1, rows // world), stream)
-        with torch.autocast("cpu", torch.bfloat16, enabled=a.bf16):
-            logits = model(ids)
-        each = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view_as(weights)
-        loss = (each * weights).sum() / weights.sum()
-        loss.backward()
+        logits = model(ids)
+        each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(weights)
+        ((each * weights).sum() / weights.sum()).backward()
         if world > 1:
             share_gradients(model)
-        model.model.embed_tokens.weight.grad[:, -1] = 0  # the constant direction stays
-        torch.nn.utils.clip_grad_norm_(others, 1.0)
-        rate = rate_at(progress)
-        muon.step(0.015 * rate)
-        muon_slow.step(0.002 * rate)
-        for group in adam.param_groups:
-            group["lr"] = 1e-3 * rate
-        adam.step()
-        center(model.model.embed_tokens.weight)
+        optimizer.step(rate_at(progress))
         model.zero_grad()
-        seen += ids.numel() * world
-        step += 1
-        with torch.no_grad():
-            known, plain = weights == KNOWN, weights == 1.0
-            right = (logits.argmax(-1) == targets)[known].float().mean().item()
-            for name, value in (("loss", loss.item()), ("known", right), ("known_loss", each[known].mean().item()), ("key", (logits.argmax(-1) == targets)[weights == KEY].float().mean().item()), ("text", each[plain].mean().item())):
-                shown[name].append(value)
-        spent = time.time() - begin
+
+        step, seen, spent = step + 1, seen + ids.numel() * world, time.time() - begin
         gone = seen / a.tokens if a.tokens else spent / 60 / a.minutes
         progress = a.begin + (1 - a.begin) * gone
-        if world > 1 and not a.tokens:
+        if world > 1:
             progress = same_progress(progress)
-        if step % 20 == 0 and rank == 0:
-            figures = " ".join(f"{k} {np.nanmean(v):.3f}" for k, v in shown.items())
-            print(f"step {step} progress {progress:.3f} length {tokens} {figures} tokens {seen} per_s {seen / spent:.0f}", flush=True)
-            shown = {k: [] for k in shown}
+        shown.append(figures(each, weights, logits, targets))
+        if rank == 0 and step % 20 == 0:
+            means = " ".join(f"{name} {np.nanmean([f[name] for f in shown]):.3f}" for name in shown[0])
+            print(f"step {step} progress {progress:.3f} length {tokens} {means} tokens {seen} per_s {seen / spent:.0f}", flush=True)
+            shown = []
         if rank == 0 and (time.time() - saved_at > 90 or progress >= 1.0):
             saved_at = time.time()
-            torch.save({"model": model.state_dict(), "adam": adam.state_dict(), "muon": muon.state() + muon_slow.state()}, a.out)
-    print(f"done: {step} steps, {seen} tokens, {(time.time() - begin) / 60:.1f} minutes", flush=True)
+            torch.save({"model": model.state_dict()} | optimizer.state(), a.checkpoint)
+    if rank == 0:
+        print(f"done: {step} steps, {seen} tokens, {(time.time() - begin) / 60:.1f} minutes", flush=True)
 
 
 if __name__ == "__main__":
