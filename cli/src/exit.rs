@@ -34,7 +34,8 @@ impl Failure {
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:#}", self.error)
+        // TOML's errors end in a line break.
+        f.write_str(format!("{:#}", self.error).trim_end())
     }
 }
 
