@@ -62,7 +62,7 @@ pub fn run(seed: u64) -> Result<Outcome, String> {
     let from = source.clone();
     sim.host("prefill", move || prefill(from.clone(), grants_out.clone(), Rng::new(seed ^ 1)));
     let decode = decode(source, grants_in, record.clone(), Rng::new(seed ^ 2));
-    sim.client("decode", async move { Ok(decode.await?) });
+    sim.client("decode", decode);
     sim.client("faults", faults(Rng::new(seed ^ 3)));
     sim.run().map_err(|error| format!("seed {seed}: {error}"))?;
     drop(sim);
