@@ -26,7 +26,7 @@ impl Part {
     }
 }
 
-type Job = &'static (dyn Fn(Part) + Sync);
+type Work = &'static (dyn Fn(Part) + Sync);
 
 pub(crate) struct Pool {
     shared: Arc<Shared>,
@@ -35,7 +35,7 @@ pub(crate) struct Pool {
 
 struct Shared {
     /// What to run now and whom to wake when the last part is done.
-    job: Mutex<Option<(Job, Thread)>>,
+    job: Mutex<Option<(Work, Thread)>>,
     /// Counts jobs; a change starts one.
     generation: AtomicU32,
     /// Parts other than the caller's that still run.
@@ -77,7 +77,7 @@ impl Pool {
         }
         // SAFETY: `finish` below returns only after every part has ended, also when one panics, so that the job
         // outlives all its uses.
-        let job: Job = unsafe { std::mem::transmute::<&(dyn Fn(Part) + Sync), Job>(job) };
+        let job: Work = unsafe { std::mem::transmute::<&(dyn Fn(Part) + Sync), Work>(job) };
         *self.shared.job() = Some((job, thread::current()));
         self.shared.pending.store(self.threads.len() as u32, Ordering::Relaxed);
         self.shared.generation.fetch_add(1, Ordering::Release);
@@ -106,7 +106,7 @@ impl Drop for Pool {
 }
 
 impl Shared {
-    fn job(&self) -> MutexGuard<'_, Option<(Job, Thread)>> {
+    fn job(&self) -> MutexGuard<'_, Option<(Work, Thread)>> {
         self.job.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

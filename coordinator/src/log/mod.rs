@@ -27,7 +27,7 @@ use memory::{Body, Memory};
 pub use memory_disk::MemoryDisk;
 pub use snapshot::{Saved, load_snapshot, save_snapshot};
 pub use writer::Done;
-use writer::{Item, Job, Running, Start, Writer};
+use writer::{Append, Item, Running, Start, Writer};
 
 /// Why a log or a snapshot cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -65,8 +65,8 @@ impl Default for LogOptions {
     }
 }
 
-/// Where jobs are handed in, and who does them.
-type Writing = (Sender<Job>, Running);
+/// Where appends are handed in, and who does them.
+type Writing = (Sender<Append>, Running);
 
 /// Clones are handles of one log.
 #[derive(Clone)]
@@ -142,7 +142,7 @@ impl Log {
             };
             entries.into_iter().map(item).collect()
         };
-        self.send(Job { records, done }).await
+        self.send(Append { records, done }).await
     }
 
     /// Returns when the vote is durable.
@@ -161,13 +161,13 @@ impl Log {
     pub async fn purge(&self, index: u64, tag: Bytes) -> io::Result<()> {
         self.memory().purge(index, tag.clone());
         let done = Box::new(|_| {});
-        self.send(Job { records: vec![Item::Purge { index, tag }], done }).await
+        self.send(Append { records: vec![Item::Purge { index, tag }], done }).await
     }
 
     /// Writes what is queued and ends the writer; later writes fail.
     pub async fn close(&self) {
-        let Some((jobs, running)) = self.writer.lock().expect("writer lock").take() else { return };
-        drop(jobs);
+        let Some((appends, running)) = self.writer.lock().expect("writer lock").take() else { return };
+        drop(appends);
         match running {
             Running::Task(task) => drop(task.await),
             Running::Thread(thread) => drop(thread.join()),
@@ -177,14 +177,14 @@ impl Log {
     async fn write(&self, item: Item) -> io::Result<()> {
         let (tell, told) = oneshot::channel();
         let done = Box::new(move |result| drop(tell.send(result)));
-        self.send(Job { records: vec![item], done }).await?;
+        self.send(Append { records: vec![item], done }).await?;
         told.await.unwrap_or_else(|_| Err(closed()))
     }
 
-    async fn send(&self, job: Job) -> io::Result<()> {
-        let jobs = self.writer.lock().expect("writer lock").as_ref().map(|(jobs, _)| jobs.clone());
-        let jobs = jobs.ok_or_else(closed)?;
-        jobs.send(job).await.map_err(|_| closed())
+    async fn send(&self, append: Append) -> io::Result<()> {
+        let appends = self.writer.lock().expect("writer lock").as_ref().map(|(appends, _)| appends.clone());
+        let appends = appends.ok_or_else(closed)?;
+        appends.send(append).await.map_err(|_| closed())
     }
 
     /// Reads a body back from its segment; the record's checksum stands just before it.

@@ -17,13 +17,13 @@ use super::{LogError, segment_name};
 
 /// Jobs that may wait for the writer; then whoever appends waits.
 const QUEUE_MAX: usize = 1024;
-/// Bytes of one frame after which no further job joins it.
+/// Bytes of one frame after which no further append joins it.
 const FRAME_BYTES: usize = 8 << 20;
 
-/// Called once, when the job is durable or has failed.
+/// Called once, when the append is durable or has failed.
 pub type Done = Box<dyn FnOnce(io::Result<()>) + Send>;
 
-pub(super) struct Job {
+pub(super) struct Append {
     pub(super) records: Vec<Item>,
     pub(super) done: Done,
 }
@@ -107,8 +107,8 @@ impl Writer {
         Ok(writer)
     }
 
-    pub(super) fn run(self) -> io::Result<(Sender<Job>, Running)> {
-        let (jobs, queue) = channel(QUEUE_MAX);
+    pub(super) fn run(self) -> io::Result<(Sender<Append>, Running)> {
+        let (appends, queue) = channel(QUEUE_MAX);
         let running = match self.disk.inline_delay() {
             Some(delay) => Running::Task(tokio::spawn(self.run_inline(queue, delay))),
             None => {
@@ -116,46 +116,46 @@ impl Writer {
                 Running::Thread(thread.spawn(move || self.run_thread(queue))?)
             }
         };
-        Ok((jobs, running))
+        Ok((appends, running))
     }
 
-    fn run_thread(mut self, mut queue: Receiver<Job>) {
-        while let Some(job) = queue.blocking_recv() {
-            self.round(job, &mut queue);
+    fn run_thread(mut self, mut queue: Receiver<Append>) {
+        while let Some(append) = queue.blocking_recv() {
+            self.round(append, &mut queue);
         }
     }
 
-    async fn run_inline(mut self, mut queue: Receiver<Job>, delay: Duration) {
-        while let Some(job) = queue.recv().await {
+    async fn run_inline(mut self, mut queue: Receiver<Append>, delay: Duration) {
+        while let Some(append) = queue.recv().await {
             tokio::time::sleep(delay).await;
-            self.round(job, &mut queue);
+            self.round(append, &mut queue);
         }
     }
 
-    fn round(&mut self, first: Job, queue: &mut Receiver<Job>) {
+    fn round(&mut self, first: Append, queue: &mut Receiver<Append>) {
         let mut bytes = size(&first);
-        let mut jobs = vec![first];
+        let mut appends = vec![first];
         while bytes < FRAME_BYTES
-            && let Ok(job) = queue.try_recv()
+            && let Ok(append) = queue.try_recv()
         {
-            bytes += size(&job);
-            jobs.push(job);
+            bytes += size(&append);
+            appends.push(append);
         }
-        self.commit(jobs);
+        self.commit(appends);
         if queue.is_empty() && self.failed.is_none() {
             self.mark();
         }
     }
 
-    /// Makes the jobs durable together and tells each of them.
-    fn commit(&mut self, jobs: Vec<Job>) {
+    /// Makes the appends durable together and tells each of them.
+    fn commit(&mut self, appends: Vec<Append>) {
         let result = match self.failed {
             Some(_) => Err(()),
-            None => self.write(&jobs).map_err(|error| self.fail(error)),
+            None => self.write(&appends).map_err(|error| self.fail(error)),
         };
-        for job in jobs {
+        for append in appends {
             let failed = || self.failed.clone().expect("set when a write fails");
-            (job.done)(result.map_err(|()| {
+            (append.done)(result.map_err(|()| {
                 let (kind, text) = failed();
                 io::Error::new(kind, text)
             }));
@@ -169,7 +169,7 @@ impl Writer {
         self.failed = Some((error.kind(), text));
     }
 
-    fn write(&mut self, jobs: &[Job]) -> io::Result<()> {
+    fn write(&mut self, appends: &[Append]) -> io::Result<()> {
         if self.offset >= self.segment_bytes_max {
             self.file.sync()?;
             self.begin_segment()?;
@@ -177,7 +177,7 @@ impl Writer {
         let mut entries = Vec::new();
         let mut purge = None;
         self.begin_frame();
-        for item in jobs.iter().flat_map(|job| &job.records) {
+        for item in appends.iter().flat_map(|append| &append.records) {
             self.record(item, &mut entries);
             if let Item::Purge { index, .. } = item {
                 purge = Some(*index);
@@ -274,10 +274,10 @@ impl Writer {
     }
 }
 
-fn size(job: &Job) -> usize {
+fn size(append: &Append) -> usize {
     let body = |item: &Item| match item {
         Item::Entry { body, .. } | Item::Vote(body) => body.len(),
         Item::Truncate { .. } | Item::Purge { .. } => 0,
     };
-    job.records.iter().map(body).sum()
+    append.records.iter().map(body).sum()
 }

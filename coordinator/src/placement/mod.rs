@@ -16,7 +16,7 @@ mod tests;
 use baton_core::{Incarnation, NumericsClass, Refused, Role, WorkerId};
 
 pub use policy::Policy;
-pub use prefix::{PrefixIndex, Slot};
+pub use prefix::{PrefixIndex, WorkerIndex};
 
 use crate::state::Model;
 

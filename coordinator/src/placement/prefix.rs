@@ -6,12 +6,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use baton_core::BlockHash;
 
 /// Short name of one life of a worker in the index.
-pub type Slot = u32;
+pub type WorkerIndex = u32;
 
 /// Bounded set of (block, holder).
 #[derive(Debug)]
 pub struct PrefixIndex {
-    held: BTreeSet<(BlockHash, Slot)>,
+    held: BTreeSet<(BlockHash, WorkerIndex)>,
     capacity: usize,
     /// Additions that found the index full.
     dropped: u64,
@@ -34,34 +34,34 @@ impl PrefixIndex {
         self.dropped
     }
 
-    pub fn add(&mut self, slot: Slot, blocks: impl IntoIterator<Item = BlockHash>) {
+    pub fn add(&mut self, index: WorkerIndex, blocks: impl IntoIterator<Item = BlockHash>) {
         for block in blocks {
             if self.held.len() >= self.capacity {
                 self.dropped += 1;
             } else {
-                self.held.insert((block, slot));
+                self.held.insert((block, index));
             }
         }
     }
 
-    pub fn remove(&mut self, slot: Slot, blocks: impl IntoIterator<Item = BlockHash>) {
+    pub fn remove(&mut self, index: WorkerIndex, blocks: impl IntoIterator<Item = BlockHash>) {
         for block in blocks {
-            self.held.remove(&(block, slot));
+            self.held.remove(&(block, index));
         }
     }
 
     /// Forgets all that a holder had.
-    pub fn clear(&mut self, slot: Slot) {
-        self.held.retain(|(_, holder)| *holder != slot);
+    pub fn clear(&mut self, index: WorkerIndex) {
+        self.held.retain(|(_, holder)| *holder != index);
     }
 
     /// Leading blocks of `chain` that each holder has; holders of none are absent.
-    pub fn hits(&self, chain: &[BlockHash]) -> BTreeMap<Slot, u64> {
+    pub fn hits(&self, chain: &[BlockHash]) -> BTreeMap<WorkerIndex, u64> {
         let mut hits = BTreeMap::new();
         for (before, block) in (0u64..).zip(chain) {
             let mut any = false;
-            for (_, slot) in self.held.range((*block, Slot::MIN)..=(*block, Slot::MAX)) {
-                let run: &mut u64 = hits.entry(*slot).or_insert(0);
+            for (_, index) in self.held.range((*block, WorkerIndex::MIN)..=(*block, WorkerIndex::MAX)) {
+                let run: &mut u64 = hits.entry(*index).or_insert(0);
                 if *run == before {
                     *run += 1;
                     any = true;

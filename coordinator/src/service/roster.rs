@@ -9,7 +9,7 @@ use baton_core::{BlockHash, Incarnation, RequestId, WorkerId};
 use baton_proto::v1;
 use tokio::time::Instant;
 
-use crate::placement::{Candidate, Decision, Load, PrefixIndex, Slot};
+use crate::placement::{Candidate, Decision, Load, PrefixIndex, WorkerIndex};
 use crate::state::Ledger;
 
 /// (block, holder) pairs remembered, about 48 bytes each.
@@ -26,7 +26,7 @@ pub(crate) struct Roster {
     workers: BTreeMap<WorkerId, Heard>,
     gateways: BTreeMap<String, Gateway>,
     prefix: PrefixIndex,
-    slots: Slot,
+    indexes: WorkerIndex,
 }
 
 /// One life of a worker.
@@ -37,7 +37,7 @@ pub(crate) struct Heard {
     pub(crate) load: v1::Load,
     pub(crate) member: v1::Member,
     pub(crate) at: Instant,
-    slot: Slot,
+    slot: WorkerIndex,
     suspect: bool,
     promises: Promises,
 }
@@ -102,7 +102,7 @@ pub(crate) struct Old;
 impl Roster {
     pub(crate) fn new() -> Roster {
         let prefix = PrefixIndex::new(PREFIX_INDEX_MAX);
-        Roster { workers: BTreeMap::new(), gateways: BTreeMap::new(), prefix, slots: 0 }
+        Roster { workers: BTreeMap::new(), gateways: BTreeMap::new(), prefix, indexes: 0 }
     }
 
     /// The worker as last heard in this life.
@@ -157,14 +157,14 @@ impl Roster {
 
     fn begin(&mut self, beat: &Beat, now: Instant) -> &mut Heard {
         self.forget(&beat.worker);
-        self.slots += 1;
+        self.indexes += 1;
         let heard = Heard {
             incarnation: beat.incarnation,
             sequence: 0,
             load: beat.load.clone(),
             member: beat.member.clone(),
             at: now,
-            slot: self.slots,
+            slot: self.indexes,
             suspect: false,
             promises: Promises::default(),
         };

@@ -48,9 +48,10 @@ impl EndedRequests {
     }
 
     pub(super) fn insert(&mut self, request: RequestId, epoch: Epoch) {
-        if self.epochs.insert(request, epoch).is_some() {
+        if self.contains(request) {
             return;
         }
+        self.epochs.insert(request, epoch);
         self.order.push_back(request);
         if self.order.len() > EndedRequests::MAX {
             let oldest = self.order.pop_front().expect("longer than its bound");
