@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Baton's engine and llama.cpp on the same bf16 weights, interleaved.
 
-usage: llama_cpp.py BATON MODEL_DIR GGUF [--threads 2] [--rounds 5] [--json]
+usage: engine_vs_llama.py BATON MODEL_DIR GGUF [--threads 2] [--rounds 5] [--json]
 Each engine runs in a process of its own, one at a time. Prints one line a figure and round, then the medians.
 """
 import argparse
@@ -17,9 +17,7 @@ PREFILL, DECODE = 512, 64
 def llama(gguf, threads):
     """Prefill and decode tokens/s of llama.cpp; runs in a child process of this script."""
     import llama_cpp
-    import ctypes
 
-    llama_cpp.llama_log_set(llama_cpp.llama_log_callback(lambda *_: None), ctypes.c_void_p(0))
     model = llama_cpp.Llama(gguf, n_ctx=2048, n_batch=512, n_ubatch=512, n_threads=threads, n_threads_batch=threads, verbose=False)
     tokens = [(i * 7919) % 1900 + 10 for i in range(PREFILL)]
     model.eval(tokens[:64])  # Warm-up: pages, threads.
