@@ -5,6 +5,7 @@ use std::io::IsTerminal;
 use anyhow::Context;
 use clap::Args;
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::format::FmtSpan;
 
 /// For commands a person runs.
 pub(crate) const QUIET: &str = "warn";
@@ -38,7 +39,9 @@ impl LogFlags {
     pub(crate) fn install(&self, default: &str) -> anyhow::Result<()> {
         let filter = self.filter(default);
         let filter = EnvFilter::try_new(&filter).with_context(|| format!("log filter {filter:?}"))?;
+        // Spans write one line, with their duration, when they end.
         let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+        let lines = lines.with_span_events(FmtSpan::CLOSE);
         match self.log_json {
             true => lines.json().init(),
             false => lines.with_ansi(std::io::stderr().is_terminal()).init(),

@@ -8,6 +8,7 @@ use baton_core::Request;
 use baton_proto::v1::Admitted;
 use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
 use tokio::time::Instant;
+use tracing::{Span, debug_span};
 
 const TTFT_BUCKETS: &[f64] = &[
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
@@ -165,8 +166,12 @@ impl Meters {
 
 /// Where a request's time goes. Each mark gives the time since the one before to a phase, so that the phases up to the
 /// first token add up to the time to first token.
+///
+/// The same phases are `tracing` spans, one after the other under the request's span, so that a trace subdivides TTFT too.
 pub(crate) struct Phases {
     meters: Arc<Meters>,
+    span: Span,
+    phase: Span,
     received: Instant,
     marked: Instant,
     parse: Duration,
@@ -194,8 +199,11 @@ enum Stage {
 impl Phases {
     /// Begins when the request's head had arrived.
     pub(crate) fn new(meters: Arc<Meters>, received: Instant) -> Phases {
+        let span = debug_span!("request");
         Phases {
             meters,
+            phase: debug_span!(parent: &span, "parse"),
+            span,
             received,
             marked: received,
             parse: Duration::ZERO,
@@ -220,11 +228,13 @@ impl Phases {
     pub(crate) fn parsed(&mut self, at: Instant) {
         self.parse += at - self.marked;
         self.marked = at;
+        self.phase = debug_span!(parent: &self.span, "encode");
     }
 
     pub(crate) fn encoded(&mut self) {
         let lap = self.lap();
         self.encode += lap;
+        self.phase = debug_span!(parent: &self.span, "assign");
     }
 
     /// The request waits for workers from here on.
@@ -237,6 +247,7 @@ impl Phases {
         if self.first_token.is_none() {
             let lap = self.lap();
             self.assign += lap;
+            self.phase = debug_span!(parent: &self.span, "handoff");
         }
     }
 
@@ -245,6 +256,7 @@ impl Phases {
             let lap = self.lap();
             self.handoff += lap;
             self.admitted = *admitted;
+            self.phase = debug_span!(parent: &self.span, "first_step");
         }
         self.enter(Stage::Running);
     }
@@ -254,6 +266,7 @@ impl Phases {
         if self.first_token.is_none() {
             let lap = self.lap();
             self.retries += lap;
+            self.phase = debug_span!(parent: &self.span, "assign");
         }
         self.enter(Stage::Waiting);
     }
@@ -264,6 +277,7 @@ impl Phases {
             let lap = self.lap();
             self.first_step += lap;
             self.first_token = Some(now);
+            self.phase = debug_span!(parent: &self.span, "decode");
             self.meters.ttft.record(self.time_to_first_token().as_secs_f64());
             self.enter(Stage::Running);
         }
@@ -298,6 +312,7 @@ impl Phases {
     /// Records the whole request and writes its line: numbers only, never a text.
     pub(crate) fn ended(&mut self, request: &Request, outcome: &str, attempts: u32, generated: usize, cached: u64) {
         self.enter(Stage::New);
+        self.phase = Span::none();
         let total = self.received.elapsed();
         let meters = &self.meters;
         meters.prompt_tokens.add(request.prompt.len() as u64);
@@ -346,5 +361,77 @@ impl Phases {
         for (phase, time) in phases {
             histogram!("baton_gateway_phase_seconds", "phase" => phase).record(time);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
+    use tracing_subscriber::registry::LookupSpan;
+
+    use super::*;
+
+    /// Notes each span's beginning and end with the time since the first.
+    struct Recorder {
+        began: Instant,
+        notes: Arc<Mutex<Vec<(String, u64)>>>,
+    }
+
+    impl Recorder {
+        fn note(&self, note: String) {
+            self.notes.lock().unwrap().push((note, self.began.elapsed().as_millis() as u64));
+        }
+    }
+
+    impl<S: tracing::Subscriber + for<'a> LookupSpan<'a>> Layer<S> for Recorder {
+        fn on_new_span(&self, attributes: &tracing::span::Attributes<'_>, _: &tracing::Id, _: Context<'_, S>) {
+            self.note(format!("+{}", attributes.metadata().name()));
+        }
+
+        fn on_close(&self, id: tracing::Id, context: Context<'_, S>) {
+            let name = context.span(&id).map_or("", |span| span.name());
+            self.note(format!("-{name}"));
+        }
+    }
+
+    /// Each phase's span begins where the one before ends, and those before the first token last exactly its time.
+    #[tokio::test(start_paused = true)]
+    async fn the_phases_tile_the_time_to_first_token() {
+        let notes = Arc::new(Mutex::new(Vec::new()));
+        let recorder = Recorder { began: Instant::now(), notes: notes.clone() };
+        let _default = tracing::subscriber::set_default(tracing_subscriber::registry().with(recorder));
+        let wait = |ms| tokio::time::advance(Duration::from_millis(ms));
+
+        let mut phases = Phases::new(Arc::new(Meters::new("m")), Instant::now());
+        wait(1).await;
+        phases.parsed(Instant::now());
+        wait(2).await;
+        phases.encoded();
+        phases.accepted(1);
+        wait(4).await;
+        phases.assigned();
+        wait(8).await;
+        phases.failed();
+        wait(16).await;
+        phases.assigned();
+        wait(32).await;
+        phases.admitted(&Admitted::default());
+        wait(64).await;
+        phases.tokens(0, 1);
+        assert_eq!(phases.time_to_first_token(), Duration::from_millis(127));
+        wait(128).await;
+        drop(phases);
+
+        let notes = notes.lock().unwrap();
+        let order = ["parse", "encode", "assign", "handoff", "assign", "handoff", "first_step", "decode"];
+        let ends = [1, 3, 7, 15, 31, 63, 127, 255];
+        let begins = [0].into_iter().chain(ends);
+        for ((name, begin), end) in order.into_iter().zip(begins).zip(ends) {
+            assert!(notes.contains(&(format!("+{name}"), begin)), "{name} does not begin at {begin}: {notes:?}");
+            assert!(notes.contains(&(format!("-{name}"), end)), "{name} does not end at {end}: {notes:?}");
+        }
+        assert_eq!(notes.iter().filter(|(note, _)| note.starts_with('+')).count(), order.len() + 1);
     }
 }

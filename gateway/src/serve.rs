@@ -17,7 +17,6 @@ use baton_proto::v1::{self, FinishedRequest, WorkerLife};
 use baton_proto::{BadMessage, convert};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, timeout_at};
-use tracing::Instrument;
 
 use crate::coordinators::{Coordinators, Refusal};
 use crate::error::ApiError;
@@ -199,8 +198,7 @@ impl Serving {
         if self.attempt > 2 {
             tokio::time::sleep(BACKOFF_MIN * self.attempt).await;
         }
-        let span = tracing::debug_span!("assign", request = %self.request.id, attempt = self.attempt);
-        let assignment = self.assign().instrument(span).await?;
+        let assignment = self.assign().await?;
         self.phases.assigned();
         self.epoch = assignment.epoch.0;
         tracing::debug!(request = %self.request.id, attempt = self.attempt, epoch = self.epoch,

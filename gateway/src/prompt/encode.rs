@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use tokio::sync::Semaphore;
-use tracing::Instrument;
 
 use crate::error::ApiError;
 use crate::measure;
@@ -39,8 +38,7 @@ impl Encoder {
         let tokens = if text.text.len() <= INLINE_BYTES_MAX {
             encode(model, &text)
         } else {
-            let span = tracing::debug_span!("encode", bytes = text.text.len());
-            self.encode_long(model.clone(), text).instrument(span).await
+            self.encode_long(model.clone(), text).await
         };
         measure::encoded(started.elapsed());
         tokens.map_err(|problem| ApiError::invalid(param, format!("The text cannot be tokenized: {problem}")))
