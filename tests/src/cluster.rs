@@ -57,10 +57,21 @@ impl Drop for Scratch {
     }
 }
 
-/// A port that was free a moment ago.
+/// A port that is free and that neither the operating system hands to an outgoing connection nor `baton up` chooses:
+/// one below both ranges, and for each process of the tests other ones.
+///
+/// # Panics
+/// If there is none.
 pub fn free_port() -> u16 {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("loopback has a free port");
-    listener.local_addr().expect("a bound socket has an address").port()
+    const PORTS: std::ops::Range<u32> = 2_000..12_000;
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let mut candidates = (0..PORTS.len() as u32).map(|_| {
+        let nth = std::process::id().wrapping_mul(97).wrapping_add(COUNT.fetch_add(1, Ordering::Relaxed));
+        (PORTS.start + nth % PORTS.len() as u32) as u16
+    });
+    candidates
+        .find(|port| std::net::TcpListener::bind(("127.0.0.1", *port)).is_ok())
+        .expect("loopback has a free port")
 }
 
 /// Polls until `check` gives something.
@@ -89,26 +100,11 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    /// Starts `baton up` with further flags and waits until it serves.
+    /// Starts `baton up` with further flags on a port of its choice and waits until it serves.
     pub async fn up(flags: &[&str]) -> Cluster {
-        let mut cluster = Cluster::start(flags);
-        let client = cluster.client.clone();
-        wait_for("the cluster to be healthy", || {
-            let ended = cluster.up.try_wait().expect("the child can be asked");
-            assert!(ended.is_none(), "baton up ended early: {ended:?}");
-            let client = client.clone();
-            async move { client.try_get("/health").await.ok().filter(|reply| reply.status == 200) }
-        })
-        .await;
-        cluster
-    }
-
-    /// Starts `baton up` without waiting.
-    pub fn start(flags: &[&str]) -> Cluster {
         let data = Scratch::new("up");
-        let port = free_port();
-        let up = Command::new(binary())
-            .args(["up", "--port", &port.to_string(), "--data"])
+        let mut up = Command::new(binary())
+            .args(["up", "--port", "0", "--data"])
             .arg(data.path())
             .args(flags)
             .stdin(Stdio::null())
@@ -116,7 +112,17 @@ impl Cluster {
             .stderr(if std::env::var_os("BATON_TEST_LOG").is_some() { Stdio::inherit() } else { Stdio::null() })
             .spawn()
             .expect("baton starts");
-        Cluster { up, data, client: Client { address: format!("127.0.0.1:{port}") } }
+        let client = wait_for("the cluster to be healthy", || {
+            let ended = up.try_wait().expect("the child can be asked");
+            assert!(ended.is_none(), "baton up ended early: {ended:?}");
+            let address = url(data.path());
+            async move {
+                let client = Client { address: address? };
+                client.try_get("/health").await.ok().filter(|reply| reply.status == 200).map(|_| client)
+            }
+        })
+        .await;
+        Cluster { up, data, client }
     }
 
     pub fn data(&self) -> &Path {
@@ -192,6 +198,12 @@ impl Drop for Cluster {
         signal(self.pid(), libc::SIGTERM);
         let _ = self.up.wait();
     }
+}
+
+/// Where the cluster of this data directory serves, once it has said so.
+fn url(data: &Path) -> Option<String> {
+    let file: Value = serde_json::from_slice(&std::fs::read(data.join("cluster.json")).ok()?).ok()?;
+    file["url"].as_str()?.strip_prefix("http://").map(str::to_string)
 }
 
 /// One role process of its own, killed with its owner.

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use baton_coordinator::{Config, Running, placement::Policy};
 use baton_core::{Env, Net, NodeId, Rng, SystemClock};
@@ -114,13 +114,18 @@ impl Group {
     }
 }
 
-/// Ports that were free a moment ago.
+/// Addresses that are free, and that neither the operating system hands to outgoing connections nor another test takes.
 async fn free_addresses(count: u64) -> Vec<(NodeId, String)> {
-    let mut listeners = Vec::new();
-    for node in 1..=count {
-        listeners.push((NodeId(node), TcpNet.listen("127.0.0.1:0").await.unwrap()));
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let mut addresses = Vec::new();
+    while (addresses.len() as u64) < count {
+        let nth = std::process::id().wrapping_mul(89).wrapping_add(COUNT.fetch_add(1, Ordering::Relaxed));
+        let address = format!("127.0.0.1:{}", 12_000 + nth % 4_000);
+        if TcpNet.listen(&address).await.is_ok() {
+            addresses.push((NodeId(addresses.len() as u64 + 1), address));
+        }
     }
-    listeners.iter().map(|(node, listener)| (*node, listener.address())).collect()
+    addresses
 }
 
 /// One caller of one coordinator.
