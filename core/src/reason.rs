@@ -45,6 +45,14 @@ reasons!(
         Unavailable = "unavailable",
         /// The worker speaks another cluster's id or wire version.
         Incompatible = "incompatible",
+        /// The tenant has used up what it may use in this minute, or at a time.
+        Quota = "quota",
+        /// It would have to wait longer than its lane allows.
+        Overloaded = "overloaded",
+        /// Its worker died under it too often; it is not tried again for a while.
+        Poisoned = "poisoned",
+        /// Nothing is known of what was named.
+        Unknown = "unknown",
     }
 );
 

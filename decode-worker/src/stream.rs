@@ -86,6 +86,11 @@ impl Requests {
                 }
                 Ok(())
             }
+            Some(Command::Resume(resume)) => {
+                let refusal = refusal(Refused::Unknown, "no request goes on here without its gateway");
+                self.say(resume.handle, Output::Refused(refusal)).await;
+                Ok(())
+            }
             None => Err(Status::invalid_argument("a command of a newer version")),
         }
     }

@@ -128,6 +128,15 @@ impl ApiError {
             Refused::Stale | Refused::Expired | Refused::NotLeader | Refused::Unavailable => {
                 ApiError::unavailable(word, say("The coordinator cannot take requests at the moment."))
             }
+            Refused::Quota => ApiError::overloaded(word, say("The tenant's quota is used up."), retry_after_ms),
+            Refused::Overloaded => {
+                ApiError::overloaded(word, say("The wait would exceed this lane's budget."), retry_after_ms)
+            }
+            Refused::Poisoned => {
+                let message = say("The workers that ran this request died; it is not run again for a while.");
+                ApiError { reason: word, ..ApiError::internal(message).code("poisoned") }
+            }
+            Refused::Unknown => ApiError::unavailable(word, say("Nothing is known of this request.")),
             Refused::Incompatible => ApiError::unavailable(word, say("Gateway and cluster do not fit together.")),
         }
     }

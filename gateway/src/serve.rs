@@ -222,6 +222,7 @@ impl Serving {
             assignment: Some(assignment.clone().into()),
             request: Some(request),
             choices: open.map(choice).collect(),
+            ..v1::Start::default()
         }
     }
 
@@ -260,7 +261,9 @@ impl Serving {
         match refusal.reason {
             Refused::UnknownModel | Refused::TooLarge | Refused::Incompatible => Duration::ZERO,
             _ if begun => NO_WORKERS_WAIT,
-            Refused::NoCapacity => Duration::ZERO,
+            Refused::NoCapacity | Refused::Quota | Refused::Overloaded | Refused::Poisoned | Refused::Unknown => {
+                Duration::ZERO
+            }
             Refused::NoWorkers if full => Duration::ZERO,
             Refused::NoWorkers | Refused::Draining => NO_WORKERS_WAIT,
             Refused::Stale | Refused::Expired | Refused::NotLeader | Refused::Unavailable => COORDINATOR_WAIT,
@@ -292,6 +295,7 @@ impl Serving {
             block_hashes: block_hashes(request.cache_salt.clone(), shared, self.block_tokens).await,
             deadline_ms: 0,
             exclude: Vec::new(),
+            ..v1::AssignRequest::default()
         }
     }
 
@@ -313,6 +317,7 @@ impl Serving {
                 self.phases.admitted(&admitted);
                 Ok(())
             }
+            Output::Resumed(_) => Err(BadMessage { field: "resumed", problem: "was not asked for" }),
             Output::Aborted(abort) => return self.fail(aborted(abort)),
             Output::Refused(refusal) => return self.fail(refused(refusal)),
         };

@@ -5,7 +5,7 @@ pub mod channel;
 pub mod convert;
 pub mod tcp;
 
-/// Generated from `proto/baton.proto`.
+/// Generated from `proto/baton.proto` and `proto/admin.proto`.
 #[allow(clippy::all, unreachable_pub)]
 pub mod v1 {
     tonic::include_proto!("baton.v1");
@@ -16,4 +16,4 @@ pub use convert::BadMessage;
 pub use tcp::TcpNet;
 
 /// Grows with every change that an older peer could misunderstand. A peer of another version is refused at registration.
-pub const WIRE_VERSION: u32 = 1;
+pub const WIRE_VERSION: u32 = 2;

@@ -69,9 +69,7 @@ pub fn free_port() -> u16 {
         let nth = std::process::id().wrapping_mul(97).wrapping_add(COUNT.fetch_add(1, Ordering::Relaxed));
         (PORTS.start + nth % PORTS.len() as u32) as u16
     });
-    candidates
-        .find(|port| std::net::TcpListener::bind(("127.0.0.1", *port)).is_ok())
-        .expect("loopback has a free port")
+    candidates.find(|port| std::net::TcpListener::bind(("127.0.0.1", *port)).is_ok()).expect("loopback has a free port")
 }
 
 /// Polls until `check` gives something.

@@ -138,6 +138,7 @@ impl Opened {
                 layout: spec.layout.describe(),
                 blocks_total: self.config.engine.blocks as u64,
                 block_bytes: spec.layout.block_bytes() as u64,
+                canary_tokens: Vec::new(),
             }),
         }
     }

@@ -100,6 +100,9 @@ struct Service(Arc<Mutex<State>>);
 #[tonic::async_trait]
 impl Coordinator for Service {
     type WatchStream = Pin<Box<dyn futures::Stream<Item = Result<ClusterView, Status>> + Send>>;
+    type AssignmentsStream =
+        Pin<Box<dyn futures::Stream<Item = Result<baton_proto::v1::AssignedBatch, Status>> + Send>>;
+    type WatchAccessStream = Pin<Box<dyn futures::Stream<Item = Result<baton_proto::v1::Access, Status>> + Send>>;
 
     async fn register(&self, request: Request<RegisterRequest>) -> Result<Response<RegisterReply>, Status> {
         let member = request.into_inner().member.unwrap_or_default();
@@ -133,6 +136,27 @@ impl Coordinator for Service {
 
     async fn assign(&self, _: Request<AssignRequest>) -> Result<Response<AssignReply>, Status> {
         Err(Status::unimplemented("tests assign by themselves"))
+    }
+
+    async fn assignments(
+        &self,
+        _: Request<tonic::Streaming<baton_proto::v1::AssignBatch>>,
+    ) -> Result<Response<Self::AssignmentsStream>, Status> {
+        Err(Status::unimplemented("workers ask for no assignments"))
+    }
+
+    async fn locate(
+        &self,
+        _: Request<baton_proto::v1::LocateRequest>,
+    ) -> Result<Response<baton_proto::v1::LocateReply>, Status> {
+        Err(Status::unimplemented("workers ask for no assignments"))
+    }
+
+    async fn watch_access(
+        &self,
+        _: Request<baton_proto::v1::WatchRequest>,
+    ) -> Result<Response<Self::WatchAccessStream>, Status> {
+        Err(Status::unimplemented("workers ask for no assignments"))
     }
 
     async fn finish(&self, _: Request<FinishRequest>) -> Result<Response<FinishReply>, Status> {

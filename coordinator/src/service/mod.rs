@@ -263,6 +263,8 @@ impl Shared {
             index_wanted,
             leader_node: leader.map_or(0, |leader| leader.0),
             leader_address: leader.map(|leader| self.address(leader)).unwrap_or_default(),
+            coordinators: self.addresses.values().cloned().collect(),
+            order: v1::Order::Serve.into(),
         }
     }
 
@@ -412,6 +414,8 @@ fn count(answer: &Result<v1::Assignment, Refusal>, since: Instant) {
 #[tonic::async_trait]
 impl v1::coordinator_server::Coordinator for Service {
     type WatchStream = Pin<Box<dyn Stream<Item = Result<v1::ClusterView, Status>> + Send>>;
+    type AssignmentsStream = Pin<Box<dyn Stream<Item = Result<v1::AssignedBatch, Status>> + Send>>;
+    type WatchAccessStream = Pin<Box<dyn Stream<Item = Result<v1::Access, Status>> + Send>>;
 
     async fn register(&self, request: Request<v1::RegisterRequest>) -> Result<Response<v1::RegisterReply>, Status> {
         use v1::register_reply::Outcome;
@@ -446,6 +450,21 @@ impl v1::coordinator_server::Coordinator for Service {
             Err(refused) => Outcome::Refused(refused),
         };
         Ok(Response::new(v1::AssignReply { outcome: Some(outcome) }))
+    }
+
+    async fn assignments(
+        &self,
+        _: Request<tonic::Streaming<v1::AssignBatch>>,
+    ) -> Result<Response<Self::AssignmentsStream>, Status> {
+        Err(Status::unimplemented("not yet"))
+    }
+
+    async fn locate(&self, _: Request<v1::LocateRequest>) -> Result<Response<v1::LocateReply>, Status> {
+        Err(Status::unimplemented("not yet"))
+    }
+
+    async fn watch_access(&self, _: Request<v1::WatchRequest>) -> Result<Response<Self::WatchAccessStream>, Status> {
+        Err(Status::unimplemented("not yet"))
     }
 
     async fn finish(&self, request: Request<v1::FinishRequest>) -> Result<Response<v1::FinishReply>, Status> {

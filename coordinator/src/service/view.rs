@@ -117,6 +117,7 @@ pub(super) fn view(shared: &Shared) -> v1::ClusterView {
         members: workers.chain(gateways).collect(),
         requests_open: ledger.requests_open() as u64,
         ledger_index: ledger.index(),
+        ..v1::ClusterView::default()
     }
 }
 
@@ -149,6 +150,7 @@ fn summary(model: &Model) -> v1::ModelSummary {
         layout: model.layout.clone(),
         blocks_total: model.blocks_total,
         block_bytes: model.block_bytes,
+        canary_tokens: Vec::new(),
     }
 }
 

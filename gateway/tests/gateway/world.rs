@@ -156,6 +156,25 @@ impl Coordinator for CoordinatorService {
         Ok(Response::new(FinishReply { outcome: Some(finish_reply::Outcome::Finished(Finished {})) }))
     }
 
+    type AssignmentsStream = Events<baton_proto::v1::AssignedBatch>;
+
+    async fn assignments(
+        &self,
+        _: Request<tonic::Streaming<baton_proto::v1::AssignBatch>>,
+    ) -> Answer<Self::AssignmentsStream> {
+        Err(tonic::Status::unimplemented("not yet"))
+    }
+
+    async fn locate(&self, _: Request<baton_proto::v1::LocateRequest>) -> Answer<baton_proto::v1::LocateReply> {
+        Err(tonic::Status::unimplemented("not yet"))
+    }
+
+    type WatchAccessStream = Events<baton_proto::v1::Access>;
+
+    async fn watch_access(&self, _: Request<WatchRequest>) -> Answer<Self::WatchAccessStream> {
+        Err(tonic::Status::unimplemented("not yet"))
+    }
+
     type WatchStream = Events<ClusterView>;
 
     async fn watch(&self, _: Request<WatchRequest>) -> Answer<Self::WatchStream> {
