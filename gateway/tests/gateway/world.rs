@@ -263,7 +263,7 @@ impl FakeWorker {
                     self.seen.send_modify(|seen| seen.cancels.push(self.id.clone()));
                     cancels.remove(&cancel.handle).iter().for_each(tokio::task::AbortHandle::abort);
                 }
-                None => {}
+                Some(generate_command::Command::Resume(_)) | None => {}
             }
         }
     }
