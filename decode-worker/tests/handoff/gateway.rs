@@ -51,6 +51,7 @@ impl Order {
             assignment: Some(assignment.into()),
             request: Some((&self.request).into()),
             choices: self.choices.iter().map(wire).collect(),
+            ..Start::default()
         }
     }
 }
@@ -165,6 +166,7 @@ impl Gateway {
                 Output::Finished(finished) => drop(told.finished.insert(finished.choice, finished)),
                 Output::Aborted(abort) => told.aborted = Some(abort),
                 Output::Refused(refusal) => told.refused = Some(refusal),
+                Output::Resumed(resumed) => panic!("nobody resumed: {resumed:?}"),
             }
         }
     }
