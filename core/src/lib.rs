@@ -4,6 +4,7 @@
 pub mod arena;
 pub mod assignment;
 pub mod block;
+pub mod canary;
 pub mod clock;
 pub mod env;
 pub mod id;

@@ -93,7 +93,7 @@ pub fn refused(refusal: &v1::Refusal) -> Refused {
 
 /// An abort with its reason's word.
 pub fn abort(reason: Aborted, detail: impl Into<String>) -> v1::Abort {
-    v1::Abort { reason: reason.as_str().into(), detail: detail.into(), failed: None }
+    v1::Abort { reason: reason.as_str().into(), detail: detail.into(), ..Default::default() }
 }
 
 /// The reason of an abort; a word of a newer peer reads as Internal.

@@ -139,6 +139,7 @@ impl Opened {
                 blocks_total: self.config.engine.blocks as u64,
                 block_bytes: spec.layout.block_bytes() as u64,
                 canary_tokens: Vec::new(),
+                vocab: spec.vocab as u64,
             }),
         }
     }

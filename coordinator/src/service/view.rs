@@ -150,7 +150,7 @@ fn summary(model: &Model) -> v1::ModelSummary {
         layout: model.layout.clone(),
         blocks_total: model.blocks_total,
         block_bytes: model.block_bytes,
-        canary_tokens: Vec::new(),
+        ..v1::ModelSummary::default()
     }
 }
 

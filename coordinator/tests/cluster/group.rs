@@ -223,7 +223,7 @@ pub(crate) fn member(id: &str) -> v1::Member {
         layout: "l".into(),
         blocks_total: 1000,
         block_bytes: 1,
-        canary_tokens: Vec::new(),
+        ..v1::ModelSummary::default()
     };
     v1::Member {
         id: id.into(),
