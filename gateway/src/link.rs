@@ -162,7 +162,7 @@ impl Link {
             if outlet.events.try_send(event).is_err() {
                 outlet.overrun.store(true, Ordering::Relaxed);
                 requests.open.remove(&handle);
-                self.send(Command::Cancel(Cancel { handle }));
+                self.send(Command::Cancel(Cancel { handle, ..Cancel::default() }));
             }
         }
     }
@@ -213,7 +213,7 @@ impl Drop for Inbox {
     fn drop(&mut self) {
         let mut requests = lock(&self.link.requests);
         if requests.open.remove(&self.handle).is_some()
-            && !self.link.send(Command::Cancel(Cancel { handle: self.handle }))
+            && !self.link.send(Command::Cancel(Cancel { handle: self.handle, ..Cancel::default() }))
         {
             requests.close();
         }

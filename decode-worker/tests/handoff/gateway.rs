@@ -115,7 +115,7 @@ impl Gateway {
     }
 
     pub(crate) fn cancel(&mut self, handle: u32) {
-        self.send(Command::Cancel(Cancel { handle }));
+        self.send(Command::Cancel(Cancel { handle, ..Cancel::default() }));
     }
 
     fn send(&mut self, command: Command) {
