@@ -1,9 +1,10 @@
-//! `baton bench`: figures of an endpoint over HTTP, or of this machine's engine without a network.
+//! `baton bench`: figures of an endpoint over HTTP, or of this machine's engine and links without one.
 
 pub(crate) mod engine;
 pub(crate) mod figure;
 pub(crate) mod percentile;
 pub(crate) mod serve;
+pub(crate) mod transfer;
 
 use clap::Subcommand;
 
@@ -16,11 +17,14 @@ pub(crate) enum Bench {
     Serve(serve::ServeFlags),
     /// Measure prefill and decode of the engine in this process, beside the machine's own limits
     Engine(engine::EngineFlags),
+    /// Measure how fast KV blocks move over each link, beside memcpy and a plain socket
+    Transfer(transfer::TransferFlags),
 }
 
 pub(crate) fn run(bench: Bench) -> Result<(), Failure> {
     match bench {
         Bench::Serve(flags) => serve::run(flags),
         Bench::Engine(flags) => engine::run(flags),
+        Bench::Transfer(flags) => transfer::run(flags),
     }
 }

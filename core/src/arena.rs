@@ -131,6 +131,12 @@ impl Arena {
         self.blocks
     }
 
+    /// All blocks' bytes, while nobody else has the arena.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: the memory was zeroed when it was made, and `&mut` excludes every other user.
+        unsafe { std::slice::from_raw_parts_mut(self.base, self.blocks * self.layout.block_bytes()) }
+    }
+
     /// First byte of a block. Reading or writing through it is sound only while the caller holds the block: a reader
     /// a guard on a filled block, a writer the one guard on a reserved block.
     ///

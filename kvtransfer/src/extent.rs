@@ -6,6 +6,7 @@ use baton_core::{Arena, BlockId, BlockLayout};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::Grant;
+use crate::hash::hash;
 use crate::wire::{ENTRY_BYTES, Entry, FRAME_BLOCKS_MAX, HEADER_BYTES, Header, Kind};
 
 /// Bytes a frame of several small extents aims at: enough to amortise a write, little enough to stay in L2.
@@ -60,7 +61,7 @@ impl Data {
         {
             // SAFETY: `Outgoing::send` asks its caller to hold the source blocks as filled until it returns.
             unsafe { arena.read_layer(source.index, layer, extent) };
-            let sum = bind(xxh3_64(extent), digest, layer as u32, *position as u32);
+            let sum = bind(hash(extent), digest, layer as u32, *position as u32);
             let entry = Entry { position: *position as u32, block: grant.blocks[*position], sum };
             line.copy_from_slice(&entry.encode());
             self.digest = self.digest.wrapping_add(sum);
@@ -85,7 +86,7 @@ impl Data {
 
 /// Whether `bytes` are what the entry says, for this grant and layer.
 pub(crate) fn intact(entry: &Entry, grant: u128, layer: u32, bytes: &[u8]) -> bool {
-    bind(xxh3_64(bytes), grant, layer, entry.position) == entry.sum
+    bind(hash(bytes), grant, layer, entry.position) == entry.sum
 }
 
 /// Writes a verified extent into the block it was granted for.

@@ -12,6 +12,7 @@ mod error;
 mod extent;
 mod frames;
 mod grant;
+mod hash;
 mod link;
 mod links;
 mod outbox;

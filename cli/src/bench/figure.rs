@@ -17,6 +17,11 @@ impl Figure {
     pub(crate) fn new(name: impl Into<String>, value: f64, unit: &'static str) -> Figure {
         Figure { name: name.into(), value, unit, target: None, ok: true }
     }
+
+    /// A figure that must reach `target`.
+    pub(crate) fn at_least(name: impl Into<String>, value: f64, unit: &'static str, target: f64) -> Figure {
+        Figure { name: name.into(), value, unit, target: Some(target), ok: value >= target }
+    }
 }
 
 /// Prints each as a JSON line.
