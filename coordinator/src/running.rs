@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use baton_core::limits::MESSAGE_BYTES_MAX;
 use baton_core::{Env, Listener};
+use baton_proto::v1::admin_server::AdminServer;
 use baton_proto::v1::coordinator_server::CoordinatorServer;
 use baton_proto::v1::raft_server::RaftServer;
 use tokio::sync::watch;
@@ -112,8 +113,9 @@ fn serve(listener: Box<dyn Listener>, node: Arc<Node>, served: Served) -> Runnin
     let mut stop = stopping.subscribe();
     let stopped = async move { drop(stop.wait_for(|stopping| *stopping).await) };
     let raft = RaftServer::new(node.service()).max_decoding_message_size(MESSAGE_BYTES_MAX);
+    let admin = AdminServer::new(service.clone());
     let coordinator = CoordinatorServer::new(service).max_decoding_message_size(MESSAGE_BYTES_MAX);
-    let router = baton_proto::channel::server().add_service(raft).add_service(coordinator);
+    let router = baton_proto::channel::server().add_service(raft).add_service(coordinator).add_service(admin);
     let server = tokio::spawn(router.serve_with_incoming_shutdown(baton_proto::incoming(listener), stopped));
     Running { address: served.address, node, stopping, server, beside: tokio::spawn(beside) }
 }

@@ -33,6 +33,8 @@ pub const WORKER_LEASE_MS: u64 = 1_500;
 /// How long workers keep serving what they hold while no coordinator answers.
 pub const AUTONOMY_GRACE_MS: u64 = 30_000;
 pub const RPC_TIMEOUT_MS: u64 = 2_000;
+/// How long a request may outlive its gateway at most.
+pub const RESUMABLE_MS_MAX: u64 = 300_000;
 
 /// Longest silence on a handoff before it is aborted.
 pub const HANDOFF_IDLE_MS: u64 = 2_000;

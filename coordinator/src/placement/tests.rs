@@ -15,6 +15,8 @@ fn model() -> Model {
         layout: "l".into(),
         blocks_total: 1000,
         block_bytes: 1,
+        canary_tokens: vec![],
+        vocab: 0,
     }
 }
 

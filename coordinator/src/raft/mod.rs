@@ -136,7 +136,7 @@ impl Node {
         self.ledger.read().expect("ledger lock")
     }
 
-    /// Tells of changes of the cluster's name and workers.
+    /// Tells of changes of the cluster's name, workers, tenants and keys.
     pub(crate) fn changes(&self) -> watch::Receiver<u64> {
         self.changes.clone()
     }

@@ -1,18 +1,21 @@
 //! What arrives by gRPC, checked once into the coordinator's own types.
 
-use baton_core::limits::{CHOICES_MAX, REQUEST_DEADLINE_MS};
+use baton_core::limits::{CHOICES_MAX, REQUEST_DEADLINE_MS, RESUMABLE_MS_MAX};
 use baton_core::{BlockHash, Epoch, Incarnation, Lane, NumericsClass, RequestId, Role, WorkerId};
 use baton_proto::convert::{block_hash, lane, request_id, required};
 use baton_proto::{BadMessage, v1};
 
 use super::roster::Beat;
 use crate::placement::{Decision, Question};
-use crate::state::{Finished, Model, Proposed, Registration};
+use crate::state::{Finished, Key, Life, Limits, Model, Order, Proposed, Registration};
 
 const NAME_BYTES_MAX: usize = 256;
 /// Block hashes looked at; a longer prompt is matched by its beginning.
 const HASHES_MAX: usize = 1 << 16;
 const EXCLUDE_MAX: usize = 64;
+const CANARY_TOKENS_MAX: usize = 64;
+/// Largest limit of a tenant; products with a minute's milliseconds stay far from overflow.
+const LIMIT_MAX: u64 = 1 << 40;
 /// Largest count of tokens, blocks or positions taken seriously; products of two stay far from overflow.
 const COUNT_MAX: u64 = 1 << 31;
 const BLOCK_TOKENS_MAX: u32 = 1 << 16;
@@ -50,6 +53,10 @@ pub(super) struct Ask {
     pub(super) exclude: Vec<(WorkerId, Incarnation)>,
     full_prefill: bool,
     gateway: String,
+    key: String,
+    resumable_ms: u64,
+    fingerprint: u128,
+    pub(super) killed: Vec<Life>,
 }
 
 impl Ask {
@@ -60,8 +67,8 @@ impl Ask {
         if wire.prompt_tokens.max(wire.tokens_max) > COUNT_MAX || wire.choices > CHOICES_MAX {
             return Err(bad("prompt_tokens, tokens_max or choices", "is out of range"));
         }
-        if wire.exclude.len() > EXCLUDE_MAX {
-            return Err(bad("exclude", "has more than 64 lives"));
+        if wire.exclude.len().max(wire.killed.len()) > EXCLUDE_MAX {
+            return Err(bad("exclude or killed", "has more than 64 lives"));
         }
         let life = |life: v1::WorkerLife| (WorkerId(life.id), Incarnation(life.incarnation));
         let hashes = wire.block_hashes.iter().take(HASHES_MAX);
@@ -79,6 +86,10 @@ impl Ask {
             exclude: wire.exclude.into_iter().map(life).collect(),
             full_prefill: wire.prompt_logprobs,
             gateway: text("gateway", wire.gateway)?,
+            key: text("key", wire.key)?,
+            resumable_ms: wire.resumable_ms.min(RESUMABLE_MS_MAX),
+            fingerprint: fingerprint(&wire.fingerprint)?,
+            killed: wire.killed.into_iter().map(life).collect(),
         })
     }
 
@@ -104,11 +115,63 @@ impl Ask {
             gateway: self.gateway.clone(),
             prompt_tokens: self.prompt_tokens,
             tokens_max: self.tokens_max,
+            choices: self.choices as u32,
             deadline_ms: self.deadline_ms,
             decode: decision.decode,
             prefill: decision.prefill,
-            explanation: decision.explanation,
+            key: self.key.clone(),
+            resumable_ms: self.resumable_ms,
+            fingerprint: self.fingerprint,
+            killed: self.killed.clone(),
         }
+    }
+}
+
+/// Absent is 0.
+fn fingerprint(bytes: &[u8]) -> Result<u128, BadMessage> {
+    match bytes.try_into() {
+        Ok(bytes) => Ok(u128::from_le_bytes(bytes)),
+        Err(_) if bytes.is_empty() => Ok(0),
+        Err(_) => Err(bad("fingerprint", "has not 16 bytes")),
+    }
+}
+
+/// A name that operators type: letters, digits, `-`, `_`, `.`, at most 64 of them.
+pub(super) fn plain(field: &'static str, text: String) -> Result<String, BadMessage> {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');
+    match (1..=64).contains(&text.len()) && text.bytes().all(plain) {
+        true => Ok(text),
+        false => Err(bad(field, "is not 1 to 64 letters, digits, '-', '_' or '.'")),
+    }
+}
+
+pub(super) fn tenant(wire: v1::Tenant) -> Result<(String, Limits), BadMessage> {
+    let limits = Limits {
+        requests_per_minute: wire.requests_per_minute,
+        tokens_per_minute: wire.tokens_per_minute,
+        requests_open_max: wire.requests_open_max,
+        prompt_tokens_max: wire.prompt_tokens_max,
+        output_tokens_max: wire.output_tokens_max,
+    };
+    if limits.requests_per_minute.max(limits.tokens_per_minute) > LIMIT_MAX {
+        return Err(bad("requests_per_minute or tokens_per_minute", "is over 2^40; 0 is no limit"));
+    }
+    Ok((plain("tenant.name", wire.name)?, limits))
+}
+
+pub(super) fn key(wire: v1::AccessKey) -> Result<(String, Key), BadMessage> {
+    let hash: &[u8] = &wire.secret_hash;
+    let secret_hash = hash.try_into().map_err(|_| bad("secret_hash", "has not 32 bytes"))?;
+    let tenant = plain("key.tenant", wire.tenant)?;
+    Ok((plain("key.id", wire.id)?, Key { secret_hash, tenant, created_unix_s: wire.created_unix_s }))
+}
+
+pub(super) fn order(wire: v1::Order) -> Order {
+    match wire {
+        v1::Order::Serve => Order::Serve,
+        v1::Order::Drain => Order::Drain,
+        v1::Order::BecomePrefill => Order::BecomePrefill,
+        v1::Order::BecomeDecode => Order::BecomeDecode,
     }
 }
 
@@ -130,6 +193,9 @@ fn model(wire: v1::ModelSummary) -> Result<Model, BadMessage> {
     if !(1..=BLOCK_TOKENS_MAX).contains(&wire.block_tokens) || wire.blocks_total.max(wire.positions_max) > COUNT_MAX {
         return Err(bad("model.block_tokens, blocks_total or positions_max", "is out of range"));
     }
+    if wire.canary_tokens.len() > CANARY_TOKENS_MAX {
+        return Err(bad("model.canary_tokens", "has more than 64 tokens"));
+    }
     Ok(Model {
         name: name("model.name", wire.name)?,
         card_hash: text("model.card_hash", wire.card_hash)?,
@@ -139,6 +205,8 @@ fn model(wire: v1::ModelSummary) -> Result<Model, BadMessage> {
         layout: text("model.layout", wire.layout)?,
         blocks_total: wire.blocks_total,
         block_bytes: wire.block_bytes,
+        canary_tokens: wire.canary_tokens,
+        vocab: wire.vocab,
     })
 }
 

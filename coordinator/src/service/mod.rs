@@ -1,8 +1,13 @@
 //! The Coordinator service: registration, heartbeats, assignments, ends of requests, and the view of the cluster.
 
+mod access;
+mod admin;
 mod ask;
+mod assign;
+mod explain;
 mod keep;
 mod lead;
+mod membership;
 mod propose;
 mod roster;
 mod view;
@@ -22,18 +27,17 @@ use tokio::time::Instant;
 use tonic::{Request, Response, Status};
 
 use crate::log::{Disk, Identity};
-use crate::placement::{self, Decision, Declined, Policy};
+use crate::placement::Policy;
 use crate::raft::{Node, ProposeError};
-use crate::state::{Assigned, Command, Outcome};
+use crate::state::{Command, Order, Outcome};
 use ask::Ask;
+use explain::Decisions;
 use lead::{Elsewhere, Lead};
 use propose::{Proposer, SubmitError};
 use roster::{Old, Roster};
 
 /// How long a call waits for a leader to be known.
 const LEADER_PATIENCE: Duration = Duration::from_millis(900);
-/// Placements of one call: each further one because a chosen worker had just been fenced.
-const PLACEMENTS_MAX: usize = 4;
 /// When a command's fate is unknown, or nobody leads.
 const RETRY_UNKNOWN_MS: u64 = 300;
 /// Ends of requests in one call.
@@ -45,6 +49,7 @@ pub(crate) struct Shared {
     lead: Arc<Lead>,
     proposer: Proposer,
     roster: Mutex<Roster>,
+    decisions: Mutex<Decisions>,
     policy: Policy,
     disk: Arc<dyn Disk>,
     identity: Mutex<Identity>,
@@ -87,6 +92,7 @@ impl Service {
             lead,
             proposer,
             roster: Mutex::new(Roster::new()),
+            decisions: Mutex::new(Decisions::new()),
             policy: parts.policy,
             disk: parts.disk,
             identity: Mutex::new(parts.identity),
@@ -187,6 +193,12 @@ impl Shared {
                 self.tell_members();
                 Ok(self.registered(incarnation))
             }
+            Outcome::Refused(Refused::Incompatible) => {
+                metrics::counter!("baton_coordinator_registrations_refused_total", "reason" => "golden_tokens")
+                    .increment(1);
+                let detail = "its canary tokens are not those of the live workers of its numerics class";
+                Err(refusal(Refused::Incompatible, detail))
+            }
             Outcome::Refused(reason) => Err(refusal(reason, "the ledger takes no further worker")),
             other => Err(unexpected(&other)),
         }
@@ -225,17 +237,18 @@ impl Shared {
         let member = baton_proto::convert::required("member", request.member.clone())?;
         if Role::try_from(member.role())? == Role::Gateway {
             let member = ask::gateway(member)?;
-            return Ok(self.gateway(member).map(|()| self.accepted(false)));
+            return Ok(self.gateway(member).map(|()| self.accepted(false, v1::Order::Serve)));
         }
         let beat = ask::beat(request, member)?;
         if let Err(refused) = self.in_force(&beat.worker, beat.incarnation) {
             metrics::counter!("baton_coordinator_heartbeats_refused_total").increment(1);
             return Ok(Err(refused));
         }
+        let order = self.node.ledger().worker(&beat.worker).map_or(Order::Serve, |worker| worker.order);
         let taken = self.roster().beat(beat, Instant::now());
         self.loads_changed.send_modify(|version| *version += 1);
         Ok(match taken {
-            Ok(index_wanted) => Ok(self.accepted(index_wanted)),
+            Ok(index_wanted) => Ok(self.accepted(index_wanted, view::order(order))),
             Err(Old) => Err(refusal(Refused::Stale, "a later heartbeat has been heard")),
         })
     }
@@ -255,7 +268,7 @@ impl Shared {
         Err(refusal(Refused::Stale, format!("{id} incarnation {incarnation} is not in force: register again")))
     }
 
-    fn accepted(&self, index_wanted: bool) -> v1::HeartbeatAccepted {
+    fn accepted(&self, index_wanted: bool, order: v1::Order) -> v1::HeartbeatAccepted {
         let leader = self.node.standing().borrow().leader;
         v1::HeartbeatAccepted {
             leader: self.lead.now().is_some() && self.node.has_quorum(),
@@ -264,61 +277,8 @@ impl Shared {
             leader_node: leader.map_or(0, |leader| leader.0),
             leader_address: leader.map(|leader| self.address(leader)).unwrap_or_default(),
             coordinators: self.addresses.values().cloned().collect(),
-            order: v1::Order::Serve.into(),
+            order: order.into(),
         }
-    }
-
-    async fn assign(&self, ask: Ask) -> Result<v1::Assignment, Refusal> {
-        self.leading().await?;
-        if let Some(assigned) = self.repeated(&ask) {
-            return Ok(granted(assigned));
-        }
-        self.suspect(&ask);
-        for _ in 0..PLACEMENTS_MAX {
-            let decision = self.place(&ask).map_err(declined)?;
-            let lives = lives(&decision);
-            match self.submit(Command::Assign(Box::new(ask.proposed(decision)))).await? {
-                Outcome::Assigned(assigned) => return Ok(granted(*assigned)),
-                Outcome::Misplaced => self.release(&ask, &lives),
-                Outcome::Ended => {
-                    self.release(&ask, &lives);
-                    return Err(refusal(Refused::Stale, "the request has ended"));
-                }
-                Outcome::Refused(reason) => {
-                    self.release(&ask, &lives);
-                    return Err(refusal(reason, "refused by the ledger"));
-                }
-                other => return Err(unexpected(&other)),
-            }
-        }
-        Err(unavailable("workers come and go faster than requests are placed"))
-    }
-
-    /// What this attempt was given when it was asked for before. It has been committed: that it is applied here says so.
-    fn repeated(&self, ask: &Ask) -> Option<Assigned> {
-        let now_ms = self.lead.stamp()?;
-        self.node.ledger().assignment(ask.request, ask.attempt, now_ms)
-    }
-
-    fn suspect(&self, ask: &Ask) {
-        let mut roster = self.roster();
-        ask.exclude.iter().for_each(|(id, incarnation)| roster.suspect(id, *incarnation));
-    }
-
-    /// Chooses workers and counts the request on them.
-    fn place(&self, ask: &Ask) -> Result<Decision, Declined> {
-        let ledger = self.node.ledger();
-        let mut roster = self.roster();
-        let before = ledger.request(ask.request);
-        let question = ask.question(before.map(|open| &open.numerics));
-        let decision = placement::place(&question, &roster.candidates(&ledger, &ask.chain), &self.policy)?;
-        roster.promise(ask.request, &decision, Instant::now());
-        Ok(decision)
-    }
-
-    fn release(&self, ask: &Ask, lives: &[WorkerId]) {
-        let mut roster = self.roster();
-        lives.iter().for_each(|worker| roster.release(ask.request, worker));
     }
 
     async fn finish(&self, request: v1::FinishRequest) -> Result<Result<(), Refusal>, Status> {
@@ -374,43 +334,6 @@ fn unexpected(outcome: &Outcome) -> Refusal {
     unavailable("the ledger answered another question")
 }
 
-fn declined(declined: Declined) -> Refusal {
-    Refusal { retry_after_ms: declined.retry_after_ms, ..refusal(declined.reason, declined.detail) }
-}
-
-fn lives(decision: &Decision) -> Vec<WorkerId> {
-    let prefill = decision.prefill.iter().map(|(worker, _)| worker.clone());
-    prefill.chain([decision.decode.0.clone()]).collect()
-}
-
-fn granted(assigned: Assigned) -> v1::Assignment {
-    v1::Assignment {
-        request: assigned.request.to_string(),
-        attempt: assigned.attempt,
-        epoch: assigned.epoch.0,
-        decode: Some(assigned.decode.into()),
-        prefill: assigned.prefill.map(Into::into),
-        lease_ms: assigned.lease_ms,
-        explanation: assigned.explanation,
-    }
-}
-
-/// Counts an answered Assign.
-fn count(answer: &Result<v1::Assignment, Refusal>, since: Instant) {
-    match answer {
-        Ok(assignment) => {
-            let prefill = if assignment.prefill.is_some() { "remote" } else { "local" };
-            metrics::counter!("baton_coordinator_assignments_total", "prefill" => prefill).increment(1);
-            metrics::histogram!("baton_coordinator_assign_seconds").record(since.elapsed().as_secs_f64());
-            tracing::debug!(request = assignment.request, explanation = assignment.explanation, "assigned");
-        }
-        Err(refused) => {
-            let reason = baton_proto::convert::refused(refused).as_str();
-            metrics::counter!("baton_coordinator_refused_total", "reason" => reason).increment(1);
-        }
-    }
-}
-
 #[tonic::async_trait]
 impl v1::coordinator_server::Coordinator for Service {
     type WatchStream = Pin<Box<dyn Stream<Item = Result<v1::ClusterView, Status>> + Send>>;
@@ -444,7 +367,7 @@ impl v1::coordinator_server::Coordinator for Service {
         use v1::assign_reply::Outcome;
         let since = Instant::now();
         let answer = self.0.assign(Ask::new(request.into_inner())?).await;
-        count(&answer, since);
+        assign::count(&answer, since);
         let outcome = match answer {
             Ok(assignment) => Outcome::Assignment(assignment),
             Err(refused) => Outcome::Refused(refused),
@@ -464,7 +387,7 @@ impl v1::coordinator_server::Coordinator for Service {
     }
 
     async fn watch_access(&self, _: Request<v1::WatchRequest>) -> Result<Response<Self::WatchAccessStream>, Status> {
-        Err(Status::unimplemented("not yet"))
+        Ok(Response::new(Box::pin(access::accesses(self.0.clone()))))
     }
 
     async fn finish(&self, request: Request<v1::FinishRequest>) -> Result<Response<v1::FinishReply>, Status> {

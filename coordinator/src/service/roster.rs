@@ -10,7 +10,7 @@ use baton_proto::v1;
 use tokio::time::Instant;
 
 use crate::placement::{Candidate, Decision, Load, PrefixIndex, WorkerIndex};
-use crate::state::Ledger;
+use crate::state::{Ledger, Order};
 
 /// (block, holder) pairs remembered, about 48 bytes each.
 const PREFIX_INDEX_MAX: usize = 200_000;
@@ -244,12 +244,14 @@ impl Roster {
         let live = ledger.workers().filter(|(_, worker)| worker.live);
         let candidate = |(id, worker): (&'a WorkerId, &'a crate::state::Worker)| {
             let heard = self.worker(id, worker.incarnation);
+            let mut load = heard.map_or(unheard(worker.model.blocks_total), Heard::load_now);
+            load.draining |= worker.order != Order::Serve;
             Candidate {
                 worker: id,
                 incarnation: worker.incarnation,
                 role: worker.role,
                 model: &worker.model,
-                load: heard.map_or(unheard(worker.model.blocks_total), Heard::load_now),
+                load,
                 hits: heard.and_then(|heard| hits.get(&heard.slot)).copied().unwrap_or(0),
                 suspect: heard.is_some_and(|heard| heard.suspect),
             }

@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use tonic::Status;
 
 use super::{Shared, stopped};
-use crate::state::{Model, Worker};
+use crate::state::{Model, Order, Worker};
 
 /// Load alone is told this often at most; changes of members, liveness and leader at once.
 const LOAD_EVERY: Duration = Duration::from_millis(200);
@@ -150,7 +150,17 @@ fn summary(model: &Model) -> v1::ModelSummary {
         layout: model.layout.clone(),
         blocks_total: model.blocks_total,
         block_bytes: model.block_bytes,
-        ..v1::ModelSummary::default()
+        canary_tokens: model.canary_tokens.clone(),
+        vocab: model.vocab,
+    }
+}
+
+pub(super) fn order(order: Order) -> v1::Order {
+    match order {
+        Order::Serve => v1::Order::Serve,
+        Order::Drain => v1::Order::Drain,
+        Order::BecomePrefill => v1::Order::BecomePrefill,
+        Order::BecomeDecode => v1::Order::BecomeDecode,
     }
 }
 

@@ -3,17 +3,17 @@
 use serde::{Serialize, de::DeserializeOwned};
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::{Batch, Ledger};
+use super::{Batch, Ledger, version1};
 
 /// Version of the entries and snapshots this binary writes; it reads all up to it.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum CodecError {
     #[error("version {0} is newer than this binary knows (up to {VERSION}): update the binary before it joins")]
     Newer(u16),
-    #[error("bytes of version {VERSION} that do not decode: {0}")]
-    Damaged(String),
+    #[error("bytes of version {0} that do not decode: {1}")]
+    Damaged(u16, String),
 }
 
 pub fn encode_batch(batch: &Batch) -> Vec<u8> {
@@ -21,7 +21,7 @@ pub fn encode_batch(batch: &Batch) -> Vec<u8> {
 }
 
 pub fn decode_batch(bytes: &[u8]) -> Result<Batch, CodecError> {
-    decode(bytes)
+    decode::<Batch, version1::Batch>(bytes)
 }
 
 pub fn encode_ledger(ledger: &Ledger) -> Vec<u8> {
@@ -29,7 +29,7 @@ pub fn encode_ledger(ledger: &Ledger) -> Vec<u8> {
 }
 
 pub fn decode_ledger(bytes: &[u8]) -> Result<Ledger, CodecError> {
-    decode(bytes)
+    decode::<Ledger, version1::Ledger>(bytes)
 }
 
 /// Equal for equal ledgers on every node and machine.
@@ -42,13 +42,17 @@ fn encode<T: Serialize>(value: &T) -> Vec<u8> {
     postcard::to_extend(value, bytes).expect("memory takes any value")
 }
 
-fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, CodecError> {
+/// `Old`: the same as version 1 wrote it.
+fn decode<T: DeserializeOwned + From<Old>, Old: DeserializeOwned>(bytes: &[u8]) -> Result<T, CodecError> {
     let Some((version, body)) = bytes.split_first_chunk() else {
-        return Err(CodecError::Damaged("no version".into()));
+        return Err(CodecError::Damaged(0, "no version".into()));
     };
     let version = u16::from_le_bytes(*version);
-    if version > VERSION {
-        return Err(CodecError::Newer(version));
-    }
-    postcard::from_bytes(body).map_err(|e| CodecError::Damaged(e.to_string()))
+    let value = match version {
+        0 => return Err(CodecError::Damaged(0, "there was no such version".into())),
+        1 => postcard::from_bytes::<Old>(body).map(T::from),
+        VERSION => postcard::from_bytes(body),
+        _ => return Err(CodecError::Newer(version)),
+    };
+    value.map_err(|error| CodecError::Damaged(version, error.to_string()))
 }

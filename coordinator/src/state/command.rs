@@ -4,6 +4,9 @@ use baton_core::{Epoch, Incarnation, Lane, NumericsClass, Place, Refused, Reques
 use serde::{Deserialize, Serialize};
 
 use super::OpenRequest;
+use super::access::{Key, Limits};
+use super::poison::Life;
+use super::tenant::OverLimit;
 
 /// One Raft entry: commands stamped with the leader's monotonic time.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,6 +38,44 @@ pub enum Command {
     Finish(Finished),
     /// Ends every request whose deadline has passed.
     Expire,
+    /// What is wanted of a live worker from now on.
+    Order {
+        worker: WorkerId,
+        order: Order,
+    },
+    /// Creates a tenant or replaces its limits.
+    SetTenant {
+        name: String,
+        limits: Limits,
+    },
+    /// Its keys go with it; its open requests go on.
+    RemoveTenant {
+        name: String,
+    },
+    CreateKey {
+        id: String,
+        key: Key,
+    },
+    RevokeKey {
+        id: String,
+    },
+    /// Another gateway takes over an open request.
+    Adopt {
+        request: RequestId,
+        gateway: String,
+    },
+}
+
+/// What the cluster wants of a worker.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Order {
+    #[default]
+    Serve,
+    /// Take no more, finish or give back what runs, leave, end.
+    Drain,
+    /// Drain, then register in the other role.
+    BecomePrefill,
+    BecomeDecode,
 }
 
 /// A worker that announces itself. The key is (worker, process_key).
@@ -64,6 +105,10 @@ pub struct Model {
     pub layout: String,
     pub blocks_total: u64,
     pub block_bytes: u64,
+    /// What the worker itself generates for the canary prompt; empty: it did not try.
+    pub canary_tokens: Vec<u32>,
+    /// Tokens of its vocabulary; 0 unknown.
+    pub vocab: u64,
 }
 
 /// A placement that the leader proposes; the ledger checks that it still holds.
@@ -75,13 +120,23 @@ pub struct Proposed {
     pub tenant: String,
     pub lane: Lane,
     pub gateway: String,
+    /// Prompt plus tokens so far.
     pub prompt_tokens: u64,
+    /// Of each choice.
     pub tokens_max: u64,
+    pub choices: u32,
     /// From acceptance; of the first attempt that was accepted.
     pub deadline_ms: u64,
-    pub decode: (WorkerId, Incarnation),
-    pub prefill: Option<(WorkerId, Incarnation)>,
-    pub explanation: String,
+    pub decode: Life,
+    pub prefill: Option<Life>,
+    /// Id of the API key it came with; empty without keys.
+    pub key: String,
+    /// How long it outlives its gateway, 0 not at all.
+    pub resumable_ms: u64,
+    /// Names the request's content; 0 none.
+    pub fingerprint: u128,
+    /// Lives that ended while they ran this request.
+    pub killed: Vec<Life>,
 }
 
 /// The end of a request. The key is (request, epoch); epoch 0 ends it under whatever epoch it has, and even before
@@ -113,6 +168,10 @@ pub enum Outcome {
     Misplaced,
     /// Nothing was done.
     Refused(Refused),
+    /// Nothing was done: the tenant's account does not take the request.
+    OverLimit(OverLimit),
+    /// It is as the command says.
+    Done,
     /// The request has ended, now or before.
     Ended,
     Expired {
@@ -130,7 +189,6 @@ pub struct Assigned {
     pub prefill: Option<Place>,
     /// Milliseconds left until the request's deadline.
     pub lease_ms: u64,
-    pub explanation: String,
 }
 
 impl Assigned {
@@ -142,7 +200,6 @@ impl Assigned {
             decode: open.decode.clone(),
             prefill: open.prefill.clone(),
             lease_ms: open.deadline_ms.saturating_sub(now_ms),
-            explanation: open.explanation.clone(),
         }
     }
 }

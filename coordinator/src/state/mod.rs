@@ -1,9 +1,13 @@
 //! The ledger: a pure state machine over stamped commands. No IO, no clock, no randomness, ordered maps only, so that
 //! every node that applies the same entries holds the same bytes.
 
+mod access;
 mod codec;
 mod command;
+mod poison;
 mod request;
+mod tenant;
+mod version1;
 mod worker;
 
 #[cfg(test)]
@@ -11,13 +15,15 @@ mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use baton_core::limits::ATTEMPTS_MAX;
-use baton_core::{Epoch, Incarnation, NumericsClass, Place, Refused, RequestId, Role, WorkerId};
+use baton_core::{Epoch, Incarnation, RequestId, WorkerId};
 use serde::{Deserialize, Serialize};
 
+pub use access::{KEYS_MAX, Key, Keys, Limits, TENANTS_MAX};
 pub use codec::{CodecError, VERSION, decode_batch, decode_ledger, encode_batch, encode_ledger, hash};
-pub use command::{Assigned, Batch, Command, Finished, Model, Outcome, Proposed, Registration};
+pub use command::{Assigned, Batch, Command, Finished, Model, Order, Outcome, Proposed, Registration};
+pub use poison::{BLAME_MS, Life, POISON_STRIKES, POISON_STRIKES_CROWDED, QUARANTINE_MS, SUSPECT_STRIKES};
 pub use request::{EndedRequests, OpenRequest};
+pub use tenant::{Account, Bucket, Charge, Limit, OverLimit, Usage};
 pub use worker::Worker;
 
 /// Commands in one entry at most. Numbers granted from the log are `index * COMMANDS_MAX + position`.
@@ -31,7 +37,7 @@ pub const WORKERS_MAX: usize = 4096;
 /// Requests one Expire ends at most.
 pub const EXPIRE_MAX: usize = 4096;
 
-/// The replicated record of workers, accepted requests and assignments.
+/// The replicated record of workers, accepted requests and assignments, tenants and keys.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ledger {
     cluster: String,
@@ -43,6 +49,11 @@ pub struct Ledger {
     open: BTreeMap<RequestId, OpenRequest>,
     deadlines: BTreeSet<(u64, RequestId)>,
     ended: EndedRequests,
+    /// Open requests of each gateway that has any.
+    gateways: BTreeMap<String, u64>,
+    tenants: BTreeMap<String, tenant::Account>,
+    keys: access::Keys,
+    poison: poison::Poison,
 }
 
 impl Ledger {
@@ -89,6 +100,11 @@ impl Ledger {
         self.ended.contains(id)
     }
 
+    /// Gateways that serve open requests now.
+    pub fn gateways(&self) -> impl Iterator<Item = &String> {
+        self.gateways.keys()
+    }
+
     /// Ledger time of the earliest deadline of an open request.
     pub fn deadline_next(&self) -> Option<u64> {
         self.deadlines.first().map(|(at, _)| *at)
@@ -117,6 +133,12 @@ impl Ledger {
             Command::Assign(proposed) => self.assign(*proposed, Epoch(number)),
             Command::Finish(finished) => self.finish(finished),
             Command::Expire => self.expire(),
+            Command::Order { worker, order } => self.order(&worker, order),
+            Command::SetTenant { name, limits } => self.set_tenant(name, limits),
+            Command::RemoveTenant { name } => self.remove_tenant(&name),
+            Command::CreateKey { id, key } => self.create_key(id, key),
+            Command::RevokeKey { id } => self.revoke_key(&id),
+            Command::Adopt { request, gateway } => self.adopt(request, gateway),
         }
     }
 
@@ -125,139 +147,5 @@ impl Ledger {
             self.cluster = cluster;
         }
         Outcome::Founded { cluster: self.cluster.clone() }
-    }
-
-    fn register(&mut self, registration: Registration, incarnation: Incarnation) -> Outcome {
-        if !matches!(registration.role, Role::Prefill | Role::Decode) {
-            return Outcome::Refused(Refused::Incompatible);
-        }
-        match self.workers.get(&registration.worker) {
-            Some(known) if known.live && known.process_key == registration.process_key => {
-                return Outcome::Registered { incarnation: known.incarnation };
-            }
-            None if self.workers.values().filter(|w| w.live).count() >= WORKERS_MAX => {
-                return Outcome::Refused(Refused::NoCapacity);
-            }
-            _ => {}
-        }
-        let id = registration.worker.clone();
-        self.workers.insert(id, Worker::new(registration, incarnation, self.time_ms));
-        Outcome::Registered { incarnation }
-    }
-
-    fn fence(&mut self, id: &WorkerId, incarnation: Incarnation) -> Outcome {
-        let now = self.time_ms;
-        if let Some(worker) = self.workers.get_mut(id).filter(|w| w.lives(incarnation)) {
-            worker.live = false;
-            worker.since_ms = now;
-            self.forget_fenced();
-        }
-        Outcome::Gone
-    }
-
-    fn forget_fenced(&mut self) {
-        let fenced = self.workers.iter().filter(|(_, w)| !w.live);
-        if fenced.clone().count() <= FENCED_MAX {
-            return;
-        }
-        let oldest = fenced.min_by_key(|(id, w)| (w.since_ms, *id)).map(|(id, _)| id.clone());
-        oldest.map(|id| self.workers.remove(&id));
-    }
-
-    fn leave(&mut self, id: &WorkerId, incarnation: Incarnation) -> Outcome {
-        if self.workers.get(id).is_some_and(|w| w.incarnation == incarnation) {
-            self.workers.remove(id);
-        }
-        Outcome::Gone
-    }
-
-    fn assign(&mut self, p: Proposed, epoch: Epoch) -> Outcome {
-        if self.ended.contains(p.request) {
-            return Outcome::Ended;
-        }
-        let before = self.open.get(&p.request);
-        if let Some(open) = before {
-            if p.attempt == open.attempt {
-                return self.assigned(p.request, open);
-            }
-            if p.attempt < open.attempt {
-                return Outcome::Refused(Refused::Stale);
-            }
-        }
-        if p.attempt > ATTEMPTS_MAX {
-            return Outcome::Refused(Refused::Expired);
-        }
-        if before.is_none() && self.open.len() >= REQUESTS_OPEN_MAX {
-            return Outcome::Refused(Refused::NoCapacity);
-        }
-        let accepted_ms = before.map_or(self.time_ms, |open| open.accepted_ms);
-        let deadline_ms = before.map_or(self.time_ms.saturating_add(p.deadline_ms), |open| open.deadline_ms);
-        if deadline_ms <= self.time_ms {
-            return Outcome::Refused(Refused::Expired);
-        }
-        let Some((decode, numerics)) = self.lives(&p.decode, Role::Decode) else {
-            return Outcome::Misplaced;
-        };
-        let prefill = match &p.prefill {
-            None => None,
-            Some(life) => match self.lives(life, Role::Prefill) {
-                Some((place, _)) => Some(place),
-                None => return Outcome::Misplaced,
-            },
-        };
-        let request = p.request;
-        let open = OpenRequest {
-            attempt: p.attempt,
-            epoch,
-            decode,
-            prefill,
-            numerics,
-            tenant: p.tenant,
-            lane: p.lane,
-            gateway: p.gateway,
-            prompt_tokens: p.prompt_tokens,
-            tokens_max: p.tokens_max,
-            accepted_ms,
-            deadline_ms,
-            explanation: p.explanation,
-        };
-        let outcome = self.assigned(request, &open);
-        self.deadlines.insert((deadline_ms, request));
-        self.open.insert(request, open);
-        outcome
-    }
-
-    fn lives(&self, (id, incarnation): &(WorkerId, Incarnation), role: Role) -> Option<(Place, NumericsClass)> {
-        let worker = self.workers.get(id).filter(|w| w.lives(*incarnation) && w.role == role)?;
-        Some((worker.place(id), worker.model.numerics.clone()))
-    }
-
-    fn assigned(&self, request: RequestId, open: &OpenRequest) -> Outcome {
-        Outcome::Assigned(Box::new(Assigned::new(request, open, self.time_ms)))
-    }
-
-    fn finish(&mut self, finished: Finished) -> Outcome {
-        let Finished { request, epoch, .. } = finished;
-        match self.open.get(&request) {
-            Some(open) if epoch == open.epoch || epoch == Epoch(0) => self.end(request),
-            Some(_) => return Outcome::Refused(Refused::Stale),
-            None if epoch == Epoch(0) => self.ended.insert(request, epoch),
-            None => {}
-        }
-        Outcome::Ended
-    }
-
-    fn expire(&mut self) -> Outcome {
-        let due = self.deadlines.iter().take_while(|(at, _)| *at <= self.time_ms);
-        let requests: Vec<RequestId> = due.take(EXPIRE_MAX).map(|(_, request)| *request).collect();
-        requests.iter().for_each(|request| self.end(*request));
-        Outcome::Expired { requests }
-    }
-
-    fn end(&mut self, request: RequestId) {
-        if let Some(open) = self.open.remove(&request) {
-            self.deadlines.remove(&(open.deadline_ms, request));
-            self.ended.insert(request, open.epoch);
-        }
     }
 }

@@ -1,9 +1,16 @@
-//! Requests in the ledger: those open, and a bounded memory of those that ended.
+//! Requests in the ledger: those open, how they are accepted, assigned, moved and ended, and a bounded memory of those
+//! that ended.
 
 use std::collections::{BTreeMap, VecDeque};
 
-use baton_core::{Epoch, Lane, NumericsClass, Place, RequestId};
+use baton_core::limits::ATTEMPTS_MAX;
+use baton_core::{Epoch, Lane, NumericsClass, Place, Refused, RequestId, Role};
 use serde::{Deserialize, Serialize};
+
+use super::command::{Assigned, Finished, Proposed};
+use super::poison::{Life, Verdict};
+use super::tenant::{Charge, Usage};
+use super::{EXPIRE_MAX, Ledger, Outcome, REQUESTS_OPEN_MAX};
 
 /// An accepted request that has not ended. It has exactly one assignment, the one under `epoch`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -15,14 +22,28 @@ pub struct OpenRequest {
     /// Class of the decode worker, so that a later attempt can stay inside it.
     pub numerics: NumericsClass,
     pub tenant: String,
+    /// Id of the API key it came with; empty without keys.
+    pub key: String,
     pub lane: Lane,
+    /// Which gateway serves it now; empty if none said so.
     pub gateway: String,
+    /// How long it outlives its gateway, 0 not at all.
+    pub resumable_ms: u64,
+    /// Prompt plus tokens so far, of the latest attempt.
     pub prompt_tokens: u64,
     pub tokens_max: u64,
     pub accepted_ms: u64,
+    /// Ledger time of the latest assignment.
+    pub assigned_ms: u64,
     /// Ledger time.
     pub deadline_ms: u64,
-    pub explanation: String,
+    /// Tokens its tenant was charged when it was accepted.
+    pub charged: u64,
+    pub fingerprint: u128,
+    /// Deaths of workers it is blamed for, see `poison`.
+    pub strikes: u32,
+    /// The latest attempt whose report of deaths has been counted.
+    pub reported: u32,
 }
 
 /// The latest ended requests, oldest forgotten first, so that a late repetition is known for what it is.
@@ -47,7 +68,7 @@ impl EndedRequests {
         self.order.is_empty()
     }
 
-    pub(super) fn insert(&mut self, request: RequestId, epoch: Epoch) {
+    fn insert(&mut self, request: RequestId, epoch: Epoch) {
         if self.contains(request) {
             return;
         }
@@ -57,5 +78,217 @@ impl EndedRequests {
             let oldest = self.order.pop_front().expect("longer than its bound");
             self.epochs.remove(&oldest);
         }
+    }
+}
+
+/// What of an open request carries over to its next attempt.
+struct Kept {
+    accepted_ms: u64,
+    deadline_ms: u64,
+    charged: u64,
+    strikes: u32,
+    reported: u32,
+}
+
+impl Ledger {
+    pub(super) fn assign(&mut self, p: Proposed, epoch: Epoch) -> Outcome {
+        if self.ended.contains(p.request) {
+            return Outcome::Ended;
+        }
+        if let Some(open) = self.open.get(&p.request) {
+            if p.attempt == open.attempt {
+                return self.assigned(p.request, open);
+            }
+            if p.attempt < open.attempt {
+                return Outcome::Refused(Refused::Stale);
+            }
+        }
+        if let Verdict::Poisoned = self.blame(p.request, p.attempt, p.prompt_tokens, &p.killed) {
+            self.quarantine(p.fingerprint);
+            self.end(p.request, None);
+            return Outcome::Refused(Refused::Poisoned);
+        }
+        if self.quarantined(p.fingerprint, self.time_ms) {
+            self.end(p.request, None);
+            return Outcome::Refused(Refused::Poisoned);
+        }
+        if p.attempt > ATTEMPTS_MAX {
+            return Outcome::Refused(Refused::Expired);
+        }
+        let kept = match self.kept(&p) {
+            Ok(kept) => kept,
+            Err(outcome) => return outcome,
+        };
+        match self.places(&p) {
+            Some((decode, prefill, numerics)) => self.grant(p, epoch, kept, decode, prefill, numerics),
+            None => Outcome::Misplaced,
+        }
+    }
+
+    /// What the attempts before leave to this one; a first attempt is checked against every bound instead.
+    fn kept(&self, p: &Proposed) -> Result<Kept, Outcome> {
+        let now = self.time_ms;
+        let kept = match self.open.get(&p.request) {
+            Some(open) => Kept {
+                accepted_ms: open.accepted_ms,
+                deadline_ms: open.deadline_ms,
+                charged: open.charged,
+                strikes: open.strikes,
+                reported: open.reported,
+            },
+            None => Kept {
+                accepted_ms: now,
+                deadline_ms: now.saturating_add(p.deadline_ms),
+                charged: p.charge().tokens(),
+                strikes: 0,
+                reported: p.attempt,
+            },
+        };
+        if kept.deadline_ms <= now {
+            return Err(Outcome::Refused(Refused::Expired));
+        }
+        if self.open.contains_key(&p.request) {
+            return Ok(kept);
+        }
+        if self.open.len() >= REQUESTS_OPEN_MAX {
+            return Err(Outcome::Refused(Refused::NoCapacity));
+        }
+        if !p.key.is_empty() && self.keys.get(&p.key).is_none() {
+            return Err(Outcome::Refused(Refused::Unknown));
+        }
+        match self.tenants.get(&p.tenant) {
+            Some(account) => account.check(&p.charge(), now).map(|()| kept).map_err(Outcome::OverLimit),
+            None => Ok(kept),
+        }
+    }
+
+    /// Where the proposed lives listen, if they are all in force and none has another suspect beside a suspect.
+    fn places(&self, p: &Proposed) -> Option<(Place, Option<Place>, NumericsClass)> {
+        let crowded = |life: &Life| self.is_suspect(p.request) && self.suspected(p.request, life);
+        if crowded(&p.decode) || p.prefill.as_ref().is_some_and(crowded) {
+            return None;
+        }
+        let (decode, numerics) = self.lives(&p.decode, Role::Decode)?;
+        let prefill = match &p.prefill {
+            None => None,
+            Some(life) => Some(self.lives(life, Role::Prefill)?.0),
+        };
+        Some((decode, prefill, numerics))
+    }
+
+    fn lives(&self, (id, incarnation): &Life, role: Role) -> Option<(Place, NumericsClass)> {
+        let worker = self.workers.get(id).filter(|w| w.lives(*incarnation) && w.role == role)?;
+        Some((worker.place(id), worker.model.numerics.clone()))
+    }
+
+    fn grant(
+        &mut self,
+        p: Proposed,
+        epoch: Epoch,
+        kept: Kept,
+        decode: Place,
+        prefill: Option<Place>,
+        numerics: NumericsClass,
+    ) -> Outcome {
+        let (request, now, charge) = (p.request, self.time_ms, p.charge());
+        let before = self.open.remove(&request);
+        match &before {
+            None => drop(self.tenants.get_mut(&p.tenant).map(|account| account.accept(&charge, now))),
+            Some(open) => self.gateway_leaves(&open.gateway.clone()),
+        }
+        *self.gateways.entry(p.gateway.clone()).or_default() += 1;
+        let open = OpenRequest {
+            attempt: p.attempt,
+            epoch,
+            decode,
+            prefill,
+            numerics,
+            tenant: before.map_or(p.tenant, |open| open.tenant),
+            key: p.key,
+            lane: p.lane,
+            gateway: p.gateway,
+            resumable_ms: p.resumable_ms,
+            prompt_tokens: p.prompt_tokens,
+            tokens_max: p.tokens_max,
+            accepted_ms: kept.accepted_ms,
+            assigned_ms: now,
+            deadline_ms: kept.deadline_ms,
+            charged: kept.charged,
+            fingerprint: p.fingerprint,
+            strikes: kept.strikes,
+            reported: kept.reported.max(p.attempt),
+        };
+        let outcome = self.assigned(request, &open);
+        self.deadlines.insert((open.deadline_ms, request));
+        self.open.insert(request, open);
+        outcome
+    }
+
+    fn assigned(&self, request: RequestId, open: &OpenRequest) -> Outcome {
+        Outcome::Assigned(Box::new(Assigned::new(request, open, self.time_ms)))
+    }
+
+    /// Another gateway serves the request from now on.
+    pub(super) fn adopt(&mut self, request: RequestId, gateway: String) -> Outcome {
+        let Some(open) = self.open.get_mut(&request) else {
+            return if self.ended.contains(request) { Outcome::Ended } else { Outcome::Refused(Refused::Unknown) };
+        };
+        let before = std::mem::replace(&mut open.gateway, gateway.clone());
+        self.gateway_leaves(&before);
+        *self.gateways.entry(gateway).or_default() += 1;
+        self.assigned(request, &self.open[&request])
+    }
+
+    fn gateway_leaves(&mut self, gateway: &str) {
+        if let Some(requests) = self.gateways.get_mut(gateway) {
+            *requests -= 1;
+            if *requests == 0 {
+                self.gateways.remove(gateway);
+            }
+        }
+    }
+
+    pub(super) fn finish(&mut self, finished: Finished) -> Outcome {
+        let Finished { request, epoch, .. } = finished;
+        let used = Usage {
+            requests: 1,
+            prompt_tokens: finished.prompt_tokens,
+            cached_tokens: finished.cached_tokens,
+            generated_tokens: finished.generated_tokens,
+        };
+        match self.open.get(&request) {
+            Some(open) if epoch == open.epoch => self.end(request, Some(used)),
+            Some(_) if epoch == Epoch(0) => self.end(request, None),
+            Some(_) => return Outcome::Refused(Refused::Stale),
+            None if epoch == Epoch(0) => self.ended.insert(request, epoch),
+            None => {}
+        }
+        Outcome::Ended
+    }
+
+    pub(super) fn expire(&mut self) -> Outcome {
+        let due = self.deadlines.iter().take_while(|(at, _)| *at <= self.time_ms);
+        let requests: Vec<RequestId> = due.take(EXPIRE_MAX).map(|(_, request)| *request).collect();
+        requests.iter().for_each(|request| self.end(*request, None));
+        Outcome::Expired { requests }
+    }
+
+    /// Ends an open request once; it is billed here and nowhere else. `used`: None if nobody knows.
+    fn end(&mut self, request: RequestId, used: Option<Usage>) {
+        let Some(open) = self.open.remove(&request) else { return };
+        self.deadlines.remove(&(open.deadline_ms, request));
+        self.gateway_leaves(&open.gateway);
+        self.unsuspect(request);
+        if let Some(account) = self.tenants.get_mut(&open.tenant) {
+            account.settle(open.charged, open.prompt_tokens, used, self.time_ms);
+        }
+        self.ended.insert(request, open.epoch);
+    }
+}
+
+impl Proposed {
+    /// What the tenant's account is asked for.
+    pub fn charge(&self) -> Charge {
+        Charge { prompt_tokens: self.prompt_tokens, tokens_max: self.tokens_max, choices: u64::from(self.choices) }
     }
 }

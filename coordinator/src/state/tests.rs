@@ -1,7 +1,8 @@
 //! The ledger against its promises: replaying gives the same state, repeating changes nothing, a request has one
 //! assignment and ends once, numbers only grow.
 
-use baton_core::Lane;
+use baton_core::limits::ATTEMPTS_MAX;
+use baton_core::{Lane, Refused, Role};
 use proptest::prelude::*;
 
 use super::*;
@@ -32,10 +33,14 @@ fn proposed(request: u128, attempt: u32, decode: (usize, u64), prefill: Option<(
         gateway: "g".into(),
         prompt_tokens: 10,
         tokens_max: 5,
+        choices: 1,
         deadline_ms: 50,
         decode: life(decode),
         prefill: prefill.map(life),
-        explanation: "why".into(),
+        key: String::new(),
+        resumable_ms: 0,
+        fingerprint: 0,
+        killed: vec![],
     }
 }
 
@@ -168,21 +173,49 @@ fn bytes_of_a_newer_version_are_refused() {
     assert!(decode_batch(&bytes).is_ok());
     bytes[..2].copy_from_slice(&(VERSION + 1).to_le_bytes());
     assert_eq!(decode_batch(&bytes), Err(CodecError::Newer(VERSION + 1)));
-    assert!(matches!(decode_ledger(&[]), Err(CodecError::Damaged(_))));
+    assert!(matches!(decode_ledger(&[]), Err(CodecError::Damaged(..))));
+    assert!(matches!(decode_batch(&[0, 0, 1]), Err(CodecError::Damaged(0, _))));
+}
+
+const ORDERS: [Order; 4] = [Order::Serve, Order::Drain, Order::BecomePrefill, Order::BecomeDecode];
+
+fn set_tenant(requests_open_max: u64, tokens_per_minute: u64) -> Command {
+    Command::SetTenant {
+        name: "t".into(),
+        limits: Limits { requests_open_max, tokens_per_minute, ..Limits::default() },
+    }
+}
+
+fn key(id: u8) -> Key {
+    Key { secret_hash: [id; 32], tenant: "t".into(), created_unix_s: 0 }
 }
 
 fn command() -> impl Strategy<Value = Command> {
     let incarnation = (0u64..12).prop_map(|index| Incarnation(index * COMMANDS_MAX as u64));
     let life = (0usize..4, (0u64..12).prop_map(|index| index * COMMANDS_MAX as u64));
     let worker = (0usize..4).prop_map(|worker| WorkerId(WORKERS[worker].0.into()));
+    let worker_again = worker.clone();
+    let killed = proptest::option::of((0usize..4, (0u64..12).prop_map(|index| index * COMMANDS_MAX as u64)));
     prop_oneof![
         4 => (0usize..4, 0u8..3).prop_map(|(worker, key)| Command::Register(registration(worker, key))),
         1 => (worker.clone(), incarnation.clone()).prop_map(|(worker, incarnation)| Command::Fence { worker, incarnation }),
         1 => (worker, incarnation).prop_map(|(worker, incarnation)| Command::Leave { worker, incarnation }),
-        6 => (0u128..4, 1u32..10, life.clone(), proptest::option::of(life))
-            .prop_map(|(request, attempt, decode, prefill)| Command::Assign(Box::new(proposed(request, attempt, decode, prefill)))),
+        6 => (0u128..4, 1u32..10, life.clone(), proptest::option::of(life), killed).prop_map(
+            |(request, attempt, decode, prefill, killed)| {
+                let p = proposed(request, attempt, decode, prefill);
+                let killed = killed.into_iter().map(|(w, i)| (WorkerId(WORKERS[w].0.into()), Incarnation(i))).collect();
+                let (tenant, fingerprint) = (if request > 1 { "t".into() } else { String::new() }, request);
+                Command::Assign(Box::new(Proposed { killed, tenant, fingerprint, ..p }))
+            }
+        ),
         3 => (0u128..4, 0u64..40).prop_map(|(request, index)| finished(request, Epoch(index * COMMANDS_MAX as u64))),
         1 => Just(Command::Expire),
+        1 => (worker_again, 0usize..4).prop_map(|(worker, order)| Command::Order { worker, order: ORDERS[order] }),
+        2 => (0u64..3, 0u64..60).prop_map(|(requests, tokens)| set_tenant(requests, tokens)),
+        1 => Just(Command::RemoveTenant { name: "t".into() }),
+        1 => (0u8..3).prop_map(|id| Command::CreateKey { id: format!("k{id}"), key: key(id) }),
+        1 => (0u8..3).prop_map(|id| Command::RevokeKey { id: format!("k{id}") }),
+        1 => (0u128..4, 0u8..3).prop_map(|(request, g)| Command::Adopt { request: RequestId(request), gateway: format!("g{g}") }),
         1 => Just(Command::Found { cluster: "c".into() }),
     ]
 }
@@ -194,10 +227,20 @@ fn batches() -> impl Strategy<Value = Vec<Batch>> {
 
 /// What must hold after every entry.
 fn check_invariants(ledger: &Ledger) {
+    assert_eq!(ledger.gateways.values().sum::<u64>(), ledger.open.len() as u64);
+    for (name, account) in &ledger.tenants {
+        let open = ledger.open.values().filter(|open| open.tenant == *name).count() as u64;
+        assert_eq!(account.requests_open, open, "{name}");
+    }
+    assert!(ledger.keys.iter().all(|(_, key)| ledger.tenants.contains_key(&key.tenant)));
+    for (id, open) in &ledger.open {
+        assert_eq!(ledger.is_suspect(*id), open.strikes >= SUSPECT_STRIKES, "{id}");
+    }
     let deadlines: Vec<_> = ledger.open.iter().map(|(id, open)| (open.deadline_ms, *id)).collect();
     assert_eq!(ledger.deadlines.iter().copied().collect::<BTreeSet<_>>(), deadlines.into_iter().collect());
     for (id, open) in &ledger.open {
         assert!(!ledger.has_ended(*id), "open and ended");
+        assert!(ledger.gateways[&open.gateway] > 0);
         assert!(open.attempt <= ATTEMPTS_MAX && open.epoch.0 / COMMANDS_MAX as u64 <= ledger.index);
     }
 }
@@ -254,6 +297,7 @@ proptest! {
             let once = ledger.clone();
             ledger.apply(2 * i as u64 + 2, batch);
             prop_assert_eq!((&ledger.workers, &ledger.open, &ledger.ended), (&once.workers, &once.open, &once.ended));
+            prop_assert_eq!((&ledger.tenants, &ledger.keys, &ledger.poison), (&once.tenants, &once.keys, &once.poison));
         }
     }
 }

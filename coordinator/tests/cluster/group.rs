@@ -144,16 +144,30 @@ impl Client {
     }
 
     pub(crate) async fn register(&mut self, id: &str, key: &str) -> Result<u64, v1::Refusal> {
+        self.register_as(member(id), key).await
+    }
+
+    pub(crate) async fn register_as(&mut self, member: v1::Member, key: &str) -> Result<u64, v1::Refusal> {
         let request = v1::RegisterRequest {
             cluster: String::new(),
             wire_version: WIRE_VERSION,
-            member: Some(member(id)),
+            member: Some(member),
             process_key: key.into(),
         };
         match self.0.register(request).await.unwrap().into_inner().outcome.unwrap() {
             v1::register_reply::Outcome::Registered(registered) => Ok(registered.incarnation),
             v1::register_reply::Outcome::Refused(refusal) => Err(refusal),
         }
+    }
+
+    pub(crate) async fn register_golden(&mut self, id: &str, golden: &[u32]) -> Result<u64, v1::Refusal> {
+        let mut member = member(id);
+        member.model.as_mut().unwrap().canary_tokens = golden.to_vec();
+        self.register_as(member, "k").await
+    }
+
+    pub(crate) async fn watch_access(&mut self) -> tonic::Streaming<v1::Access> {
+        self.0.watch_access(v1::WatchRequest {}).await.unwrap().into_inner()
     }
 
     pub(crate) async fn beat(
@@ -194,6 +208,11 @@ impl Client {
             v1::assign_reply::Outcome::Assignment(assignment) => Ok(assignment),
             v1::assign_reply::Outcome::Refused(refusal) => Err(refusal),
         }
+    }
+
+    pub(crate) async fn finish_all(&mut self, requests: Vec<v1::FinishedRequest>) {
+        let reply = self.0.finish(v1::FinishRequest { requests }).await.unwrap().into_inner();
+        assert!(matches!(reply.outcome, Some(v1::finish_reply::Outcome::Finished(_))), "{reply:?}");
     }
 
     pub(crate) async fn finish(&mut self, request: u128, epoch: u64) -> Result<(), v1::Refusal> {

@@ -1,5 +1,6 @@
 //! Coordinators over real TCP and real files, driven as gateways and workers drive them.
 
+mod admin;
 mod group;
 mod one;
 mod three;

@@ -1,0 +1,119 @@
+//! What operators ask: tenants and keys, orders to workers, membership, and why a request went where it went.
+
+use baton_core::{Refused, WorkerId};
+use baton_proto::convert::{refusal, request_id};
+use baton_proto::v1;
+use tonic::{Request, Response, Status};
+
+use super::{Refusal, Service, Shared, access, ask, unexpected};
+use crate::state::{Command, Outcome};
+
+type Answer<T> = Result<Response<T>, Status>;
+
+impl Shared {
+    /// Commits a command of an operator. `unknown`: what to say when what it names is not there.
+    async fn administer(&self, command: Command, unknown: String) -> Result<(), Refusal> {
+        self.leading().await?;
+        match self.submit(command).await? {
+            Outcome::Done => Ok(()),
+            Outcome::Refused(Refused::Unknown) => Err(refusal(Refused::Unknown, unknown)),
+            Outcome::Refused(Refused::Stale) => Err(refusal(Refused::Stale, "another key has this id: draw a new one")),
+            Outcome::Refused(reason) => Err(refusal(reason, "the ledger takes no more of these: remove some first")),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    async fn list_tenants(&self) -> Result<v1::TenantList, Refusal> {
+        self.leading().await?;
+        let ledger = self.node.ledger();
+        let usage = |(name, account): (&String, &crate::state::Account)| v1::TenantUsage {
+            tenant: Some(access::tenant(name, account)),
+            requests_open: account.requests_open,
+            requests_total: account.used.requests,
+            prompt_tokens_total: account.used.prompt_tokens,
+            generated_tokens_total: account.used.generated_tokens,
+        };
+        Ok(v1::TenantList {
+            tenants: ledger.tenants().map(usage).collect(),
+            keys: access::keys(&ledger),
+            refused: None,
+        })
+    }
+}
+
+fn done(result: Result<(), Refusal>) -> Answer<v1::Done> {
+    use v1::done::Outcome;
+    let outcome = match result {
+        Ok(()) => Outcome::Done(v1::Nothing {}),
+        Err(refused) => Outcome::Refused(refused),
+    };
+    Ok(Response::new(v1::Done { outcome: Some(outcome) }))
+}
+
+#[tonic::async_trait]
+impl v1::admin_server::Admin for Service {
+    async fn set_tenant(&self, request: Request<v1::Tenant>) -> Answer<v1::Done> {
+        let (name, limits) = ask::tenant(request.into_inner())?;
+        tracing::info!(tenant = name, ?limits, "limits set");
+        done(self.0.administer(Command::SetTenant { name, limits }, String::new()).await)
+    }
+
+    async fn remove_tenant(&self, request: Request<v1::TenantName>) -> Answer<v1::Done> {
+        let name = ask::plain("name", request.into_inner().name)?;
+        let unknown = format!("there is no tenant {name:?}");
+        done(self.0.administer(Command::RemoveTenant { name }, unknown).await)
+    }
+
+    async fn list_tenants(&self, _: Request<v1::ListTenantsRequest>) -> Answer<v1::TenantList> {
+        let list = self.0.list_tenants().await;
+        Ok(Response::new(
+            list.unwrap_or_else(|refused| v1::TenantList { refused: Some(refused), ..Default::default() }),
+        ))
+    }
+
+    async fn create_key(&self, request: Request<v1::AccessKey>) -> Answer<v1::Done> {
+        let (id, key) = ask::key(request.into_inner())?;
+        let unknown = format!("there is no tenant {:?}: create it first", key.tenant);
+        tracing::info!(key = id, tenant = key.tenant, "key created");
+        done(self.0.administer(Command::CreateKey { id, key }, unknown).await)
+    }
+
+    async fn revoke_key(&self, request: Request<v1::KeyId>) -> Answer<v1::Done> {
+        let id = ask::plain("id", request.into_inner().id)?;
+        let unknown = format!("there is no key {id:?}; it may be revoked already");
+        tracing::info!(key = id, "key revoked");
+        done(self.0.administer(Command::RevokeKey { id }, unknown).await)
+    }
+
+    async fn add_node(&self, request: Request<v1::AddNodeRequest>) -> Answer<v1::AddNodeReply> {
+        use v1::add_node_reply::Outcome;
+        let outcome = match self.0.add_node(request.into_inner()).await {
+            Ok(added) => Outcome::Added(added),
+            Err(refused) => Outcome::Refused(refused),
+        };
+        Ok(Response::new(v1::AddNodeReply { outcome: Some(outcome) }))
+    }
+
+    async fn remove_node(&self, request: Request<v1::NodeNumber>) -> Answer<v1::Done> {
+        done(self.0.remove_node(request.into_inner().node).await)
+    }
+
+    async fn transfer_leader(&self, request: Request<v1::NodeNumber>) -> Answer<v1::Done> {
+        done(self.0.transfer_leader(request.into_inner().node).await)
+    }
+
+    async fn order_worker(&self, request: Request<v1::OrderRequest>) -> Answer<v1::Done> {
+        let request = request.into_inner();
+        let order = v1::Order::try_from(request.order).map_err(|_| Status::invalid_argument("order is unknown"))?;
+        let unknown = format!("no live worker is called {:?}", request.worker);
+        tracing::info!(worker = request.worker, ?order, "ordered");
+        let command = Command::Order { worker: WorkerId(request.worker), order: ask::order(order) };
+        done(self.0.administer(command, unknown).await)
+    }
+
+    async fn explain(&self, request: Request<v1::ExplainRequest>) -> Answer<v1::ExplainReply> {
+        let request = request_id(&request.into_inner().request)?;
+        let refused = |refused: Refusal| Status::unavailable(format!("{}: {}", refused.reason, refused.detail));
+        Ok(Response::new(self.0.explain(request).await.map_err(refused)?))
+    }
+}

@@ -1,0 +1,113 @@
+//! What operators ask of a coordinator, and what gateways and workers see of it.
+
+use std::sync::Arc;
+
+use baton_proto::v1::admin_client::AdminClient;
+use baton_proto::{TcpNet, v1};
+use tonic::transport::Channel;
+
+use crate::group::{Client, Directory, config, request, start};
+
+fn admin(address: &str) -> AdminClient<Channel> {
+    AdminClient::new(baton_proto::channel(Arc::new(TcpNet), address).unwrap())
+}
+
+/// The reason it was refused for, or none.
+fn refused(done: tonic::Response<v1::Done>) -> Option<String> {
+    match done.into_inner().outcome.unwrap() {
+        v1::done::Outcome::Done(_) => None,
+        v1::done::Outcome::Refused(refused) => Some(refused.reason),
+    }
+}
+
+fn tenant(name: &str, requests_open_max: u64) -> v1::Tenant {
+    v1::Tenant { name: name.into(), requests_open_max, ..Default::default() }
+}
+
+fn key(id: &str, tenant: &str) -> v1::AccessKey {
+    v1::AccessKey { id: id.into(), secret_hash: vec![7; 32].into(), tenant: tenant.into(), created_unix_s: 1 }
+}
+
+/// Goal: gateways hear of keys and tenants at once, and a cluster that has had a key is never open again.
+#[tokio::test]
+async fn access_is_told_at_once_and_stays_closed() {
+    let directory = Directory::new();
+    let running = start(config(1, directory.path(), &[])).await;
+    let (mut client, mut admin) = (Client::new(&running.address()), admin(&running.address()));
+    assert_eq!(refused(admin.create_key(key("a", "t")).await.unwrap()).as_deref(), Some("unknown"), "no such tenant");
+    let mut access = client.watch_access().await;
+    assert!(access.message().await.unwrap().unwrap().open);
+    assert_eq!(refused(admin.set_tenant(tenant("t", 2)).await.unwrap()), None);
+    assert_eq!(access.message().await.unwrap().unwrap().tenants, [tenant("t", 2)]);
+    assert_eq!(refused(admin.create_key(key("a", "t")).await.unwrap()), None);
+    let told = access.message().await.unwrap().unwrap();
+    assert_eq!((told.open, told.keys), (false, vec![key("a", "t")]));
+    assert_eq!(refused(admin.create_key(key("a", "t")).await.unwrap()), None, "repeated");
+    assert_eq!(refused(admin.revoke_key(v1::KeyId { id: "a".into() }).await.unwrap()), None);
+    let told = access.message().await.unwrap().unwrap();
+    assert_eq!((told.open, told.keys.len()), (false, 0));
+    assert!(admin.set_tenant(tenant("no spaces", 0)).await.is_err());
+    running.stop().await;
+}
+
+/// Goal: a tenant's limit is kept and its usage billed once, whatever is repeated.
+#[tokio::test]
+async fn a_tenant_is_limited_and_billed_once() {
+    let directory = Directory::new();
+    let running = start(config(1, directory.path(), &[])).await;
+    let (mut client, mut admin) = (Client::new(&running.address()), admin(&running.address()));
+    client.register("decode-0", "k").await.unwrap();
+    admin.set_tenant(tenant("t", 1)).await.unwrap();
+    let of_tenant = |id| v1::AssignRequest { tenant: "t".into(), ..request(id, 1) };
+    let first = client.assign(of_tenant(1)).await.unwrap();
+    let over = client.assign(of_tenant(2)).await.unwrap_err();
+    assert_eq!(over.reason, "quota");
+    assert!(over.retry_after_ms > 0 && over.detail.contains("1 requests open"), "{over:?}");
+    assert!(client.assign(request(3, 1)).await.is_ok(), "others are not limited by it");
+    let finished = v1::FinishedRequest {
+        request: first.request,
+        epoch: first.epoch,
+        outcome: "complete".into(),
+        prompt_tokens: 100,
+        generated_tokens: 7,
+        ..Default::default()
+    };
+    for _ in 0..2 {
+        client.finish_all(vec![finished.clone()]).await;
+    }
+    let usage = admin.list_tenants(v1::ListTenantsRequest {}).await.unwrap().into_inner().tenants.remove(0);
+    assert_eq!((usage.requests_open, usage.requests_total), (0, 1));
+    assert_eq!((usage.prompt_tokens_total, usage.generated_tokens_total), (100, 7));
+    assert!(client.assign(of_tenant(2)).await.is_ok());
+    running.stop().await;
+}
+
+/// Goal: an order reaches its worker with the next heartbeat, and nothing more is placed on it.
+#[tokio::test]
+async fn an_order_reaches_its_worker() {
+    let directory = Directory::new();
+    let running = start(config(1, directory.path(), &[])).await;
+    let (mut client, mut admin) = (Client::new(&running.address()), admin(&running.address()));
+    let decode = client.register("decode-0", "k").await.unwrap();
+    assert_eq!(client.beat("decode-0", decode, 1).await.unwrap().order(), v1::Order::Serve);
+    let order = |worker: &str| v1::OrderRequest { worker: worker.into(), order: v1::Order::Drain.into() };
+    assert_eq!(refused(admin.order_worker(order("decode-9")).await.unwrap()).as_deref(), Some("unknown"));
+    assert_eq!(refused(admin.order_worker(order("decode-0")).await.unwrap()), None);
+    assert_eq!(client.beat("decode-0", decode, 2).await.unwrap().order(), v1::Order::Drain);
+    assert_eq!(client.assign(request(1, 1)).await.unwrap_err().reason, "no_workers");
+    let explained = admin.explain(v1::ExplainRequest { request: format!("{:032x}", 1) }).await.unwrap().into_inner();
+    assert_eq!((explained.state.as_str(), explained.decisions[0].reason.as_str()), ("unknown", "no_workers"));
+    running.stop().await;
+}
+
+/// Goal: a worker that computes something else than the others of its class does not come in.
+#[tokio::test]
+async fn golden_tokens_that_differ_are_refused() {
+    let directory = Directory::new();
+    let running = start(config(1, directory.path(), &[])).await;
+    let mut client = Client::new(&running.address());
+    client.register_golden("decode-0", &[1, 2, 3, 4]).await.unwrap();
+    assert_eq!(client.register_golden("prefill-0", &[1, 2, 3, 5]).await.unwrap_err().reason, "incompatible");
+    client.register_golden("prefill-0", &[1, 2, 3, 4]).await.unwrap();
+    running.stop().await;
+}
