@@ -4,6 +4,8 @@
 
 pub mod client;
 pub mod cluster;
+pub mod proxy;
 
 pub use client::{Client, Reply, Streamed};
 pub use cluster::{Cluster, Process, RoleProcess};
+pub use proxy::{Fault, Proxy, Way};
