@@ -2,12 +2,14 @@
 //! The control plane only: no tensor byte passes here, and no token.
 #![forbid(unsafe_code)]
 
+mod aside;
 mod config;
 pub mod log;
 pub mod placement;
 mod raft;
 mod running;
 mod service;
+mod stack;
 pub mod state;
 
 pub use config::{Config, ConfigError};

@@ -1,24 +1,27 @@
-//! Starting and stopping one coordinator.
+//! Starting and stopping one coordinator, and what becomes of it in between: it takes part, or stands aside because
+//! its disk is full or its directory empty, and takes part again.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use baton_core::limits::MESSAGE_BYTES_MAX;
-use baton_core::{Env, Listener};
-use baton_proto::v1::admin_server::AdminServer;
-use baton_proto::v1::coordinator_server::CoordinatorServer;
-use baton_proto::v1::raft_server::RaftServer;
-use tokio::sync::watch;
+use baton_core::net::{BoxFuture, Stream};
+use baton_core::{Env, Listener, Net, NodeId, Rng};
+use baton_proto::v1;
+use tokio::sync::{Mutex, watch};
 use tokio::task::JoinHandle;
 
+use crate::aside::Cause;
 use crate::config::{Config, ConfigError};
-use crate::log::{Directory, DirectoryError, Disk, Identity, IdentityError};
-use crate::raft::{self, Node, NodeError};
-use crate::service::{self, Service, cluster_name};
+use crate::log::{self, Directory, DirectoryError, Disk, Identity, IdentityError, LogError, Room};
+use crate::raft::{self, Envelope, Node, NodeError, Verdict};
+use crate::service::cluster_name;
+use crate::stack::{End, Stack};
 
-/// How long open calls may take to end when this node stops.
-const STOP_TIMEOUT: Duration = Duration::from_secs(1);
+/// How often a full disk is tried again.
+const ROOM_EVERY: Duration = Duration::from_millis(500);
+/// How often the others are asked after a node with an empty directory.
+const ASK_EVERY: Duration = Duration::from_millis(100);
 
 /// Why a coordinator did not start. Nothing is left running.
 #[derive(Debug, thiserror::Error)]
@@ -29,10 +32,40 @@ pub enum StartError {
     Directory(#[from] DirectoryError),
     #[error(transparent)]
     Identity(#[from] IdentityError),
+    #[error(transparent)]
+    Log(#[from] LogError),
     #[error("listen on {address}: {error}")]
     Listen { address: String, error: std::io::Error },
     #[error(transparent)]
     Node(#[from] NodeError),
+    #[error(
+        "{path} is empty, but node {node} has taken part in its group before: without its data it must not vote again. \
+         Put the directory back, or run `baton coordinator replace {node}` with an empty directory"
+    )]
+    Lost { path: String, node: NodeId },
+    #[error("node {0} was removed from its group: join again with an empty directory, under a new number")]
+    Removed(NodeId),
+    #[error(
+        "node {0} has an empty directory and no peers: a new group of one is node 1; `baton coordinator join` brings a \
+         node into a group that is there"
+    )]
+    NoPeers(NodeId),
+    #[error("join: {0}")]
+    Join(String),
+}
+
+impl StartError {
+    /// Whether files of the data directory are damaged or missing.
+    pub fn is_damage(&self) -> bool {
+        let log = |error: &LogError| matches!(error, LogError::Damaged { .. } | LogError::Missing { .. });
+        match self {
+            StartError::Log(error)
+            | StartError::Node(NodeError::Log(error))
+            | StartError::Identity(IdentityError::Log(error)) => log(error),
+            StartError::Identity(IdentityError::Unreadable { .. }) => true,
+            _ => false,
+        }
+    }
 }
 
 /// Why a coordinator ended by itself.
@@ -42,15 +75,21 @@ pub enum Stopped {
     Node(String),
     #[error("coordinator: the server ended: {0}")]
     Server(String),
+    #[error("coordinator: {0}")]
+    Damaged(String),
+    /// As an operator wanted.
+    #[error("node {0} was removed from its group; its data directory is of no further use")]
+    Removed(NodeId),
+    #[error("{0}")]
+    Refused(String),
 }
 
-/// A coordinator that serves.
+/// A coordinator that serves, or stands aside for a while.
 pub struct Running {
     address: String,
-    node: Arc<Node>,
+    node: NodeId,
     stopping: watch::Sender<bool>,
-    server: JoinHandle<Result<(), tonic::transport::Error>>,
-    beside: JoinHandle<()>,
+    ended: JoinHandle<Result<(), Stopped>>,
 }
 
 /// Starts a coordinator on its data directory.
@@ -60,28 +99,51 @@ pub async fn start(config: Config, env: Env) -> Result<Running, StartError> {
 }
 
 /// Starts a coordinator on any disk.
-pub async fn start_on(config: Config, mut env: Env, disk: Arc<dyn Disk>) -> Result<Running, StartError> {
-    let mut group = config.group()?;
+pub async fn start_on(config: Config, env: Env, disk: Arc<dyn Disk>) -> Result<Running, StartError> {
+    let group = config.group()?;
     config.check_cluster()?;
-    let wanted = Identity { node: config.node, cluster: config.cluster.clone().unwrap_or_default() };
-    let identity = Identity::claim(&*disk, wanted)?;
-    let listener = env.net.listen(&config.listen).await;
-    let listener = listener.map_err(|error| StartError::Listen { address: config.listen.clone(), error })?;
-    let address = own_address(&config, &group, &*listener);
-    group.insert(config.node.0, address.clone());
-    let node = raft::Parts {
-        node: config.node,
-        peers: group.clone(),
-        net: env.net.clone(),
-        disk: disk.clone(),
-        seed: env.rng.u64(),
-    };
-    let node = Arc::new(Node::start(node).await?);
-    let cluster_proposed = config.cluster.unwrap_or_else(|| cluster_name(&mut env.rng));
-    Ok(serve(listener, node, Served { address, group, disk, identity, cluster_proposed, policy: config.policy }))
+    let wanted = config.cluster.clone().unwrap_or_default();
+    Identity::check(&*disk, config.node, &wanted)?;
+    let listener = listen(&env, &config.listen).await?;
+    start_with(config, group, env, disk, listener).await
 }
 
-fn own_address(config: &Config, group: &BTreeMap<u64, String>, listener: &dyn Listener) -> String {
+pub(crate) async fn listen(env: &Env, address: &str) -> Result<Box<dyn Listener>, StartError> {
+    let listener = env.net.listen(address).await;
+    listener.map_err(|error| StartError::Listen { address: address.to_string(), error })
+}
+
+/// `group`: as configured; empty where none is.
+pub(crate) async fn start_with(
+    config: Config,
+    group: BTreeMap<u64, String>,
+    mut env: Env,
+    disk: Arc<dyn Disk>,
+    listener: Box<dyn Listener>,
+) -> Result<Running, StartError> {
+    let address = own_address(&config, &group, &*listener);
+    let cluster_drawn = cluster_name(&mut env.rng);
+    let mut home = Home {
+        node: config.node,
+        group,
+        address: address.clone(),
+        cluster: config.cluster,
+        cluster_drawn,
+        policy: config.policy,
+        net: env.net,
+        rng: env.rng,
+        room: Arc::new(Room::new(disk)),
+        listener: Shared(Arc::new(Mutex::new(listener))),
+    };
+    let begun = home.begin().await?;
+    let stopping = watch::Sender::new(false);
+    let node = home.node;
+    let ended = tokio::spawn(home.keep(begun, stopping.subscribe()));
+    Ok(Running { address, node, stopping, ended })
+}
+
+/// The address under which the others reach this node.
+pub(crate) fn own_address(config: &Config, group: &BTreeMap<u64, String>, listener: &dyn Listener) -> String {
     let configured = group.get(&config.node.0).filter(|_| config.advertise.is_empty());
     match configured {
         Some(address) if !address.ends_with(":0") => address.clone(),
@@ -90,34 +152,183 @@ fn own_address(config: &Config, group: &BTreeMap<u64, String>, listener: &dyn Li
     }
 }
 
-struct Served {
-    address: String,
+/// What stays while the node comes and goes.
+struct Home {
+    node: NodeId,
     group: BTreeMap<u64, String>,
-    disk: Arc<dyn Disk>,
-    identity: Identity,
-    cluster_proposed: String,
+    address: String,
+    /// Name of the cluster as configured.
+    cluster: Option<String>,
+    /// Name for a cluster that has none.
+    cluster_drawn: String,
     policy: crate::placement::Policy,
+    net: Arc<dyn Net>,
+    rng: Rng,
+    room: Arc<Room>,
+    listener: Shared,
 }
 
-fn serve(listener: Box<dyn Listener>, node: Arc<Node>, served: Served) -> Running {
-    let stopping = watch::Sender::new(false);
-    let (service, beside) = Service::new(service::Parts {
-        node: node.clone(),
-        policy: served.policy,
-        disk: served.disk,
-        identity: served.identity,
-        cluster_proposed: served.cluster_proposed,
-        addresses: served.group,
-        stopping: stopping.clone(),
-    });
-    let mut stop = stopping.subscribe();
-    let stopped = async move { drop(stop.wait_for(|stopping| *stopping).await) };
-    let raft = RaftServer::new(node.service()).max_decoding_message_size(MESSAGE_BYTES_MAX);
-    let admin = AdminServer::new(service.clone());
-    let coordinator = CoordinatorServer::new(service).max_decoding_message_size(MESSAGE_BYTES_MAX);
-    let router = baton_proto::channel::server().add_service(raft).add_service(coordinator).add_service(admin);
-    let server = tokio::spawn(router.serve_with_incoming_shutdown(baton_proto::incoming(listener), stopped));
-    Running { address: served.address, node, stopping, server, beside: tokio::spawn(beside) }
+/// What runs at a time.
+enum Begun {
+    Takes(Stack),
+    Aside(Cause, Stack),
+}
+
+impl Home {
+    /// Runs until it is asked to stop, or ends by itself.
+    async fn keep(mut self, mut begun: Begun, mut asked: watch::Receiver<bool>) -> Result<(), Stopped> {
+        loop {
+            begun = match begun {
+                Begun::Takes(mut stack) => {
+                    let end = stack.until_end(&self.net, &mut asked).await;
+                    stack.stop().await;
+                    match end {
+                        End::Asked => return Ok(()),
+                        End::Stopped(Stopped::Node(why)) if self.room.is_full() => {
+                            tracing::error!(why, "the disk is full: this coordinator stands aside until there is room");
+                        }
+                        End::Stopped(stopped) => return Err(stopped),
+                    }
+                    self.again().await?
+                }
+                Begun::Aside(cause, stack) => {
+                    let go_on = self.until_better(cause, &mut asked).await;
+                    stack.stop().await;
+                    match go_on {
+                        true => self.again().await?,
+                        false => return Ok(()),
+                    }
+                }
+            };
+        }
+    }
+
+    async fn again(&mut self) -> Result<Begun, Stopped> {
+        self.begin().await.map_err(|error| match error {
+            error if error.is_damage() => Stopped::Damaged(error.to_string()),
+            StartError::Removed(node) => Stopped::Removed(node),
+            error @ StartError::Lost { .. } => Stopped::Refused(error.to_string()),
+            error => Stopped::Node(error.to_string()),
+        })
+    }
+
+    /// Takes part, or stands aside where it cannot yet.
+    async fn begin(&mut self) -> Result<Begun, StartError> {
+        match self.try_begin().await {
+            Err(error) if self.room.is_full() => {
+                tracing::warn!(%error, "no room on the disk");
+                Ok(self.stand_aside(Cause::Full))
+            }
+            result => result,
+        }
+    }
+
+    async fn try_begin(&mut self) -> Result<Begun, StartError> {
+        if self.room.is_full() && !self.room.has_room() {
+            return Ok(self.stand_aside(Cause::Full));
+        }
+        metrics::gauge!("baton_coordinator_storage_full").set(0.0);
+        let cluster = self.cluster.clone().unwrap_or_default();
+        let identity = Identity::claim(&*self.room, Identity { node: self.node, cluster, joined: false })?;
+        if log::is_empty(&*self.room)? && !identity.joined && self.must_wait().await? {
+            return Ok(self.stand_aside(Cause::Empty));
+        }
+        let envelope = Envelope::new(self.node.0, &identity.cluster);
+        let mut peers = self.group.clone();
+        if !identity.joined {
+            peers.insert(self.node.0, self.address.clone());
+        }
+        let parts = raft::Parts {
+            node: self.node,
+            peers,
+            envelope,
+            net: self.net.clone(),
+            disk: self.room.clone(),
+            seed: self.rng.u64(),
+        };
+        let node = Arc::new(Box::pin(Node::start(parts)).await?);
+        let cluster = self.cluster.clone().unwrap_or_else(|| self.cluster_drawn.clone());
+        let parts =
+            crate::stack::Parts { node, identity, disk: self.room.clone(), cluster, policy: self.policy.clone() };
+        Ok(Begun::Takes(Stack::serve(Box::new(self.listener.clone()), parts)))
+    }
+
+    /// Whether a node without data has to wait before it takes part: the others know whether it ever did.
+    async fn must_wait(&self) -> Result<bool, StartError> {
+        let mut others = self.group.clone();
+        others.remove(&self.node.0);
+        if others.is_empty() {
+            return if self.node == NodeId(1) { Ok(false) } else { Err(StartError::NoPeers(self.node)) };
+        }
+        let envelope = Envelope::new(self.node.0, &self.cluster.clone().unwrap_or_default());
+        let answers = raft::ask(&self.net, &envelope, &others, self.node.0).await;
+        match raft::judge(&answers) {
+            Verdict::Begin => Ok(false),
+            Verdict::Wait => Ok(true),
+            Verdict::Lost => Err(StartError::Lost { path: self.room.path(""), node: self.node }),
+            Verdict::Removed => Err(StartError::Removed(self.node)),
+        }
+    }
+
+    fn stand_aside(&self, cause: Cause) -> Begun {
+        let full = cause == Cause::Full;
+        metrics::gauge!("baton_coordinator_storage_full").set(if full { 1.0 } else { 0.0 });
+        let identity = Identity::load(&*self.room).ok().flatten();
+        let cluster = identity.map(|identity| identity.cluster).unwrap_or_default();
+        let mut addresses = self.group.clone();
+        addresses.insert(self.node.0, self.address.clone());
+        let coordinator = |(id, address): (u64, String)| v1::CoordinatorNode {
+            pid: if id == self.node.0 { std::process::id() } else { 0 },
+            id,
+            address,
+            ..Default::default()
+        };
+        let view = v1::ClusterView {
+            cluster: cluster.clone(),
+            node: self.node.0,
+            coordinators: addresses.into_iter().map(coordinator).collect(),
+            storage: if full { "full" } else { "ok" }.into(),
+            ..Default::default()
+        };
+        let envelope = Envelope::new(self.node.0, &cluster);
+        Begun::Aside(cause, Stack::aside(Box::new(self.listener.clone()), cause, envelope, view))
+    }
+
+    /// Resolves when it is worth trying to take part again. False: it was asked to stop.
+    async fn until_better(&self, cause: Cause, asked: &mut watch::Receiver<bool>) -> bool {
+        let better = async {
+            let every = if cause == Cause::Full { ROOM_EVERY } else { ASK_EVERY };
+            loop {
+                tokio::time::sleep(every).await;
+                let wait = match cause {
+                    Cause::Full => !self.room.has_room(),
+                    Cause::Empty => matches!(self.must_wait().await, Ok(true)),
+                };
+                if !wait {
+                    return;
+                }
+            }
+        };
+        tokio::select! {
+            biased;
+            _ = asked.wait_for(|asked| *asked) => false,
+            () = better => true,
+        }
+    }
+}
+
+/// One bound socket for all servers that come and go.
+#[derive(Clone)]
+struct Shared(Arc<Mutex<Box<dyn Listener>>>);
+
+impl Listener for Shared {
+    fn accept(&mut self) -> BoxFuture<'_, std::io::Result<Stream>> {
+        Box::pin(async { self.0.lock().await.accept().await })
+    }
+
+    fn address(&self) -> String {
+        String::new()
+    }
 }
 
 impl Running {
@@ -126,31 +337,19 @@ impl Running {
         self.address.clone()
     }
 
-    /// Resolves when it has ended by itself: its disk or its server failed.
+    /// Its number in the group.
+    pub fn node(&self) -> NodeId {
+        self.node
+    }
+
+    /// Resolves when it has ended by itself: its disk or its server failed, or it was removed.
     pub async fn stopped(&mut self) -> Result<(), Stopped> {
-        let mut standing = self.node.standing();
-        tokio::select! {
-            biased;
-            ended = &mut self.server => match ended {
-                Ok(Ok(())) => Ok(()),
-                Ok(Err(error)) => Err(Stopped::Server(error.to_string())),
-                Err(error) => Err(Stopped::Server(error.to_string())),
-            },
-            failed = standing.wait_for(|standing| standing.failed.is_some()) => {
-                let why = failed.ok().and_then(|standing| standing.failed.clone());
-                Err(Stopped::Node(why.unwrap_or_else(|| "raft has ended".into())))
-            }
-        }
+        (&mut self.ended).await.unwrap_or_else(|error| Err(Stopped::Server(error.to_string())))
     }
 
     /// Ends open calls, leaves the group to the others and closes the log.
     pub async fn stop(mut self) {
         self.stopping.send_replace(true);
-        drop((&mut self.beside).await);
-        self.node.stop().await;
-        if tokio::time::timeout(STOP_TIMEOUT, &mut self.server).await.is_err() {
-            self.server.abort();
-        }
-        self.node.close().await;
+        drop((&mut self.ended).await);
     }
 }

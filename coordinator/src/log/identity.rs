@@ -14,6 +14,8 @@ pub struct Identity {
     pub node: NodeId,
     /// Empty until the first leader has founded the cluster.
     pub cluster: String,
+    /// The node came to a group that was there, and never founds one.
+    pub joined: bool,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -35,22 +37,38 @@ impl Identity {
             wanted.save(disk)?;
             return Ok(wanted);
         };
-        let path = disk.path(NAME);
-        if found.node != wanted.node {
-            return Err(IdentityError::OtherNode { path, found: found.node, wanted: wanted.node });
-        }
-        if !(found.cluster.is_empty() || wanted.cluster.is_empty() || found.cluster == wanted.cluster) {
-            return Err(IdentityError::OtherCluster { path, found: found.cluster, wanted: wanted.cluster });
-        }
+        found.matches(disk, wanted.node, &wanted.cluster)?;
         Ok(found)
     }
 
+    /// Whether `claim` would take this node and cluster, without writing anything.
+    pub fn check(disk: &dyn Disk, node: NodeId, cluster: &str) -> Result<(), IdentityError> {
+        match Identity::load(disk)? {
+            Some(found) => found.matches(disk, node, cluster),
+            None => Ok(()),
+        }
+    }
+
+    fn matches(&self, disk: &dyn Disk, node: NodeId, cluster: &str) -> Result<(), IdentityError> {
+        let path = disk.path(NAME);
+        if self.node != node {
+            return Err(IdentityError::OtherNode { path, found: self.node, wanted: node });
+        }
+        if !(self.cluster.is_empty() || cluster.is_empty() || self.cluster == cluster) {
+            let (found, wanted) = (self.cluster.clone(), cluster.to_string());
+            return Err(IdentityError::OtherCluster { path, found, wanted });
+        }
+        Ok(())
+    }
+
     pub fn save(&self, disk: &dyn Disk) -> Result<(), LogError> {
-        let text = format!("{TITLE}\nnode {}\ncluster {}\n", self.node, self.cluster);
+        let joined = if self.joined { "joined\n" } else { "" };
+        let text = format!("{TITLE}\nnode {}\ncluster {}\n{joined}", self.node, self.cluster);
         disk.replace(NAME, text.as_bytes()).map_err(|error| LogError::io(disk, NAME, error))
     }
 
-    fn load(disk: &dyn Disk) -> Result<Option<Identity>, IdentityError> {
+    /// The identity of a directory that has one.
+    pub fn load(disk: &dyn Disk) -> Result<Option<Identity>, IdentityError> {
         let failed = |error| LogError::io(disk, NAME, error);
         if !disk.list().map_err(failed)?.iter().any(|name| name == NAME) {
             return Ok(None);
@@ -67,6 +85,7 @@ impl Identity {
         }
         let node = lines.next()?.strip_prefix("node ")?.parse().ok()?;
         let cluster = lines.next()?.strip_prefix("cluster ")?.to_string();
-        Some(Identity { node: NodeId(node), cluster })
+        let joined = lines.next().is_some_and(|line| line == "joined");
+        Some(Identity { node: NodeId(node), cluster, joined })
     }
 }

@@ -8,6 +8,7 @@ mod identity;
 mod memory;
 mod memory_disk;
 mod recover;
+mod room;
 mod snapshot;
 #[cfg(test)]
 mod tests;
@@ -15,7 +16,7 @@ mod writer;
 
 use std::io;
 use std::ops::Range;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use bytes::Bytes;
 use tokio::sync::mpsc::Sender;
@@ -25,6 +26,7 @@ pub use disk::{Appender, Directory, DirectoryError, Disk};
 pub use identity::{Identity, IdentityError};
 use memory::{Body, Memory};
 pub use memory_disk::MemoryDisk;
+pub(crate) use room::Room;
 pub use snapshot::{Saved, load_snapshot, save_snapshot};
 pub use writer::Done;
 use writer::{Append, Item, Running, Start, Writer};
@@ -48,6 +50,12 @@ impl LogError {
     fn io(disk: &dyn Disk, name: &str, error: io::Error) -> LogError {
         LogError::Io { path: disk.path(name), error }
     }
+}
+
+/// Whether a disk has never held a log nor a snapshot, or has lost them.
+pub fn is_empty(disk: &dyn Disk) -> Result<bool, LogError> {
+    let names = disk.list().map_err(|error| LogError::io(disk, "", error))?;
+    Ok(!names.iter().any(|name| segment_number(name).is_some() || name == snapshot::NAME))
 }
 
 /// Sizes of a log.
@@ -74,6 +82,7 @@ pub struct Log {
     disk: Arc<dyn Disk>,
     memory: Arc<Mutex<Memory>>,
     writer: Arc<Mutex<Option<Writing>>>,
+    damage: Arc<OnceLock<String>>,
 }
 
 impl Log {
@@ -91,7 +100,8 @@ impl Log {
         let memory = Arc::new(Mutex::new(Memory::new(recovered, options.recent_bytes_max)));
         let writer = Writer::open(disk.clone(), memory.clone(), start)?;
         let running = writer.run().map_err(|error| LogError::io(&*disk, "", error))?;
-        Ok(Log { disk, memory, writer: Arc::new(Mutex::new(Some(running))) })
+        let writer = Arc::new(Mutex::new(Some(running)));
+        Ok(Log { disk, memory, writer, damage: Arc::default() })
     }
 
     /// Indices of the entries held.
@@ -187,6 +197,11 @@ impl Log {
         appends.send(append).await.map_err(|_| closed())
     }
 
+    /// What was found damaged while this log was read.
+    pub fn damage(&self) -> Option<String> {
+        self.damage.get().cloned()
+    }
+
     /// Reads a body back from its segment; the record's checksum stands just before it.
     fn load(&self, body: Body) -> io::Result<Bytes> {
         let location = match body {
@@ -200,7 +215,8 @@ impl Log {
             Some((frame::Record::Entry { .. }, _)) => Ok(Bytes::from(record).slice(before..)),
             _ => {
                 let damage = LogError::Damaged { path: self.disk.path(&name), offset: location.offset, what: "entry" };
-                Err(io::Error::new(io::ErrorKind::InvalidData, damage))
+                let text = self.damage.get_or_init(|| damage.to_string()).clone();
+                Err(io::Error::new(io::ErrorKind::InvalidData, text))
             }
         }
     }

@@ -7,7 +7,7 @@
 use super::LogError;
 use super::disk::Disk;
 
-const NAME: &str = "snapshot";
+pub(super) const NAME: &str = "snapshot";
 const MAGIC: [u8; 8] = *b"BATONSNP";
 const VERSION: u32 = 1;
 const HEADER: usize = 16;

@@ -1,6 +1,10 @@
 //! The one place that knows openraft: a node of the group, the ledger it keeps, and who leads.
 
+mod ask;
+mod envelope;
+mod inbound;
 mod machine;
+mod members;
 mod network;
 mod store;
 #[cfg(test)]
@@ -22,9 +26,12 @@ use tokio::sync::watch;
 
 use crate::log::{Disk, Log, LogError, LogOptions};
 use crate::state::{Batch, Ledger, Outcome, encode_batch};
+pub(crate) use ask::{Known, Question, Verdict, ask, judge};
+pub(crate) use envelope::Envelope;
+pub(crate) use inbound::RaftService;
 use machine::Machine;
+pub(crate) use members::{ChangeError, Member, Members, Progress};
 use network::Peers;
-pub(crate) use network::RaftService;
 use store::Store;
 use types::{Proposal, Raft, scoped};
 
@@ -37,6 +44,10 @@ const SNAPSHOT_EVERY: u64 = 5_000;
 const LOG_BYTES_MAX: u64 = 32 << 20;
 /// Entries kept before a snapshot, for nodes that are a little behind.
 const ENTRIES_KEPT: u64 = 1_000;
+/// A leader that has heard no quorum for so long may lead no more and not know it.
+const QUORUM_SILENCE_MAX: Duration = Duration::from_millis(2 * ELECTION_MS_MAX);
+/// A command waits this long for a quorum that is silent.
+const QUORUM_GRACE: Duration = Duration::from_millis(ELECTION_MS_MIN);
 /// No answer from a quorum for so long, and a command's fate is unknown.
 const COMMIT_TIMEOUT: Duration = Duration::from_millis(900);
 
@@ -67,6 +78,7 @@ pub(crate) enum ProposeError {
 pub(crate) struct Standing {
     pub(crate) leader: Option<NodeId>,
     pub(crate) term: u64,
+    pub(crate) members: Members,
     /// Set when this node can take part no more.
     pub(crate) failed: Option<String>,
 }
@@ -74,7 +86,9 @@ pub(crate) struct Standing {
 /// What a node is made of.
 pub(crate) struct Parts {
     pub(crate) node: NodeId,
+    /// The group as configured, this node included. Empty for a node that joins a group that is there.
     pub(crate) peers: BTreeMap<u64, String>,
+    pub(crate) envelope: Envelope,
     pub(crate) net: Arc<dyn Net>,
     pub(crate) disk: Arc<dyn Disk>,
     pub(crate) seed: u64,
@@ -86,49 +100,63 @@ pub(crate) struct Node {
     raft: Raft,
     log: Log,
     seed: u64,
+    envelope: Envelope,
     ledger: Arc<RwLock<Ledger>>,
     log_bytes: Arc<AtomicU64>,
     changes: watch::Receiver<u64>,
     standing: watch::Receiver<Standing>,
-    alone: bool,
     stopping: watch::Sender<bool>,
     follower: tokio::task::JoinHandle<()>,
+    naming: tokio::task::JoinHandle<()>,
 }
 
 impl Node {
     /// Recovers from the disk and starts taking part. Peers that find an empty group wait for the lowest id to begin it.
     pub(crate) async fn start(parts: Parts) -> Result<Node, NodeError> {
-        let Parts { node, peers, net, disk, seed } = parts;
+        let Parts { node, peers, envelope, net, disk, seed } = parts;
         let log = Log::open(disk.clone(), LogOptions::default())?;
-        let machine = Machine::open(disk)?;
+        let mut machine = Machine::open(disk)?;
         let (ledger, changes, log_bytes) = (machine.ledger(), machine.changes(), machine.log_bytes());
-        let alone = peers.len() == 1;
-        let config = Arc::new(config(peers.len()));
-        let network = Peers { net, addresses: peers.clone() };
+        envelope.name(ledger.read().expect("ledger lock").cluster());
+        let addresses = peers.clone();
+        let config = Arc::new(config(members::voters_on_disk(&mut Store(log.clone()), &mut machine, &peers).await?));
+        let network = Peers { net, addresses: peers.clone(), envelope: envelope.clone() };
         let raft = Raft::new(node.0, config, network, Store(log.clone()), machine);
         let raft = scoped(seed, raft).await.map_err(|error| NodeError::Raft(error.to_string()))?;
         if peers.keys().next() == Some(&node.0) {
             begin(&raft, peers, seed).await?;
         }
-        let (tell, standing) = watch::channel(Standing::default());
-        let follower = tokio::spawn(follow(raft.clone(), tell));
+        let members = Members::configured(&addresses);
+        let (tell, standing) = watch::channel(Standing { members, ..Standing::default() });
+        let follower = tokio::spawn(follow(raft.clone(), tell, addresses.clone()));
+        let naming = tokio::spawn(name(envelope.clone(), ledger.clone(), changes.clone()));
         Ok(Node {
             id: node,
             raft,
             log,
             seed,
+            envelope,
             ledger,
             log_bytes,
             changes,
             standing,
-            alone,
             stopping: watch::Sender::new(false),
             follower,
+            naming,
         })
     }
 
     pub(crate) fn id(&self) -> NodeId {
         self.id
+    }
+
+    pub(crate) fn envelope(&self) -> &Envelope {
+        &self.envelope
+    }
+
+    /// What was found damaged while the log was read.
+    pub(crate) fn damage(&self) -> Option<String> {
+        self.log.damage()
     }
 
     /// The ledger as applied here. Hold it for a few lines only: entries wait meanwhile.
@@ -148,7 +176,8 @@ impl Node {
     /// Whether a quorum has answered this leader lately; without one it may lead no more and not know it.
     pub(crate) fn has_quorum(&self) -> bool {
         let acked = self.raft.metrics().borrow_watched().last_quorum_acked;
-        self.alone || acked.is_some_and(|acked| acked.elapsed() < Duration::from_millis(2 * ELECTION_MS_MAX))
+        let alone = self.standing.borrow().members.is_alone(self.id);
+        alone || acked.is_some_and(|acked| acked.elapsed() < QUORUM_SILENCE_MAX)
     }
 
     /// Saves the ledger and drops the log before it when the entries since the last time are many bytes.
@@ -164,19 +193,40 @@ impl Node {
 
     /// What peers call.
     pub(crate) fn service(&self) -> RaftService {
-        RaftService::new(self.raft.clone(), self.seed ^ 1, self.stopping.subscribe())
+        let (raft, id, ledger) = (self.raft.clone(), self.id, self.ledger.clone());
+        let standing = self.standing.clone();
+        let tell = Box::new(move |node| members::known(&raft, id, &standing.borrow(), &ledger, node));
+        RaftService::new(self.raft.clone(), self.envelope.clone(), self.seed ^ 1, tell, self.stopping.subscribe())
     }
 
     /// Commits one entry and says what became of its commands.
     pub(crate) async fn propose(&self, batch: &Batch) -> Result<Vec<Outcome>, ProposeError> {
         let write = self.raft.client_write(Proposal(encode_batch(batch).into()));
         let unknown = |error: String| ProposeError::Unknown(error);
-        match tokio::time::timeout(COMMIT_TIMEOUT, scoped(self.seed ^ 2, write)).await {
-            Ok(Ok(written)) => Ok(written.data.0),
-            Ok(Err(RaftError::APIError(ClientWriteError::ForwardToLeader(_)))) => Err(ProposeError::NotLeader),
-            Ok(Err(error)) => Err(unknown(error.to_string())),
+        let committed = async {
+            tokio::select! {
+                biased;
+                written = scoped(self.seed ^ 2, write) => Ok(written),
+                silence = self.quorum_lost() => Err(silence),
+            }
+        };
+        match tokio::time::timeout(COMMIT_TIMEOUT, committed).await {
+            Ok(Ok(Ok(written))) => Ok(written.data.0),
+            Ok(Ok(Err(RaftError::APIError(ClientWriteError::ForwardToLeader(_))))) => Err(ProposeError::NotLeader),
+            Ok(Ok(Err(error))) => Err(unknown(error.to_string())),
+            Ok(Err(silence)) => Err(unknown(silence)),
             Err(_) => Err(unknown(format!("{} ms passed", COMMIT_TIMEOUT.as_millis()))),
         }
+    }
+
+    /// Resolves when no quorum has answered for so long that none will in time. A leader that is about to hear its
+    /// first answers is given the time of an election.
+    async fn quorum_lost(&self) -> String {
+        let start = tokio::time::Instant::now();
+        while self.has_quorum() || start.elapsed() < QUORUM_GRACE {
+            tokio::time::sleep(Duration::from_millis(HEARTBEAT_MS)).await;
+        }
+        format!("none in {} ms", QUORUM_SILENCE_MAX.as_millis())
     }
 
     /// Stops taking part, and ends the calls that peers have open.
@@ -186,6 +236,7 @@ impl Node {
             tracing::warn!(%error, "raft did not stop cleanly");
         }
         self.follower.abort();
+        self.naming.abort();
     }
 
     /// Writes out what the log still holds back.
@@ -222,12 +273,15 @@ async fn begin(raft: &Raft, peers: BTreeMap<u64, String>, seed: u64) -> Result<(
 }
 
 /// Translates openraft's metrics, of which only a copy may be held, into what the rest of the coordinator asks.
-async fn follow(raft: Raft, tell: watch::Sender<Standing>) {
+async fn follow(raft: Raft, tell: watch::Sender<Standing>, addresses: BTreeMap<u64, String>) {
     let mut metrics = raft.metrics();
+    let mut members = Members::configured(&addresses);
     loop {
         let now = metrics.borrow_watched().clone();
+        members.follow(&now.membership_config, &addresses);
         let failed = now.running_state.err().map(|error| error.to_string());
-        let standing = Standing { leader: now.current_leader.map(NodeId), term: now.current_term, failed };
+        let (leader, term) = (now.current_leader.map(NodeId), now.current_term);
+        let standing = Standing { leader, term, members: members.clone(), failed };
         tell.send_if_modified(|old| {
             let changed = *old != standing;
             *old = standing;
@@ -236,5 +290,13 @@ async fn follow(raft: Raft, tell: watch::Sender<Standing>) {
         if metrics.changed().await.is_err() {
             return;
         }
+    }
+}
+
+/// Puts the cluster's name on every message once the ledger has it.
+async fn name(envelope: Envelope, ledger: Arc<RwLock<Ledger>>, mut changes: watch::Receiver<u64>) {
+    while envelope.cluster().is_empty() && changes.changed().await.is_ok() {
+        let cluster = ledger.read().expect("ledger lock").cluster().to_string();
+        envelope.name(&cluster);
     }
 }

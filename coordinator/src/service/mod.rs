@@ -12,7 +12,6 @@ mod propose;
 mod roster;
 mod view;
 
-use std::collections::BTreeMap;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
@@ -55,8 +54,6 @@ pub(crate) struct Shared {
     identity: Mutex<Identity>,
     /// Name that this node gives a cluster that has none.
     cluster_proposed: String,
-    /// Of all coordinators, by node.
-    addresses: BTreeMap<u64, String>,
     members_changed: watch::Sender<u64>,
     loads_changed: watch::Sender<u64>,
     stopping: watch::Sender<bool>,
@@ -69,7 +66,6 @@ pub(crate) struct Parts {
     pub(crate) disk: Arc<dyn Disk>,
     pub(crate) identity: Identity,
     pub(crate) cluster_proposed: String,
-    pub(crate) addresses: BTreeMap<u64, String>,
     pub(crate) stopping: watch::Sender<bool>,
 }
 
@@ -97,16 +93,17 @@ impl Service {
             disk: parts.disk,
             identity: Mutex::new(parts.identity),
             cluster_proposed: parts.cluster_proposed,
-            addresses: parts.addresses,
             members_changed: watch::Sender::new(0),
             loads_changed: watch::Sender::new(0),
             stopping: parts.stopping,
         });
         let keeping = keep::keep(shared.clone());
+        let membership = membership::keep(shared.clone());
         let both = async move {
             tokio::select! {
                 biased;
                 () = keeping => {}
+                () = membership => {}
                 () = proposing => {}
             }
         };
@@ -124,7 +121,12 @@ impl Shared {
     }
 
     fn address(&self, node: NodeId) -> String {
-        self.addresses.get(&node.0).cloned().unwrap_or_default()
+        self.node.members().get(node.0).map(|member| member.address.clone()).unwrap_or_default()
+    }
+
+    /// Of all coordinators, as of now.
+    fn coordinators(&self) -> Vec<String> {
+        self.node.members().addresses().into_values().collect()
     }
 
     /// Waits until this node leads; else says who does.
@@ -219,7 +221,7 @@ impl Shared {
             cluster: self.node.ledger().cluster().to_string(),
             lease_ms: WORKER_LEASE_MS,
             heartbeat_ms: HEARTBEAT_MS,
-            coordinators: self.addresses.values().cloned().collect(),
+            coordinators: self.coordinators(),
         }
     }
 
@@ -276,7 +278,7 @@ impl Shared {
             index_wanted,
             leader_node: leader.map_or(0, |leader| leader.0),
             leader_address: leader.map(|leader| self.address(leader)).unwrap_or_default(),
-            coordinators: self.addresses.values().cloned().collect(),
+            coordinators: self.coordinators(),
             order: order.into(),
         }
     }

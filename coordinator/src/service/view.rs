@@ -90,7 +90,6 @@ impl Watcher {
 pub(super) fn view(shared: &Shared) -> v1::ClusterView {
     let leader = shared.node.standing().borrow().leader;
     let now = Instant::now();
-    let coordinators = shared.addresses.iter().map(|(id, address)| coordinator(shared, *id, address));
     let ledger = shared.node.ledger();
     let roster = shared.roster();
     let workers = ledger.workers().map(|(id, worker)| {
@@ -113,19 +112,25 @@ pub(super) fn view(shared: &Shared) -> v1::ClusterView {
         cluster: ledger.cluster().to_string(),
         node: shared.node.id().0,
         leader: leader.map_or(0, |leader| leader.0),
-        coordinators: coordinators.collect(),
+        coordinators: coordinators(shared),
         members: workers.chain(gateways).collect(),
         requests_open: ledger.requests_open() as u64,
         ledger_index: ledger.index(),
+        storage: "ok".into(),
         ..v1::ClusterView::default()
     }
 }
 
-fn coordinator(shared: &Shared, id: u64, address: &str) -> v1::CoordinatorNode {
+/// The group as this node knows it.
+pub(super) fn coordinators(shared: &Shared) -> Vec<v1::CoordinatorNode> {
+    shared.node.members().iter().map(|(id, member)| coordinator(shared, id, member)).collect()
+}
+
+fn coordinator(shared: &Shared, id: u64, member: &crate::raft::Member) -> v1::CoordinatorNode {
     let own = id == shared.node.id().0;
     let pid = if own { std::process::id() } else { 0 };
     let version = if own { env!("CARGO_PKG_VERSION") } else { "" };
-    v1::CoordinatorNode { id, address: address.into(), pid, version: version.into() }
+    v1::CoordinatorNode { id, address: member.address.clone(), pid, version: version.into(), voter: member.voter }
 }
 
 fn member(id: &str, worker: &Worker) -> v1::Member {

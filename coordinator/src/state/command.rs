@@ -3,10 +3,10 @@
 use baton_core::{Epoch, Incarnation, Lane, NumericsClass, Place, Refused, RequestId, Role, WorkerId};
 use serde::{Deserialize, Serialize};
 
-use super::OpenRequest;
 use super::access::{Key, Limits};
 use super::poison::Life;
 use super::tenant::OverLimit;
+use super::{NodeCommand, OpenRequest};
 
 /// One Raft entry: commands stamped with the leader's monotonic time.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -64,6 +64,8 @@ pub enum Command {
         request: RequestId,
         gateway: String,
     },
+    /// Of coordinators, not of workers.
+    Node(NodeCommand),
 }
 
 /// What the cluster wants of a worker.
@@ -177,6 +179,10 @@ pub enum Outcome {
     Expired {
         requests: Vec<RequestId>,
     },
+    NodeAdded {
+        node: u64,
+    },
+    NodeNoted,
 }
 
 /// An assignment as the ledger granted it.

@@ -4,6 +4,7 @@
 mod access;
 mod codec;
 mod command;
+mod nodes;
 mod poison;
 mod request;
 mod tenant;
@@ -21,6 +22,7 @@ use serde::{Deserialize, Serialize};
 pub use access::{KEYS_MAX, Key, Keys, Limits, TENANTS_MAX};
 pub use codec::{CodecError, VERSION, decode_batch, decode_ledger, encode_batch, encode_ledger, hash};
 pub use command::{Assigned, Batch, Command, Finished, Model, Order, Outcome, Proposed, Registration};
+pub use nodes::{JOINS_REMEMBERED_MAX, Join, NODES_JOINING_MAX, NODES_REMOVED_MAX, NodeCommand, Nodes};
 pub use poison::{BLAME_MS, Life, POISON_STRIKES, POISON_STRIKES_CROWDED, QUARANTINE_MS, SUSPECT_STRIKES};
 pub use request::{EndedRequests, OpenRequest};
 pub use tenant::{Account, Bucket, Charge, Limit, OverLimit, Usage};
@@ -54,12 +56,18 @@ pub struct Ledger {
     tenants: BTreeMap<String, tenant::Account>,
     keys: access::Keys,
     poison: poison::Poison,
+    nodes: Nodes,
 }
 
 impl Ledger {
     /// The cluster's name; empty before the first leader founded it.
     pub fn cluster(&self) -> &str {
         &self.cluster
+    }
+
+    /// The coordinators' numbers, comings and goings.
+    pub fn nodes(&self) -> &Nodes {
+        &self.nodes
     }
 
     pub fn index(&self) -> u64 {
@@ -139,6 +147,7 @@ impl Ledger {
             Command::CreateKey { id, key } => self.create_key(id, key),
             Command::RevokeKey { id } => self.revoke_key(&id),
             Command::Adopt { request, gateway } => self.adopt(request, gateway),
+            Command::Node(command) => self.nodes.apply(command),
         }
     }
 
