@@ -13,6 +13,8 @@ pub(crate) enum Event {
     Loading { done: u64, total: u64 },
     /// The process serves.
     Ready { role: Role, id: String, address: String, metrics: Option<String> },
+    /// A life of a worker ends: `drained` ends the process for good, after any other one the process serves again.
+    LifeEnds { how: String },
     /// The process is about to end because of this.
     Failed { message: String, code: u8 },
 }
@@ -43,6 +45,7 @@ impl Voice {
 fn sentence(event: &Event) -> String {
     match event {
         Event::Loading { .. } | Event::Failed { .. } => String::new(),
+        Event::LifeEnds { how } => format!("this life ends: {how}"),
         Event::Ready { id, address, metrics: None, .. } => format!("{id} serves at {address}"),
         Event::Ready { id, address, metrics: Some(metrics), .. } => {
             format!("{id} serves at {address}, metrics at http://{metrics}/metrics")

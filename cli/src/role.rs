@@ -13,7 +13,7 @@ use std::time::Duration;
 use baton_core::{Env, Role, SystemClock};
 use baton_proto::TcpNet;
 use clap::Args;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::event::{Event, Voice};
 use crate::exit::Failure;
@@ -85,7 +85,7 @@ macro_rules! running {
         }
     )*};
 }
-running!(baton_coordinator::Running, baton_gateway::Running, baton_worker::Running);
+running!(baton_coordinator::Running, baton_gateway::Running);
 
 /// Runs a role's process: builds the runtime, tells the supervisor why it failed.
 pub(crate) fn process(
@@ -108,6 +108,26 @@ pub(crate) fn process(
     outcome
 }
 
+/// The signals that ask a process to end.
+pub(crate) struct Asked {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Asked {
+    pub(crate) fn new() -> std::io::Result<Asked> {
+        Ok(Asked { interrupt: signal(SignalKind::interrupt())?, terminate: signal(SignalKind::terminate())? })
+    }
+
+    /// Resolves when one has come.
+    pub(crate) async fn come(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+        }
+    }
+}
+
 /// Says that the role serves, and waits for its end.
 pub(crate) async fn serve(
     mut running: impl Running,
@@ -116,22 +136,16 @@ pub(crate) async fn serve(
     metrics: Option<String>,
     voice: Voice,
 ) -> Result<(), Failure> {
-    let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+    let mut asked = Asked::new()?;
     let address = running.address();
     tracing::info!(%role, id, address, "ready");
     voice.say(&Event::Ready { role, id: id.clone(), address, metrics });
-    let asked = async {
-        tokio::select! {
-            _ = interrupt.recv() => {}
-            _ = terminate.recv() => {}
-        }
-    };
     tokio::select! {
         ended = running.stopped() => return match ended {
             Ok(()) => Err(anyhow::anyhow!("{id} ended by itself").into()),
             Err(error) => Err(anyhow::anyhow!("{id} failed: {error}").into()),
         },
-        () = asked => {}
+        () = asked.come() => {}
     }
     tracing::info!(%role, id, "ending");
     if tokio::time::timeout(STOP_MAX, running.stop()).await.is_err() {

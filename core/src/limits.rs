@@ -32,6 +32,12 @@ pub const HEARTBEAT_MS: u64 = 250;
 pub const WORKER_LEASE_MS: u64 = 1_500;
 /// How long workers keep serving what they hold while no coordinator answers.
 pub const AUTONOMY_GRACE_MS: u64 = 30_000;
+/// How long a worker that drains lets its requests go on before they move to others.
+pub const DRAIN_MS: u64 = 30_000;
+/// Coordinators a worker sends heartbeats to.
+pub const COORDINATORS_MAX: usize = 16;
+/// An engine whose step takes so long, and three times as long as nearly all before it, is stuck.
+pub const STEP_STUCK_MS: u64 = 1_000;
 pub const RPC_TIMEOUT_MS: u64 = 2_000;
 /// How long a request may outlive its gateway at most.
 pub const RESUMABLE_MS_MAX: u64 = 300_000;

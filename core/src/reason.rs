@@ -36,6 +36,8 @@ reasons!(
         TooLarge = "too_large",
         /// The sender's epoch or incarnation is older than the one in force.
         Stale = "stale",
+        /// This life was ended for its silence; the process may register as a new one.
+        Fenced = "fenced",
         /// The lease has run out.
         Expired = "expired",
         Draining = "draining",

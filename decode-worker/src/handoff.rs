@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use baton_core::{Aborted, BlockHash, Place, Refused, TokenId};
+use baton_core::{Aborted, BlockHash, Refused, TokenId};
 use baton_engine::{Blocks, Filled, Reserved};
 use baton_kvtransfer::TransferError;
 use baton_proto::convert::{prompt_logprobs_back, refusal};
@@ -13,7 +13,7 @@ use baton_worker::{Assigned, grant, metrics};
 use tokio::time::timeout;
 
 use crate::Decode;
-use crate::prefills::blame;
+use crate::prefills::Pair;
 use crate::request::End;
 
 /// After a transfer broke, how long the prefill worker may take to say why; its word names the cause.
@@ -32,7 +32,8 @@ pub(crate) struct Brought {
 
 /// Brings the blocks here, unless the engine is to compute them.
 pub(crate) async fn bring(decode: &Decode, assigned: &Assigned) -> Result<Brought, End> {
-    let Some(place) = &assigned.assignment.prefill else { return Ok(local("assigned")) };
+    let Some(prefill) = &assigned.assignment.prefill else { return Ok(local("assigned")) };
+    let pair = Pair { prefill, decode: &assigned.assignment.decode };
     let tokens = assigned.shared_tokens();
     let hashes = names(decode, assigned, &tokens);
     let held = decode.shell.engine.cache().lookup(&hashes);
@@ -40,11 +41,11 @@ pub(crate) async fn bring(decode: &Decode, assigned: &Assigned) -> Result<Brough
         return Ok(local("prefix_hit"));
     }
     let room = reserve(decode, &tokens, held)?;
-    let result = receive(decode, assigned, place, room).await;
+    let result = receive(decode, assigned, pair, room).await;
     metrics::record_transfers(&decode.receiver.counters());
     let (prefilled, room) = result?;
     let phases = phases(&prefilled);
-    let filled = fill(decode, place, &tokens, &hashes, room, prefilled)?;
+    let filled = fill(decode, pair, &tokens, &hashes, room, prefilled)?;
     Ok(Brought { filled: Some(filled), phases })
 }
 
@@ -90,7 +91,7 @@ fn reserve(decode: &Decode, tokens: &[TokenId], held: Blocks) -> Result<Room, En
 }
 
 /// Grants the room to the prefill worker and waits for its answer and for the blocks, in whatever order they come.
-async fn receive(decode: &Decode, assigned: &Assigned, place: &Place, room: Room) -> Result<(Prefilled, Room), End> {
+async fn receive(decode: &Decode, assigned: &Assigned, pair: Pair<'_>, room: Room) -> Result<(Prefilled, Room), End> {
     let (request, epoch) = (assigned.request.id, assigned.assignment.epoch);
     let (blocks, skip_blocks) = (room.reserved.ids(), room.held.len());
     let (mut grant, incoming) = decode.receiver.open(request, epoch, blocks, assigned.left(), room);
@@ -103,9 +104,9 @@ async fn receive(decode: &Decode, assigned: &Assigned, place: &Place, room: Room
         grant: Some(grant::to_wire(grant)),
         skip_blocks: skip_blocks as u32,
     };
-    let mut call = std::pin::pin!(decode.prefills.call(place, wire));
+    let mut call = std::pin::pin!(decode.prefills.call(pair, wire));
     let mut arrival = std::pin::pin!(incoming.wait());
-    let broken = |error: TransferError| End::from(blame(place, error.reason(), error.to_string()));
+    let broken = |error: TransferError| End::from(pair.blame_both(error.reason(), error.to_string()));
     tokio::select! {
         reply = &mut call => {
             let prefilled = reply?;
@@ -135,7 +136,7 @@ fn phases(prefilled: &Prefilled) -> Phases {
 /// Declares the arrived blocks filled, once the prefill worker's answer fits them.
 fn fill(
     decode: &Decode,
-    place: &Place,
+    pair: Pair<'_>,
     tokens: &[TokenId],
     hashes: &[BlockHash],
     room: Room,
@@ -144,7 +145,7 @@ fn fill(
     let first: Vec<_> = prefilled.first.into_iter().filter_map(|f| Some((f.choice, f.token?.into()))).collect();
     let known = |(_, token): &(u32, baton_core::SampledToken)| (token.id as usize) < decode.shell.spec.vocab;
     if prefilled.tokens != tokens.len() as u64 || !first.iter().all(known) {
-        return Err(blame(place, Aborted::Internal, "its answer does not fit the request".into()).into());
+        return Err(pair.blame_prefill(Aborted::Internal, "its answer does not fit the request").into());
     }
     let Room { held: mut blocks, reserved } = room;
     blocks.append(reserved.fill(&hashes[blocks.len().min(hashes.len())..]));

@@ -19,7 +19,7 @@ use crate::handoff::{Brought, bring};
 /// A request that ended before the engine had it; afterwards the engine's notes say how it ends.
 pub(crate) enum End {
     Refused(Refusal),
-    Aborted(Abort),
+    Aborted(Box<Abort>),
 }
 
 impl From<Refusal> for End {
@@ -30,7 +30,7 @@ impl From<Refusal> for End {
 
 impl From<Abort> for End {
     fn from(abort: Abort) -> End {
-        End::Aborted(abort)
+        End::Aborted(Box::new(abort))
     }
 }
 
@@ -48,7 +48,7 @@ pub(crate) async fn serve(decode: Arc<Decode>, outlet: Outlet, said: mpsc::Sende
         End::Refused(refusal) => Output::Refused(refusal),
         End::Aborted(abort) => {
             metrics::count_aborted(aborted(&abort));
-            Output::Aborted(abort)
+            Output::Aborted(*abort)
         }
     };
     // Without a reader the stream is over, and so is the request.
@@ -61,7 +61,10 @@ async fn generate(decode: &Decode, outlet: Outlet, start: Start) -> Result<(), E
     let assigned = Assigned::parse(start.assignment, start.request, start.choices)?;
     let deadline = assigned.deadline;
     let _lease = decode.shell.enter(&assigned.assignment.decode, &assigned)?;
-    let brought = timeout_at(deadline, bring(decode, &assigned)).await;
+    let brought = tokio::select! {
+        brought = timeout_at(deadline, bring(decode, &assigned)) => brought,
+        () = decode.shell.evicted() => return Err(abort(Aborted::Draining, "during the handoff").into()),
+    };
     let Brought { filled, phases } = brought.map_err(|_| abort(Aborted::Deadline, "during the handoff"))??;
     let Assigned { request, choices, started, .. } = assigned;
     metrics::record_handoff(started.elapsed());
@@ -83,10 +86,15 @@ async fn generate(decode: &Decode, outlet: Outlet, start: Start) -> Result<(), E
         metrics::count_refused(reason);
         refusal(reason, "the engine's queue is full")
     })?;
-    if timeout_at(deadline, admission.ended()).await.is_err() {
-        metrics::count_aborted(Aborted::Deadline);
-        admission.abort(Aborted::Deadline);
-        admission.ended().await;
-    }
+    let reason = tokio::select! {
+        ended = timeout_at(deadline, admission.ended()) => match ended {
+            Ok(()) => return Ok(()),
+            Err(_) => Aborted::Deadline,
+        },
+        () = decode.shell.evicted() => Aborted::Draining,
+    };
+    metrics::count_aborted(reason);
+    admission.abort(reason);
+    admission.ended().await;
     Ok(())
 }

@@ -13,6 +13,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use baton_core::{Arena, BlockHash, BlockId, BlockLayout, Refused};
 
+use crate::journal::{Changes, Journal, Mark};
+
 /// The cache of one worker. Clones are the same cache.
 #[derive(Clone)]
 pub struct Cache {
@@ -71,6 +73,7 @@ struct Places {
     moment: u64,
     in_flight: usize,
     evictions: u64,
+    journal: Journal,
 }
 
 impl Cache {
@@ -79,7 +82,8 @@ impl Cache {
         let all = (0..blocks).map(|_| Place { generation: 0, state: State::Free }).collect();
         let free = (0..blocks as u32).rev().collect();
         let (index, lru) = (BTreeMap::new(), BTreeMap::new());
-        let places = Mutex::new(Places { all, free, index, lru, moment: 0, in_flight: 0, evictions: 0 });
+        let (moment, in_flight, evictions, journal) = Default::default();
+        let places = Mutex::new(Places { all, free, index, lru, moment, in_flight, evictions, journal });
         let arena = Arc::new(Arena::new(layout, blocks));
         Cache { inner: Arc::new(Inner { arena, places, freed: Mutex::new(None) }) }
     }
@@ -112,6 +116,17 @@ impl Cache {
     /// Content names of all indexed blocks, at most `max`, in order of the name.
     pub fn hashes(&self, max: usize) -> Vec<BlockHash> {
         lock(&self.inner.places).index.keys().take(max).copied().collect()
+    }
+
+    /// The same, and the mark behind which the index's later changes follow.
+    pub fn snapshot(&self, max: usize) -> (Vec<BlockHash>, Mark) {
+        let places = lock(&self.inner.places);
+        (places.index.keys().take(max).copied().collect(), places.journal.mark())
+    }
+
+    /// What has changed since a mark, at most `max` changes of it; None when too much has.
+    pub fn changes(&self, since: Mark, max: usize) -> Option<Changes> {
+        lock(&self.inner.places).journal.since(since, max)
     }
 
     /// `count` blocks now, evicting the longest unused cached ones, or none at all.
@@ -178,6 +193,7 @@ impl Places {
             unreachable!("the lru list names cached blocks only")
         };
         self.index.remove(&hash);
+        self.journal.remove(hash);
         self.evictions += 1;
         index
     }
@@ -195,6 +211,7 @@ impl Places {
         if let State::Held { hash: hash @ None, .. } = &mut self.all[index as usize].state {
             *hash = Some(name);
             self.index.insert(name, index);
+            self.journal.add(name);
         }
     }
 

@@ -125,7 +125,7 @@ impl ApiError {
             }
             Refused::TooLarge => ApiError::too_long("prompt", say("The request exceeds what any worker can hold.")),
             Refused::Draining => ApiError::unavailable(word, say("The workers of this model are draining.")),
-            Refused::Stale | Refused::Expired | Refused::NotLeader | Refused::Unavailable => {
+            Refused::Stale | Refused::Fenced | Refused::Expired | Refused::NotLeader | Refused::Unavailable => {
                 ApiError::unavailable(word, say("The coordinator cannot take requests at the moment."))
             }
             Refused::Quota => ApiError::overloaded(word, say("The tenant's quota is used up."), retry_after_ms),

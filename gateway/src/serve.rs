@@ -266,7 +266,9 @@ impl Serving {
             }
             Refused::NoWorkers if full => Duration::ZERO,
             Refused::NoWorkers | Refused::Draining => NO_WORKERS_WAIT,
-            Refused::Stale | Refused::Expired | Refused::NotLeader | Refused::Unavailable => COORDINATOR_WAIT,
+            Refused::Stale | Refused::Fenced | Refused::Expired | Refused::NotLeader | Refused::Unavailable => {
+                COORDINATOR_WAIT
+            }
         }
     }
 

@@ -72,7 +72,7 @@ impl Prefills {
         let handoff = handoff::run(&self.shell, &self.links, assigned, grant, call.skip_blocks as usize);
         tokio::select! {
             done = timeout_at(deadline, handoff) => done.unwrap_or(Err(Aborted::Deadline.into())),
-            () = self.shell.closed() => Err(Aborted::Draining.into()),
+            () = self.shell.evicted() => Err(Aborted::Draining.into()),
         }
     }
 }

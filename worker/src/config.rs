@@ -1,5 +1,6 @@
 //! What an operator decides about one worker.
 
+use baton_core::limits::{AUTONOMY_GRACE_MS, DRAIN_MS};
 use baton_core::{Role, WorkerId};
 use baton_engine::EngineConfig;
 use serde::Deserialize;
@@ -21,8 +22,23 @@ pub struct Config {
     pub advertise_host: String,
     /// gRPC addresses of the coordinators, at least one.
     pub coordinators: Vec<String>,
+    /// How long a worker that drains lets its requests go on before they move to other workers, in milliseconds.
+    #[serde(default = "drain_ms")]
+    pub drain_ms: u64,
+    /// How long a worker goes on serving while no coordinator answers, in milliseconds; then it drops everything and
+    /// registers anew as soon as it can.
+    #[serde(default = "autonomy_ms")]
+    pub autonomy_ms: u64,
     /// Sizes of the engine.
     pub engine: EngineConfig,
+}
+
+fn drain_ms() -> u64 {
+    DRAIN_MS
+}
+
+fn autonomy_ms() -> u64 {
+    AUTONOMY_GRACE_MS
 }
 
 impl Config {

@@ -5,15 +5,21 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use baton_core::{Aborted, Refused};
 use baton_engine::{Backend, Cache, Engine, Load, Work};
-use tokio::sync::oneshot;
-use tokio::time::Instant;
+use tokio::sync::{oneshot, watch};
+use tokio::time::{Instant, timeout};
 
+use crate::error::Error;
 use crate::inbox::{Admit, Command, Inbox, Key};
 use crate::outlet::{Outlet, Phases};
+use crate::pulse::Pulse;
 use crate::steps::{Published, Steps};
+
+/// How long the step that is being computed may still take when the engine shall end.
+const JOIN: Duration = Duration::from_secs(10);
 
 /// Submits work to the engine thread. Clones are the same engine.
 #[derive(Clone)]
@@ -22,6 +28,8 @@ pub struct EngineHandle {
     published: Arc<Published>,
     cache: Cache,
     keys: Arc<AtomicU64>,
+    /// Changes each time blocks are given back.
+    freed: Arc<watch::Sender<()>>,
 }
 
 /// Work for the engine, and where its notes go.
@@ -51,6 +59,32 @@ impl EngineHandle {
 
     pub fn load(&self) -> Load {
         self.published.get().0
+    }
+
+    /// Grows while there is work and the engine gets on with it.
+    pub(crate) fn progress(&self) -> u64 {
+        let load = self.load();
+        let has_work = load.running + load.waiting > 0;
+        load.steps + self.published.pulse.beats(has_work, Instant::now())
+    }
+
+    /// How much longer than it should the engine's step has taken; zero when it gets on.
+    pub(crate) fn stuck(&self) -> Duration {
+        self.published.pulse.stuck(Instant::now())
+    }
+
+    /// Resolves when nobody reads or writes a block any more.
+    pub(crate) async fn unread(&self) {
+        let mut freed = self.freed.subscribe();
+        loop {
+            let stats = self.cache.stats();
+            if stats.used + stats.in_flight == 0 {
+                return;
+            }
+            if freed.changed().await.is_err() {
+                return;
+            }
+        }
     }
 
     /// Prompt tokens computed per second lately; 0: unknown.
@@ -95,7 +129,7 @@ impl Drop for Admission {
 /// Owns the thread; dropping it stops and joins.
 pub(crate) struct EngineThread {
     handle: EngineHandle,
-    thread: Option<JoinHandle<()>>,
+    thread: Option<JoinHandle<Box<dyn Backend>>>,
     died: oneshot::Receiver<()>,
 }
 
@@ -107,18 +141,22 @@ impl EngineThread {
             published: published.clone(),
             cache: engine.cache().clone(),
             keys: Arc::default(),
+            freed: Arc::new(watch::Sender::new(())),
         };
         // Blocks that a handoff gives back may be what a waiting sequence needs.
-        let waker = Arc::downgrade(&inbox);
+        let (waker, freed) = (Arc::downgrade(&inbox), Arc::downgrade(&handle.freed));
         engine.cache().on_freed(move || {
             if let Some(inbox) = waker.upgrade() {
                 inbox.wake();
+            }
+            if let Some(freed) = freed.upgrade() {
+                freed.send_replace(());
             }
         });
         let (alive, died) = oneshot::channel();
         let thread = thread::Builder::new().name("engine".into()).spawn(move || {
             let _alive = Alive { inbox: inbox.clone(), _end: alive };
-            drive(Steps::new(engine, backend, published), &inbox);
+            drive(Steps::new(engine, backend, published.clone()), &inbox, &published.pulse)
         })?;
         Ok(EngineThread { handle, thread: Some(thread), died })
     }
@@ -131,6 +169,19 @@ impl EngineThread {
     pub(crate) async fn died(&mut self) {
         // The sender is dropped, never used. Once it has, `self.died` stays resolved.
         let _ = (&mut self.died).await;
+    }
+
+    /// Ends the thread once its step is computed, and gives the backend back. A thread that is stuck for good is left
+    /// to the end of the process, one that panicked has lost its backend.
+    pub(crate) async fn finish(mut self) -> Result<Box<dyn Backend>, Error> {
+        self.handle.inbox.stop();
+        let Some(thread) = self.thread.take() else { return Err(Error::EngineDied) };
+        let joining = tokio::task::spawn_blocking(move || thread.join());
+        match timeout(JOIN, joining).await {
+            Ok(Ok(Ok(backend))) => Ok(backend),
+            Ok(_) => Err(Error::EngineDied),
+            Err(_) => Err(Error::EngineStuck),
+        }
     }
 
     fn join(&mut self) {
@@ -160,12 +211,20 @@ impl Drop for Alive {
     }
 }
 
-fn drive(mut steps: Steps, inbox: &Inbox) {
+/// Until the inbox is stopped; returns the backend.
+fn drive(mut steps: Steps, inbox: &Inbox, pulse: &Pulse) -> Box<dyn Backend> {
     let mut busy = true;
-    while let Some(commands) = if busy { inbox.take() } else { inbox.wait() } {
+    loop {
+        if !busy {
+            pulse.rest(Instant::now());
+        }
+        let Some(commands) = (if busy { inbox.take() } else { inbox.wait() }) else { break };
+        pulse.begin(Instant::now());
         if !commands.is_empty() {
             steps.apply(commands);
         }
         busy = steps.step();
     }
+    pulse.rest(Instant::now());
+    steps.into_backend()
 }

@@ -2,6 +2,8 @@
 
 use std::io;
 
+use crate::canary::CanaryError;
+
 /// A worker that never served.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
@@ -11,17 +13,21 @@ pub enum StartError {
     Config { key: &'static str, problem: &'static str },
     #[error("start the engine thread: {0}")]
     Thread(io::Error),
-    #[error("the coordinator refuses this worker for good: {0}; run the same version everywhere")]
+    #[error("the coordinator refuses this worker for good: {0}; run the same version and model everywhere")]
     Incompatible(String),
+    #[error("the model cannot be served, it fails its canary: {0}")]
+    Canary(#[from] CanaryError),
+    #[error("the model cannot be served, its backend panicked at the canary; the message stands above")]
+    CanaryPanicked,
 }
 
 /// The end of a worker that nobody asked to stop.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error(
-        "another process has registered under this worker's name, or it was silent for longer than its lease; start it again"
-    )]
+    #[error("another process has registered under this worker's name; give one of them another --id")]
     Superseded,
+    #[error("the engine does not come back from a step")]
+    EngineStuck,
     #[error("the engine thread panicked; its message stands above")]
     EngineDied,
     #[error("serve: {0}")]

@@ -1,134 +1,128 @@
-//! What a coordinator node knows of this worker's prefix index, and what a heartbeat must tell it. Every node is told
-//! the difference to what it last acknowledged; after a heartbeat that may or may not have arrived, everything.
+//! What a coordinator node knows of this worker's prefix index, and what a heartbeat must tell it. A node that is up to
+//! date costs what has changed since; one that is new, or may have missed a heartbeat, is told everything in parts.
 
 use std::sync::Arc;
 
 use baton_core::BlockHash;
+use baton_engine::{Cache, Mark};
 
-/// Hashes named in one heartbeat. A reset may take several; the rest follows as differences.
+/// Hashes named in one heartbeat. The whole index may take several; changes meanwhile follow after it.
 const CHANGES_MAX: usize = 65_536;
-
-/// A sorted prefix index, shared by all that look at it.
-pub(crate) type Index = Arc<[BlockHash]>;
+/// Indexed blocks a coordinator is told of.
+const INDEX_MAX: usize = 1 << 20;
 
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Changes {
     pub(crate) added: Vec<BlockHash>,
     pub(crate) removed: Vec<BlockHash>,
-    /// `added` is the whole index.
+    /// `added` begins the whole index.
     pub(crate) reset: bool,
 }
 
-/// What one coordinator node has acknowledged; None: nothing, or it asked for everything.
-#[derive(Default)]
-pub(crate) struct Known(Option<Index>);
+/// What one coordinator node has acknowledged.
+#[derive(Clone, Debug, Default)]
+pub(crate) enum Known {
+    /// Nothing, or it asked for everything.
+    #[default]
+    Nothing,
+    /// The first `told` names of the index as it was at `mark`.
+    Part { all: Arc<[BlockHash]>, told: usize, mark: Mark },
+    /// Everything up to the mark.
+    UpTo(Mark),
+}
 
 impl Known {
-    /// What to tell the node so that it knows `now`, and what it knows when it acknowledges that.
-    pub(crate) fn changes(&self, now: &Index) -> (Changes, Index) {
-        self.changes_within(now, CHANGES_MAX)
+    /// What to tell the node next, and what it knows when it acknowledges that.
+    pub(crate) fn next(&self, cache: &Cache) -> (Changes, Known) {
+        self.next_within(cache, CHANGES_MAX)
     }
 
-    pub(crate) fn acknowledge(&mut self, told: Index) {
-        self.0 = Some(told);
-    }
-
-    pub(crate) fn forget(&mut self) {
-        self.0 = None;
-    }
-
-    fn changes_within(&self, now: &Index, max: usize) -> (Changes, Index) {
-        let reset = self.0.is_none();
-        let before = self.0.as_deref().unwrap_or_default();
-        let (mut added, mut removed) = difference(before, now);
-        if added.len() + removed.len() <= max {
-            return (Changes { added, removed, reset }, now.clone());
-        }
-        removed.truncate(max);
-        added.truncate(max - removed.len());
-        let told = applied(before, &added, &removed);
-        (Changes { added, removed, reset }, told)
-    }
-}
-
-/// (only in `after`, only in `before`); both sorted.
-fn difference(before: &[BlockHash], after: &[BlockHash]) -> (Vec<BlockHash>, Vec<BlockHash>) {
-    let (mut added, mut removed) = (Vec::new(), Vec::new());
-    let (mut b, mut a) = (before.iter().peekable(), after.iter().peekable());
-    loop {
-        match (b.peek(), a.peek()) {
-            (None, None) => return (added, removed),
-            (Some(x), Some(y)) if x == y => {
-                b.next();
-                a.next();
-            }
-            (Some(x), y) if y.is_none_or(|y| x < y) => removed.extend(b.next()),
-            _ => added.extend(a.next()),
+    fn next_within(&self, cache: &Cache, max: usize) -> (Changes, Known) {
+        match self {
+            Known::Part { all, told, mark } => part(all, *told, *mark, max),
+            Known::UpTo(mark) => match cache.changes(*mark, max) {
+                Some(changes) => {
+                    let known = Known::UpTo(changes.mark);
+                    (Changes { added: changes.added, removed: changes.removed, reset: false }, known)
+                }
+                None => whole(cache, max),
+            },
+            Known::Nothing => whole(cache, max),
         }
     }
 }
 
-fn applied(before: &[BlockHash], added: &[BlockHash], removed: &[BlockHash]) -> Index {
-    let kept = before.iter().filter(|hash| removed.binary_search(hash).is_err());
-    let mut told: Vec<BlockHash> = kept.chain(added).copied().collect();
-    told.sort_unstable();
-    told.into()
+fn whole(cache: &Cache, max: usize) -> (Changes, Known) {
+    let (all, mark) = cache.snapshot(INDEX_MAX);
+    part(&all.into(), 0, mark, max)
+}
+
+fn part(all: &Arc<[BlockHash]>, told: usize, mark: Mark, max: usize) -> (Changes, Known) {
+    let end = all.len().min(told + max);
+    let changes = Changes { added: all[told..end].to_vec(), removed: Vec::new(), reset: told == 0 };
+    let known = match end == all.len() {
+        true => Known::UpTo(mark),
+        false => Known::Part { all: all.clone(), told: end, mark },
+    };
+    (changes, known)
 }
 
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
 
+    use baton_engine::testing::hash_spec;
     use proptest::prelude::*;
 
     use super::*;
 
-    fn index(names: &BTreeSet<u128>) -> Index {
-        names.iter().map(|name| BlockHash(*name)).collect()
+    /// Puts a block of this name into the cache, at the cost of the one unused longest when it is full.
+    fn put(cache: &Cache, name: u128) {
+        drop(cache.reserve(1).unwrap().fill(&[BlockHash(name)]));
     }
 
     /// What a coordinator does with the lists.
-    fn apply(node: &mut BTreeSet<u128>, changes: &Changes) {
+    fn apply(node: &mut BTreeSet<BlockHash>, changes: &Changes) {
         if changes.reset {
             node.clear();
         }
-        node.retain(|name| !changes.removed.contains(&BlockHash(*name)));
-        node.extend(changes.added.iter().map(|hash| hash.0));
+        node.retain(|name| !changes.removed.contains(name));
+        node.extend(&changes.added);
     }
 
     proptest! {
         /// Whatever heartbeats are lost on either way, and however small a heartbeat, the node ends with the index.
         #[test]
         fn a_node_converges(
-            states in prop::collection::vec(prop::collection::btree_set(0u128..40, 0..20), 1..8),
-            fates in prop::collection::vec(0u8..3, 8),
+            rounds in prop::collection::vec((prop::collection::vec(0u128..40, 0..12), 0u8..4), 1..12),
             max in 1usize..12,
         ) {
-            let (mut known, mut node) = (Known::default(), BTreeSet::from([99u128]));
-            for (state, fate) in states.iter().zip(fates) {
-                let (changes, told) = known.changes_within(&index(state), max);
+            let cache = Cache::new(hash_spec().layout, 16);
+            let (mut known, mut node) = (Known::default(), BTreeSet::from([BlockHash(99)]));
+            for (names, fate) in rounds {
+                names.into_iter().for_each(|name| put(&cache, name));
+                let (changes, next) = known.next_within(&cache, max);
                 prop_assert!(changes.added.len() + changes.removed.len() <= max);
                 if fate > 0 { apply(&mut node, &changes) }
-                if fate > 1 { known.acknowledge(told) } else { known.forget() }
+                known = if fate > 1 { next } else { Known::Nothing };
             }
-            let last = states.last().expect("at least one state");
-            for _ in 0..80 {
-                let (changes, told) = known.changes_within(&index(last), max);
+            for _ in 0..200 {
+                let (changes, next) = known.next_within(&cache, max);
                 apply(&mut node, &changes);
-                known.acknowledge(told);
+                known = next;
             }
-            prop_assert_eq!(&node, last);
+            prop_assert_eq!(node.into_iter().collect::<Vec<_>>(), cache.hashes(usize::MAX));
         }
     }
 
     #[test]
-    fn a_node_that_asks_is_told_everything() {
-        let mut known = Known::default();
-        let now = index(&BTreeSet::from([1, 2]));
-        known.acknowledge(known.changes(&now).1);
-        assert_eq!(known.changes(&now).0, Changes::default());
-        known.forget();
-        let (changes, _) = known.changes(&now);
-        assert!(changes.reset && changes.added.len() == 2);
+    fn a_node_that_follows_is_told_only_what_changed() {
+        let cache = Cache::new(hash_spec().layout, 8);
+        (0..5).for_each(|name| put(&cache, name));
+        let (changes, known) = Known::Nothing.next(&cache);
+        assert_eq!((changes.reset, changes.added.len()), (true, 5));
+        assert_eq!(known.next(&cache).0, Changes::default());
+        put(&cache, 7);
+        assert_eq!(known.next(&cache).0.added, [BlockHash(7)]);
     }
 }

@@ -2,6 +2,7 @@
 //! neither handoffs nor streams; those are the roles'.
 #![forbid(unsafe_code)]
 
+mod canary;
 pub mod card;
 pub mod grant;
 pub mod metrics;
@@ -16,14 +17,18 @@ mod inbox;
 mod index;
 mod lease;
 mod membership;
+mod pulse;
 mod running;
 mod shell;
+mod standing;
 mod steps;
 
 pub use assigned::Assigned;
+pub use canary::CanaryError;
 pub use card::{CardError, LoadedModel};
 pub use config::Config;
 pub use engine::{Admission, EngineHandle, Submission};
 pub use error::{Error, StartError};
-pub use running::Running;
+pub use running::{Left, Running};
 pub use shell::{Joined, Lease, Opened, Shell, open};
+pub use standing::Ending;

@@ -1,72 +1,33 @@
 //! This worker's place in the cluster: registration until a coordinator accepts it, heartbeats to every coordinator
-//! node, and the farewell. What the rest of the worker sees of it is its `Standing`.
+//! node there is, and the farewell. What the rest of the worker sees of it is its `Standing`.
 
-use std::sync::{Arc, Mutex};
+use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use baton_core::limits::{HEARTBEAT_MS, MESSAGE_BYTES_MAX, RPC_TIMEOUT_MS};
-use baton_core::{Incarnation, Net, Refused, Rng};
+use baton_core::{Net, Refused, Rng, Role};
 use baton_proto::convert::{block_hash_bytes, refused};
 use baton_proto::v1::coordinator_client::CoordinatorClient;
 use baton_proto::v1::heartbeat_reply::Outcome as Beat;
 use baton_proto::v1::register_reply::Outcome as Answer;
-use baton_proto::v1::{HeartbeatAccepted, HeartbeatRequest, LeaveRequest, Load, Member, RegisterRequest, Registered};
+use baton_proto::v1::{HeartbeatRequest, LeaveRequest, Load, Member, RegisterRequest, Registered};
 use baton_proto::{WIRE_VERSION, channel};
-use tokio::sync::watch;
-use tokio::task::JoinSet;
-use tokio::time::{Instant, MissedTickBehavior, sleep, timeout};
+use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::{MissedTickBehavior, sleep, timeout};
 use tonic::transport::Channel;
 
 use crate::engine::EngineHandle;
 use crate::error::StartError;
-use crate::index::{Index, Known};
+use crate::index::Known;
+use crate::metrics;
+use crate::standing::Standing;
 
 const RPC_TIMEOUT: Duration = Duration::from_millis(RPC_TIMEOUT_MS);
 /// Between two tries to register, in milliseconds: from, and how many more.
 const RETRY_MS: (u64, u64) = (20, 30);
 /// How long a worker that leaves waits for the coordinators to hear it.
 const LEAVE_TIMEOUT: Duration = Duration::from_millis(500);
-/// Indexed blocks a coordinator is told of.
-const INDEX_MAX: usize = 1 << 20;
-
-/// What the cluster last said about this life of the worker.
-pub(crate) struct Standing {
-    answered: Mutex<Instant>,
-    /// True once a coordinator has said that this life is over.
-    superseded: watch::Sender<bool>,
-    draining: watch::Sender<bool>,
-}
-
-impl Standing {
-    pub(crate) fn new() -> Standing {
-        let (superseded, draining) = (watch::Sender::new(false), watch::Sender::new(false));
-        Standing { answered: Mutex::new(Instant::now()), superseded, draining }
-    }
-
-    /// How long no coordinator has answered.
-    pub(crate) fn silence(&self) -> Duration {
-        self.answered.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).elapsed()
-    }
-
-    pub(crate) fn is_draining(&self) -> bool {
-        *self.draining.borrow()
-    }
-
-    pub(crate) fn drain(&self) {
-        self.draining.send_replace(true);
-    }
-
-    /// Resolves when a coordinator has said that this life is over.
-    pub(crate) async fn superseded(&self) {
-        let mut superseded = self.superseded.subscribe();
-        // The sender lives as long as `self`.
-        let _ = superseded.wait_for(|superseded| *superseded).await;
-    }
-
-    fn answered(&self) {
-        *self.answered.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Instant::now();
-    }
-}
 
 /// Registers, trying one coordinator after another and following them to their leader, until one accepts. Only a
 /// refusal that no retry can change ends it otherwise.
@@ -117,17 +78,18 @@ async fn timed<T>(call: impl Future<Output = Result<tonic::Response<T>, tonic::S
     Ok(timeout(RPC_TIMEOUT, call).await.map_err(late)??.into_inner())
 }
 
-/// A registered worker: one task per coordinator node sends heartbeats until this is dropped.
+/// A registered worker: it sends heartbeats to every coordinator node until this is dropped.
 pub(crate) struct Membership {
     net: Arc<dyn Net>,
     me: Arc<Me>,
-    coordinators: Vec<String>,
-    beats: JoinSet<()>,
+    /// The one task that keeps the list of coordinators and owns the others.
+    beating: JoinSet<()>,
 }
 
 /// What the heartbeats speak of.
 struct Me {
     member: Member,
+    role: Role,
     standing: Arc<Standing>,
     engine: EngineHandle,
 }
@@ -136,45 +98,68 @@ impl Membership {
     pub(crate) fn start(
         net: Arc<dyn Net>,
         member: Member,
-        registered: Registered,
-        configured: &[String],
+        role: Role,
+        heartbeat_ms: u64,
         standing: Arc<Standing>,
         engine: EngineHandle,
     ) -> Membership {
-        let member = Member { incarnation: registered.incarnation, ..member };
-        let me = Arc::new(Me { member, standing, engine });
-        me.standing.answered();
-        let coordinators = match registered.coordinators.is_empty() {
-            true => configured.to_vec(),
-            false => registered.coordinators,
-        };
-        let every = match registered.heartbeat_ms {
+        let me = Arc::new(Me { member, role, standing, engine });
+        let every = match heartbeat_ms {
             0 => HEARTBEAT_MS,
             ms => ms.min(HEARTBEAT_MS),
         };
-        let mut beats = JoinSet::new();
-        for address in &coordinators {
-            beats.spawn(beat(net.clone(), address.clone(), me.clone(), Duration::from_millis(every)));
-        }
-        Membership { net, me, coordinators, beats }
+        let mut beating = JoinSet::new();
+        beating.spawn(beat_all(net.clone(), me.clone(), Duration::from_millis(every)));
+        Membership { net, me, beating }
     }
 
-    pub(crate) fn incarnation(&self) -> Incarnation {
-        Incarnation(self.me.member.incarnation)
+    /// The coordinators as last heard.
+    pub(crate) fn coordinators(&self) -> Vec<String> {
+        self.me.standing.coordinators().borrow().clone()
     }
 
     /// Stops the heartbeats and tells every coordinator node that this life is over.
     pub(crate) async fn leave(mut self) {
-        self.beats.shutdown().await;
+        self.beating.shutdown().await;
         let request = LeaveRequest { id: self.me.member.id.clone(), incarnation: self.me.member.incarnation };
         let mut farewells = JoinSet::new();
-        for address in &self.coordinators {
-            let Ok(mut client) = client(&self.net, address) else { continue };
+        for address in self.coordinators() {
+            let Ok(mut client) = client(&self.net, &address) else { continue };
             let request = request.clone();
             farewells.spawn(async move { timeout(LEAVE_TIMEOUT, client.leave(request)).await.is_ok() });
         }
         // Who does not hear it notices the missing heartbeats.
         farewells.join_all().await;
+    }
+}
+
+/// One task per coordinator node, for as long as it is on the list.
+async fn beat_all(net: Arc<dyn Net>, me: Arc<Me>, every: Duration) {
+    let (mut tasks, mut beats) = (JoinSet::new(), BTreeMap::<String, AbortHandle>::new());
+    let mut list = me.standing.coordinators();
+    loop {
+        let now = list.borrow_and_update().clone();
+        beats.retain(|address, task| {
+            let stays = now.contains(address);
+            if !stays {
+                task.abort();
+            }
+            stays
+        });
+        for address in now {
+            let task = || tasks.spawn(beat(net.clone(), address.clone(), me.clone(), every));
+            beats.entry(address.clone()).or_insert_with(task);
+        }
+        loop {
+            tokio::select! {
+                changed = list.changed() => match changed {
+                    Ok(()) => break,
+                    // The list lives as long as `me`.
+                    Err(_) => return,
+                },
+                Some(_) = tasks.join_next() => {}
+            }
+        }
     }
 }
 
@@ -190,23 +175,25 @@ async fn beat(net: Arc<dyn Net>, address: String, me: Arc<Me>, every: Duration) 
     loop {
         ticks.tick().await;
         sequence += 1;
-        let index: Index = me.engine.cache().hashes(INDEX_MAX).into();
-        let (request, told) = me.heartbeat(sequence, &known, &index);
+        let (request, next) = me.heartbeat(sequence, &known);
         let answer = timed(client.heartbeat(request)).await.map(|reply| reply.outcome);
-        match answer {
-            Ok(Some(Beat::Accepted(accepted))) => me.accepted(&accepted, &mut known, told),
-            Ok(Some(Beat::Refused(refusal))) => {
-                known.forget();
-                me.refused(&address, refused(&refusal), &refusal.detail);
+        known = match answer {
+            Ok(Some(Beat::Accepted(accepted))) => {
+                me.standing.hear(&accepted, me.role);
+                if accepted.index_wanted { Known::Nothing } else { next }
             }
-            Ok(None) | Err(_) => known.forget(),
-        }
+            Ok(Some(Beat::Refused(refusal))) => {
+                me.refused(&address, refused(&refusal), &refusal.detail);
+                Known::Nothing
+            }
+            Ok(None) | Err(_) => Known::Nothing,
+        };
     }
 }
 
 impl Me {
-    fn heartbeat(&self, sequence: u64, known: &Known, index: &Index) -> (HeartbeatRequest, Index) {
-        let (changes, told) = known.changes(index);
+    fn heartbeat(&self, sequence: u64, known: &Known) -> (HeartbeatRequest, Known) {
+        let (changes, next) = known.next(self.engine.cache());
         let load = Load {
             blocks_added: changes.added.into_iter().map(block_hash_bytes).collect(),
             blocks_removed: changes.removed.into_iter().map(block_hash_bytes).collect(),
@@ -216,11 +203,15 @@ impl Me {
         let Member { id, incarnation, .. } = self.member.clone();
         let request =
             HeartbeatRequest { id, incarnation, sequence, load: Some(load), member: Some(self.member.clone()) };
-        (request, told)
+        (request, next)
     }
 
     fn load(&self) -> Load {
-        let (load, blocks) = (self.engine.load(), self.engine.cache().stats());
+        let (load, blocks, stuck) = (self.engine.load(), self.engine.cache().stats(), self.engine.stuck());
+        if !stuck.is_zero() {
+            metrics::count_stuck();
+            tracing::error!(too_long_ms = stuck.as_millis() as u64, "the engine is stuck in a step");
+        }
         Load {
             blocks_total: blocks.total as u64,
             blocks_free: blocks.free as u64,
@@ -230,26 +221,23 @@ impl Me {
             sequences_running: load.running as u32,
             sequences_waiting: load.waiting as u32,
             tokens_waiting: load.tokens_waiting as u64,
-            steps: load.steps,
+            steps: self.engine.progress(),
             prefill_tokens_per_s: self.engine.prefill_tokens_per_s(),
             draining: self.standing.is_draining(),
+            stuck_ms: stuck.as_millis() as u64,
             ..Load::default()
-        }
-    }
-
-    fn accepted(&self, accepted: &HeartbeatAccepted, known: &mut Known, told: Index) {
-        self.standing.answered();
-        known.acknowledge(told);
-        if accepted.index_wanted {
-            known.forget();
         }
     }
 
     fn refused(&self, address: &str, reason: Refused, detail: &str) {
         match reason {
+            Refused::Fenced => {
+                tracing::error!(%address, %detail, "this life of the worker was ended for its silence");
+                self.standing.fence();
+            }
             Refused::Stale | Refused::Incompatible => {
-                tracing::error!(%address, %reason, %detail, "this life of the worker is over");
-                self.standing.superseded.send_replace(true);
+                tracing::error!(%address, %reason, %detail, "this worker is not wanted any more");
+                self.standing.supersede();
             }
             _ => tracing::warn!(%address, %reason, %detail, "heartbeat refused"),
         }

@@ -103,17 +103,35 @@ pub(crate) fn describe(role: Role, spec: &ModelSpec, config: &EngineConfig) {
         Label::new("engine", "0"),
     ];
     gauge!("vllm:cache_config_info", sizes.to_vec()).set(1.0);
-    let labels = [
+    gauge!("baton_worker_model", of_model(role, spec).to_vec()).set(1.0);
+}
+
+/// The process serves this role no more.
+pub(crate) fn undescribe(role: Role, spec: &ModelSpec) {
+    gauge!("baton_worker_model", of_model(role, spec).to_vec()).set(0.0);
+}
+
+fn of_model(role: Role, spec: &ModelSpec) -> [Label; 3] {
+    [
         Label::new("role", role.as_str()),
         Label::new("model", spec.name.clone()),
         Label::new("numerics", spec.numerics.0.clone()),
-    ];
-    gauge!("baton_worker_model", labels.to_vec()).set(1.0);
+    ]
 }
 
 /// Something was refused before it began.
 pub fn count_refused(reason: Refused) {
     counter!("baton_worker_refused_total", "reason" => reason.as_str()).increment(1);
+}
+
+/// A heartbeat found the engine stuck in a step.
+pub(crate) fn count_stuck() {
+    counter!("baton_worker_stuck_total").increment(1);
+}
+
+/// A life of the worker has ended, and how.
+pub(crate) fn count_ending(how: &'static str) {
+    counter!("baton_worker_lives_ended_total", "how" => how).increment(1);
 }
 
 /// Something that had begun was given up.

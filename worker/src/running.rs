@@ -1,32 +1,50 @@
-//! A worker that serves: until it is asked to stop, or cannot go on.
+//! A life of a worker that serves: until it is asked to end, the cluster ends it, or it cannot go on. Model and backend
+//! outlive it.
 
 use std::sync::Arc;
 use std::time::Duration;
 
+use baton_core::Role;
+use baton_core::limits::{HANDOFF_IDLE_MS, HANDOFF_QUIESCE_MS};
 use baton_core::net::Listener;
 use baton_proto::v1::ModelCard;
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tonic::transport::server::Router;
 
+use crate::card::LoadedModel;
 use crate::engine::EngineThread;
 use crate::error::Error;
 use crate::membership::Membership;
+use crate::metrics;
 use crate::shell::Shell;
+use crate::standing::Ending;
 
-/// How long a worker that stops lets its requests go on.
-const DRAIN: Duration = Duration::from_secs(30);
+/// How long requests may take to end after they have been told to.
+const EVICT: Duration = Duration::from_secs(5);
+/// How long others may still read blocks after the last request has ended; a handoff that was given up is quiet by then.
+const UNREAD: Duration = Duration::from_millis(HANDOFF_IDLE_MS + HANDOFF_QUIESCE_MS);
 /// How long connections may take to close after that.
 const CLOSE: Duration = Duration::from_secs(1);
 
 /// What a running worker owns.
 pub(crate) struct Parts {
     pub(crate) address: String,
+    pub(crate) role: Role,
     pub(crate) engine: EngineThread,
     pub(crate) membership: Membership,
     pub(crate) listener: Box<dyn Listener>,
     pub(crate) card: ModelCard,
+    /// How long requests may go on when the worker drains.
+    pub(crate) drain: Duration,
+}
+
+/// What is left of a life that has ended: enough to begin another one without loading the model again.
+pub struct Left {
+    pub model: LoadedModel,
+    /// The coordinators as last heard.
+    pub coordinators: Vec<String>,
 }
 
 /// A serving worker. Dropping it ends everything at once; `stop` lets its requests finish.
@@ -35,6 +53,9 @@ pub struct Running {
     shell: Arc<Shell>,
     server: JoinSet<Result<(), tonic::transport::Error>>,
     shut: Option<oneshot::Sender<()>>,
+    role: Role,
+    card: ModelCard,
+    drain: Duration,
     membership: Option<Membership>,
     engine: Option<EngineThread>,
 }
@@ -47,7 +68,7 @@ impl Running {
         shut: oneshot::Sender<()>,
         shutdown: oneshot::Receiver<()>,
     ) -> Running {
-        let Parts { address, engine, membership, listener, .. } = parts;
+        let Parts { address, role, engine, membership, listener, card, drain } = parts;
         let connections = baton_proto::incoming(listener);
         let mut server = JoinSet::new();
         server.spawn(router.serve_with_incoming_shutdown(connections, async {
@@ -55,7 +76,8 @@ impl Running {
             let _ = shutdown.await;
         }));
         tracing::info!(worker = %shell.id, incarnation = %shell.incarnation, %address, "serving");
-        Running { address, shell, server, shut: Some(shut), membership: Some(membership), engine: Some(engine) }
+        let (shut, membership, engine) = (Some(shut), Some(membership), Some(engine));
+        Running { address, shell, server, shut, role, card, drain, membership, engine }
     }
 
     /// Where others reach the gRPC service.
@@ -67,37 +89,77 @@ impl Running {
         &self.shell
     }
 
-    /// Resolves when the worker cannot go on, with the reason; it has stopped serving by then.
-    pub async fn stopped(&mut self) -> Result<(), Error> {
-        let Some(engine) = &mut self.engine else { return Ok(()) };
-        let end = tokio::select! {
-            () = self.shell.standing.superseded() => Error::Superseded,
-            () = engine.died() => Error::EngineDied,
+    /// Resolves when this life is to end: with what is to follow, or with the reason why nothing can. What is fenced or
+    /// has failed has stopped serving by then; what was ordered to end serves until `end`.
+    pub async fn ending(&mut self) -> Result<Ending, Error> {
+        let Some(engine) = &mut self.engine else { return Err(Error::EngineDied) };
+        let standing = &self.shell.standing;
+        let ending = tokio::select! {
+            () = standing.superseded() => Err(Error::Superseded),
+            ending = standing.ending() => Ok(ending),
+            () = standing.alone(self.shell.autonomy) => Ok(Ending::Alone),
+            () = engine.died() => Err(Error::EngineDied),
             ended = self.server.join_next() => match ended {
-                Some(Ok(Err(error))) => Error::Server(error),
-                _ => Error::ServerEnded,
+                Some(Ok(Err(error))) => Err(Error::Server(error)),
+                _ => Err(Error::ServerEnded),
             },
         };
-        self.shell.close();
-        self.server.abort_all();
-        Err(end)
+        if !matches!(ending, Ok(Ending::Drained | Ending::Becomes(_))) {
+            self.shell.close();
+        }
+        if ending.is_err() {
+            self.server.abort_all();
+        }
+        ending
     }
 
-    /// Takes no more requests, lets those it has finish within bounds, leaves the cluster, and ends.
-    pub async fn stop(mut self) {
-        self.shell.standing.drain();
-        if timeout(DRAIN, self.shell.idle()).await.is_err() {
-            tracing::warn!(worker = %self.shell.id, "requests are still running after the drain; they end now");
+    /// Ends this life. An ordered end takes no more requests, lets those it has finish within bounds, gives the rest
+    /// back to their gateways, and leaves the cluster; any other one drops everything.
+    pub async fn end(mut self, ending: Ending) -> Result<Left, Error> {
+        let (worker, since) = (self.shell.id.clone(), Instant::now());
+        let orderly = matches!(ending, Ending::Drained | Ending::Becomes(_));
+        metrics::count_ending(ending.as_str());
+        if orderly {
+            tokio::select! {
+                () = self.drained() => {}
+                // Whoever is fenced meanwhile has nothing to wait for.
+                () = self.shell.standing.over() => {}
+            }
         }
         self.shell.close();
-        if let Some(membership) = self.membership.take() {
+        let coordinators = self.membership.as_ref().map(Membership::coordinators).unwrap_or_default();
+        if let Some(membership) = self.membership.take().filter(|_| orderly) {
             membership.leave().await;
         }
         drop(self.shut.take());
         let _ = timeout(CLOSE, self.server.join_next()).await;
-        if let Some(engine) = self.engine.take() {
-            // Joining waits for the step that is being computed.
-            let _ = tokio::task::spawn_blocking(move || drop(engine)).await;
+        self.server.abort_all();
+        let engine = self.engine.take().ok_or(Error::EngineDied)?;
+        let backend = engine.finish().await?;
+        metrics::undescribe(self.role, &self.shell.spec);
+        tracing::info!(%worker, ?ending, took_ms = since.elapsed().as_millis() as u64, "this life has ended");
+        let model = LoadedModel { spec: self.shell.spec.clone(), backend, card: self.card.clone() };
+        Ok(Left { model, coordinators })
+    }
+
+    /// Takes no more requests, and waits until none is left and nobody reads a block.
+    async fn drained(&self) {
+        let shell = &self.shell;
+        shell.standing.drain();
+        if timeout(self.drain, shell.idle()).await.is_err() {
+            tracing::warn!(worker = %shell.id, requests = shell.requests(), "the drain's time is up: they go on elsewhere");
+            shell.evict();
+            let _ = timeout(EVICT, shell.idle()).await;
+        }
+        if timeout(UNREAD, shell.engine.unread()).await.is_err() {
+            tracing::warn!(worker = %shell.id, "somebody still holds blocks of this worker");
+        }
+    }
+
+    /// Ends it as a drain does.
+    pub async fn stop(self) {
+        if let Err(error) = self.end(Ending::Drained).await {
+            tracing::error!(%error, "the worker did not end well");
         }
     }
 }

@@ -4,10 +4,9 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use baton_core::limits::AUTONOMY_GRACE_MS;
 use baton_core::net::Listener;
-use baton_core::{Env, Incarnation, Net, Place, Refused, Role, WorkerId};
-use baton_engine::{Engine, EngineConfig, ModelSpec};
+use baton_core::{Env, Incarnation, Net, Place, Refused, Role, TokenId, WorkerId};
+use baton_engine::{Backend, Engine, EngineConfig, ModelSpec};
 use baton_proto::convert::refusal;
 use baton_proto::v1::worker_server::{Worker, WorkerServer};
 use baton_proto::v1::{CardRequest, Member, ModelCard, ModelSummary, Refusal};
@@ -15,14 +14,16 @@ use tokio::sync::{oneshot, watch};
 use tonic::service::Routes;
 
 use crate::assigned::Assigned;
+use crate::canary;
 use crate::card::LoadedModel;
 use crate::config::Config;
 use crate::engine::{EngineHandle, EngineThread};
 use crate::error::StartError;
 use crate::lease::Epochs;
-use crate::membership::{Membership, Standing, register};
+use crate::membership::{Membership, register};
 use crate::metrics;
 use crate::running::{Parts, Running};
+use crate::standing::Standing;
 
 /// A worker that listens and has its memory, and that nobody knows yet.
 pub struct Opened {
@@ -34,6 +35,7 @@ pub struct Opened {
     card: ModelCard,
     role: Role,
     rng: baton_core::Rng,
+    golden: Vec<TokenId>,
 }
 
 /// A worker that the cluster knows and that is about to serve.
@@ -51,21 +53,37 @@ pub struct Shell {
     pub config: EngineConfig,
     pub(crate) standing: Arc<Standing>,
     epochs: Mutex<Epochs>,
+    /// How long it goes on while no coordinator answers.
+    pub(crate) autonomy: Duration,
     active: watch::Sender<usize>,
+    evicting: watch::Sender<bool>,
     closing: watch::Sender<bool>,
 }
 
-/// Checks the config, makes the cache, starts the engine thread and binds the listener.
+/// Checks the config, binds the listener, lets the model answer its canary, makes the cache and starts the engine
+/// thread.
 pub async fn open(role: Role, config: Config, model: LoadedModel, env: Env) -> Result<Opened, StartError> {
     check(role, &config)?;
     let Env { net, rng, .. } = env;
     let LoadedModel { spec, backend, card } = model;
     let listen = net.listen(&config.listen).await;
     let listener = listen.map_err(|source| StartError::Listen { address: config.listen.clone(), source })?;
+    let (golden, backend) = golden(&spec, backend).await?;
     metrics::describe(role, &spec, &config.engine);
     let engine = Engine::new(spec.clone(), config.engine);
     let engine = EngineThread::start(engine, backend).map_err(StartError::Thread)?;
-    Ok(Opened { config, net, spec, engine, listener, card, role, rng })
+    Ok(Opened { config, net, spec, engine, listener, card, role, rng, golden })
+}
+
+/// The golden tokens, computed beside the runtime.
+async fn golden(
+    spec: &ModelSpec,
+    mut backend: Box<dyn Backend>,
+) -> Result<(Vec<TokenId>, Box<dyn Backend>), StartError> {
+    let spec = spec.clone();
+    let answering = tokio::task::spawn_blocking(move || (canary::golden(&spec, &mut *backend), backend));
+    let (golden, backend) = answering.await.map_err(|_| StartError::CanaryPanicked)?;
+    Ok((golden?, backend))
 }
 
 fn check(role: Role, config: &Config) -> Result<(), StartError> {
@@ -100,24 +118,31 @@ impl Opened {
     pub async fn join(mut self) -> Result<Joined, StartError> {
         let member = self.member();
         let registered = register(&self.net, &self.config.coordinators, &member, &mut self.rng).await?;
-        let (engine, standing) = (self.engine.handle().clone(), Arc::new(Standing::new()));
-        let coordinators = &self.config.coordinators;
-        let membership =
-            Membership::start(self.net.clone(), member, registered, coordinators, standing.clone(), engine.clone());
+        let member = Member { incarnation: registered.incarnation, ..member };
+        let coordinators = match registered.coordinators.is_empty() {
+            true => self.config.coordinators.clone(),
+            false => registered.coordinators,
+        };
+        let (engine, standing) = (self.engine.handle().clone(), Arc::new(Standing::new(coordinators)));
+        let (net, told) = (self.net.clone(), standing.clone());
+        let membership = Membership::start(net, member, self.role, registered.heartbeat_ms, told, engine.clone());
         let address = self.address();
+        let drain = Duration::from_millis(self.config.drain_ms);
         let shell = Arc::new(Shell {
             id: self.config.id,
-            incarnation: membership.incarnation(),
+            incarnation: Incarnation(registered.incarnation),
             spec: self.spec,
             engine,
             config: self.config.engine,
             standing,
             epochs: Mutex::default(),
+            autonomy: Duration::from_millis(self.config.autonomy_ms),
             active: watch::Sender::new(0),
+            evicting: watch::Sender::new(false),
             closing: watch::Sender::new(false),
         });
-        let Opened { engine, listener, card, .. } = self;
-        Ok(Joined { shell, parts: Parts { address, engine, membership, listener, card } })
+        let Opened { engine, listener, card, role, .. } = self;
+        Ok(Joined { shell, parts: Parts { address, role, engine, membership, listener, card, drain } })
     }
 
     fn member(&self) -> Member {
@@ -138,7 +163,7 @@ impl Opened {
                 layout: spec.layout.describe(),
                 blocks_total: self.config.engine.blocks as u64,
                 block_bytes: spec.layout.block_bytes() as u64,
-                canary_tokens: Vec::new(),
+                canary_tokens: self.golden.clone(),
                 vocab: spec.vocab as u64,
             }),
         }
@@ -183,7 +208,7 @@ impl Shell {
         if self.standing.is_draining() {
             return Err((Refused::Draining, "the worker is stopping".into()));
         }
-        if self.standing.silence() > Duration::from_millis(AUTONOMY_GRACE_MS) {
+        if self.standing.silence() > self.autonomy {
             return Err((Refused::Unavailable, "no coordinator has answered for too long".into()));
         }
         if assigned.left().is_zero() {
@@ -200,12 +225,31 @@ impl Shell {
         tokio::select! {
             // The sender lives as long as `self`.
             _ = closing.wait_for(|closing| *closing) => {}
-            () = self.standing.superseded() => {}
+            () = self.standing.over() => {}
         }
+    }
+
+    /// Resolves when what is still running is to end, so that it goes on elsewhere.
+    pub async fn evicted(&self) {
+        let mut evicting = self.evicting.subscribe();
+        tokio::select! {
+            // The sender lives as long as `self`.
+            _ = evicting.wait_for(|evicting| *evicting) => {}
+            () = self.closed() => {}
+        }
+    }
+
+    pub(crate) fn evict(&self) {
+        self.evicting.send_replace(true);
     }
 
     pub(crate) fn close(&self) {
         self.closing.send_replace(true);
+    }
+
+    /// Requests being served.
+    pub(crate) fn requests(&self) -> usize {
+        *self.active.borrow()
     }
 
     /// Resolves when no request is left.

@@ -12,11 +12,13 @@ use tokio::time::Instant;
 use crate::inbox::{Admit, Command, Key};
 use crate::metrics::StepMetrics;
 use crate::outlet::{Broken, Export, Note, Notes, Outlet};
+use crate::pulse::Pulse;
 
 /// The newest load, for heartbeats and metrics.
 #[derive(Default)]
 pub(crate) struct Published {
     load: Mutex<(Load, u64)>,
+    pub(crate) pulse: Pulse,
 }
 
 impl Published {
@@ -81,6 +83,11 @@ impl Steps {
         self.deliver_ready();
         self.flush();
         self.publish();
+    }
+
+    /// Ends the engine and gives its backend back; what it still held is dropped.
+    pub(crate) fn into_backend(self) -> Box<dyn Backend> {
+        self.backend
     }
 
     /// One step; false when there is nothing to do.

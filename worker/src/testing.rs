@@ -12,8 +12,8 @@ use baton_proto::convert::{block_hash, refusal};
 use baton_proto::v1::coordinator_server::{Coordinator, CoordinatorServer};
 use baton_proto::v1::{
     AssignReply, AssignRequest, ClusterView, FinishReply, FinishRequest, HeartbeatAccepted, HeartbeatReply,
-    HeartbeatRequest, LeaveReply, LeaveRequest, Load, Member, ModelCard, RegisterReply, RegisterRequest, Registered,
-    WatchRequest, heartbeat_reply, register_reply,
+    HeartbeatRequest, LeaveReply, LeaveRequest, Load, Member, ModelCard, Order, RegisterReply, RegisterRequest,
+    Registered, WatchRequest, heartbeat_reply, register_reply,
 };
 use tokio::task::JoinSet;
 use tonic::{Request, Response, Status};
@@ -43,6 +43,11 @@ struct State {
     loads: BTreeMap<String, Load>,
     indices: BTreeMap<String, BTreeSet<BlockHash>>,
     index_wanted: bool,
+    fenced: BTreeSet<String>,
+    orders: BTreeMap<String, Order>,
+    /// What heartbeats are told of the coordinators.
+    coordinators: Vec<String>,
+    beats: usize,
     registrations: usize,
     left: BTreeSet<String>,
 }
@@ -70,6 +75,31 @@ impl FakeCoordinator {
     /// Pretends that another process has registered under the worker's name.
     pub fn supersede(&self, id: &str) {
         *lock(&self.state).lives.entry(id.into()).or_default() += 1;
+    }
+
+    /// Ends the life of a worker, as if it had been silent.
+    pub fn fence(&self, id: &str) {
+        lock(&self.state).fenced.insert(id.into());
+    }
+
+    /// Orders a worker, until it registers again.
+    pub fn order(&self, id: &str, order: Order) {
+        lock(&self.state).orders.insert(id.into(), order);
+    }
+
+    /// Names these coordinators with every answer.
+    pub fn list(&self, coordinators: &[&FakeCoordinator]) {
+        lock(&self.state).coordinators = coordinators.iter().map(|one| one.address()).collect();
+    }
+
+    /// Heartbeats heard.
+    pub fn beats(&self) -> usize {
+        lock(&self.state).beats
+    }
+
+    /// A worker as it registered last.
+    pub fn member(&self, id: &str) -> Option<Member> {
+        lock(&self.state).members.get(id).cloned()
     }
 
     /// Asks for the whole index with every answer.
@@ -115,6 +145,9 @@ impl Coordinator for Service {
         let life = state.lives.entry(member.id.clone()).or_default();
         *life += 1;
         let registered = Registered { incarnation: *life, ..Registered::default() };
+        state.fenced.remove(&member.id);
+        state.orders.remove(&member.id);
+        state.left.remove(&member.id);
         state.members.insert(member.id.clone(), member);
         Ok(Response::new(RegisterReply { outcome: Some(register_reply::Outcome::Registered(registered)) }))
     }
@@ -122,9 +155,14 @@ impl Coordinator for Service {
     async fn heartbeat(&self, request: Request<HeartbeatRequest>) -> Result<Response<HeartbeatReply>, Status> {
         let beat = request.into_inner();
         let mut state = lock(&self.0);
-        let outcome = match state.lives.get(&beat.id) == Some(&beat.incarnation) {
-            true => heartbeat_reply::Outcome::Accepted(state.hear(beat)),
-            false => heartbeat_reply::Outcome::Refused(refusal(Refused::Stale, "superseded")),
+        state.beats += 1;
+        let reason = match state.lives.get(&beat.id) {
+            Some(life) if *life > beat.incarnation => Some(Refused::Stale),
+            _ => state.fenced.contains(&beat.id).then_some(Refused::Fenced),
+        };
+        let outcome = match reason {
+            None => heartbeat_reply::Outcome::Accepted(state.hear(beat)),
+            Some(reason) => heartbeat_reply::Outcome::Refused(refusal(reason, "as told")),
         };
         Ok(Response::new(HeartbeatReply { outcome: Some(outcome) }))
     }
@@ -180,8 +218,10 @@ impl State {
             index.remove(&hash);
         }
         index.extend(hashes(&load.blocks_added));
+        let order = self.orders.get(&beat.id).copied().unwrap_or(Order::Serve).into();
         self.loads.insert(beat.id, load);
-        HeartbeatAccepted { leader: true, index_wanted: self.index_wanted, ..HeartbeatAccepted::default() }
+        let (index_wanted, coordinators) = (self.index_wanted, self.coordinators.clone());
+        HeartbeatAccepted { leader: true, index_wanted, order, coordinators, ..HeartbeatAccepted::default() }
     }
 }
 

@@ -4,14 +4,15 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use baton_core::limits::{BLOCK_TOKENS, WORKER_QUEUE_MAX};
-use baton_core::{Env, Role};
+use baton_core::{Env, Rng, Role};
 use baton_engine::{LoadOptions, Loaded, ModelSpec, Progress};
 use baton_kernels::Profile;
-use baton_worker::{Config, LoadedModel};
+use baton_worker::{Config, Ending, Error, Left, LoadedModel, Running, StartError};
 use clap::Args;
+use tokio::time::Instant;
 
 use super::settings::{Settings, texts};
-use super::{EXIT_CODES, RoleFlags, metrics, not_started};
+use super::{Asked, EXIT_CODES, RoleFlags, STOP_MAX, metrics, not_started};
 use crate::event::{Event, Voice};
 use crate::exit::Failure;
 use crate::surroundings;
@@ -25,10 +26,12 @@ const SEQUENCES_MAX: usize = 256;
 
 /// Run one worker.
 ///
-/// It loads the model, registers with the coordinators and serves until it is ended.
+/// It loads the model, registers with the coordinators and serves until it is ended. An order of the cluster can drain it
+/// (`baton drain`) or make it serve the other role with the weights it has (`baton role`). A worker that the cluster has given
+/// up for its silence drops what it had and registers anew.
 ///
 /// Keys of the TOML file, as the flags of these names: id, listen, kv_listen, advertise_host, coordinators (a list), model,
-/// threads, profile, metrics, kv_bytes. In the table [engine]: blocks (--kv-blocks), batch_tokens_max (--batch-tokens),
+/// threads, profile, metrics, kv_bytes, drain_ms, autonomy_ms. In the table [engine]: blocks (--kv-blocks), batch_tokens_max (--batch-tokens),
 /// sequences_max (sequences worked on at a time, 256), queue_max (requests that wait before more are refused, 256),
 /// prefix_cache (whether finished blocks are kept and found by content, true).
 #[derive(Args, Debug)]
@@ -69,6 +72,12 @@ pub(crate) struct WorkerFlags {
     /// Tokens one step computes at most [default: 512]
     #[arg(long, value_name = "N")]
     batch_tokens: Option<u32>,
+    /// How long requests may go on when this worker drains, before they move to others [default: 30000]
+    #[arg(long, value_name = "MS")]
+    drain_ms: Option<u32>,
+    /// How long it goes on serving while no coordinator answers [default: 30000]
+    #[arg(long, value_name = "MS")]
+    autonomy_ms: Option<u32>,
     /// Address for /metrics and /live; port 0 takes a free one [default: 127.0.0.1:0]
     #[arg(long, value_name = "HOST:PORT")]
     metrics: Option<String>,
@@ -98,30 +107,90 @@ async fn serve(flags: WorkerFlags, role: Role) -> Result<(), Failure> {
     let (model, settings) = load(&own, settings, voice).await?;
     let config: Config = settings.finish()?;
     let metrics = metrics::serve(env.net.clone(), &own.metrics, handle).await.map_err(Failure::refused)?;
-    let id = config.id.to_string();
-    start(role, config, model, env, id, metrics, voice).await
+    let (id, configured) = (config.id.to_string(), config.coordinators.clone());
+    let mut lives = Lives { id, configured, metrics, voice, asked: Asked::new()? };
+    lives.live(role, config, model, env).await
 }
 
-async fn start(
-    role: Role,
-    config: Config,
-    model: LoadedModel,
-    env: Env,
+/// What stays the same in all lives of this process.
+struct Lives {
     id: String,
+    configured: Vec<String>,
     metrics: String,
     voice: Voice,
-) -> Result<(), Failure> {
-    let refused = |error: &dyn std::fmt::Display| not_started(&id, error);
-    match role {
-        Role::Prefill => {
-            let running = baton_prefill_worker::start(config, model, env).await.map_err(|e| refused(&e))?;
-            super::serve(running, role, id, Some(metrics), voice).await
-        }
-        _ => {
-            let running = baton_decode_worker::start(config, model, env).await.map_err(|e| refused(&e))?;
-            super::serve(running, role, id, Some(metrics), voice).await
+    asked: Asked,
+}
+
+impl Lives {
+    /// One life after another, in whichever role, until the process is to end. The weights are loaded once.
+    async fn live(
+        &mut self,
+        mut role: Role,
+        mut config: Config,
+        mut model: LoadedModel,
+        mut env: Env,
+    ) -> Result<(), Failure> {
+        let mut before: Option<Instant> = None;
+        loop {
+            let life = Env { net: env.net.clone(), clock: env.clock.clone(), rng: Rng::new(env.rng.u64()) };
+            let started = tokio::select! {
+                started = start(role, config.clone(), model, life) => started,
+                () = self.asked.come() => return Ok(()),
+            };
+            let running = started.map_err(|error| not_started(&self.id, error))?;
+            self.announce(role, &running, before);
+            let Some((ending, left)) = self.until_its_end(running).await? else { return Ok(()) };
+            match ending {
+                Ending::Drained => return Ok(()),
+                Ending::Becomes(other) => role = other,
+                Ending::Fenced | Ending::Alone => {}
+            }
+            before = Some(Instant::now());
+            (config.role, config.coordinators) = (role, union(left.coordinators, &self.configured));
+            model = left.model;
         }
     }
+
+    fn announce(&self, role: Role, running: &Running, before: Option<Instant>) {
+        let (id, address) = (self.id.clone(), running.address());
+        let idle_ms = before.map(|before| before.elapsed().as_millis() as u64);
+        tracing::info!(%role, id, address, idle_ms, "ready");
+        self.voice.say(&Event::Ready { role, id, address, metrics: Some(self.metrics.clone()) });
+    }
+
+    /// How a life ended and what is left of it; None when the process was asked to end.
+    async fn until_its_end(&mut self, mut running: Running) -> Result<Option<(Ending, Left)>, Failure> {
+        let failed = |error: Error| anyhow::anyhow!("{} failed: {error}", self.id);
+        let ending = tokio::select! {
+            ending = running.ending() => ending.map_err(failed)?,
+            () = self.asked.come() => {
+                tracing::info!(id = self.id, "ending");
+                if tokio::time::timeout(STOP_MAX, running.stop()).await.is_err() {
+                    tracing::warn!(id = self.id, "did not end within {} s and is ended", STOP_MAX.as_secs());
+                }
+                return Ok(None);
+            }
+        };
+        self.voice.say(&Event::LifeEnds { how: ending.as_str().to_string() });
+        tokio::select! {
+            left = running.end(ending) => Ok(Some((ending, left.map_err(failed)?))),
+            () = self.asked.come() => Ok(None),
+        }
+    }
+}
+
+async fn start(role: Role, config: Config, model: LoadedModel, env: Env) -> Result<Running, StartError> {
+    match role {
+        Role::Prefill => baton_prefill_worker::start(config, model, env).await,
+        _ => baton_decode_worker::start(config, model, env).await,
+    }
+}
+
+/// The coordinators as last heard, and the configured ones in case all of those have moved.
+fn union(mut heard: Vec<String>, configured: &[String]) -> Vec<String> {
+    let others = configured.iter().filter(|address| !heard.contains(address)).cloned().collect::<Vec<_>>();
+    heard.extend(others);
+    heard
 }
 
 /// Lays flags over the file and takes out what this process reads itself.
@@ -132,6 +201,8 @@ fn settings(flags: WorkerFlags, role: Role) -> Result<(Own, Settings), Failure> 
     settings.flag("kv_listen", flags.kv_listen);
     settings.flag("advertise_host", flags.advertise_host);
     settings.flag("coordinators", texts(&flags.coordinators));
+    settings.flag("drain_ms", flags.drain_ms);
+    settings.flag("autonomy_ms", flags.autonomy_ms);
     settings.flag("engine.blocks", flags.kv_blocks);
     settings.flag("engine.batch_tokens_max", flags.batch_tokens);
     settings.flag("role", Some(role.as_str()));

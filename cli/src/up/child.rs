@@ -67,6 +67,8 @@ pub(crate) struct Child {
     /// The reason it gave before it ended.
     pub(crate) failure: Option<String>,
     pub(crate) served: bool,
+    /// It has said that it drains: it is not started again when it has ended as it should.
+    drained: bool,
     restarts: u32,
     /// Deaths since it was last healthy.
     pub(crate) deaths: u32,
@@ -89,6 +91,7 @@ impl Child {
             loaded: (0, 0),
             failure: None,
             served: false,
+            drained: false,
             restarts: 0,
             deaths: 0,
             death: None,
@@ -123,11 +126,23 @@ impl Child {
         self.ready_at = Some(Instant::now());
     }
 
+    /// A life of the worker in it ends: the process does too after a drain, else it will serve again.
+    pub(crate) fn ends_life(&mut self, how: &str) {
+        self.state = State::Starting;
+        self.drained = how == "drained";
+    }
+
+    /// Whether a process that has ended so did what it was to do.
+    pub(crate) fn is_dismissed(&self, code: Option<u8>) -> bool {
+        self.drained && code == Some(0)
+    }
+
     /// Notes a death and when the next life may begin.
     pub(crate) fn died(&mut self, how: String) {
         let healthy = self.ready_at.take().is_some_and(|since| since.elapsed() >= HEALTHY);
         self.deaths = if healthy { 1 } else { self.deaths + 1 };
         self.state = State::Down;
+        self.drained = false;
         self.restarts += 1;
         self.start_at = Instant::now() + backoff(self.deaths);
         self.death = Some((Instant::now(), format!("{} (pid {}) {how}", self.plan.id, self.pid)));

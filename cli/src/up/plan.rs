@@ -36,6 +36,16 @@ pub(crate) struct Plan {
     pub(crate) arguments: Vec<String>,
 }
 
+impl Plan {
+    /// A worker that has changed its role is started in the new one from now on.
+    pub(crate) fn take_role(&mut self, role: Role) {
+        self.role = role;
+        if let Some(command) = self.arguments.first_mut() {
+            *command = format!("{role}-worker");
+        }
+    }
+}
+
 impl Topology {
     /// Coordinators first, the gateway last.
     pub(crate) fn plans(&self) -> Vec<Plan> {

@@ -1,5 +1,6 @@
 //! Starts all children at once, starts again those that die, and ends them all.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -36,7 +37,8 @@ pub(crate) struct Cluster {
 /// Owns every child.
 pub(crate) struct Supervisor {
     cluster: Cluster,
-    children: Vec<Child>,
+    /// By a number that is never used again.
+    children: BTreeMap<usize, Child>,
     notices: mpsc::Receiver<Notice>,
     sender: mpsc::Sender<Notice>,
     screen: Screen,
@@ -80,7 +82,7 @@ impl Supervisor {
         let (sender, notices) = mpsc::channel(256);
         Ok(Supervisor {
             cluster,
-            children: plans.into_iter().map(Child::new).collect(),
+            children: plans.into_iter().map(Child::new).enumerate().collect(),
             notices,
             sender,
             screen,
@@ -103,7 +105,7 @@ impl Supervisor {
         if !self.start().await? {
             return Ok(());
         }
-        let rows: Vec<_> = self.children.iter().map(Child::row).collect();
+        let rows: Vec<_> = self.children.values().map(Child::row).collect();
         self.screen.announce(&self.cluster, &rows, self.started.elapsed());
         loop {
             let restart_at = self.restart_at();
@@ -119,7 +121,7 @@ impl Supervisor {
     async fn start(&mut self) -> Result<bool, Failure> {
         self.restart_due();
         let mut heard = Instant::now();
-        while !self.children.iter().all(|child| child.state == State::Ready) {
+        while !self.children.values().all(|child| child.state == State::Ready) {
             let restart_at = self.restart_at();
             tokio::select! {
                 () = self.stop.asked() => return Ok(false),
@@ -141,7 +143,7 @@ impl Supervisor {
 
     fn silent(&self) -> Failure {
         let late: Vec<_> =
-            self.children.iter().filter(|c| c.state != State::Ready).map(|c| c.plan.id.as_str()).collect();
+            self.children.values().filter(|c| c.state != State::Ready).map(|c| c.plan.id.as_str()).collect();
         let logs = self.logs();
         let silence = START_SILENCE.as_secs();
         anyhow::anyhow!("{} said nothing for {silence} s while starting; see {}", late.join(", "), logs.display())
@@ -151,7 +153,7 @@ impl Supervisor {
     /// A child that refuses to start, or keeps dying before it has ever served, ends the start.
     fn give_up(&self, notice: &Notice) -> Result<(), Failure> {
         let Notice::Ended { child, how, code } = notice else { return Ok(()) };
-        let child = &self.children[*child];
+        let Some(child) = self.children.get(child) else { return Ok(()) };
         let refused = *code == Some(REFUSED);
         if child.served || !(refused || child.deaths + 1 >= FIRST_TRIES) {
             return Ok(());
@@ -172,19 +174,23 @@ impl Supervisor {
     fn take(&mut self, notice: Notice) {
         match notice {
             Notice::Said { child, event } => self.hear(child, event),
-            Notice::Ended { child, how, .. } => self.bury(child, how),
+            Notice::Ended { child, how, code } => self.bury(child, how, code),
         }
     }
 
     fn hear(&mut self, index: usize, event: Event) {
-        let child = &mut self.children[index];
+        let Some(child) = self.children.get_mut(&index) else { return };
         match event {
             Event::Loading { done, total } => {
                 child.loaded = (done, total);
-                let sums = self.children.iter().fold((0, 0), |sum, c| (sum.0 + c.loaded.0, sum.1 + c.loaded.1));
+                let sums = self.children.values().fold((0, 0), |sum, c| (sum.0 + c.loaded.0, sum.1 + c.loaded.1));
                 self.screen.loading(sums.0, sums.1);
             }
-            Event::Ready { address, metrics, .. } => {
+            Event::Ready { role, address, metrics, .. } => {
+                if role != child.plan.role {
+                    self.screen.note(&format!("{} (pid {}) serves as {role} now", child.plan.id, child.pid));
+                    child.plan.take_role(role);
+                }
                 child.serves(address, metrics);
                 if let Some((died, words)) = child.death.take() {
                     let line = format!("{words}; restarted as pid {} in {} ms", child.pid, died.elapsed().as_millis());
@@ -192,12 +198,22 @@ impl Supervisor {
                 }
                 self.write();
             }
+            Event::LifeEnds { how } => {
+                self.screen.note(&format!("{} (pid {}) ends this life: {how}", child.plan.id, child.pid));
+                child.ends_life(&how);
+                self.write();
+            }
             Event::Failed { message, .. } => child.failure = Some(message),
         }
     }
 
-    fn bury(&mut self, index: usize, how: String) {
-        let child = &mut self.children[index];
+    fn bury(&mut self, index: usize, how: String, code: Option<u8>) {
+        let Some(child) = self.children.get_mut(&index) else { return };
+        if child.is_dismissed(code) {
+            self.screen.note(&format!("{} (pid {}) has drained and is gone", child.plan.id, child.pid));
+            self.children.remove(&index);
+            return self.write();
+        }
         let before_ready = child.state == State::Starting;
         child.died(how);
         if before_ready && let Some((_, words)) = &child.death {
@@ -211,17 +227,17 @@ impl Supervisor {
 
     /// When the next child is to be started; far away when all run.
     fn restart_at(&self) -> Instant {
-        let waiting = self.children.iter().filter(|child| !child.alive()).map(|child| child.start_at);
+        let waiting = self.children.values().filter(|child| !child.alive()).map(|child| child.start_at);
         waiting.min().unwrap_or_else(|| Instant::now() + Duration::from_secs(3600))
     }
 
     fn restart_due(&mut self) {
         let (now, logs) = (Instant::now(), self.logs());
-        for (index, child) in self.children.iter_mut().enumerate() {
+        for (index, child) in &mut self.children {
             if child.alive() || child.start_at > now {
                 continue;
             }
-            if let Err(error) = child.start(index, &logs, self.sender.clone()) {
+            if let Err(error) = child.start(*index, &logs, self.sender.clone()) {
                 child.died(format!("cannot be started: {error:#}"));
             }
         }
@@ -236,7 +252,7 @@ impl Supervisor {
             url: self.cluster.url.clone(),
             model: self.cluster.model.clone(),
             started_unix_ms: self.started_unix_ms,
-            processes: self.children.iter().map(Child::row).collect(),
+            processes: self.children.values().map(Child::row).collect(),
         };
         if let Err(error) = file.write(&self.cluster.data) {
             tracing::warn!("the cluster file cannot be written: {error}");
@@ -249,7 +265,7 @@ impl Supervisor {
         let deadline = Instant::now() + GRACE;
         let order: [&[Role]; 3] = [&[Role::Gateway], &[Role::Prefill, Role::Decode], &[Role::Coordinator]];
         for roles in order {
-            for child in self.children.iter().filter(|child| roles.contains(&child.plan.role)) {
+            for child in self.children.values().filter(|child| roles.contains(&child.plan.role)) {
                 child.order(Order::Terminate);
             }
             if !self.gone_by(deadline, roles).await {
@@ -257,7 +273,7 @@ impl Supervisor {
             }
         }
         let all = [Role::Gateway, Role::Prefill, Role::Decode, Role::Coordinator];
-        for child in self.children.iter().filter(|child| child.alive()) {
+        for child in self.children.values().filter(|child| child.alive()) {
             child.order(Order::Kill);
         }
         self.gone_by(Instant::now() + KILL_GRACE, &all).await;
@@ -265,13 +281,15 @@ impl Supervisor {
 
     /// Waits until no child of these roles lives. False when the time is up or the person is impatient.
     async fn gone_by(&mut self, deadline: Instant, roles: &[Role]) -> bool {
-        while self.children.iter().any(|child| child.alive() && roles.contains(&child.plan.role)) {
+        while self.children.values().any(|child| child.alive() && roles.contains(&child.plan.role)) {
             tokio::select! {
                 () = self.stop.asked() => return false,
                 () = tokio::time::sleep_until(deadline) => return false,
                 Some(notice) = self.notices.recv() => {
-                    if let Notice::Ended { child, how, .. } = notice {
-                        self.children[child].died(how);
+                    if let Notice::Ended { child, how, .. } = notice
+                        && let Some(child) = self.children.get_mut(&child)
+                    {
+                        child.died(how);
                     }
                 }
             }

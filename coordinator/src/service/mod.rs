@@ -8,10 +8,6 @@ mod explain;
 mod keep;
 mod lead;
 mod membership;
-#[allow(dead_code)] // the canary comes with the next commit
-mod pairs;
-mod progress;
-mod promises;
 mod propose;
 mod roster;
 mod view;
@@ -255,7 +251,7 @@ impl Shared {
         self.loads_changed.send_modify(|version| *version += 1);
         Ok(match taken {
             Ok(index_wanted) => Ok(self.accepted(index_wanted, view::order(order))),
-            Err(Old) => Err(refusal(Refused::Stale, "a later heartbeat has been heard")),
+            Err(Old) => Err(refusal(Refused::Expired, "a later heartbeat has been heard")),
         })
     }
 
@@ -263,15 +259,15 @@ impl Shared {
     fn in_force(&self, id: &WorkerId, incarnation: Incarnation) -> Result<(), Refusal> {
         let leads = self.lead.now().is_some();
         let ledger = self.node.ledger();
-        let over = match ledger.worker(id) {
-            Some(worker) if worker.incarnation == incarnation => !worker.live,
-            Some(worker) => worker.incarnation > incarnation || leads,
-            None => leads,
+        // A process whose life was ended for its silence may come back; one whose name another process has, may not.
+        let reason = match ledger.worker(id) {
+            Some(worker) if worker.incarnation == incarnation && worker.live => return Ok(()),
+            Some(worker) if worker.incarnation > incarnation => Refused::Stale,
+            Some(worker) if worker.incarnation == incarnation => Refused::Fenced,
+            _ if leads => Refused::Fenced,
+            _ => return Ok(()),
         };
-        if !over {
-            return Ok(());
-        }
-        Err(refusal(Refused::Stale, format!("{id} incarnation {incarnation} is not in force: register again")))
+        Err(refusal(reason, format!("{id} incarnation {incarnation} is not in force: register again")))
     }
 
     fn accepted(&self, index_wanted: bool, order: v1::Order) -> v1::HeartbeatAccepted {

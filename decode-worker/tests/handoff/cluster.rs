@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use baton_core::limits::{AUTONOMY_GRACE_MS, DRAIN_MS};
 use baton_core::{Env, Net, Place, Rng, Role, SystemClock, WorkerId};
 use baton_engine::{CacheStats, EngineConfig};
 use baton_proto::TcpNet;
@@ -74,6 +75,8 @@ impl Cluster {
             kv_listen: "127.0.0.1:0".into(),
             advertise_host: "127.0.0.1".into(),
             coordinators: vec![self.coordinator.address()],
+            drain_ms: DRAIN_MS,
+            autonomy_ms: AUTONOMY_GRACE_MS,
             engine,
         }
     }

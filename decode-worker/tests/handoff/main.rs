@@ -6,5 +6,6 @@ mod gate;
 mod gateway;
 
 mod faults;
+mod lives;
 mod recall;
 mod same_bytes;

@@ -1,11 +1,14 @@
 //! The engine thread: notes in order, cancellation by drop, readers that do not read, and a backend that panics.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+
 use baton_core::Refused;
 use baton_engine::testing::{request, work};
 use baton_engine::{Backend, Batch, Event, Goal, Output, Work};
 use baton_worker::outlet::{Note, Outlet, Phases, outlet};
 use baton_worker::testing::{FakeCoordinator, hash_model};
-use baton_worker::{Admission, Error, LoadedModel, Running, Submission};
+use baton_worker::{Admission, Error, LoadedModel, Running, StartError, Submission};
 
 use crate::{config, eventually, net, start, start_with};
 
@@ -107,22 +110,72 @@ async fn a_reader_that_does_not_read_is_overrun() {
     eventually("its blocks are free", || is_free(&worker)).await;
 }
 
-struct Panics;
+/// Computes as it should until it is told to do what `then` says.
+struct Fails {
+    backend: Box<dyn Backend>,
+    armed: Arc<AtomicBool>,
+    then: fn(),
+}
 
-impl Backend for Panics {
-    fn run(&mut self, _: &Batch, _: &mut dyn FnMut(usize)) -> Output {
-        panic!("the device is gone");
+impl Backend for Fails {
+    fn run(&mut self, batch: &Batch, layers: &mut dyn FnMut(usize)) -> Output {
+        if self.armed.load(Ordering::Relaxed) {
+            (self.then)();
+        }
+        self.backend.run(batch, layers)
     }
+}
+
+async fn failing(coordinator: &FakeCoordinator, armed: &Arc<AtomicBool>, then: fn()) -> Result<Running, StartError> {
+    let model = hash_model();
+    let backend = Box::new(Fails { backend: model.backend, armed: armed.clone(), then });
+    start_with(config(&[coordinator]), LoadedModel { backend, ..model }).await
 }
 
 #[tokio::test]
 async fn a_backend_that_panics_ends_the_worker() {
     let coordinator = FakeCoordinator::start(&net()).await.unwrap();
-    let model = LoadedModel { backend: Box::new(Panics), ..hash_model() };
-    let mut worker = start_with(config(&[&coordinator]), model).await.unwrap();
+    let armed = Arc::new(AtomicBool::new(false));
+    let mut worker = failing(&coordinator, &armed, || panic!("the device is gone")).await.unwrap();
+    armed.store(true, Ordering::Relaxed);
     let (outlet, _inlet) = outlet(8);
     submit(&worker, work(&request(1, &[1], 1)), &outlet).unwrap().ended().await;
-    assert!(matches!(worker.stopped().await, Err(Error::EngineDied)));
+    assert!(matches!(worker.ending().await, Err(Error::EngineDied)));
     let again = submit(&worker, work(&request(2, &[1], 1)), &outlet);
     assert!(again.is_err());
+}
+
+#[tokio::test]
+async fn a_backend_that_fails_its_canary_is_not_registered() {
+    let coordinator = FakeCoordinator::start(&net()).await.unwrap();
+    let armed = Arc::new(AtomicBool::new(true));
+    let started = failing(&coordinator, &armed, || panic!("the device is gone")).await;
+    assert!(matches!(started, Err(StartError::CanaryPanicked)));
+    assert_eq!(coordinator.registrations(), 0);
+}
+
+/// A step that does not come back stops the count of progress and is reported; one that does, goes on counting.
+#[tokio::test]
+async fn a_stuck_step_is_reported() {
+    static HELD: Mutex<bool> = Mutex::new(true);
+    static FREE: Condvar = Condvar::new();
+    let wait = || drop(FREE.wait_while(HELD.lock().unwrap(), |held| *held));
+    let coordinator = FakeCoordinator::start(&net()).await.unwrap();
+    let armed = Arc::new(AtomicBool::new(false));
+    let worker = failing(&coordinator, &armed, wait).await.unwrap();
+    let (outlet, _inlet) = outlet(1024);
+    // Enough steps to know how long they take.
+    submit(&worker, work(&request(1, &[1, 2, 3], 60)), &outlet).unwrap().ended().await;
+    let load = || coordinator.load("prefill-0").unwrap_or_default();
+    eventually("the steps are told", || load().steps > 30).await;
+    armed.store(true, Ordering::Relaxed);
+    let mut stuck = submit(&worker, work(&request(2, &[4], 3)), &outlet).unwrap();
+    eventually("it is reported", || load().stuck_ms > 0 && load().sequences_waiting > 0).await;
+    let (steps, beats) = (load().steps, coordinator.beats());
+    eventually("more heartbeats have come", || coordinator.beats() > beats + 1).await;
+    assert_eq!(load().steps, steps);
+    *HELD.lock().unwrap() = false;
+    FREE.notify_all();
+    stuck.ended().await;
+    eventually("it gets on", || load().stuck_ms == 0 && load().steps > steps).await;
 }

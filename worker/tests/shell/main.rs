@@ -6,6 +6,7 @@ mod membership;
 use std::sync::Arc;
 use std::time::Duration;
 
+use baton_core::limits::{AUTONOMY_GRACE_MS, DRAIN_MS};
 use baton_core::{Env, Net, Rng, Role, SystemClock, WorkerId};
 use baton_engine::EngineConfig;
 use baton_proto::TcpNet;
@@ -25,6 +26,8 @@ fn config(coordinators: &[&FakeCoordinator]) -> Config {
         kv_listen: "127.0.0.1:0".into(),
         advertise_host: "127.0.0.1".into(),
         coordinators: coordinators.iter().map(|coordinator| coordinator.address()).collect(),
+        drain_ms: DRAIN_MS,
+        autonomy_ms: AUTONOMY_GRACE_MS,
         engine: EngineConfig { blocks: 64, batch_tokens_max: 64, sequences_max: 8, queue_max: 8, prefix_cache: true },
     }
 }

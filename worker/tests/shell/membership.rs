@@ -3,13 +3,13 @@
 use baton_core::{BlockHash, Refused};
 use baton_engine::Work;
 use baton_engine::testing::{request, work};
-use baton_proto::v1::CardRequest;
 use baton_proto::v1::worker_client::WorkerClient;
+use baton_proto::v1::{CardRequest, Order};
 use baton_worker::outlet::{Phases, outlet};
 use baton_worker::testing::FakeCoordinator;
-use baton_worker::{Error, Running, StartError, Submission};
+use baton_worker::{Ending, Error, Running, StartError, Submission};
 
-use crate::{config, eventually, net, start};
+use crate::{config, eventually, net, start, start_with};
 
 /// Computes a prompt of `blocks` full blocks, whose hashes are returned.
 async fn compute(worker: &Running, id: u128, blocks: u32) -> Vec<BlockHash> {
@@ -68,7 +68,7 @@ async fn a_later_life_ends_the_earlier_one() {
     let coordinator = FakeCoordinator::start(&net()).await.unwrap();
     let mut first = start(config(&[&coordinator])).await.unwrap();
     let _second = start(config(&[&coordinator])).await.unwrap();
-    assert!(matches!(first.stopped().await, Err(Error::Superseded)));
+    assert!(matches!(first.ending().await, Err(Error::Superseded)));
     first.shell().closed().await;
 }
 
@@ -111,4 +111,95 @@ async fn the_card_is_served() {
     let channel = baton_proto::channel(net(), &worker.address()).unwrap();
     let card = WorkerClient::new(channel).card(CardRequest {}).await.unwrap().into_inner();
     assert_eq!((card.name.as_str(), card.hash.as_str()), ("hash", "card"));
+}
+
+/// A worker that was fenced drops what it has, and its process goes on as a new life with the same model.
+#[tokio::test]
+async fn a_fenced_worker_comes_back_as_a_new_life() {
+    let coordinator = FakeCoordinator::start(&net()).await.unwrap();
+    let mut first = start(config(&[&coordinator])).await.unwrap();
+    let shell = first.shell().clone();
+    let (outlet, mut inlet) = outlet(1024);
+    let submission = Submission {
+        work: work(&request(1, &[1, 2, 3], 1000)),
+        outlet,
+        tag: 0,
+        phases: Phases::default(),
+        started: tokio::time::Instant::now(),
+    };
+    let admission = shell.engine.submit(submission).unwrap();
+    inlet.next().await.unwrap();
+    coordinator.fence("prefill-0");
+    assert_eq!(first.ending().await.unwrap(), Ending::Fenced);
+    shell.closed().await;
+    let left = first.end(Ending::Fenced).await.unwrap();
+    assert!(!coordinator.has_left("prefill-0"));
+    assert!(shell.engine.submit(submission_of(2)).is_err());
+    drop(admission);
+    let second = start_with(config(&[&coordinator]), left.model).await.unwrap();
+    assert_eq!((second.shell().incarnation.0, coordinator.registrations()), (2, 2));
+    compute(&second, 3, 2).await;
+}
+
+fn submission_of(id: u128) -> Submission {
+    let (outlet, _) = outlet(16);
+    let started = tokio::time::Instant::now();
+    Submission { work: work(&request(id, &[1], 1)), outlet, tag: 0, phases: Phases::default(), started }
+}
+
+#[tokio::test]
+async fn an_order_to_drain_ends_the_worker_in_peace() {
+    let coordinator = FakeCoordinator::start(&net()).await.unwrap();
+    let mut worker = start(config(&[&coordinator])).await.unwrap();
+    coordinator.order("prefill-0", Order::Drain);
+    assert_eq!(worker.ending().await.unwrap(), Ending::Drained);
+    assert!(!coordinator.has_left("prefill-0"));
+    worker.end(Ending::Drained).await.unwrap();
+    assert!(coordinator.has_left("prefill-0"));
+}
+
+#[tokio::test]
+async fn golden_tokens_are_registered() {
+    let coordinator = FakeCoordinator::start(&net()).await.unwrap();
+    let _first = start(config(&[&coordinator])).await.unwrap();
+    let golden = || coordinator.member("prefill-0").unwrap().model.unwrap().canary_tokens;
+    let first = golden();
+    let _second = start(config(&[&coordinator])).await.unwrap();
+    assert_eq!((first.len(), golden()), (4, first));
+}
+
+/// A coordinator that joins hears from the worker, one that is off the list does not any more.
+#[tokio::test]
+async fn heartbeats_follow_the_list_of_coordinators() {
+    let net = net();
+    let (first, second) = (FakeCoordinator::start(&net).await.unwrap(), FakeCoordinator::start(&net).await.unwrap());
+    let worker = start(config(&[&first])).await.unwrap();
+    assert_eq!(second.beats(), 0);
+    first.list(&[&first, &second]);
+    second.list(&[&second]);
+    eventually("the second hears of it", || second.beats() > 0).await;
+    eventually("the first is left alone", || {
+        let (before, others) = (first.beats(), second.beats());
+        // Both would be due in so many of the second's heartbeats.
+        first.beats() == before && others > 8
+    })
+    .await;
+    assert!(first.beats() < second.beats());
+    let left = worker.end(Ending::Drained).await.unwrap();
+    assert_eq!(left.coordinators, [second.address()]);
+    assert!(second.has_left("prefill-0") && !first.has_left("prefill-0"));
+}
+
+/// Nobody answers: the worker serves on for its grace, and then stops taking part.
+#[tokio::test]
+async fn a_worker_that_nobody_answers_ends_after_its_grace() {
+    let coordinator = FakeCoordinator::start(&net()).await.unwrap();
+    let sizes = baton_worker::Config { autonomy_ms: 1_500, ..config(&[&coordinator]) };
+    let mut worker = start(sizes).await.unwrap();
+    let since = tokio::time::Instant::now();
+    drop(coordinator);
+    compute(&worker, 1, 2).await;
+    assert_eq!(worker.ending().await.unwrap(), Ending::Alone);
+    assert!(since.elapsed().as_millis() >= 1_200, "{:?}", since.elapsed());
+    worker.shell().closed().await;
 }
