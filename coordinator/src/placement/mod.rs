@@ -1,37 +1,73 @@
 //! Which workers serve a request: a pure function of pools, load, prefix hits, request and policy. Costs are whole
-//! numbers of prompt tokens' worth of work, so that equal inputs decide equally on every machine.
+//! microseconds of predicted latency, so that equal inputs decide equally on every machine.
 //!
 //! ```text
-//! decode   lowest of: steps shared with others + prompt tokens queued there + prompt tokens it does not hold + block pressure
-//! prefill  lowest of: prompt tokens queued there + prompt tokens it does not hold, over its measured rate
-//! none     the part decode does not hold is short, nobody can pair, decode has no block free now, or prefill is far behind
+//! decode   steps shared + queue ahead + prompt not held + block pressure + beyond the ITL target + stale + suspect
+//! prefill  queue ahead + prompt not held + link to decode + beyond the TTFT target + stale + suspect
+//! chosen   the lowest sum of both, among the best few decode workers and every prefill worker that pairs
+//! none     the part decode does not hold is short, nobody can pair, decode has no block free now, or an idle decode
+//!          worker is much sooner done by itself
 //! ```
 
+mod cost;
+mod declined;
+mod headroom;
 mod policy;
 mod prefix;
+mod trace;
 
 #[cfg(test)]
 mod tests;
 
-use baton_core::{Incarnation, NumericsClass, Refused, Role, WorkerId};
+use std::collections::BTreeSet;
 
-pub use policy::Policy;
+use baton_core::{Incarnation, Lane, NumericsClass, Role, WorkerId};
+
+pub use declined::Declined;
+pub use headroom::{Headroom, headroom};
+pub use policy::{Policy, Targets};
 pub use prefix::{PrefixIndex, WorkerIndex};
+pub use trace::{Scored, TRACED_MAX, Trace};
 
-use crate::state::Model;
+use crate::state::{Life, Model};
+use cost::Mean;
+use trace::Terms;
+
+/// Decode workers that are priced together with every prefill worker: those that are cheapest by themselves.
+const PAIRED_MAX: usize = 4;
+
+/// Pairs of (prefill, decode) that are not to be used; (`ALONE`, decode): the decode worker fails even by itself.
+pub type BrokenPairs = BTreeSet<(WorkerIndex, WorkerIndex)>;
+/// Stands for no prefill worker in `BrokenPairs`; the index of no worker.
+pub const ALONE: WorkerIndex = 0;
+
+/// Everything that can be chosen from.
+#[derive(Clone, Debug)]
+pub struct Pools<'a> {
+    /// Live workers.
+    pub candidates: Vec<Candidate<'a>>,
+    pub broken: &'a BrokenPairs,
+}
 
 /// A live worker as placement sees it.
 #[derive(Clone, Debug)]
 pub struct Candidate<'a> {
     pub worker: &'a WorkerId,
+    /// Its name in `BrokenPairs`; `ALONE` before it has been heard of.
+    pub index: WorkerIndex,
     pub incarnation: Incarnation,
     pub role: Role,
     pub model: &'a Model,
+    /// `host:port`; workers of one host, or of one process, share a better link.
+    pub address: &'a str,
+    pub pid: u32,
     pub load: Load,
     /// Leading blocks of this prompt that it holds.
     pub hits: u64,
     /// Somebody could not reach it since its last heartbeat.
     pub suspect: bool,
+    /// It has work and makes no step.
+    pub stuck: bool,
 }
 
 /// What a worker said last, plus what was assigned to it since.
@@ -45,6 +81,10 @@ pub struct Load {
     pub tokens_waiting: u64,
     /// Measured prompt tokens per second; 0 is unknown.
     pub prefill_rate: u64,
+    /// Measured microseconds of one step; 0 is unknown.
+    pub step_us: u64,
+    /// Milliseconds since it said so.
+    pub age_ms: u64,
     pub draining: bool,
 }
 
@@ -52,6 +92,7 @@ pub struct Load {
 #[derive(Clone, Debug)]
 pub struct Question<'a> {
     pub model: &'a str,
+    pub lane: Lane,
     /// Prompt plus tokens so far.
     pub prompt_tokens: u64,
     /// Still to generate, per choice.
@@ -60,7 +101,9 @@ pub struct Question<'a> {
     /// Every prompt position must be computed: prefix hits do not count.
     pub full_prefill: bool,
     /// Lives that failed this request.
-    pub exclude: &'a [(WorkerId, Incarnation)],
+    pub exclude: &'a [Life],
+    /// (prefill, decode) between which a handoff of this request failed.
+    pub exclude_pairs: &'a [(Life, Life)],
     /// Class of the attempt before, to stay inside it.
     pub numerics: Option<&'a NumericsClass>,
 }
@@ -68,116 +111,249 @@ pub struct Question<'a> {
 /// The chosen lives, and why.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Decision {
-    pub decode: (WorkerId, Incarnation),
-    pub prefill: Option<(WorkerId, Incarnation)>,
+    pub decode: Life,
+    pub prefill: Option<Life>,
     /// Blocks that decode will take at once.
     pub blocks: u64,
     /// Prompt tokens that whoever prefills has to compute.
     pub prefill_tokens: u64,
+    /// In one line.
     pub explanation: String,
+    /// In as many as there are candidates and terms; `lines()` tells it.
+    pub trace: Trace,
 }
 
-/// Nobody can take it now.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Declined {
-    pub reason: Refused,
-    pub detail: String,
-    /// When it is worth another try; 0 if waiting does not help.
-    pub retry_after_ms: u64,
+impl Candidate<'_> {
+    /// Whether it takes requests at all.
+    pub fn serves(&self) -> bool {
+        !self.load.draining && !self.stuck
+    }
+}
+
+/// A candidate with its cost.
+struct Priced<'a> {
+    candidate: &'a Candidate<'a>,
+    cost: u64,
+    terms: Terms,
+}
+
+impl Priced<'_> {
+    fn scored(&self) -> Scored {
+        Scored { worker: self.candidate.worker.clone(), cost: self.cost, terms: self.terms }
+    }
+}
+
+/// Candidates of the model by role, less those that cannot be used, and what all of a role have in common.
+struct Field<'a> {
+    decodes: Vec<&'a Candidate<'a>>,
+    prefills: Vec<&'a Candidate<'a>>,
+    decode_mean: Mean,
+    prefill_mean: Mean,
+    aside: Trace,
 }
 
 /// Chooses workers among the live ones.
-pub fn place(question: &Question, candidates: &[Candidate], policy: &Policy) -> Result<Decision, Declined> {
-    let usable = |c: &&Candidate| !c.load.draining && !excluded(question, c);
-    let of_model = || candidates.iter().filter(|c| c.model.name == question.model);
-    let decodes: Vec<&Candidate> = of_model().filter(|c| c.role == Role::Decode).filter(usable).collect();
-    if decodes.is_empty() {
-        return Err(nobody(question, candidates));
+pub fn place(question: &Question, pools: &Pools, policy: &Policy) -> Result<Decision, Declined> {
+    let mut field = field(question, pools, policy);
+    if field.decodes.is_empty() {
+        return Err(Declined::nobody(question, pools, field.aside));
     }
+    let decodes = std::mem::take(&mut field.decodes);
     let fitting: Vec<&Candidate> = decodes.iter().copied().filter(|c| fits(question, c)).collect();
     if fitting.is_empty() {
-        return Err(too_large(question, &decodes));
+        return Err(Declined::too_large(question, &decodes));
     }
     let (fitting, class_kept) = of_class(question, fitting);
-    let open: Vec<&Candidate> = fitting.iter().copied().filter(|c| c.load.waiting < policy.queue_max).collect();
-    let best = open.iter().min_by_key(|c| (decode_cost(question, c, policy), c.worker, c.incarnation));
-    let Some(decode) = best else {
-        return Err(full(&fitting));
+    let decodes = by_cost(fitting.iter().copied().filter(|c| c.load.waiting < policy.queue_max), |c| {
+        cost::decode_terms(question, c, &field.decode_mean, policy)
+    });
+    if decodes.is_empty() {
+        return Err(Declined::full(&fitting, field.aside));
+    }
+    let open = field.prefills.iter().copied().filter(|c| c.load.waiting < policy.queue_max);
+    let prefills = by_cost(open, |c| cost::prefill_terms(question, c, &field.prefill_mean, policy));
+    let desk = Desk { question, pools, policy, mean: &field.decode_mean, prefills: &prefills };
+    let priced = decodes.iter().take(PAIRED_MAX).map(|decode| (decode, desk.prefill_for(decode.candidate)));
+    // The first of equals: the decode workers are in order.
+    let (decode, choice) = priced.min_by_key(|(decode, choice)| decode.cost.saturating_add(choice.cost)).expect("some");
+    Ok(decided(&desk, (decode, choice), &decodes, class_kept, field.aside))
+}
+
+fn field<'a>(question: &Question, pools: &'a Pools<'a>, policy: &Policy) -> Field<'a> {
+    let mut aside = Trace::default();
+    let (mut decodes, mut prefills) = (Vec::new(), Vec::new());
+    for c in pools.candidates.iter().filter(|c| c.model.name == question.model) {
+        match unusable(question, pools, c) {
+            Some(why) => aside.set_aside(c.worker, why),
+            None if c.role == Role::Decode => decodes.push(c),
+            None => prefills.push(c),
+        }
+    }
+    let (decode_mean, prefill_mean) = (Mean::of(&decodes, policy), Mean::of(&prefills, policy));
+    Field { decodes, prefills, decode_mean, prefill_mean, aside }
+}
+
+/// Why a worker of the model is not to be used for this request, whatever it costs.
+fn unusable(question: &Question, pools: &Pools, c: &Candidate) -> Option<&'static str> {
+    if c.load.draining {
+        return Some("draining");
+    }
+    if c.stuck {
+        return Some("it has work and makes no step");
+    }
+    if question.exclude.iter().any(|life| is_life(life, c)) {
+        return Some("it failed this request before");
+    }
+    let alone = c.role == Role::Decode && !pools.broken.is_empty() && pools.broken.contains(&(ALONE, c.index));
+    alone.then_some("its canary fails")
+}
+
+fn by_cost<'a>(
+    candidates: impl Iterator<Item = &'a Candidate<'a>>,
+    terms: impl Fn(&Candidate) -> Terms,
+) -> Vec<Priced<'a>> {
+    let price = |candidate| {
+        let terms = terms(candidate);
+        Priced { candidate, cost: cost::sum(&terms), terms }
     };
-    let prefills: Vec<&Candidate> = of_model().filter(|c| c.role == Role::Prefill).filter(usable).collect();
-    let (prefill, why) = choose_prefill(question, decode, &prefills, policy);
+    let mut priced: Vec<Priced> = candidates.map(price).collect();
+    priced.sort_unstable_by(|a, b| {
+        let names =
+            || (a.candidate.worker, a.candidate.incarnation).cmp(&(b.candidate.worker, b.candidate.incarnation));
+        a.cost.cmp(&b.cost).then_with(names)
+    });
+    priced
+}
+
+/// What choosing a prefill worker looks at.
+struct Desk<'a> {
+    question: &'a Question<'a>,
+    pools: &'a Pools<'a>,
+    policy: &'a Policy,
+    /// Of the decode workers.
+    mean: &'a Mean,
+    /// By their own cost, the link not counted.
+    prefills: &'a [Priced<'a>],
+}
+
+/// Who prefills for one decode worker, and what that adds to its cost.
+struct Choice<'a> {
+    prefill: Option<&'a Candidate<'a>>,
+    cost: u64,
+    why: Why,
+}
+
+enum Why {
+    Short(u64),
+    NoBlocks,
+    NoPartner,
+    /// Microseconds by itself, and with the best prefill worker.
+    Sooner(u64, u64),
+    Handoff,
+}
+
+impl<'a> Desk<'a> {
+    fn prefill_for(&self, decode: &Candidate) -> Choice<'a> {
+        let missing = uncached(self.question, decode);
+        if missing < self.policy.prefill_tokens_min {
+            return Choice { prefill: None, cost: 0, why: Why::Short(missing) };
+        }
+        let local = cost::ttft_local(self.question, decode, self.mean);
+        // What is prefilled there holds up what decodes there.
+        let disturbing = local.saturating_mul(2);
+        if decode.load.blocks_available < blocks_now(self.question, decode) {
+            return Choice { prefill: None, cost: disturbing, why: Why::NoBlocks };
+        }
+        let partners = self.prefills.iter().filter(|p| self.pairs(p.candidate, decode));
+        let priced = partners.map(|p| (p, cost::paired(self.question, p.candidate, &p.terms, decode, self.policy)));
+        let Some((prefill, terms)) = priced.min_by_key(|(_, terms)| cost::sum(terms)) else {
+            return Choice { prefill: None, cost: disturbing, why: Why::NoPartner };
+        };
+        let remote = cost::ttft_remote(&terms);
+        let idle = decode.load.running + decode.load.waiting == 0;
+        if idle && terms[3] > 0 && local < remote / 2 {
+            return Choice { prefill: None, cost: local, why: Why::Sooner(local, remote) };
+        }
+        Choice { prefill: Some(prefill.candidate), cost: cost::sum(&terms), why: Why::Handoff }
+    }
+
+    /// Blocks can pass only between equal layouts of the same weights under the same arithmetic, and where they
+    /// do arrive.
+    fn pairs(&self, prefill: &Candidate, decode: &Candidate) -> bool {
+        let failed = |(p, d): &(Life, Life)| is_life(p, prefill) && is_life(d, decode);
+        can_pair(prefill.model, decode.model)
+            && (self.pools.broken.is_empty() || !self.pools.broken.contains(&(prefill.index, decode.index)))
+            && !self.question.exclude_pairs.iter().any(failed)
+    }
+
+    /// The prefill workers as priced for the chosen decode worker, the cheapest of them.
+    fn scored(&self, decode: &Candidate) -> (Vec<Scored>, usize) {
+        let partners: Vec<&Priced> = self.prefills.iter().filter(|p| self.pairs(p.candidate, decode)).collect();
+        let scored = partners.iter().take(TRACED_MAX).map(|p| {
+            let terms = cost::paired(self.question, p.candidate, &p.terms, decode, self.policy);
+            Scored { worker: p.candidate.worker.clone(), cost: cost::sum(&terms), terms }
+        });
+        (scored.collect(), partners.len().saturating_sub(TRACED_MAX))
+    }
+}
+
+/// Whether blocks of one model can pass to the other.
+pub fn can_pair(prefill: &Model, decode: &Model) -> bool {
+    prefill.layout == decode.layout && prefill.numerics == decode.numerics && prefill.card_hash == decode.card_hash
+}
+
+fn decided(
+    desk: &Desk,
+    (priced, choice): (&Priced, Choice),
+    decodes: &[Priced],
+    class_kept: bool,
+    aside: Trace,
+) -> Decision {
+    let (question, decode) = (desk.question, priced.candidate);
+    let explanation = explanation(question, decode, &choice, class_kept);
+    let (prefill, prefill_more) = desk.scored(decode);
+    let trace = Trace {
+        decode: decodes.iter().take(TRACED_MAX).map(Priced::scored).collect(),
+        prefill,
+        decode_more: decodes.len().saturating_sub(TRACED_MAX),
+        prefill_more,
+        verdict: explanation.clone(),
+        ..aside
+    };
+    Decision {
+        decode: life(decode),
+        prefill: choice.prefill.map(life),
+        blocks: blocks_now(question, decode),
+        prefill_tokens: uncached(question, choice.prefill.unwrap_or(decode)),
+        explanation,
+        trace,
+    }
+}
+
+fn explanation(question: &Question, decode: &Candidate, choice: &Choice, class_kept: bool) -> String {
+    let why = match (&choice.why, choice.prefill) {
+        (Why::Short(missing), _) => format!("{missing} tokens uncached"),
+        (Why::NoBlocks, _) => "no blocks free for a handoff now".into(),
+        (Why::Sooner(local, remote), _) => format!("it is idle and takes {local} us, a prefill worker {remote} us"),
+        (Why::Handoff, Some(p)) => {
+            format!("holds {} blocks, {} tokens queued", hits(question, p), p.load.tokens_waiting)
+        }
+        (Why::NoPartner | Why::Handoff, _) => "no prefill worker that can pair is free".into(),
+    };
     let class_note = if class_kept { "" } else { "; numerics class changed" };
-    let who = prefill.map_or(format!("{} prefills", decode.worker), |p| format!("{} prefills", p.worker));
-    let explanation = format!(
-        "decode {} holds {}/{} blocks, {} running, {} waiting; {who}: {why}{class_note}",
+    format!(
+        "decode {} holds {}/{} blocks, {} running, {} waiting; {} prefills: {why}{class_note}",
         decode.worker,
         hits(question, decode),
         prompt_blocks(question, decode),
         decode.load.running,
         decode.load.waiting,
-    );
-    Ok(Decision {
-        decode: life(decode),
-        prefill: prefill.map(life),
-        blocks: blocks_now(question, decode),
-        prefill_tokens: uncached(question, prefill.unwrap_or(decode)),
-        explanation,
-    })
+        choice.prefill.unwrap_or(decode).worker,
+    )
 }
 
-/// A prefill worker that pairs with `decode`, or none, and why.
-fn choose_prefill<'a>(
-    question: &Question,
-    decode: &Candidate,
-    prefills: &[&'a Candidate<'a>],
-    policy: &Policy,
-) -> (Option<&'a Candidate<'a>>, String) {
-    let missing = uncached(question, decode);
-    if missing < policy.prefill_tokens_min {
-        return (None, format!("{missing} tokens uncached, under {}", policy.prefill_tokens_min));
-    }
-    if decode.load.blocks_available < blocks_now(question, decode) {
-        return (None, "no blocks free for a handoff now".into());
-    }
-    let pairs = prefills.iter().filter(|p| pairs(p, decode) && p.load.waiting < policy.queue_max);
-    let Some(prefill) = pairs.min_by_key(|p| (prefill_cost(question, p, policy), p.worker, p.incarnation)) else {
-        return (None, "no prefill worker that can pair is free".into());
-    };
-    let idle = decode.load.running + decode.load.waiting == 0;
-    if idle && prefill.load.tokens_waiting > policy.prefill_backlog_max {
-        return (None, format!("{} tokens queue for prefill and decode is idle", prefill.load.tokens_waiting));
-    }
-    let held = hits(question, prefill);
-    (Some(prefill), format!("holds {held} blocks, {} tokens queued", prefill.load.tokens_waiting))
-}
-
-/// Blocks can pass only between equal layouts of the same weights under the same arithmetic.
-fn pairs(prefill: &Candidate, decode: &Candidate) -> bool {
-    let (p, d) = (prefill.model, decode.model);
-    p.layout == d.layout && p.numerics == d.numerics && p.card_hash == d.card_hash
-}
-
-fn decode_cost(question: &Question, c: &Candidate, policy: &Policy) -> u64 {
-    let shared = (c.load.running + c.load.waiting) * policy.sequence_cost_tokens;
-    let needed = blocks_now(question, c);
-    let short = needed.saturating_sub(c.load.blocks_available);
-    let pressure = policy.pressure_cost_tokens * needed / c.load.blocks_available.max(1).max(needed);
-    let queue_for_blocks = short * u64::from(c.model.block_tokens);
-    shared + c.load.tokens_waiting + uncached(question, c) + pressure + queue_for_blocks + suspicion(c)
-}
-
-fn prefill_cost(question: &Question, c: &Candidate, policy: &Policy) -> u64 {
-    let tokens = c.load.tokens_waiting + uncached(question, c);
-    let rate = if c.load.prefill_rate == 0 { policy.prefill_rate_assumed } else { c.load.prefill_rate };
-    tokens.saturating_mul(1_000_000) / rate.max(1) + suspicion(c)
-}
-
-fn suspicion(c: &Candidate) -> u64 {
-    if c.suspect { 1 << 40 } else { 0 }
-}
-
-fn excluded(question: &Question, c: &Candidate) -> bool {
-    question.exclude.iter().any(|(id, incarnation)| id == c.worker && *incarnation == c.incarnation)
+fn is_life(life: &Life, c: &Candidate) -> bool {
+    life.0 == *c.worker && life.1 == c.incarnation
 }
 
 /// The workers of the class that served the request before, if any of them is left; else all.
@@ -220,37 +396,6 @@ fn fits(question: &Question, c: &Candidate) -> bool {
     tokens <= c.model.positions_max && blocks <= c.model.blocks_total
 }
 
-fn life(c: &Candidate) -> (WorkerId, Incarnation) {
+fn life(c: &Candidate) -> Life {
     (c.worker.clone(), c.incarnation)
-}
-
-fn nobody(question: &Question, candidates: &[Candidate]) -> Declined {
-    let known = candidates.iter().any(|c| c.model.name == question.model);
-    if known || candidates.is_empty() {
-        let detail = format!("no live decode worker serves {:?}", question.model);
-        return Declined { reason: Refused::NoWorkers, detail, retry_after_ms: 1_000 };
-    }
-    let detail = format!("no worker serves {:?}", question.model);
-    Declined { reason: Refused::UnknownModel, detail, retry_after_ms: 0 }
-}
-
-fn too_large(question: &Question, decodes: &[&Candidate]) -> Declined {
-    let positions = decodes.iter().map(|c| c.model.positions_max).max().unwrap_or(0);
-    let tokens = decodes.iter().map(|c| c.model.blocks_total * block_tokens(c)).max().unwrap_or(0);
-    let detail = format!(
-        "{} prompt tokens and up to {} more for each of {} choices; the largest worker holds {tokens} tokens in all and {positions} of one sequence",
-        question.prompt_tokens, question.tokens_max, question.choices,
-    );
-    Declined { reason: Refused::TooLarge, detail, retry_after_ms: 0 }
-}
-
-/// Every queue is at its bound. The shortest of them, at its own pace, says when to come back.
-fn full(decodes: &[&Candidate]) -> Declined {
-    const WAITING_MS: u64 = 50;
-    let wait_ms =
-        |c: &&Candidate| c.load.tokens_waiting * 1_000 / c.load.prefill_rate.max(1_000) + c.load.waiting * WAITING_MS;
-    let retry_after_ms = decodes.iter().map(wait_ms).min().unwrap_or(0).clamp(100, 10_000);
-    let waiting = decodes.iter().map(|c| c.load.waiting).min().unwrap_or(0);
-    let detail = format!("all {} decode workers are full; the shortest queue holds {waiting}", decodes.len());
-    Declined { reason: Refused::NoCapacity, detail, retry_after_ms }
 }

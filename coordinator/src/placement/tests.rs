@@ -1,6 +1,6 @@
 //! Placement at its boundaries, then properties over random pools.
 
-use baton_core::NumericsClass;
+use baton_core::{NumericsClass, Refused};
 use proptest::prelude::*;
 
 use super::*;
@@ -35,10 +35,14 @@ impl World {
                 worker,
                 incarnation: Incarnation(1),
                 role: if name.starts_with('p') { Role::Prefill } else { Role::Decode },
+                index: 0,
+                address: "h:1",
+                pid: 1,
                 model,
                 load: Load { blocks_available: 1000, ..Load::default() },
                 hits: 0,
                 suspect: false,
+                stuck: false,
             }
         };
         self.0.iter().map(|(worker, model)| candidate((worker, model))).collect()
@@ -48,11 +52,13 @@ impl World {
 fn question() -> Question<'static> {
     Question {
         model: "m",
+        lane: Lane::Interactive,
         prompt_tokens: 160,
         tokens_max: 10,
         choices: 1,
         full_prefill: false,
         exclude: &[],
+        exclude_pairs: &[],
         numerics: None,
     }
 }
@@ -64,13 +70,19 @@ fn names(result: &Result<Decision, Declined>) -> (String, String) {
     (decision.decode.0.0.clone(), prefill)
 }
 
+static NONE_BROKEN: BrokenPairs = BrokenPairs::new();
+
+fn placed(question: &Question, candidates: &[Candidate]) -> Result<Decision, Declined> {
+    place(question, &Pools { candidates: candidates.to_vec(), broken: &NONE_BROKEN }, &Policy::default())
+}
+
 fn check(question: &Question, candidates: &[Candidate], decode: &str, prefill: &str) {
-    let result = place(question, candidates, &Policy::default());
+    let result = placed(question, candidates);
     assert_eq!(names(&result), (decode.into(), prefill.into()), "{result:?}");
 }
 
 fn check_declined(question: &Question, candidates: &[Candidate], reason: Refused) {
-    let declined = place(question, candidates, &Policy::default()).expect_err("declined");
+    let declined = placed(question, candidates).expect_err("declined");
     assert_eq!(declined.reason, reason, "{}", declined.detail);
 }
 
@@ -142,7 +154,7 @@ fn a_later_attempt_stays_in_its_numerics_class() {
     let asked = Question { numerics: Some(&class), ..question() };
     check(&asked, &world.candidates(), "d1", "-");
     let gone = NumericsClass("gone".into());
-    let result = place(&Question { numerics: Some(&gone), ..question() }, &world.candidates(), &Policy::default());
+    let result = placed(&Question { numerics: Some(&gone), ..question() }, &world.candidates());
     assert!(result.unwrap().explanation.contains("numerics class changed"));
 }
 
@@ -167,6 +179,154 @@ fn without_blocks_now_it_queues_on_decode_without_a_handoff() {
     check(&question(), &c, "d0", "-");
 }
 
+#[test]
+fn a_broken_pair_is_avoided_and_neither_of_its_workers_is() {
+    let world = World::new(&["d0", "d1", "p0", "p1"]);
+    let mut c = world.candidates();
+    c.iter_mut().zip(1..).for_each(|(c, index)| c.index = index);
+    let check_with = |c: &[Candidate], broken: &[(WorkerIndex, WorkerIndex)], decode: &str, prefill: &str| {
+        let broken = broken.iter().copied().collect();
+        let pools = Pools { candidates: c.to_vec(), broken: &broken };
+        let result = place(&question(), &pools, &Policy::default());
+        assert_eq!(names(&result), (decode.into(), prefill.into()), "{result:?}");
+    };
+    check_with(&c, &[(3, 1)], "d0", "p1");
+    check_with(&c, &[(3, 1), (4, 1)], "d1", "p0");
+    check_with(&c, &[(3, 1), (4, 1), (3, 2)], "d1", "p1");
+    check_with(&c, &[(3, 1), (4, 1), (3, 2), (4, 2)], "d0", "-");
+    check_with(&c, &[(ALONE, 1), (3, 2), (4, 2)], "d1", "-");
+    c[1].load.running = 1_000;
+    check_with(&c, &[(3, 1), (4, 1)], "d0", "-");
+}
+
+#[test]
+fn a_request_leaves_the_pair_that_failed_it() {
+    let world = World::new(&["d0", "p0", "p1"]);
+    let life = |name: &str| (WorkerId(name.into()), Incarnation(1));
+    let pairs = [(life("p0"), life("d0"))];
+    check(&Question { exclude_pairs: &pairs, ..question() }, &world.candidates(), "d0", "p1");
+    let earlier = [((WorkerId("p0".into()), Incarnation(0)), life("d0"))];
+    check(&Question { exclude_pairs: &earlier, ..question() }, &world.candidates(), "d0", "p0");
+}
+
+#[test]
+fn stuck_workers_and_those_that_fail_their_canary_take_nothing() {
+    let world = World::new(&["d0", "d1"]);
+    let mut c = world.candidates();
+    c.iter_mut().zip(1..).for_each(|(c, index)| c.index = index);
+    c[0].stuck = true;
+    check(&question(), &c, "d1", "-");
+    let broken = BrokenPairs::from([(ALONE, 2)]);
+    let declined = place(&question(), &Pools { candidates: c, broken: &broken }, &Policy::default()).unwrap_err();
+    assert_eq!(declined.reason, Refused::NoWorkers);
+    let told = declined.trace.lines().join("; ");
+    assert!(told.contains("set aside d0: it has work and makes no step; set aside d1: its canary fails"), "{told}");
+}
+
+#[test]
+fn of_equal_prefill_workers_the_one_with_the_better_link_is_taken() {
+    let mut world = World::new(&["d0", "p0", "p1", "p2"]);
+    world.0.iter_mut().for_each(|(_, model)| model.block_bytes = 1 << 20);
+    let mut c = world.candidates();
+    (c[1].address, c[2].pid) = ("other:1", 2);
+    check(&question(), &c, "d0", "p2");
+    c[3].pid = 3;
+    check(&question(), &c, "d0", "p1");
+    c[2].load.tokens_waiting = 100;
+    c[3].load.tokens_waiting = 100;
+    check(&question(), &c, "d0", "p0");
+}
+
+#[test]
+fn a_faster_class_takes_more_and_an_unmeasured_worker_counts_as_the_others() {
+    let world = World::new(&["d0", "p0", "p1", "p2"]);
+    let mut c = world.candidates();
+    (c[1].load.prefill_rate, c[2].load.prefill_rate) = (1_000, 3_000);
+    (c[1].load.tokens_waiting, c[2].load.tokens_waiting, c[3].load.tokens_waiting) = (100, 500, 500);
+    check(&question(), &c, "d0", "p1");
+    c[2].load.tokens_waiting = 900;
+    check(&question(), &c, "d0", "p0");
+    c[1].load.tokens_waiting = 500;
+    check(&question(), &c, "d0", "p2");
+}
+
+#[test]
+fn old_reports_count_less() {
+    let world = World::new(&["d0", "d1", "d2"]);
+    let mut c = world.candidates();
+    (c[0].load.running, c[1].load.running, c[2].load.running) = (0, 4, 4);
+    check(&question(), &c, "d0", "-");
+    c[0].load.age_ms = 1_499;
+    check(&question(), &c, "d1", "-");
+    (c[0].load.running, c[1].load.running, c[2].load.running) = (40, 10, 10);
+    let cost = |c: &[Candidate], at: usize| placed(&question(), c).unwrap().trace.decode[at].cost;
+    let dear = cost(&c, 2);
+    c[0].load.age_ms = 0;
+    assert!(dear < cost(&c, 2), "a busy worker that fell silent is not busy for ever");
+}
+
+#[test]
+fn a_lane_that_aims_at_short_steps_avoids_slow_ones() {
+    let world = World::new(&["d0", "d1"]);
+    let mut c = world.candidates();
+    (c[0].load.step_us, c[0].load.running) = (60_000, 1);
+    (c[1].load.step_us, c[1].load.running) = (5_000, 4);
+    check(&question(), &c, "d1", "-");
+    check(&Question { lane: Lane::Batch, ..question() }, &c, "d0", "-");
+}
+
+#[test]
+fn every_candidate_and_term_has_its_line() {
+    let world = World::new(&["d0", "d1", "p0"]);
+    let mut c = world.candidates();
+    c[1].load.running = 2;
+    c[2].load.tokens_waiting = 10;
+    let lines = placed(&question(), &c).unwrap().trace.lines();
+    let expected = [
+        "decode d0 holds 0/10 blocks, 0 running, 0 waiting; p0 prefills: holds 0 blocks, 10 tokens queued",
+        "decode d0 costs 171000 us",
+        "decode d0: not in its cache 160000 us",
+        "decode d0: blocks 11000 us",
+        "decode d1 costs 235000 us",
+        "decode d1: steps shared with others 64000 us",
+        "decode d1: not in its cache 160000 us",
+        "decode d1: blocks 11000 us",
+        "prefill p0 costs 170001 us",
+        "prefill p0: queue ahead 10000 us",
+        "prefill p0: not in its cache 160000 us",
+        "prefill p0: link to decode 1 us",
+    ];
+    assert_eq!(lines, expected);
+}
+
+#[test]
+fn headroom_says_whether_each_pool_could_lose_its_largest() {
+    let world = World::new(&["d0", "d1", "d2", "p0", "p1"]);
+    let mut c = world.candidates();
+    let lines =
+        |c: &[Candidate]| headroom(c, &Policy::default()).into_iter().map(|h| (h.holds, h.line)).collect::<Vec<_>>();
+    assert_eq!(
+        lines(&c),
+        [
+            (
+                true,
+                "prefill m: 2 workers, can lose any one: its queue would take 0 ms of 1000 without the fastest".into()
+            ),
+            (true, "decode m: 3 workers, can lose any one: 0 blocks in use, 2000 without the largest".into()),
+        ]
+    );
+    c[0].load.blocks_available = 0;
+    c[1].load.blocks_available = 0;
+    c[3].load.tokens_waiting = 1_001;
+    assert_eq!(lines(&c).iter().map(|(holds, _)| *holds).collect::<Vec<_>>(), [false, true]);
+    c[2].load.blocks_available = 999;
+    assert!(!lines(&c)[1].0);
+    c[1].stuck = true;
+    c[2].load.draining = true;
+    assert_eq!(lines(&c)[1].1, "decode m: 1 workers, cannot lose one: has no second worker");
+    assert!(lines(&[]).is_empty());
+}
+
 fn load() -> impl Strategy<Value = (Load, u64, bool)> {
     let load = (0u64..1000, 0u64..300, 0u64..300, 0u64..20_000, 0u64..5000, any::<bool>());
     let load = load.prop_map(|(blocks_available, running, waiting, tokens_waiting, prefill_rate, draining)| Load {
@@ -175,6 +335,8 @@ fn load() -> impl Strategy<Value = (Load, u64, bool)> {
         waiting,
         tokens_waiting,
         prefill_rate,
+        step_us: running * 1_000,
+        age_ms: waiting * 7,
         draining,
     });
     (load, 0u64..12, any::<bool>())
@@ -198,10 +360,14 @@ proptest! {
         let exclude = [(world.0[excluded].0.clone(), Incarnation(1))];
         let asked = Question { prompt_tokens, tokens_max, exclude: &exclude, ..question() };
         let policy = Policy::default();
-        let result = place(&asked, &c, &policy);
+        let result = placed(&asked, &c);
         let mut turned = c.clone();
         turned.rotate_left(shift);
-        prop_assert_eq!(&place(&asked, &turned, &policy), &result);
+        let said = |result: &Result<Decision, Declined>| match result {
+            Ok(d) => Ok((d.decode.clone(), d.prefill.clone(), d.trace.decode.clone(), d.trace.prefill.clone())),
+            Err(declined) => Err(declined.detail.clone()),
+        };
+        prop_assert_eq!(said(&placed(&asked, &turned)), said(&result));
         let find = |life: &(WorkerId, Incarnation)| c.iter().find(|c| *c.worker == life.0).unwrap();
         match result {
             Ok(decision) => {

@@ -50,7 +50,9 @@ pub(super) struct Ask {
     choices: u64,
     pub(super) chain: Vec<BlockHash>,
     deadline_ms: u64,
-    pub(super) exclude: Vec<(WorkerId, Incarnation)>,
+    pub(super) exclude: Vec<Life>,
+    /// (prefill, decode) between which a handoff failed.
+    pub(super) exclude_pairs: Vec<(Life, Life)>,
     full_prefill: bool,
     gateway: String,
     key: String,
@@ -67,10 +69,14 @@ impl Ask {
         if wire.prompt_tokens.max(wire.tokens_max) > COUNT_MAX || wire.choices > CHOICES_MAX {
             return Err(bad("prompt_tokens, tokens_max or choices", "is out of range"));
         }
-        if wire.exclude.len().max(wire.killed.len()) > EXCLUDE_MAX {
-            return Err(bad("exclude or killed", "has more than 64 lives"));
+        if [wire.exclude.len(), wire.exclude_pairs.len(), wire.killed.len()].iter().any(|count| *count > EXCLUDE_MAX) {
+            return Err(bad("exclude, exclude_pairs or killed", "has more than 64 entries"));
         }
         let life = |life: v1::WorkerLife| (WorkerId(life.id), Incarnation(life.incarnation));
+        let pair = |pair: v1::WorkerPair| {
+            let prefill = required("exclude_pairs.prefill", pair.prefill)?;
+            Ok((life(prefill), life(required("exclude_pairs.decode", pair.decode)?)))
+        };
         let hashes = wire.block_hashes.iter().take(HASHES_MAX);
         Ok(Ask {
             request: request_id(&wire.request)?,
@@ -84,6 +90,7 @@ impl Ask {
             chain: hashes.map(|hash| block_hash(hash)).collect::<Result<_, _>>()?,
             deadline_ms: wire.deadline_ms.min(REQUEST_DEADLINE_MS),
             exclude: wire.exclude.into_iter().map(life).collect(),
+            exclude_pairs: wire.exclude_pairs.into_iter().map(pair).collect::<Result<_, _>>()?,
             full_prefill: wire.prompt_logprobs,
             gateway: text("gateway", wire.gateway)?,
             key: text("key", wire.key)?,
@@ -97,11 +104,13 @@ impl Ask {
     pub(super) fn question<'a>(&'a self, numerics: Option<&'a NumericsClass>) -> Question<'a> {
         Question {
             model: &self.model,
+            lane: self.lane,
             prompt_tokens: self.prompt_tokens,
             tokens_max: self.tokens_max,
             choices: self.choices,
             full_prefill: self.full_prefill,
             exclude: &self.exclude,
+            exclude_pairs: &self.exclude_pairs,
             numerics,
         }
     }

@@ -67,6 +67,13 @@ impl Shared {
     fn suspect(&self, ask: &Ask) {
         let mut roster = self.roster();
         ask.exclude.iter().for_each(|(id, incarnation)| roster.suspect(id, *incarnation));
+        let now = Instant::now();
+        let failed = ask.exclude_pairs.iter().filter(|(prefill, decode)| roster.pair_failed(prefill, decode, now));
+        let changed = failed.count() > 0;
+        drop(roster);
+        if changed {
+            self.tell_members();
+        }
     }
 
     /// Chooses workers and counts the request on them.
@@ -75,18 +82,19 @@ impl Shared {
         let mut roster = self.roster();
         let before = ledger.request(ask.request);
         let mut question = ask.question(before.map(|open| &open.numerics));
-        let candidates = roster.candidates(&ledger, &ask.chain);
-        let decision = match self.kept_apart(ask, &ledger, &candidates) {
-            None => placement::place(&question, &candidates, &self.policy)?,
+        let now = Instant::now();
+        let pools = roster.pools(&ledger, &ask.chain, now);
+        let decision = match self.kept_apart(ask, &ledger, &pools.candidates) {
+            None => placement::place(&question, &pools, &self.policy)?,
             Some(Apart { wanted, needed }) => {
                 question.exclude = &wanted;
-                placement::place(&question, &candidates, &self.policy).or_else(|_| {
+                placement::place(&question, &pools, &self.policy).or_else(|_| {
                     question.exclude = &needed;
-                    placement::place(&question, &candidates, &self.policy)
+                    placement::place(&question, &pools, &self.policy)
                 })?
             }
         };
-        roster.promise(ask.request, &decision, Instant::now());
+        roster.promise(ask.request, &decision, now);
         Ok(decision)
     }
 

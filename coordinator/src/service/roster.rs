@@ -9,8 +9,11 @@ use baton_core::{BlockHash, Incarnation, RequestId, WorkerId};
 use baton_proto::v1;
 use tokio::time::Instant;
 
-use crate::placement::{Candidate, Decision, Load, PrefixIndex, WorkerIndex};
-use crate::state::{Ledger, Order};
+use super::pairs::{Health, Pairs};
+use super::progress::Progress;
+use super::promises::{Promise, Promises};
+use crate::placement::{ALONE, Candidate, Decision, Load, Pools, PrefixIndex, WorkerIndex};
+use crate::state::{Ledger, Life, Order, Worker};
 
 /// (block, holder) pairs remembered, about 48 bytes each.
 const PREFIX_INDEX_MAX: usize = 200_000;
@@ -18,15 +21,15 @@ const PREFIX_INDEX_MAX: usize = 200_000;
 pub(crate) const GATEWAYS_MAX: usize = 1024;
 /// A gateway silent for so long is forgotten.
 const GATEWAY_FORGET: Duration = Duration::from_millis(10 * WORKER_LEASE_MS);
-/// An assignment this much older than a heartbeat is part of the load that the heartbeat reports.
-const PROMISE_SEEN: Duration = Duration::from_millis(100);
 
 /// Everything heard.
 pub(crate) struct Roster {
     workers: BTreeMap<WorkerId, Heard>,
     gateways: BTreeMap<String, Gateway>,
     prefix: PrefixIndex,
+    /// The last index given to a life.
     indexes: WorkerIndex,
+    pairs: Pairs,
 }
 
 /// One life of a worker.
@@ -37,46 +40,10 @@ pub(crate) struct Heard {
     pub(crate) load: v1::Load,
     pub(crate) member: v1::Member,
     pub(crate) at: Instant,
-    slot: WorkerIndex,
+    index: WorkerIndex,
     suspect: bool,
+    progress: Progress,
     promises: Promises,
-}
-
-/// Assignments that the worker may not have reported yet, and their sums.
-#[derive(Default)]
-struct Promises {
-    by_request: BTreeMap<RequestId, Promise>,
-    blocks: u64,
-    tokens: u64,
-}
-
-struct Promise {
-    at: Instant,
-    blocks: u64,
-    tokens: u64,
-}
-
-impl Promises {
-    fn insert(&mut self, request: RequestId, promise: Promise) {
-        self.remove(request);
-        self.blocks += promise.blocks;
-        self.tokens += promise.tokens;
-        self.by_request.insert(request, promise);
-    }
-
-    fn remove(&mut self, request: RequestId) {
-        if let Some(promise) = self.by_request.remove(&request) {
-            self.blocks -= promise.blocks;
-            self.tokens -= promise.tokens;
-        }
-    }
-
-    /// Drops those that a report of now includes.
-    fn seen(&mut self, now: Instant) {
-        self.by_request.retain(|_, promise| promise.at + PROMISE_SEEN > now);
-        self.blocks = self.by_request.values().map(|promise| promise.blocks).sum();
-        self.tokens = self.by_request.values().map(|promise| promise.tokens).sum();
-    }
 }
 
 pub(crate) struct Gateway {
@@ -102,7 +69,8 @@ pub(crate) struct Old;
 impl Roster {
     pub(crate) fn new() -> Roster {
         let prefix = PrefixIndex::new(PREFIX_INDEX_MAX);
-        Roster { workers: BTreeMap::new(), gateways: BTreeMap::new(), prefix, indexes: 0 }
+        let (workers, gateways) = (BTreeMap::new(), BTreeMap::new());
+        Roster { workers, gateways, prefix, indexes: ALONE, pairs: Pairs::default() }
     }
 
     /// The worker as last heard in this life.
@@ -129,17 +97,18 @@ impl Roster {
         let reset = beat.load.index_reset;
         let gap = beat.sequence != heard.sequence.saturating_add(1);
         heard.sequence = beat.sequence;
+        heard.progress.report(&beat.load, now);
         heard.load = v1::Load { blocks_added: vec![], blocks_removed: vec![], ..beat.load };
         heard.member = beat.member;
         heard.at = now;
         heard.suspect = false;
         heard.promises.seen(now);
-        let slot = heard.slot;
+        let index = heard.index;
         if reset {
-            self.prefix.clear(slot);
+            self.prefix.clear(index);
         }
-        self.prefix.remove(slot, beat.removed);
-        self.prefix.add(slot, beat.added);
+        self.prefix.remove(index, beat.removed);
+        self.prefix.add(index, beat.added);
         metrics::gauge!("baton_coordinator_prefix_index_blocks").set(self.prefix.len() as f64);
         Ok(gap && !reset)
     }
@@ -164,8 +133,9 @@ impl Roster {
             load: beat.load.clone(),
             member: beat.member.clone(),
             at: now,
-            slot: self.indexes,
+            index: self.indexes,
             suspect: false,
+            progress: Progress::new(now),
             promises: Promises::default(),
         };
         self.workers.entry(beat.worker.clone()).insert_entry(heard).into_mut()
@@ -173,11 +143,12 @@ impl Roster {
 
     fn forget(&mut self, worker: &WorkerId) {
         if let Some(heard) = self.workers.remove(worker) {
-            self.prefix.clear(heard.slot);
+            self.prefix.clear(heard.index);
+            self.pairs.forget(heard.index);
         }
     }
 
-    /// Forgets what no longer lives. True: the set of members changed.
+    /// Forgets what no longer lives or no longer holds. True: a watcher wants to know.
     pub(crate) fn sweep(&mut self, ledger: &Ledger, now: Instant) -> bool {
         let replaced = |id: &WorkerId, heard: &Heard| match ledger.worker(id) {
             Some(worker) => {
@@ -190,7 +161,8 @@ impl Roster {
         gone.iter().for_each(|id| self.forget(id));
         let before = self.gateways.len();
         self.gateways.retain(|_, gateway| gateway.at + GATEWAY_FORGET > now);
-        before != self.gateways.len()
+        let retried = self.pairs.sweep(now);
+        retried || before != self.gateways.len()
     }
 
     /// Takes a gateway in. None: there are too many. True: it is new.
@@ -238,46 +210,94 @@ impl Roster {
         }
     }
 
-    /// The ledger's live workers with what was heard of them, for placement.
-    pub(crate) fn candidates<'a>(&self, ledger: &'a Ledger, chain: &[BlockHash]) -> Vec<Candidate<'a>> {
+    /// A handoff of a request between these two failed. True: they leave placement now.
+    pub(crate) fn pair_failed(&mut self, prefill: &Life, decode: &Life, now: Instant) -> bool {
+        self.judge(Some(prefill), decode, Health::Broken("a request's handoff failed".into()), now)
+    }
+
+    /// Takes a verdict on a pair in, or on a decode worker by itself, unless one of the lives is over. True: placement
+    /// changes by it.
+    pub(super) fn judge(&mut self, prefill: Option<&Life>, decode: &Life, health: Health, now: Instant) -> bool {
+        let index = |(id, incarnation): &Life| self.worker(id, *incarnation).map(|heard| heard.index);
+        let pair = (prefill.map_or(Some(ALONE), index), index(decode));
+        match pair {
+            (Some(prefill), Some(decode)) => self.pairs.judge((prefill, decode), health, now),
+            _ => false,
+        }
+    }
+
+    /// The ledger's live workers with what was heard of them, for placement. Both are in the order of their ids.
+    pub(crate) fn pools<'a>(&'a self, ledger: &'a Ledger, chain: &[BlockHash], now: Instant) -> Pools<'a> {
         let hits = self.prefix.hits(chain);
-        let live = ledger.workers().filter(|(_, worker)| worker.live);
-        let candidate = |(id, worker): (&'a WorkerId, &'a crate::state::Worker)| {
-            let heard = self.worker(id, worker.incarnation);
-            let mut load = heard.map_or(unheard(worker.model.blocks_total), Heard::load_now);
-            load.draining |= worker.order != Order::Serve;
-            Candidate {
-                worker: id,
-                incarnation: worker.incarnation,
-                role: worker.role,
-                model: &worker.model,
-                load,
-                hits: heard.and_then(|heard| hits.get(&heard.slot)).copied().unwrap_or(0),
-                suspect: heard.is_some_and(|heard| heard.suspect),
-            }
-        };
-        live.map(candidate).collect()
+        let mut heard = self.workers.iter().peekable();
+        let mut candidates = Vec::with_capacity(self.workers.len());
+        for (id, worker) in ledger.workers().filter(|(_, worker)| worker.live) {
+            while heard.next_if(|(other, _)| *other < id).is_some() {}
+            let of_life =
+                |(other, heard): &(&WorkerId, &Heard)| *other == id && heard.incarnation == worker.incarnation;
+            candidates.push(match heard.next_if(of_life) {
+                Some((_, heard)) => heard.candidate(id, worker, hits.get(&heard.index).copied().unwrap_or(0), now),
+                None => unheard(id, worker),
+            });
+        }
+        Pools { candidates, broken: self.pairs.broken() }
     }
 }
 
 impl Heard {
+    /// How long it has had work and made no step.
+    pub(crate) fn stuck(&self) -> Option<Duration> {
+        self.progress.stuck()
+    }
+
+    fn candidate<'a>(&self, id: &'a WorkerId, worker: &'a Worker, hits: u64, now: Instant) -> Candidate<'a> {
+        Candidate {
+            index: self.index,
+            load: Load { draining: self.load.draining || worker.order != Order::Serve, ..self.load_now(now) },
+            hits,
+            suspect: self.suspect,
+            stuck: self.stuck().is_some(),
+            ..unheard(id, worker)
+        }
+    }
+
     /// Load as reported, plus the promises it cannot have seen.
-    fn load_now(&self) -> Load {
+    fn load_now(&self, now: Instant) -> Load {
         let available = self.load.blocks_free.saturating_add(self.load.blocks_cached);
         Load {
             blocks_available: available.saturating_sub(self.promises.blocks),
             running: u64::from(self.load.sequences_running),
-            waiting: u64::from(self.load.sequences_waiting) + self.promises.by_request.len() as u64,
+            waiting: u64::from(self.load.sequences_waiting) + self.promises.len(),
             tokens_waiting: self.load.tokens_waiting.saturating_add(self.promises.tokens),
             prefill_rate: self.load.prefill_tokens_per_s,
+            step_us: self.progress.step_us(),
+            age_ms: (now - self.at).as_millis() as u64,
             draining: self.load.draining,
         }
     }
 }
 
-/// A worker that a new leader has not heard of yet.
-fn unheard(blocks_total: u64) -> Load {
-    Load { blocks_available: blocks_total, ..Load::default() }
+/// A worker that a new leader has not heard of yet: nothing is known of its load, so it counts as the others do.
+fn unheard<'a>(id: &'a WorkerId, worker: &'a Worker) -> Candidate<'a> {
+    let blocks_available = worker.model.blocks_total;
+    Candidate {
+        worker: id,
+        index: ALONE,
+        incarnation: worker.incarnation,
+        role: worker.role,
+        model: &worker.model,
+        address: &worker.address,
+        pid: worker.pid,
+        load: Load {
+            blocks_available,
+            age_ms: WORKER_LEASE_MS,
+            draining: worker.order != Order::Serve,
+            ..Load::default()
+        },
+        hits: 0,
+        suspect: false,
+        stuck: false,
+    }
 }
 
 fn blocks(member: &v1::Member) -> u64 {
@@ -286,6 +306,7 @@ fn blocks(member: &v1::Member) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::promises::PROMISE_SEEN;
     use super::*;
     use crate::state::{Batch, Command, Outcome, Registration};
 
@@ -340,8 +361,9 @@ mod tests {
             blocks: 10,
             prefill_tokens: 160,
             explanation: String::new(),
+            trace: crate::placement::Trace::default(),
         };
-        let load = |roster: &Roster| roster.candidates(&ledger, &[])[0].load;
+        let load = |roster: &Roster| roster.pools(&ledger, &[], start).candidates[0].load;
         let seen = |load: Load| (load.blocks_available, load.waiting, load.tokens_waiting);
         (1..=3).for_each(|request| roster.promise(RequestId(request), &decision, start));
         roster.promise(RequestId(3), &decision, start);
@@ -360,7 +382,7 @@ mod tests {
         let (mut roster, now) = (Roster::new(), Instant::now());
         let chain = BlockHash::chain("", &(0..64).collect::<Vec<_>>(), 16);
         let candidate = |roster: &Roster| {
-            let candidate = roster.candidates(&ledger, &chain).remove(0);
+            let candidate = roster.pools(&ledger, &chain, now).candidates.remove(0);
             (candidate.hits, candidate.suspect)
         };
         roster.beat(beat(incarnation.0, 1, chain[..3].to_vec()), now).unwrap();

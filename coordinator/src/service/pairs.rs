@@ -1,0 +1,165 @@
+//! What is known of prefill–decode pairs: by the canary, and by gateways whose handoffs failed. The leader learns it;
+//! the other nodes hear it from the leader, so that a new one begins with it.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::placement::{ALONE, BrokenPairs, WorkerIndex};
+
+/// Pairs remembered; a pair that is not is `unknown`, which is as good as good.
+const PAIRS_MAX: usize = 16_384;
+/// A broken pair that no canary has looked at for so long is tried again.
+const BROKEN_FORGET: Duration = Duration::from_secs(10);
+
+/// By the worker's lives: a pair of later lives is another pair. (`ALONE`, decode) is a decode worker by itself.
+pub(super) type PairIndex = (WorkerIndex, WorkerIndex);
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Health {
+    Good,
+    /// Why, for a person.
+    Broken(String),
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct Pair {
+    pub(super) health: Health,
+    /// When its health last changed between good and broken.
+    pub(super) since: Instant,
+    /// When it was last looked at.
+    pub(super) seen: Instant,
+}
+
+#[derive(Default)]
+pub(super) struct Pairs {
+    known: BTreeMap<PairIndex, Pair>,
+    broken: BrokenPairs,
+}
+
+impl Pairs {
+    pub(super) fn broken(&self) -> &BrokenPairs {
+        &self.broken
+    }
+
+    pub(super) fn get(&self, pair: PairIndex) -> Option<&Pair> {
+        self.known.get(&pair)
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&PairIndex, &Pair)> {
+        self.known.iter()
+    }
+
+    /// Takes a verdict in. True: the pair was in placement and is not any more, or the other way round.
+    pub(super) fn judge(&mut self, pair: PairIndex, health: Health, now: Instant) -> bool {
+        let broken = matches!(health, Health::Broken(_));
+        let was_broken = self.broken.contains(&pair);
+        let before = self.known.get(&pair).filter(|_| was_broken == broken);
+        let since = before.map_or(now, |before| before.since);
+        if !self.known.contains_key(&pair) && self.known.len() >= PAIRS_MAX {
+            self.forget_oldest();
+        }
+        self.known.insert(pair, Pair { health, since, seen: now });
+        match broken {
+            true => self.broken.insert(pair),
+            false => self.broken.remove(&pair),
+        }
+    }
+
+    fn forget_oldest(&mut self) {
+        if let Some(oldest) = self.known.iter().min_by_key(|(_, pair)| pair.seen).map(|(at, _)| *at) {
+            self.known.remove(&oldest);
+            self.broken.remove(&oldest);
+        }
+    }
+
+    /// Forgets all pairs of one life.
+    pub(super) fn forget(&mut self, index: WorkerIndex) {
+        let other = |(prefill, decode): &PairIndex| *prefill != index && *decode != index;
+        self.known.retain(|pair, _| other(pair));
+        self.broken.retain(other);
+    }
+
+    /// Gives broken pairs that nobody looks at another chance. True: there was one.
+    pub(super) fn sweep(&mut self, now: Instant) -> bool {
+        let before = self.broken.len();
+        self.known.retain(|at, pair| !self.broken.contains(at) || pair.seen + BROKEN_FORGET > now);
+        self.broken.retain(|at| self.known.contains_key(at));
+        metrics::gauge!("baton_coordinator_pairs_broken").set(self.broken.len() as f64);
+        before != self.broken.len()
+    }
+
+    /// Takes over what another node knows: those it calls broken are broken, the others are not.
+    pub(super) fn adopt(&mut self, told: Vec<(PairIndex, Pair)>) -> bool {
+        let known: BTreeMap<PairIndex, Pair> = told.into_iter().take(PAIRS_MAX).collect();
+        let is_broken = |(at, pair): (&PairIndex, &Pair)| matches!(pair.health, Health::Broken(_)).then_some(*at);
+        let broken: BrokenPairs = known.iter().filter_map(is_broken).collect();
+        let changed = broken != self.broken;
+        (self.known, self.broken) = (known, broken);
+        changed
+    }
+
+    /// Whether a decode worker fails by itself.
+    pub(super) fn is_alone_broken(&self, decode: WorkerIndex) -> bool {
+        self.broken.contains(&(ALONE, decode))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn broken() -> Health {
+        Health::Broken("transfer_failed".into())
+    }
+
+    #[tokio::test]
+    async fn a_pair_leaves_at_once_and_returns_with_the_first_good_word() {
+        let (mut pairs, now) = (Pairs::default(), Instant::now());
+        let second = Duration::from_secs(1);
+        assert!(!pairs.judge((1, 2), Health::Good, now));
+        assert!(pairs.judge((1, 2), broken(), now + second));
+        assert!(!pairs.judge((1, 2), broken(), now + 2 * second));
+        assert_eq!(pairs.get((1, 2)).unwrap().since, now + second);
+        assert!(pairs.broken().contains(&(1, 2)) && !pairs.is_alone_broken(2));
+        assert!(pairs.judge((1, 2), Health::Good, now + 3 * second));
+        assert_eq!(pairs.get((1, 2)).unwrap().since, now + 3 * second);
+        assert!(pairs.broken().is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_life_takes_its_pairs_along_and_unseen_ones_are_tried_again() {
+        let (mut pairs, now) = (Pairs::default(), Instant::now());
+        for pair in [(1, 2), (1, 3), (4, 2), (ALONE, 2)] {
+            pairs.judge(pair, broken(), now);
+        }
+        assert!(pairs.is_alone_broken(2));
+        pairs.forget(2);
+        assert_eq!(pairs.broken().iter().copied().collect::<Vec<_>>(), [(1, 3)]);
+        assert!(!pairs.sweep(now + BROKEN_FORGET / 2));
+        assert!(pairs.sweep(now + BROKEN_FORGET));
+        assert!(pairs.broken().is_empty() && pairs.get((1, 3)).is_none());
+    }
+
+    #[tokio::test]
+    async fn memory_is_bounded_and_the_longest_unseen_goes_first() {
+        let (mut pairs, now) = (Pairs::default(), Instant::now());
+        for at in 0..=PAIRS_MAX as u32 {
+            pairs.judge((1, at + 2), broken(), now + Duration::from_millis(at.into()));
+        }
+        assert_eq!((pairs.iter().count(), pairs.broken().len()), (PAIRS_MAX, PAIRS_MAX));
+        assert!(pairs.get((1, 2)).is_none() && pairs.get((1, 3)).is_some());
+    }
+
+    #[tokio::test]
+    async fn what_the_leader_says_replaces_what_was_known() {
+        let (mut pairs, now) = (Pairs::default(), Instant::now());
+        pairs.judge((1, 2), broken(), now);
+        let good = Pair { health: Health::Good, since: now, seen: now };
+        let bad = Pair { health: broken(), ..good.clone() };
+        assert!(pairs.adopt(vec![((1, 2), good.clone()), ((1, 3), bad.clone())]));
+        assert_eq!(pairs.broken().iter().copied().collect::<Vec<_>>(), [(1, 3)]);
+        assert!(!pairs.adopt(vec![((1, 3), bad)]));
+    }
+}
