@@ -79,7 +79,7 @@ async fn without_workers_there_is_a_503() {
     let folder = data.path().display().to_string();
     let _coordinator = RoleProcess::start(&["coordinator", "--listen", &node, "--data", &folder]);
     let _gateway = RoleProcess::start(&["gateway", "--listen", &client, "--coordinator", &node]);
-    let client = Client { address: client };
+    let client = Client::new(client);
     let health = wait_for("the gateway to answer", || async { client.try_get("/health").await.ok() }).await;
     assert_eq!(health.status, 503);
     assert_eq!(client.get("/live").await.status, 200);

@@ -4,7 +4,6 @@ use baton_tests::cluster::{signal, wait_for};
 use baton_tests::{Client, Cluster, Streamed};
 use serde_json::{Value, json};
 
-use crate::same_bytes::joined;
 use crate::serving::{CHAT, chat, long_prompt};
 
 /// Attempts that ended without their request, by the gateway's count.
@@ -34,7 +33,7 @@ async fn replacement(cluster: &Cluster, role: &str, killed: i32) {
 async fn a_decode_worker_killed_mid_stream_changes_no_byte() {
     for flags in [&["--decode", "2"][..], &[]] {
         let cluster = Cluster::up(flags).await;
-        let undisturbed = joined(cluster.client.stream(CHAT, &request(1, 1200)).await);
+        let undisturbed = cluster.client.stream(CHAT, &request(1, 1200)).await.joined();
         assert_eq!(undisturbed.error, None);
         for kill_after in [1, 200, 700] {
             let failed = cluster.counter(FAILED).await;
@@ -44,7 +43,7 @@ async fn a_decode_worker_killed_mid_stream_changes_no_byte() {
             for worker in workers.iter().filter(|p| p.role == "decode") {
                 signal(worker.pid, libc::SIGKILL);
             }
-            let disturbed = joined(events.finish().await);
+            let disturbed = events.finish().await.joined();
             assert!(cluster.counter(FAILED).await > failed, "no kill met the stream; it says nothing");
             assert_eq!(disturbed, undisturbed, "{flags:?}, killed after {kill_after} bytes");
             for worker in workers.iter().filter(|p| p.role == "decode") {
@@ -102,7 +101,7 @@ async fn all(client: &Client, numbers: std::ops::Range<usize>) -> Vec<Streamed> 
     let streams: Vec<_> = numbers
         .map(|i| {
             let client = client.clone();
-            tokio::spawn(async move { joined(client.stream(CHAT, &request(i, 60)).await) })
+            tokio::spawn(async move { client.stream(CHAT, &request(i, 60)).await.joined() })
         })
         .collect();
     let mut answers = Vec::new();
@@ -115,7 +114,7 @@ async fn all(client: &Client, numbers: std::ops::Range<usize>) -> Vec<Streamed> 
 #[tokio::test]
 async fn coordinators_killed_mid_stream_touch_no_stream() {
     let cluster = Cluster::up(&["--coordinators", "3"]).await;
-    let undisturbed = joined(cluster.client.stream(CHAT, &request(5, 1200)).await);
+    let undisturbed = cluster.client.stream(CHAT, &request(5, 1200)).await.joined();
     let mut events = cluster.client.open(CHAT, &request(5, 1200)).await;
     events.until_text(1).await;
     let leader = cluster.status()["leader"].to_string();
@@ -123,7 +122,7 @@ async fn coordinators_killed_mid_stream_touch_no_stream() {
     let leads = |id: &str| id.ends_with(&format!("-{leader}"));
     let node = nodes.iter().find(|p| p.role == "coordinator" && leads(&p.id)).expect("a leader among the coordinators");
     signal(node.pid, libc::SIGKILL);
-    assert_eq!(joined(events.finish().await), undisturbed);
-    let after = joined(cluster.client.stream(CHAT, &request(5, 1200)).await);
+    assert_eq!(events.finish().await.joined(), undisturbed);
+    let after = cluster.client.stream(CHAT, &request(5, 1200)).await.joined();
     assert_eq!(after, undisturbed, "a new request after the leader's death");
 }

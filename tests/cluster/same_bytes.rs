@@ -29,17 +29,9 @@ fn requests() -> Vec<Value> {
 async fn answers(client: &Client) -> Vec<Streamed> {
     let mut answers = Vec::new();
     for request in requests() {
-        answers.push(joined(client.stream(CHAT, &request).await));
+        answers.push(client.stream(CHAT, &request).await.joined());
     }
     answers
-}
-
-pub(crate) fn joined(mut streamed: Streamed) -> Streamed {
-    for choice in &mut streamed.logprobs {
-        let entries = choice.iter().flat_map(|l| l["content"].as_array().cloned().unwrap_or_default()).collect();
-        *choice = vec![Value::Array(entries)];
-    }
-    streamed
 }
 
 #[tokio::test]

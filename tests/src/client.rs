@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
-use hyper::header::{CONTENT_TYPE, HOST, HeaderMap};
+use hyper::header::{CONTENT_TYPE, HOST, HeaderMap, RETRY_AFTER};
 use hyper::{Method, Request, Response};
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
@@ -13,6 +13,8 @@ use serde_json::Value;
 pub struct Client {
     /// `host:port`
     pub address: String,
+    /// Sent with every request.
+    headers: Vec<(String, String)>,
 }
 
 /// A whole answer.
@@ -32,6 +34,24 @@ impl Reply {
     }
 }
 
+/// Why a stream did not begin.
+#[derive(Clone, Debug)]
+pub enum NotOpened {
+    /// Nobody answered, or the connection broke before the answer.
+    Unreachable(String),
+    /// An answer other than 200.
+    Refused { status: u16, retry_after_s: Option<u64>, body: String },
+}
+
+impl std::fmt::Display for NotOpened {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            NotOpened::Unreachable(why) => f.write_str(why),
+            NotOpened::Refused { status, body, .. } => write!(f, "{status} {body}"),
+        }
+    }
+}
+
 /// Everything a stream said, in order.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Streamed {
@@ -47,6 +67,15 @@ pub struct Streamed {
 }
 
 impl Streamed {
+    /// The same with each choice's log-probabilities in one list, so that the events' borders do not count.
+    pub fn joined(mut self) -> Streamed {
+        for choice in &mut self.logprobs {
+            let entries = choice.iter().flat_map(|l| l["content"].as_array().cloned().unwrap_or_default()).collect();
+            *choice = vec![Value::Array(entries)];
+        }
+        self
+    }
+
     fn choice(&mut self, index: usize) {
         while self.text.len() <= index {
             self.text.push(String::new());
@@ -87,6 +116,9 @@ pub struct Events {
     body: Incoming,
     unread: Vec<u8>,
     pub so_far: Streamed,
+    pub headers: HeaderMap,
+    /// Of the last event that had one, for `Last-Event-ID`.
+    pub last_id: Option<String>,
 }
 
 impl Events {
@@ -102,6 +134,8 @@ impl Events {
             for line in event.lines() {
                 if let Some(data) = line.strip_prefix("data:") {
                     self.so_far.take(data.trim());
+                } else if let Some(id) = line.strip_prefix("id:") {
+                    self.last_id = Some(id.trim().to_string());
                 }
             }
         }
@@ -125,19 +159,34 @@ impl Events {
 }
 
 impl Client {
+    pub fn new(address: impl Into<String>) -> Client {
+        Client { address: address.into(), headers: Vec::new() }
+    }
+
+    /// The same client with one more header in every request.
+    pub fn with(&self, name: &str, value: impl Into<String>) -> Client {
+        let mut client = self.clone();
+        client.headers.push((name.to_string(), value.into()));
+        client
+    }
+
+    /// The same client with an API key.
+    pub fn with_key(&self, key: &str) -> Client {
+        self.with("authorization", format!("Bearer {key}"))
+    }
+
     async fn send(&self, method: Method, path: &str, body: Bytes) -> Result<Response<Incoming>, String> {
         let stream = tokio::net::TcpStream::connect(&self.address).await.map_err(|e| e.to_string())?;
         stream.set_nodelay(true).map_err(|e| e.to_string())?;
         let (mut sender, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| e.to_string())?;
         tokio::spawn(connection);
-        let request = Request::builder()
-            .method(method)
-            .uri(path)
-            .header(HOST, &self.address)
-            .header(CONTENT_TYPE, "application/json")
-            .body(Full::new(body))
-            .map_err(|e| e.to_string())?;
+        let mut request = Request::builder().method(method).uri(path).header(HOST, &self.address);
+        for (name, value) in &self.headers {
+            request = request.header(name, value);
+        }
+        let request =
+            request.header(CONTENT_TYPE, "application/json").body(Full::new(body)).map_err(|e| e.to_string())?;
         sender.send_request(request).await.map_err(|e| e.to_string())
     }
 
@@ -166,16 +215,32 @@ impl Client {
 
     /// Starts a stream; the answer's status must be 200.
     pub async fn open(&self, path: &str, body: &Value) -> Events {
+        self.try_open(path, body).await.unwrap_or_else(|e| panic!("POST {path}: {e}"))
+    }
+
+    pub async fn try_open(&self, path: &str, body: &Value) -> Result<Events, NotOpened> {
         let mut body = body.clone();
         body["stream"] = true.into();
-        let sent = self.send(Method::POST, path, body.to_string().into()).await;
-        let response = sent.unwrap_or_else(|e| panic!("POST {path}: {e}"));
-        let status = response.status().as_u16();
+        self.events(Method::POST, path, body.to_string().into()).await
+    }
+
+    /// A stream that needs no body.
+    pub async fn try_open_get(&self, path: &str) -> Result<Events, NotOpened> {
+        self.events(Method::GET, path, Bytes::new()).await
+    }
+
+    async fn events(&self, method: Method, path: &str, body: Bytes) -> Result<Events, NotOpened> {
+        let response = self.send(method, path, body).await.map_err(NotOpened::Unreachable)?;
+        let (parts, body) = response.into_parts();
+        let status = parts.status.as_u16();
         if status != 200 {
-            let body = response.into_body().collect().await.map(|b| b.to_bytes()).unwrap_or_default();
-            panic!("POST {path}: {status} {}", String::from_utf8_lossy(&body));
+            let body = body.collect().await.map(|b| b.to_bytes()).unwrap_or_default();
+            let retry_after_s = parts.headers.get(RETRY_AFTER).and_then(|v| v.to_str().ok()?.parse().ok());
+            let body = String::from_utf8_lossy(&body).into_owned();
+            return Err(NotOpened::Refused { status, retry_after_s, body });
         }
-        Events { body: response.into_body(), unread: Vec::new(), so_far: Streamed::default() }
+        let (unread, so_far) = (Vec::new(), Streamed::default());
+        Ok(Events { body, unread, so_far, headers: parts.headers, last_id: None })
     }
 
     /// A stream read to its end.

@@ -22,14 +22,14 @@ pub struct Process {
     pub address: String,
 }
 
-/// The binary under test: beside the test's own `deps` folder.
+/// The binary under test: beside the test, or beside the test's `deps` folder.
 ///
 /// # Panics
 /// If it has not been built.
 pub fn binary() -> PathBuf {
     let test = std::env::current_exe().expect("a test knows its own path");
-    let folder = test.ancestors().nth(2).expect("tests run from target/<profile>/deps");
-    let path = folder.join("baton");
+    let folders = test.ancestors().skip(1).take(2).map(|folder| folder.join("baton"));
+    let path = folders.clone().find(|path| path.exists()).or(folders.last()).expect("tests run from target/<profile>");
     assert!(path.exists(), "{} is missing: run `cargo build --release` first", path.display());
     path
 }
@@ -115,7 +115,7 @@ impl Cluster {
             assert!(ended.is_none(), "baton up ended early: {ended:?}");
             let address = url(data.path());
             async move {
-                let client = Client { address: address? };
+                let client = Client::new(address?);
                 client.try_get("/health").await.ok().filter(|reply| reply.status == 200).map(|_| client)
             }
         })

@@ -2,10 +2,13 @@
 //! OpenAI's streams. Waits for conditions, never for a time.
 #![allow(clippy::disallowed_methods)] // The harness stands outside the product: it opens sockets and reads the environment.
 
+pub mod chaos;
 pub mod client;
 pub mod cluster;
+pub mod fleet;
 pub mod proxy;
 
 pub use client::{Client, Reply, Streamed};
 pub use cluster::{Cluster, Process, RoleProcess};
+pub use fleet::{Fleet, Shape};
 pub use proxy::{Fault, Proxy, Way};

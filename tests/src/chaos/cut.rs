@@ -1,0 +1,65 @@
+//! Paths between processes cut, stalled, reset and damaged by proxies, on control and on KV ports: streams end as the
+//! undisturbed ones, and nothing of a damaged block is ever used.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::load::{self, Load};
+use super::report::quantile;
+use super::workers::{calm_moments, extra, go_on, silences};
+use super::{Draw, Extent, Report};
+use crate::{Fault, Fleet, Proxy, Shape, Way};
+
+const STREAMS_EACH: usize = 30;
+/// How long a fault stays.
+const HELD: Duration = Duration::from_millis(2_500);
+/// A flip meets a byte this near: within what one handoff moves.
+const FLIP_BYTES: u64 = 64 << 10;
+
+/// Does something bad to a path. Resets and flips are over at once, the rest stays until healed. Bits are flipped where
+/// blocks pass only: gRPC relies on TCP's own checksum.
+fn harm(proxy: &Proxy, blocks: bool, draw: &mut Draw) {
+    match draw.below(7) {
+        1 if blocks => proxy.flip(Way::Up, draw.below(FLIP_BYTES)),
+        0 | 1 => proxy.reset(),
+        2 => proxy.set_both(Fault::Stall),
+        3 => proxy.set(Way::Up, Fault::Stall),
+        4 => proxy.set(Way::Down, Fault::Stall),
+        5 => proxy.set_both(Fault::Swallow),
+        _ => proxy.set_both(Fault::Delay(Duration::from_millis(20 + draw.below(80)))),
+    }
+}
+
+pub async fn run(extent: Extent) -> Report {
+    let fleet = Fleet::start(&Shape { prefill: 2, decode: 2, proxied: true, ..Shape::default() }).await;
+    let client = fleet.client(0);
+    let expected = load::expected(&client).await;
+    let load = Load::start(std::slice::from_ref(&client), &expected, extent.streams, extent.seed);
+    let started = Instant::now();
+    go_on(&load, STREAMS_EACH).await;
+    let calm = calm_moments(started, Instant::now());
+    let workers = [fleet.ids("decode"), fleet.ids("prefill")].concat();
+    let (mut draw, mut cuts) = (Draw::new(extent.seed), Vec::new());
+    for _ in 0..extent.times {
+        let blocks = draw.below(2) == 0;
+        let proxy = match blocks {
+            true => &fleet.handoff[draw.choose(&fleet.ids("decode"))],
+            false => &fleet.control[draw.choose(&workers)],
+        };
+        cuts.push(Instant::now());
+        harm(proxy, blocks, &mut draw);
+        tokio::time::sleep(HELD).await;
+        proxy.heal();
+        fleet.whole().await;
+        go_on(&load, STREAMS_EACH).await;
+    }
+    let observed = load.finish().await;
+    fleet.quiet().await;
+
+    let mut report = Report::new("path cut or damaged", extent.times, &observed);
+    report.expect_whole();
+    report.gaps(extra(&silences(&observed, &cuts), &silences(&observed, &calm)));
+    report.tell("extra gap p99", quantile(&report.gaps_ms, 0.99), "ms");
+    report
+}

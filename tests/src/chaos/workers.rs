@@ -1,0 +1,78 @@
+//! kill -9 of prefill and decode workers under load: every stream ends as the undisturbed one, after a short silence.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::load::{self, Load, Observed};
+use super::report::{quantile, sorted};
+use super::{Draw, Extent, Report};
+use crate::{Client, Fleet, Shape};
+
+/// Silences are looked for so long after a kill.
+const WINDOW: Duration = Duration::from_secs(2);
+/// Streams that must end before the first kill and between kills: 200 kills over 10,000 streams.
+const STREAMS_EACH: usize = 50;
+const CALM_STREAMS: usize = 2 * STREAMS_EACH;
+const GAP_P50_MS: f64 = 300.0;
+const GAP_P99_MS: f64 = 1_500.0;
+
+/// Silences after each moment, of the streams open then.
+pub(super) fn silences(observed: &[Observed], moments: &[Instant]) -> Vec<f64> {
+    let open = |moment: Instant| observed.iter().filter(move |stream| stream.open_at(moment));
+    let of = |moment: Instant| open(moment).map(move |s| s.silence_after(moment, WINDOW).as_secs_f64() * 1e3);
+    sorted(moments.iter().flat_map(|moment| of(*moment)))
+}
+
+/// The part of silences that the faults caused: beyond the undisturbed median, of streams that are silent for longer than
+/// nearly any undisturbed one. Streams that the fault did not touch are left out, so that they do not flatter.
+pub(super) fn extra(disturbed: &[f64], undisturbed: &[f64]) -> Vec<f64> {
+    let (usual, longest) = (quantile(undisturbed, 0.5), quantile(undisturbed, 0.99));
+    disturbed.iter().filter(|silence| **silence > longest).map(|silence| silence - usual).collect()
+}
+
+/// Waits until so many more streams have ended.
+pub(super) async fn go_on(load: &Load, streams: usize) {
+    let until = load.ended() + streams;
+    while load.ended() < until {
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+}
+
+/// Moments of a stretch of time without faults, to measure it by.
+pub(super) fn calm_moments(from: Instant, to: Instant) -> Vec<Instant> {
+    (1..20).map(|n| from + (to - from) * n / 20).collect()
+}
+
+pub async fn run(extent: Extent) -> Report {
+    let mut fleet = Fleet::start(&Shape { prefill: 2, decode: 2, gateways: 2, ..Shape::default() }).await;
+    let clients: Vec<Client> = vec![fleet.client(0), fleet.client(1)];
+    let expected = load::expected(&clients[0]).await;
+    let load = Load::start(&clients, &expected, extent.streams, extent.seed);
+    let started = Instant::now();
+    go_on(&load, CALM_STREAMS).await;
+    let calm = calm_moments(started, Instant::now());
+    let workers = [fleet.ids("prefill"), fleet.ids("decode")].concat();
+    let (mut draw, mut kills) = (Draw::new(extent.seed), Vec::new());
+    for _ in 0..extent.times {
+        tokio::time::sleep(Duration::from_millis(draw.below(100))).await;
+        let victim = draw.choose(&workers).clone();
+        kills.push(Instant::now());
+        fleet.kill(&victim).await;
+        fleet.restart(&victim).await;
+        go_on(&load, STREAMS_EACH).await;
+        fleet.whole().await;
+    }
+    let observed = load.finish().await;
+    fleet.quiet().await;
+
+    let mut report = Report::new("worker killed", extent.times, &observed);
+    report.expect_whole();
+    let undisturbed = silences(&observed, &calm);
+    report.gaps(extra(&silences(&observed, &kills), &undisturbed));
+    report.at_most("extra gap p50", quantile(&report.gaps_ms, 0.5), "ms", GAP_P50_MS);
+    report.at_most("extra gap p99", quantile(&report.gaps_ms, 0.99), "ms", GAP_P99_MS);
+    report.tell("silence p50 undisturbed", quantile(&undisturbed, 0.5), "ms");
+    report.tell("streams touched", report.gaps_ms.len() as f64, "streams");
+    report
+}
