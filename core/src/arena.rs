@@ -7,6 +7,9 @@
 //! ```
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::io;
+#[cfg(target_os = "linux")]
+use std::os::fd::OwnedFd;
 
 use serde::{Deserialize, Serialize};
 
@@ -91,13 +94,23 @@ impl BlockLayout {
 /// Start of the blocks in their allocation: a huge page's size, so that the kernel can back the arena with such pages.
 const ALIGNMENT: usize = 2 << 20;
 
-/// Memory for `blocks` blocks, zeroed, aligned to 2 MiB. Pages are taken from the machine when they are first touched.
+/// Memory for `blocks` blocks, zeroed, aligned to 2 MiB (a shared one to a page). Pages are taken from the machine when they are first touched.
 pub struct Arena {
     base: *mut u8,
-    start: *mut u8,
-    allocation: Layout,
+    memory: Memory,
     layout: BlockLayout,
     blocks: usize,
+}
+
+/// Where an arena's bytes come from.
+enum Memory {
+    Heap {
+        start: *mut u8,
+        allocation: Layout,
+    },
+    /// Other processes of the host can map it.
+    #[cfg(target_os = "linux")]
+    Shared(shared::Mapping),
 }
 
 // SAFETY: the arena is plain memory; exclusive access to a block's bytes is the callers' duty (see `block`).
@@ -120,7 +133,50 @@ impl Arena {
         }
         // SAFETY: the offset is below ALIGNMENT, by which the allocation exceeds the blocks.
         let base = unsafe { start.add(start.align_offset(ALIGNMENT)) };
-        Arena { base, start, allocation, layout, blocks }
+        Arena { base, memory: Memory::Heap { start, allocation }, layout, blocks }
+    }
+
+    /// An arena that other processes of this host can be given to read (`descriptor`).
+    ///
+    /// # Errors
+    /// What the kernel said; always where there is no such memory (other systems than Linux).
+    ///
+    /// # Panics
+    /// As `new`.
+    pub fn shared(layout: BlockLayout, blocks: usize) -> io::Result<Arena> {
+        let bytes = layout.block_bytes().checked_mul(blocks).expect("arena size overflows");
+        assert!(bytes > 0, "an arena holds at least one block");
+        #[cfg(target_os = "linux")]
+        {
+            let mapping = shared::Mapping::new(bytes)?;
+            Ok(Arena { base: mapping.start(), memory: Memory::Shared(mapping), layout, blocks })
+        }
+        #[cfg(not(target_os = "linux"))]
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// A `shared` arena of another process, out of the descriptor that it gave. It is for reading only: the kernel ends
+    /// a process that writes it. Its blocks are those that the memory has room for.
+    ///
+    /// # Errors
+    /// When the descriptor is not of memory that holds at least one block and cannot shrink.
+    #[cfg(target_os = "linux")]
+    pub fn map(descriptor: OwnedFd, layout: BlockLayout) -> io::Result<Arena> {
+        let mapping = shared::Mapping::of(descriptor)?;
+        match mapping.bytes() / layout.block_bytes().max(1) {
+            0 => Err(io::Error::new(io::ErrorKind::InvalidData, "the memory holds no block")),
+            blocks => Ok(Arena { base: mapping.start(), memory: Memory::Shared(mapping), layout, blocks }),
+        }
+    }
+
+    /// What gives another process of this host the right to read this arena, and no more than that; None if it is not a
+    /// `shared` one.
+    #[cfg(target_os = "linux")]
+    pub fn descriptor(&self) -> Option<io::Result<OwnedFd>> {
+        match &self.memory {
+            Memory::Heap { .. } => None,
+            Memory::Shared(mapping) => Some(mapping.for_reading()),
+        }
     }
 
     pub fn layout(&self) -> &BlockLayout {
@@ -185,10 +241,15 @@ impl Arena {
 
 impl Drop for Arena {
     fn drop(&mut self) {
-        // SAFETY: allocated in `new` with this layout.
-        unsafe { dealloc(self.start, self.allocation) }
+        if let Memory::Heap { start, allocation } = self.memory {
+            // SAFETY: allocated in `new` with this layout.
+            unsafe { dealloc(start, allocation) }
+        }
     }
 }
+
+#[cfg(target_os = "linux")]
+mod shared;
 
 #[cfg(test)]
 mod tests {
@@ -226,5 +287,37 @@ mod tests {
                 assert!(back.iter().all(|&b| b == 0));
             }
         }
+    }
+
+    /// What one process writes another one reads, through a descriptor that does not let it write.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_shared_arena_can_be_mapped_and_only_read() {
+        let arena = Arena::shared(LAYOUT, 3).expect("shared memory");
+        let bytes: Vec<u8> = (0..LAYOUT.layer_bytes()).map(|i| i as u8 | 1).collect();
+        let mut back = vec![0; bytes.len()];
+        let mapped = Arena::map(arena.descriptor().expect("shared").expect("opened"), LAYOUT).expect("mapped");
+        // SAFETY: this test is the only user of both.
+        unsafe {
+            arena.write_layer(2, 1, &bytes);
+            mapped.read_layer(2, 1, &mut back);
+        }
+        assert_eq!(back, bytes);
+        assert_eq!(mapped.blocks(), 3);
+        let file = std::fs::File::from(arena.descriptor().expect("shared").expect("opened"));
+        assert!(std::io::Write::write(&mut &file, &[1]).is_err(), "the descriptor does not write");
+        assert!(file.set_len(1).is_err(), "the memory does not shrink under a reader");
+    }
+
+    /// Memory that could shrink would kill its reader, so it is not mapped; nor is a file, nor what holds no block.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn other_descriptors_are_not_mapped() {
+        let executable = std::env::current_exe().expect("this test is a file");
+        let file = std::fs::File::open(executable).expect("readable");
+        assert!(Arena::map(file.into(), LAYOUT).is_err());
+        let small = Arena::shared(BlockLayout { layers: 1, kv_heads: 1, ..LAYOUT }, 1).expect("shared memory");
+        assert!(Arena::map(small.descriptor().expect("shared").expect("opened"), LAYOUT).is_err());
+        assert!(Arena::new(LAYOUT, 1).descriptor().is_none());
     }
 }

@@ -43,9 +43,9 @@ pub const RPC_TIMEOUT_MS: u64 = 2_000;
 pub const RESUMABLE_MS_MAX: u64 = 300_000;
 
 /// Longest silence on a handoff before it is aborted.
-pub const HANDOFF_IDLE_MS: u64 = 2_000;
+pub const HANDOFF_IDLE_MS: u64 = 1_000;
 /// A link that has nothing to say says so this often.
-pub const HANDOFF_PING_MS: u64 = 500;
+pub const HANDOFF_PING_MS: u64 = 250;
 /// Connecting and greeting on a link.
 pub const HANDOFF_CONNECT_MS: u64 = 1_000;
 /// Pause before a link connects again: the first, doubled up to the longest.
@@ -61,6 +61,8 @@ pub const HANDOFF_FRAME_BYTES_MAX: usize = 1 << 20;
 pub const HANDOFF_CREDIT_BYTES: usize = 64 << 20;
 /// A receiver acknowledges at least this often.
 pub const HANDOFF_ACK_BYTES: usize = 1 << 20;
+/// Times a receiver asks for damaged extents of one transfer again before it gives the transfer up.
+pub const HANDOFF_RESENDS_MAX: u32 = 8;
 /// Connections one receiver serves.
 pub const HANDOFF_LINKS_MAX: usize = 1024;
 /// Requests waiting in one worker's queue.

@@ -1,4 +1,4 @@
-//! The sender's end of one TCP connection, which carries many transfers.
+//! The sender's end of one connection, which carries many transfers: their bytes, or over shared memory where they are.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -7,17 +7,23 @@ use std::time::Duration;
 use baton_core::limits::{HANDOFF_CONNECT_MS, HANDOFF_CREDIT_BYTES};
 use baton_core::{BlockId, Net, Refused, Stream, TransferId};
 use tokio::io::{AsyncRead, AsyncWriteExt, ReadHalf, WriteHalf};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 use tokio::time::timeout;
 
+use crate::TransferError;
+use crate::extent::Data;
 use crate::frames::{Frames, ReadError};
+use crate::loan::Borrowed;
 use crate::outbox::{Outbox, write_all};
 use crate::sending::Sending;
-use crate::wire::{BadFrame, Body, ENTRY_BYTES, Header, Message, Tag, VERSION};
-use crate::{TransferError, extent};
+use crate::wire::{BadFrame, Body, ENTRY_BYTES, FEATURE_SHARED, Header, Message, Tag, VERSION};
 
 pub(crate) struct Connection {
     peer: String,
+    /// The receiver copies extents out of our arena.
+    by_reference: bool,
+    /// DATA payload bytes that the receiver has taken.
+    acknowledged: watch::Sender<u64>,
     pub(crate) outbox: Outbox,
     /// Payload bytes that may still be sent before the receiver acknowledges some.
     credits: Semaphore,
@@ -25,45 +31,88 @@ pub(crate) struct Connection {
     sending: Mutex<Option<BTreeMap<TransferId, Arc<Sending>>>>,
 }
 
-/// The two halves of a greeted stream.
+/// A greeted stream.
 pub(crate) struct Greeted {
     frames: Frames<ReadHalf<Stream>>,
     write: WriteHalf<Stream>,
+    /// Where the receiver can be found by a process of its host, if it said so.
+    pub(crate) offer: Option<String>,
+    /// The receiver has mapped our arena.
+    pub(crate) by_reference: bool,
 }
 
-/// Connects and compares texts.
-pub(crate) async fn connect(net: &dyn Net, address: &str, ours: &str) -> Result<Greeted, TransferError> {
+/// Connects and compares texts. `features` is what this end can do.
+pub(crate) async fn connect(net: &dyn Net, address: &str, ours: &str, features: u16) -> Result<Greeted, TransferError> {
     let lost = |cause: String| TransferError::Lost { peer: address.to_string(), cause };
-    let greeting = async {
-        let stream = net.connect(address).await.map_err(|error| lost(format!("connect: {error}")))?;
-        let (read, mut write) = tokio::io::split(stream);
-        let hello = Message { tag: Tag::default(), body: Body::Hello(ours.to_string()) };
-        let said = async {
-            write_all(&mut write, &hello.encode()).await?;
-            write.flush().await
-        };
-        said.await.map_err(|error| lost(format!("greet: {error}")))?;
-        let mut frames = Frames::new(read);
-        let theirs = match frames.message().await {
-            Ok(Message { body: Body::Hello(theirs) | Body::Mismatch(theirs), .. }) => theirs,
-            Err(ReadError::Frame(BadFrame::Version { theirs })) => format!("wire {theirs}"),
-            Ok(message) => return Err(lost(format!("greeted with {:?}", message.body.kind()))),
-            Err(error) => return Err(lost(format!("greeting: {error}"))),
-        };
-        if theirs != ours {
-            return Err(TransferError::Incompatible { ours: ours.to_string(), theirs });
-        }
-        Ok(Greeted { frames, write })
+    let connecting = async { net.connect(address).await.map_err(|error| lost(format!("connect: {error}"))) };
+    within(address, async { greet(connecting.await?, address, ours, features).await }).await
+}
+
+/// Bounds what a peer may take to greet.
+pub(crate) async fn within<T>(
+    address: &str,
+    greeting: impl Future<Output = Result<T, TransferError>>,
+) -> Result<T, TransferError> {
+    let silent = |_| TransferError::Lost {
+        peer: address.to_string(),
+        cause: format!("no greeting in wire version {VERSION} within {HANDOFF_CONNECT_MS} ms"),
     };
-    let patience = Duration::from_millis(HANDOFF_CONNECT_MS);
-    let silent = |_| lost(format!("no greeting in wire version {VERSION} within {HANDOFF_CONNECT_MS} ms"));
-    timeout(patience, greeting).await.map_err(silent)?
+    timeout(Duration::from_millis(HANDOFF_CONNECT_MS), greeting).await.map_err(silent)?
+}
+
+/// The sender's side of a greeting over a new stream.
+pub(crate) async fn greet(stream: Stream, address: &str, ours: &str, features: u16) -> Result<Greeted, TransferError> {
+    let lost = |cause: String| TransferError::Lost { peer: address.to_string(), cause };
+    let (read, mut write) = tokio::io::split(stream);
+    let hello = Message { tag: Tag::default(), body: Body::Hello { text: ours.to_string(), features } };
+    let said = async {
+        write_all(&mut write, &hello.encode()).await?;
+        write.flush().await
+    };
+    said.await.map_err(|error| lost(format!("greet: {error}")))?;
+    let mut frames = Frames::new(read);
+    let (theirs, common) = match frames.message().await {
+        Ok(Message { body: Body::Hello { text, features: theirs }, .. }) => (text, features & theirs),
+        Ok(Message { body: Body::Mismatch(theirs), .. }) => (theirs, 0),
+        Err(ReadError::Frame(BadFrame::Version { theirs })) => (format!("wire {theirs}"), 0),
+        Ok(message) => return Err(lost(format!("greeted with {:?}", message.body.kind()))),
+        Err(error) => return Err(lost(format!("greeting: {error}"))),
+    };
+    if theirs != ours {
+        return Err(TransferError::Incompatible { ours: ours.to_string(), theirs });
+    }
+    let mut offer = None;
+    if common & FEATURE_SHARED != 0 {
+        match frames.message().await {
+            Ok(Message { body: Body::Offer(name), .. }) => offer = Some(name),
+            Ok(message) => return Err(lost(format!("offered {:?}", message.body.kind()))),
+            Err(error) => return Err(lost(format!("offer: {error}"))),
+        }
+    }
+    Ok(Greeted { frames, write, offer, by_reference: false })
+}
+
+/// What one `send` has under way.
+#[derive(Default)]
+pub(crate) struct Flight {
+    borrowed: Borrowed,
+    /// DATA payload bytes of the link up to the end of the last frame.
+    end: u64,
+}
+
+/// An extent in a frame.
+pub(crate) struct Sent {
+    pub(crate) position: u32,
+    pub(crate) source: BlockId,
+    pub(crate) sum: u64,
 }
 
 impl Connection {
-    pub(crate) fn new(peer: &str) -> Connection {
+    pub(crate) fn new(peer: &str, by_reference: bool) -> Connection {
         Connection {
             peer: peer.to_string(),
+            by_reference,
+            acknowledged: watch::Sender::new(0),
             outbox: Outbox::new(),
             credits: Semaphore::new(HANDOFF_CREDIT_BYTES),
             sending: Mutex::new(Some(BTreeMap::new())),
@@ -72,7 +121,7 @@ impl Connection {
 
     /// Reads and writes until the connection fails, and says why.
     pub(crate) async fn run(&self, greeted: Greeted) -> String {
-        let Greeted { mut frames, mut write } = greeted;
+        let Greeted { mut frames, mut write, .. } = greeted;
         tokio::select! {
             cause = self.read(&mut frames) => cause.to_string(),
             cause = self.outbox.write(&mut write) => cause.to_string(),
@@ -109,62 +158,102 @@ impl Connection {
         }
     }
 
-    /// Sends one frame once there are credit and a place for it.
-    pub(crate) async fn send(&self, sending: &Sending, frame: Frame<'_>) -> Result<u64, TransferError> {
+    pub(crate) fn by_reference(&self) -> bool {
+        self.by_reference
+    }
+
+    /// Sends one frame once there are credit and a place for it. Its source blocks are read until the flight has
+    /// `landed` or is dropped.
+    pub(crate) async fn send(
+        &self,
+        sending: &Sending,
+        frame: Frame<'_>,
+        flight: &mut Flight,
+    ) -> Result<Vec<Sent>, TransferError> {
         tokio::select! {
             biased;
             error = sending.failed() => Err(error),
-            sent = self.send_when_possible(sending, frame) => sent,
+            sent = self.send_when_possible(sending, frame, flight) => sent,
         }
     }
 
-    /// Returns the digest of what was sent. Nothing is lost or held when the future is dropped.
-    async fn send_when_possible(&self, sending: &Sending, frame: Frame<'_>) -> Result<u64, TransferError> {
-        let bytes = frame.blocks.len() * (ENTRY_BYTES + frame.arena.layout().layer_bytes());
+    /// Nothing is lost or held when the future is dropped.
+    async fn send_when_possible(
+        &self,
+        sending: &Sending,
+        frame: Frame<'_>,
+        flight: &mut Flight,
+    ) -> Result<Vec<Sent>, TransferError> {
+        let layer_bytes = if self.by_reference { 0 } else { frame.arena.layout().layer_bytes() };
+        let bytes = frame.blocks.len() * (ENTRY_BYTES + layer_bytes);
         let Ok(credit) = self.credits.acquire_many(bytes as u32).await else {
             return Err(self.lost("closed"));
         };
-        let Some(mut data) = self.outbox.place().await else {
+        if !self.outbox.place().await {
             return Err(self.lost("closed"));
-        };
-        let header = frame.gather(&mut data);
-        let digest = data.digest;
-        let mut data = Some(data);
-        let written = sending.writing(|| {
-            credit.forget();
-            self.outbox.push(header, data.take().expect("pushed once"));
-        });
-        if let Some(data) = data {
-            self.outbox.spare(data);
         }
-        written.map(|()| digest)
+        let mut data = Data::default();
+        let header = frame.gather(&mut data, self.by_reference);
+        let sources = frame.blocks.iter().map(|(_, source)| *source);
+        let sent = data.sums().zip(sources).map(|((position, sum), source)| Sent { position, source, sum }).collect();
+        let pushed = sending.writing(|| {
+            credit.forget();
+            self.outbox.push(header, data)
+        });
+        match pushed {
+            Ok((loan, end)) => {
+                flight.borrowed.push(loan);
+                flight.end = end;
+                Ok(sent)
+            }
+            Err(error) => {
+                self.outbox.vacate();
+                Err(error)
+            }
+        }
+    }
+
+    /// Returns when the source blocks of a flight are not read any more: written, or by reference copied.
+    pub(crate) async fn landed(&self, sending: &Sending, flight: &Flight) -> Result<(), TransferError> {
+        let landing = async {
+            if !self.by_reference {
+                return flight.borrowed.written().await;
+            }
+            let mut acknowledged = self.acknowledged.subscribe();
+            // It ends with the connection, which fails the transfer.
+            let _ = acknowledged.wait_for(|bytes| *bytes >= flight.end).await;
+        };
+        tokio::select! {
+            biased;
+            () = landing => Ok(()),
+            error = sending.failed() => Err(error),
+        }
     }
 
     async fn read<R: AsyncRead + Unpin>(&self, frames: &mut Frames<R>) -> ReadError {
-        let mut acknowledged = 0;
         loop {
             let message = match frames.message().await {
                 Ok(message) => message,
                 Err(error) => return error,
             };
-            if let Err(error) = self.hear(message, &mut acknowledged) {
+            if let Err(error) = self.hear(message) {
                 return error.into();
             }
         }
     }
 
-    fn hear(&self, message: Message, acknowledged: &mut u64) -> Result<(), BadFrame> {
+    fn hear(&self, message: Message) -> Result<(), BadFrame> {
         let Message { tag, body } = message;
         match body {
             Body::Ack(bytes) => {
-                let sent = self.outbox.sequence();
-                if !(*acknowledged..=sent).contains(&bytes) {
+                let (sent, acknowledged) = (self.outbox.sequence(), *self.acknowledged.borrow());
+                if !(acknowledged..=sent).contains(&bytes) {
                     return Err(BadFrame::Acknowledged { acknowledged: bytes, sent });
                 }
-                self.credits.add_permits((bytes - *acknowledged) as usize);
-                *acknowledged = bytes;
+                self.credits.add_permits((bytes - acknowledged) as usize);
+                self.acknowledged.send_replace(bytes);
             }
-            Body::Opened | Body::Committed(_) | Body::Refused(_) => self.hear_about(tag, body),
+            Body::Opened | Body::Committed(_) | Body::Refused(_) | Body::Resend(_) => self.hear_about(tag, body),
             Body::Abort { .. } => {
                 self.hear_about(tag, body);
                 self.outbox.tell(tag, Body::Aborted { quiesced: true });
@@ -201,7 +290,10 @@ pub(crate) struct Frame<'a> {
 }
 
 impl Frame<'_> {
-    pub(crate) fn gather(&self, data: &mut extent::Data) -> Header {
-        data.gather(self.arena, self.grant, self.digest, self.layer, self.blocks)
+    fn gather(&self, data: &mut Data, by_reference: bool) -> Header {
+        match by_reference {
+            true => data.refer(self.arena, self.grant, self.digest, self.layer, self.blocks),
+            false => data.gather(self.arena, self.grant, self.digest, self.layer, self.blocks),
+        }
     }
 }

@@ -76,6 +76,8 @@ pub struct Counters {
     pub unquiesced: u64,
     pub extents: u64,
     pub bytes: u64,
+    /// Damaged extents that were asked for again.
+    pub again: u64,
     dropped: [u64; Dropped::ALL.len()],
 }
 
@@ -89,11 +91,40 @@ impl Counters {
     }
 }
 
-/// A snapshot of the sending side. `tcp` + `local` = `committed` + `failed` + those in flight.
+/// Why a connection is not the best kind of link. The words are metric labels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fallback {
+    /// This end's arena is not memory that another process could map.
+    NotShared,
+    /// The other end does not offer shared memory: an older release, or another system.
+    NotOffered,
+    /// The other end is not on this host, or is another user's.
+    Unreachable,
+    /// The other end could not map the arena.
+    Refused,
+}
+
+impl Fallback {
+    pub const ALL: [Fallback; 4] =
+        [Fallback::NotShared, Fallback::NotOffered, Fallback::Unreachable, Fallback::Refused];
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Fallback::NotShared => "not_shared",
+            Fallback::NotOffered => "not_offered",
+            Fallback::Unreachable => "unreachable",
+            Fallback::Refused => "refused",
+        }
+    }
+}
+
+/// A snapshot of the sending side. `tcp` + `shm` + `local` = `committed` + `failed` + those in flight.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LinkCounters {
-    /// Transfers begun over a connection.
+    /// Transfers begun whose bytes go over a connection.
     pub tcp: u64,
+    /// Transfers begun to a process of this host that copies out of this arena.
+    pub shm: u64,
     /// Transfers begun to a receiver of this process.
     pub local: u64,
     pub committed: u64,
@@ -104,29 +135,49 @@ pub struct LinkCounters {
     pub connected: u64,
     /// Attempts to connect that failed.
     pub unconnected: u64,
+    /// Extents sent again because they had arrived damaged.
+    pub resent: u64,
+    fallbacks: [u64; Fallback::ALL.len()],
+}
+
+impl LinkCounters {
+    /// Connections made that are not over shared memory, for this reason.
+    pub fn fallbacks(&self, reason: Fallback) -> u64 {
+        self.fallbacks[reason as usize]
+    }
 }
 
 #[derive(Default)]
 pub(crate) struct LinkCounts {
     pub(crate) tcp: Count,
+    pub(crate) shm: Count,
     pub(crate) local: Count,
     pub(crate) committed: Count,
     pub(crate) failed: Count,
     pub(crate) bytes: Count,
     pub(crate) connected: Count,
     pub(crate) unconnected: Count,
+    pub(crate) resent: Count,
+    fallbacks: [Count; Fallback::ALL.len()],
 }
 
 impl LinkCounts {
+    pub(crate) fn fall_back(&self, reason: Fallback) {
+        self.fallbacks[reason as usize].add(1);
+    }
+
     pub(crate) fn snapshot(&self) -> LinkCounters {
         LinkCounters {
             tcp: self.tcp.get(),
+            shm: self.shm.get(),
             local: self.local.get(),
             committed: self.committed.get(),
             failed: self.failed.get(),
             bytes: self.bytes.get(),
             connected: self.connected.get(),
             unconnected: self.unconnected.get(),
+            resent: self.resent.get(),
+            fallbacks: std::array::from_fn(|i| self.fallbacks[i].get()),
         }
     }
 }
@@ -141,6 +192,7 @@ pub(crate) struct Counts {
     pub(crate) unquiesced: Count,
     pub(crate) extents: Count,
     pub(crate) bytes: Count,
+    pub(crate) again: Count,
     dropped: [Count; Dropped::ALL.len()],
 }
 
@@ -160,6 +212,7 @@ impl Counts {
             unquiesced: self.unquiesced.get(),
             extents: self.extents.get(),
             bytes: self.bytes.get(),
+            again: self.again.get(),
             dropped: std::array::from_fn(|i| self.dropped[i].get()),
         }
     }

@@ -1,13 +1,16 @@
-//! One layer of one block, between an arena and a DATA frame. The only file that touches the arena's bytes.
+//! One layer of one block, between an arena and a DATA frame. The only file that touches an arena's bytes.
 #![allow(unsafe_code)]
 
+use std::io::IoSlice;
+
+use baton_core::arena::Half;
 use baton_core::limits::HANDOFF_FRAME_BYTES_MAX;
 use baton_core::{Arena, BlockId, BlockLayout};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::Grant;
-use crate::hash::hash;
-use crate::wire::{ENTRY_BYTES, Entry, FRAME_BLOCKS_MAX, HEADER_BYTES, Header, Kind};
+use crate::hash::Parts;
+use crate::wire::{BY_REFERENCE, ENTRY_BYTES, Entry, FRAME_BLOCKS_MAX, HEADER_BYTES, Header, Kind};
 
 /// Bytes a frame of several small extents aims at: enough to amortise a write, little enough to stay in L2.
 const GROUP_BYTES: usize = 256 << 10;
@@ -33,16 +36,34 @@ pub(crate) fn fits(layout: &BlockLayout) -> bool {
     layers && (1..=HANDOFF_FRAME_BYTES_MAX).contains(&layout.layer_bytes())
 }
 
-/// A DATA frame in a reused buffer: its first 64 bytes are free for the header, which is stamped when it is queued.
+/// A DATA frame on its way. Its extents stay where they are, in the source arena, until they are written or `own`ed;
+/// those of a frame by reference stay there for good.
 #[derive(Default)]
 pub struct Data {
-    pub(crate) bytes: Vec<u8>,
+    /// Header and entries, and the extents once they are owned.
+    bytes: Vec<u8>,
+    /// What follows `bytes`.
+    lent: Vec<Lent>,
+    written: usize,
     /// Wrapping sum of the extents' checksums.
     pub(crate) digest: u64,
 }
 
+/// Bytes of an arena that somebody else keeps from changing.
+#[derive(Clone, Copy)]
+struct Lent {
+    at: *const u8,
+    bytes: usize,
+}
+
+// SAFETY: plain memory; `Data::gather` says who keeps it alive and unchanged.
+unsafe impl Send for Lent {}
+// SAFETY: as above.
+unsafe impl Sync for Lent {}
+
 impl Data {
-    /// Gathers one layer of `blocks` (position in the grant, source block) out of `arena`, and returns the header.
+    /// One layer of `blocks` (position in the grant, source block) of `arena`, and the header. The caller holds the
+    /// blocks as filled until the frame is written, owned or dropped.
     pub fn gather(
         &mut self,
         arena: &Arena,
@@ -51,50 +72,176 @@ impl Data {
         layer: usize,
         blocks: &[(usize, BlockId)],
     ) -> Header {
-        let layer_bytes = arena.layout().layer_bytes();
-        let entries_end = HEADER_BYTES + blocks.len() * ENTRY_BYTES;
-        self.bytes.resize(entries_end + blocks.len() * layer_bytes, 0);
-        self.digest = 0;
-        let (head, bytes) = self.bytes.split_at_mut(entries_end);
-        let entries = head[HEADER_BYTES..].chunks_exact_mut(ENTRY_BYTES);
-        for (((position, source), extent), line) in blocks.iter().zip(bytes.chunks_exact_mut(layer_bytes)).zip(entries)
-        {
-            // SAFETY: `Outgoing::send` asks its caller to hold the source blocks as filled until it returns.
-            unsafe { arena.read_layer(source.index, layer, extent) };
-            let sum = bind(hash(extent), digest, layer as u32, *position as u32);
-            let entry = Entry { position: *position as u32, block: grant.blocks[*position], sum };
-            line.copy_from_slice(&entry.encode());
-            self.digest = self.digest.wrapping_add(sum);
+        let header = self.enter(arena, grant, digest, layer, blocks, 0);
+        let slice = arena.layout().slice_bytes();
+        for (_, source) in blocks {
+            self.lent.extend(slices(arena, source.index, layer).map(|at| Lent { at, bytes: slice }));
         }
-        let mut header = Header::new(Kind::Data, grant.tag());
-        (header.layer, header.layers, header.blocks) = (layer as u16, 1, blocks.len() as u32);
-        header.length = (self.bytes.len() - HEADER_BYTES) as u32;
-        header.payload_sum = xxh3_64(&self.bytes[HEADER_BYTES..entries_end]);
         header
     }
 
-    /// The frame's bytes under `header`.
-    pub fn stamp(&mut self, header: &Header) -> &[u8] {
+    /// The same by reference: the receiver fetches the extents out of `arena`.
+    pub(crate) fn refer(
+        &mut self,
+        arena: &Arena,
+        grant: &Grant,
+        digest: u128,
+        layer: usize,
+        blocks: &[(usize, BlockId)],
+    ) -> Header {
+        self.enter(arena, grant, digest, layer, blocks, BY_REFERENCE)
+    }
+
+    fn enter(
+        &mut self,
+        arena: &Arena,
+        grant: &Grant,
+        digest: u128,
+        layer: usize,
+        blocks: &[(usize, BlockId)],
+        flags: u16,
+    ) -> Header {
+        let by_reference = flags & BY_REFERENCE != 0;
+        (self.written, self.digest) = (0, 0);
+        self.lent.clear();
+        self.bytes.clear();
+        self.bytes.resize(HEADER_BYTES, 0);
+        for (position, block) in blocks {
+            let content = content(arena, block.index, layer);
+            let sum = bind(content, digest, layer as u32, *position as u32);
+            let source = if by_reference { block.index } else { 0 };
+            let entry = Entry { position: *position as u32, block: grant.blocks[*position], source, sum };
+            self.bytes.extend_from_slice(&entry.encode());
+            self.digest = self.digest.wrapping_add(sum);
+        }
+        let mut header = Header::new(Kind::Data, grant.tag());
+        let extents = if by_reference { 0 } else { blocks.len() * arena.layout().layer_bytes() };
+        (header.layer, header.layers, header.blocks, header.flags) = (layer as u16, 1, blocks.len() as u32, flags);
+        header.length = (self.bytes.len() - HEADER_BYTES + extents) as u32;
+        header.payload_sum = xxh3_64(&self.bytes[HEADER_BYTES..]);
+        header
+    }
+
+    /// Positions in the grant with the extents' checksums.
+    pub(crate) fn sums(&self) -> impl Iterator<Item = (u32, u64)> {
+        let (entries, _) = self.bytes[HEADER_BYTES..].as_chunks::<ENTRY_BYTES>();
+        entries.iter().map(Entry::decode).map(|entry| (entry.position, entry.sum))
+    }
+
+    pub(crate) fn label(&mut self, header: &Header) {
         self.bytes[..HEADER_BYTES].copy_from_slice(&header.encode());
+    }
+
+    /// The whole frame under `header`, in one piece.
+    pub fn stamp(&mut self, header: &Header) -> &[u8] {
+        self.label(header);
+        self.own();
         &self.bytes
     }
 
-    pub(crate) fn payload(&self) -> &[u8] {
-        &self.bytes[HEADER_BYTES..]
+    /// Copies what is lent, so that nobody has to hold the source blocks any more.
+    pub(crate) fn own(&mut self) {
+        for lent in std::mem::take(&mut self.lent) {
+            // SAFETY: `gather`'s caller still holds the block.
+            self.bytes.extend_from_slice(unsafe { std::slice::from_raw_parts(lent.at, lent.bytes) });
+        }
+    }
+
+    /// Lets go of what is lent: it has been written.
+    pub(crate) fn forget(&mut self) {
+        self.lent.clear();
+    }
+
+    /// The bytes still to be written, as far as they fit in `pieces`; how many pieces.
+    pub(crate) fn rest<'a>(&'a self, pieces: &mut [IoSlice<'a>]) -> usize {
+        // SAFETY: `gather`'s caller still holds the blocks.
+        let lent = self.lent.iter().map(|lent| unsafe { std::slice::from_raw_parts(lent.at, lent.bytes) });
+        let (mut skip, mut count) = (self.written, 0);
+        for piece in std::iter::once(&self.bytes[..]).chain(lent) {
+            if skip >= piece.len() {
+                skip -= piece.len();
+                continue;
+            }
+            if count == pieces.len() {
+                break;
+            }
+            pieces[count] = IoSlice::new(&piece[skip..]);
+            (skip, count) = (0, count + 1);
+        }
+        count
+    }
+
+    pub(crate) fn wrote(&mut self, bytes: usize) {
+        self.written += bytes;
     }
 }
 
-/// Whether `bytes` are what the entry says, for this grant and layer.
-pub(crate) fn intact(entry: &Entry, grant: u128, layer: u32, bytes: &[u8]) -> bool {
-    bind(hash(bytes), grant, layer, entry.position) == entry.sum
+/// Where one layer of a block lies, by kv head.
+fn slices(arena: &Arena, block: u32, layer: usize) -> impl Iterator<Item = *const u8> {
+    let (layout, block) = (*arena.layout(), arena.block(block).cast_const());
+    assert!(layer < layout.layers as usize, "layer {layer} of {}", layout.layers);
+    (0..layout.kv_heads as usize).map(move |head| block.wrapping_add(layout.offset(head, layer, Half::Key)))
 }
 
-/// Writes a verified extent into the block it was granted for.
-pub(crate) fn store(arena: &Arena, block: BlockId, layer: u32, bytes: &[u8]) {
-    // SAFETY: the caller (`receiver::Shared::data`) has found the block in a transfer that is open, under that
-    // transfer's lock; the transfer holds the guard of the reserved block, and lets it go only after it has left that
-    // state under the same lock.
-    unsafe { arena.write_layer(block.index, layer as usize, bytes) };
+/// Checksum of an extent before it is bound.
+fn content(arena: &Arena, block: u32, layer: usize) -> u64 {
+    let slice = arena.layout().slice_bytes();
+    let mut parts = Parts::new(arena.layout().kv_heads as usize, slice);
+    for from in slices(arena, block, layer) {
+        // SAFETY: inside the block; `Outgoing::send` asks its caller to hold it as filled.
+        unsafe { parts.add(from, slice) };
+    }
+    parts.finish()
+}
+
+/// An extent on its way into the block it is granted for, slice by slice.
+pub(crate) struct Landing {
+    parts: Parts,
+    /// kv heads that have landed.
+    heads: usize,
+}
+
+impl Landing {
+    pub(crate) fn new(layout: &BlockLayout) -> Landing {
+        Landing { parts: Parts::new(layout.kv_heads as usize, layout.slice_bytes()), heads: 0 }
+    }
+
+    /// Slices that are missing.
+    pub(crate) fn left(&self, layout: &BlockLayout) -> usize {
+        layout.kv_heads as usize - self.heads
+    }
+
+    /// Copies the next slices, (kv_head, K|V, token, head_dim), out of a frame. The caller holds `block` as reserved:
+    /// it has found it in a transfer that is open, under that transfer's lock, and the transfer lets the guard go only
+    /// after it has left that state under the same lock.
+    pub(crate) fn copy(&mut self, arena: &Arena, block: BlockId, layer: u32, bytes: &[u8]) {
+        let slice = arena.layout().slice_bytes();
+        let targets = slices(arena, block.index, layer as usize).skip(self.heads);
+        for (from, to) in bytes.chunks_exact(slice).zip(targets) {
+            // SAFETY: `to` is inside the block, which the caller holds; `from` is a whole slice of the frame.
+            unsafe { self.parts.copy(from.as_ptr(), to.cast_mut(), slice) };
+            self.heads += 1;
+        }
+    }
+
+    /// Copies all slices out of block `index` of an arena with the same layout, of this process or mapped. `block` is
+    /// held as for `copy`.
+    pub(crate) fn fetch(&mut self, arena: &Arena, block: BlockId, layer: u32, source: &Arena, index: u32) {
+        assert_eq!(source.layout(), arena.layout());
+        let slice = arena.layout().slice_bytes();
+        let targets = slices(arena, block.index, layer as usize);
+        for (from, to) in slices(source, index, layer as usize).zip(targets) {
+            // SAFETY: both are inside their blocks, and the caller holds `to`'s. If the sender does not hold `from`'s as
+            // filled, its bytes may change while they are read, and the checksum is then not the announced one.
+            unsafe { self.parts.copy(from, to.cast_mut(), slice) };
+            self.heads += 1;
+        }
+    }
+
+    /// The bound checksum of what stands in the block now.
+    pub(crate) fn finish(self, grant: u128, layer: u32, position: u32) -> u64 {
+        bind(self.parts.finish(), grant, layer, position)
+    }
 }
 
 #[cfg(test)]

@@ -7,7 +7,11 @@ use baton_core::limits::HANDOFF_IDLE_MS;
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::time::timeout;
 
-use crate::wire::{BadFrame, HEADER_BYTES, Header, LENGTH_MAX, Message};
+use crate::wire::{BadFrame, HEADER_BYTES, Header, Message};
+
+/// What is read at a time: enough to amortise a system call, little enough to stay in the second-level cache until it
+/// is copied to its place.
+const BUFFER_BYTES: usize = 256 << 10;
 
 /// Why no further frame can be read.
 #[derive(Debug, thiserror::Error)]
@@ -32,31 +36,40 @@ impl<R: AsyncRead + Unpin> Frames<R> {
         Frames { from, buffer: vec![0; 4096], start: 0, end: 0 }
     }
 
-    /// Makes room for frames of any allowed length.
-    pub(crate) fn widen(&mut self) {
-        let mut wide = vec![0; HEADER_BYTES + LENGTH_MAX];
+    /// Makes room for messages of any allowed length, and for pieces of DATA of `piece` bytes.
+    pub(crate) fn widen(&mut self, piece: usize) {
+        let mut wide = vec![0; piece.max(BUFFER_BYTES)];
         wide[..self.buffer.len()].copy_from_slice(&self.buffer);
         self.buffer = wide;
     }
 
-    /// The next frame. Fails when the peer says nothing for the idle time.
-    pub(crate) async fn next(&mut self) -> Result<(Header, &[u8]), ReadError> {
-        self.fill(HEADER_BYTES).await?;
-        let head = self.buffer[self.start..].first_chunk().expect("filled");
-        let header = Header::decode(head)?;
-        let length = HEADER_BYTES + header.length as usize;
+    /// The next frame's header. Its payload comes next, by `take` or by `pieces`.
+    pub(crate) async fn header(&mut self) -> Result<Header, ReadError> {
+        let head = self.take(HEADER_BYTES).await?;
+        Ok(Header::decode(head.first_chunk().expect("taken"))?)
+    }
+
+    /// The next `length` bytes. Fails when the peer says nothing for the idle time.
+    pub(crate) async fn take(&mut self, length: usize) -> Result<&[u8], ReadError> {
         if length > self.buffer.len() {
-            return Err(BadFrame::Length { length: header.length }.into());
+            return Err(BadFrame::Length { length: length as u32 }.into());
         }
         self.fill(length).await?;
-        let frame = &self.buffer[self.start..self.start + length];
         self.start += length;
-        Ok((header, &frame[HEADER_BYTES..]))
+        Ok(&self.buffer[self.start - length..self.start])
+    }
+
+    /// As many pieces of `piece` bytes as are there, at least one and at most `count`.
+    pub(crate) async fn pieces(&mut self, piece: usize, count: usize) -> Result<&[u8], ReadError> {
+        self.fill(piece).await?;
+        let whole = ((self.end - self.start) / piece).min(count);
+        self.take(whole * piece).await
     }
 
     /// The next frame as a message; DATA is not one.
     pub(crate) async fn message(&mut self) -> Result<Message, ReadError> {
-        let (header, payload) = self.next().await?;
+        let header = self.header().await?;
+        let payload = self.take(header.length as usize).await?;
         Ok(Message::decode(&header, payload)?)
     }
 

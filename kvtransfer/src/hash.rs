@@ -1,14 +1,15 @@
-//! The checksum of an extent: XXH3 with 64 bits, by the widest instructions that this machine has.
+//! The checksum of an extent: XXH3 with 64 bits, by the widest instructions that this machine has, over parts that lie
+//! apart, and in one pass with a copy past the caches.
 //!
 //! The crate `xxhash-rust` chooses its instructions when it is compiled, for the oldest machine it may run on: SSE2,
-//! half as fast. Here the one loop is compiled three times and chosen at run time; the crate's result is the oracle in
+//! half as fast. Here the loop is there for SSE2, AVX2 and AVX-512 and chosen at run time; the crate's result is the oracle in
 //! tests. Inputs that are short or not made of stripes go to the crate. (XXH3: the xxHash specification 0.2.0,
 //! "XXH3 Algorithm for long inputs".)
 #![allow(unsafe_code)]
 
 use std::sync::OnceLock;
 
-use xxhash_rust::xxh3::xxh3_64;
+use xxhash_rust::xxh3::Xxh3;
 
 /// What the algorithm consumes at a time.
 const STRIPE: usize = 64;
@@ -57,21 +58,64 @@ impl Isa {
         #[cfg(target_arch = "x86_64")]
         {
             all.extend(is_x86_feature_detected!("avx2").then_some(Isa::Avx2));
-            let wide = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512dq");
-            all.extend(wide.then_some(Isa::Avx512));
+            all.extend(is_x86_feature_detected!("avx512f").then_some(Isa::Avx512));
         }
         all
     }
 }
 
-/// XXH3 of `bytes`.
-pub(crate) fn hash(bytes: &[u8]) -> u64 {
-    if bytes.len() <= SHORT_MAX || !bytes.len().is_multiple_of(STRIPE) {
-        return xxh3_64(bytes);
+/// XXH3 over the parts of an extent, each added once, in order.
+pub(crate) enum Parts {
+    Long(Long),
+    Any(Box<Xxh3>),
+}
+
+impl Parts {
+    /// For `count` parts of `bytes` each.
+    pub(crate) fn new(count: usize, bytes: usize) -> Parts {
+        if count * bytes <= SHORT_MAX || !bytes.is_multiple_of(STRIPE) {
+            return Parts::Any(Box::new(Xxh3::new()));
+        }
+        Parts::Long(Long::new(Isa::best(), count * bytes))
     }
-    let mut long = Long::new(Isa::best(), bytes.len());
-    long.add(bytes);
-    long.finish()
+
+    /// # Safety
+    /// `from` is readable for `bytes`. Somebody else may write there meanwhile: the result is then of no use, and says so
+    /// by not being the announced one.
+    pub(crate) unsafe fn add(&mut self, from: *const u8, bytes: usize) {
+        // SAFETY: as promised by the caller.
+        unsafe {
+            match self {
+                Parts::Long(long) => long.add(from, None, bytes),
+                Parts::Any(any) => any.update(std::slice::from_raw_parts(from, bytes)),
+            }
+        }
+    }
+
+    /// Copies as well; what is hashed is what was stored.
+    ///
+    /// # Safety
+    /// As for `add`; `to` is writable for `bytes`, nobody else reads or writes it, and the two do not overlap.
+    pub(crate) unsafe fn copy(&mut self, from: *const u8, to: *mut u8, bytes: usize) {
+        // SAFETY: as promised by the caller.
+        unsafe {
+            match self {
+                Parts::Long(long) => long.add(from, Some(to), bytes),
+                Parts::Any(any) => {
+                    std::ptr::copy_nonoverlapping(from, to, bytes);
+                    any.update(std::slice::from_raw_parts(to, bytes));
+                }
+            }
+        }
+    }
+
+    /// The checksum. What was copied is visible to whoever learns of it from here on.
+    pub(crate) fn finish(self) -> u64 {
+        match self {
+            Parts::Long(long) => long.finish(),
+            Parts::Any(any) => any.digest(),
+        }
+    }
 }
 
 /// The algorithm for inputs over `SHORT_MAX` bytes that are made of whole stripes.
@@ -79,7 +123,7 @@ pub(crate) struct Long {
     isa: Isa,
     lanes: Lanes,
     /// Stripes since the last scramble.
-    stripes: usize,
+    since: usize,
     length: usize,
     left: usize,
 }
@@ -92,41 +136,76 @@ impl Long {
     pub(crate) fn new(isa: Isa, length: usize) -> Long {
         debug_assert!(length > SHORT_MAX && length.is_multiple_of(STRIPE));
         let lanes = Lanes([P32[2], P64[0], P64[1], P64[2], P64[3], P32[1], P64[4], P32[0]]);
-        Long { isa, lanes, stripes: 0, length, left: length }
+        Long { isa, lanes, since: 0, length, left: length }
     }
 
+    /// # Safety
+    /// As for `Parts::copy`.
+    ///
     /// # Panics
     /// If the parts do not make up `length` in whole stripes.
-    pub(crate) fn add(&mut self, part: &[u8]) {
-        let (stripes, rest) = part.as_chunks::<STRIPE>();
-        self.left = self
-            .left
-            .checked_sub(part.len())
-            .filter(|_| rest.is_empty())
-            .expect("whole stripes, no more than announced");
+    unsafe fn add(&mut self, from: *const u8, to: Option<*mut u8>, bytes: usize) {
+        assert!(bytes.is_multiple_of(STRIPE) && bytes <= self.left, "whole stripes, no more than announced");
+        self.left -= bytes;
         // The very last stripe meets another part of the secret.
-        let (stripes, last) = match (self.left, stripes) {
-            (0, [stripes @ .., last]) => (stripes, Some(last)),
-            _ => (stripes, None),
-        };
-        match self.isa {
-            Isa::Baseline => consume(&mut self.lanes, &mut self.stripes, stripes),
-            // SAFETY: `Isa::all` found AVX2 on this machine.
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => unsafe { consume_avx2(&mut self.lanes, &mut self.stripes, stripes) },
-            // SAFETY: `Isa::all` found AVX-512 F and DQ on this machine.
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => unsafe { consume_avx512(&mut self.lanes, &mut self.stripes, stripes) },
+        let last = self.left == 0 && bytes > 0;
+        let stripes = bytes / STRIPE - last as usize;
+        let mut done = 0;
+        while done < stripes {
+            let run = (stripes - done).min(STRIPES_PER_BLOCK - self.since);
+            let (from, at) = (from.wrapping_add(done * STRIPE), self.since * 8);
+            let to = to.map(|to| to.wrapping_add(done * STRIPE));
+            // SAFETY: inside `bytes`; the instruction set is one that `Isa::all` found.
+            unsafe { self.accumulate(from, to, run, at) };
+            self.since += run;
+            done += run;
+            if self.since == STRIPES_PER_BLOCK {
+                scramble(&mut self.lanes.0);
+                self.since = 0;
+            }
         }
-        if let Some(last) = last {
-            accumulate(&mut self.lanes.0, last, SECRET.len() - STRIPE - 7);
+        if last {
+            let at = stripes * STRIPE;
+            // SAFETY: the last stripe of `bytes`.
+            unsafe {
+                let to = to.map(|to| to.wrapping_add(at));
+                self.accumulate(from.wrapping_add(at), to, 1, SECRET.len() - STRIPE - 7);
+            }
+        }
+    }
+
+    /// Takes `stripes` stripes, the first with the secret from `at` on.
+    ///
+    /// # Safety
+    /// As for `Parts::copy`; this machine has the instruction set.
+    #[inline(always)]
+    unsafe fn accumulate(&mut self, from: *const u8, to: Option<*mut u8>, stripes: usize, at: usize) {
+        // SAFETY: as promised by the caller.
+        unsafe {
+            match (self.isa, to) {
+                #[cfg(target_arch = "x86_64")]
+                (Isa::Avx512, Some(to)) => x86::avx512::<true>(&mut self.lanes.0, from, to, stripes, at),
+                #[cfg(target_arch = "x86_64")]
+                (Isa::Avx512, None) => x86::avx512::<false>(&mut self.lanes.0, from, std::ptr::null_mut(), stripes, at),
+                #[cfg(target_arch = "x86_64")]
+                (Isa::Avx2, Some(to)) => x86::avx2::<true>(&mut self.lanes.0, from, to, stripes, at),
+                #[cfg(target_arch = "x86_64")]
+                (Isa::Avx2, None) => x86::avx2::<false>(&mut self.lanes.0, from, std::ptr::null_mut(), stripes, at),
+                (Isa::Baseline, to) => baseline(&mut self.lanes.0, from, to, stripes, at),
+            }
         }
     }
 
     /// # Panics
     /// If parts are missing.
-    pub(crate) fn finish(self) -> u64 {
+    fn finish(self) -> u64 {
         assert_eq!(self.left, 0, "every part is added");
+        #[cfg(target_arch = "x86_64")]
+        if self.isa != Isa::Baseline {
+            // Stores past the caches are ordered by nothing else.
+            // SAFETY: SSE is part of every x86-64.
+            unsafe { std::arch::x86_64::_mm_sfence() };
+        }
         let mut sum = (self.length as u64).wrapping_mul(P64[0]);
         for (pair, at) in self.lanes.0.as_chunks::<2>().0.iter().zip((11..).step_by(16)) {
             sum = sum.wrapping_add(fold(pair[0] ^ secret(at), pair[1] ^ secret(at + 8)));
@@ -136,47 +215,25 @@ impl Long {
     }
 }
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2")]
-fn consume_avx2(lanes: &mut Lanes, since: &mut usize, stripes: &[[u8; STRIPE]]) {
-    consume(lanes, since, stripes);
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512dq")]
-fn consume_avx512(lanes: &mut Lanes, since: &mut usize, stripes: &[[u8; STRIPE]]) {
-    consume(lanes, since, stripes);
-}
-
-#[inline(always)]
-fn consume(lanes: &mut Lanes, since: &mut usize, mut stripes: &[[u8; STRIPE]]) {
-    let mut now = lanes.0;
-    while !stripes.is_empty() {
-        let (block, rest) = stripes.split_at(stripes.len().min(STRIPES_PER_BLOCK - *since));
-        for (nth, stripe) in block.iter().enumerate() {
-            accumulate(&mut now, stripe, (*since + nth) * 8);
+/// # Safety
+/// As for `Parts::copy`.
+unsafe fn baseline(lanes: &mut [u64; 8], from: *const u8, to: Option<*mut u8>, stripes: usize, at: usize) {
+    for nth in 0..stripes {
+        // SAFETY: inside the promised bytes.
+        let words: [u64; 8] = unsafe { from.add(nth * STRIPE).cast::<[u64; 8]>().read_unaligned() };
+        if let Some(to) = to {
+            // SAFETY: inside the promised bytes.
+            unsafe { to.add(nth * STRIPE).cast::<[u64; 8]>().write_unaligned(words) };
         }
-        *since += block.len();
-        if *since == STRIPES_PER_BLOCK {
-            scramble(&mut now);
-            *since = 0;
+        let words = words.map(u64::from_le);
+        let keyed: [u64; 8] = std::array::from_fn(|i| words[i] ^ secret(at + nth * 8 + i * 8));
+        for i in 0..8 {
+            let product = (keyed[i] & 0xFFFF_FFFF).wrapping_mul(keyed[i] >> 32);
+            lanes[i] = lanes[i].wrapping_add(words[i ^ 1]).wrapping_add(product);
         }
-        stripes = rest;
-    }
-    lanes.0 = now;
-}
-
-#[inline(always)]
-fn accumulate(lanes: &mut [u64; 8], stripe: &[u8; STRIPE], at: usize) {
-    let words: [u64; 8] = std::array::from_fn(|i| u64::from_le_bytes(stripe.as_chunks::<8>().0[i]));
-    let keyed: [u64; 8] = std::array::from_fn(|i| words[i] ^ secret(at + i * 8));
-    for i in 0..8 {
-        let product = (keyed[i] & 0xFFFF_FFFF).wrapping_mul(keyed[i] >> 32);
-        lanes[i] = lanes[i].wrapping_add(words[i ^ 1]).wrapping_add(product);
     }
 }
 
-#[inline(always)]
 fn scramble(lanes: &mut [u64; 8]) {
     for (i, lane) in lanes.iter_mut().enumerate() {
         *lane = (*lane ^ (*lane >> 47) ^ secret(SECRET.len() - STRIPE + i * 8)).wrapping_mul(P32[0]);
@@ -193,9 +250,85 @@ fn fold(a: u64, b: u64) -> u64 {
     product as u64 ^ (product >> 64) as u64
 }
 
+/// `baseline` in wide registers. Stores go past the caches where `to` allows it: the bytes are read again only when the
+/// sequence decodes, and a copy that fetches the lines it overwrites moves half as much again.
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use super::{SECRET, STRIPE};
+
+    /// # Safety
+    /// As for `Parts::copy`; the machine has AVX-512 F.
+    #[target_feature(enable = "avx512f")]
+    pub(super) unsafe fn avx512<const COPY: bool>(
+        lanes: &mut [u64; 8],
+        from: *const u8,
+        to: *mut u8,
+        stripes: usize,
+        at: usize,
+    ) {
+        assert!(at + (stripes - 1) * 8 + STRIPE <= SECRET.len());
+        let past = to.addr().is_multiple_of(STRIPE);
+        // SAFETY: inside the promised bytes, the secret (asserted) and the lanes.
+        unsafe {
+            let mut sum = _mm512_loadu_si512(lanes.as_ptr().cast());
+            for nth in 0..stripes {
+                let words = _mm512_loadu_si512(from.add(nth * STRIPE).cast());
+                if COPY {
+                    let to = to.add(nth * STRIPE).cast();
+                    if past { _mm512_stream_si512(to, words) } else { _mm512_storeu_si512(to, words) }
+                }
+                let keyed = _mm512_xor_si512(words, _mm512_loadu_si512(SECRET.as_ptr().add(at + nth * 8).cast()));
+                let product = _mm512_mul_epu32(keyed, _mm512_srli_epi64::<32>(keyed));
+                let swapped = _mm512_shuffle_epi32::<0x4E>(words);
+                sum = _mm512_add_epi64(sum, _mm512_add_epi64(swapped, product));
+            }
+            _mm512_storeu_si512(lanes.as_mut_ptr().cast(), sum);
+        }
+    }
+
+    /// # Safety
+    /// As for `Parts::copy`; the machine has AVX2.
+    #[target_feature(enable = "avx2")]
+    pub(super) unsafe fn avx2<const COPY: bool>(
+        lanes: &mut [u64; 8],
+        from: *const u8,
+        to: *mut u8,
+        stripes: usize,
+        at: usize,
+    ) {
+        assert!(at + (stripes - 1) * 8 + STRIPE <= SECRET.len());
+        let past = to.addr().is_multiple_of(STRIPE);
+        // SAFETY: inside the promised bytes, the secret (asserted) and the lanes.
+        unsafe {
+            let half = |i: usize| 32 * i;
+            let mut sums = [0, 1].map(|i| _mm256_loadu_si256(lanes.as_ptr().cast::<u8>().add(half(i)).cast()));
+            for nth in 0..stripes {
+                for (i, sum) in sums.iter_mut().enumerate() {
+                    let words = _mm256_loadu_si256(from.add(nth * STRIPE + half(i)).cast());
+                    if COPY {
+                        let to = to.add(nth * STRIPE + half(i)).cast();
+                        if past { _mm256_stream_si256(to, words) } else { _mm256_storeu_si256(to, words) }
+                    }
+                    let key = _mm256_loadu_si256(SECRET.as_ptr().add(at + nth * 8 + half(i)).cast());
+                    let keyed = _mm256_xor_si256(words, key);
+                    let product = _mm256_mul_epu32(keyed, _mm256_srli_epi64::<32>(keyed));
+                    let swapped = _mm256_shuffle_epi32::<0x4E>(words);
+                    *sum = _mm256_add_epi64(*sum, _mm256_add_epi64(swapped, product));
+                }
+            }
+            for (i, sum) in sums.into_iter().enumerate() {
+                _mm256_storeu_si256(lanes.as_mut_ptr().cast::<u8>().add(half(i)).cast(), sum);
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
+    use xxhash_rust::xxh3::xxh3_64;
 
     use super::*;
 
@@ -204,15 +337,28 @@ mod tests {
         (0..length).map(|_| rng.u64() as u8).collect()
     }
 
-    /// Every instruction set gives the crate's result, for all lengths around the borders of stripes and blocks.
+    /// Every instruction set gives the crate's result, for all lengths around the borders of stripes and blocks, and
+    /// copies exactly what it hashes, to aligned places and to others.
     #[test]
     fn every_instruction_set_gives_the_crates_result() {
         for length in (256..8192).step_by(64).chain([65_536, 1 << 20]) {
             let bytes = noise(length);
+            let mut target = vec![0u8; length + 256];
+            let aligned = target.as_ptr().align_offset(STRIPE);
             for isa in Isa::all() {
-                let mut long = Long::new(isa, length);
-                long.add(&bytes);
-                assert_eq!(long.finish(), xxh3_64(&bytes), "{isa:?}, {length} bytes");
+                for at in [aligned, aligned + 8] {
+                    target.fill(0xA5);
+                    let (mut hashed, mut copied) = (Long::new(isa, length), Long::new(isa, length));
+                    // SAFETY: both lie inside their vectors.
+                    unsafe {
+                        hashed.add(bytes.as_ptr(), None, length);
+                        copied.add(bytes.as_ptr(), Some(target.as_mut_ptr().add(at)), length);
+                    }
+                    assert_eq!(hashed.finish(), xxh3_64(&bytes), "{isa:?}, {length} bytes");
+                    assert_eq!(copied.finish(), xxh3_64(&bytes), "{isa:?}, {length} bytes copied");
+                    assert_eq!(target[at..at + length], bytes, "{isa:?}");
+                    assert!(target[..at].iter().chain(&target[at + length..]).all(|&byte| byte == 0xA5), "{isa:?}");
+                }
             }
         }
     }
@@ -223,12 +369,18 @@ mod tests {
         fn parts_give_the_result_of_the_whole(count in 1usize..12, bytes in 1usize..3000, whole in any::<bool>()) {
             let bytes = if whole { bytes.next_multiple_of(64) } else { bytes };
             let all = noise(count * bytes);
-            if all.len() > SHORT_MAX && bytes.is_multiple_of(STRIPE) {
-                let mut long = Long::new(Isa::best(), all.len());
-                all.chunks(bytes).for_each(|part| long.add(part));
-                prop_assert_eq!(long.finish(), xxh3_64(&all));
+            let mut target = vec![0; bytes];
+            let (mut hashed, mut copied) = (Parts::new(count, bytes), Parts::new(count, bytes));
+            for part in all.chunks(bytes) {
+                // SAFETY: both are `bytes` long.
+                unsafe {
+                    hashed.add(part.as_ptr(), bytes);
+                    copied.copy(part.as_ptr(), target.as_mut_ptr(), bytes);
+                }
+                prop_assert_eq!(&target[..], part);
             }
-            prop_assert_eq!(hash(&all), xxh3_64(&all));
+            prop_assert_eq!(hashed.finish(), xxh3_64(&all));
+            prop_assert_eq!(copied.finish(), xxh3_64(&all));
         }
     }
 }

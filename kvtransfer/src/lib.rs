@@ -15,17 +15,20 @@ mod grant;
 mod hash;
 mod link;
 mod links;
+mod loan;
 mod outbox;
 mod outgoing;
 mod receiver;
 mod sending;
+#[cfg(target_os = "linux")]
+mod shm;
 mod transfer;
 
-pub use counters::{Counters, Dropped, LinkCounters};
+pub use counters::{Counters, Dropped, Fallback, LinkCounters};
 pub use error::TransferError;
 pub use extent::Data;
 pub use grant::Grant;
 pub use links::Links;
 pub use outgoing::{Committed, Outgoing};
-pub use receiver::{Incoming, Receiver};
+pub use receiver::{Incoming, Partial, Receiver};
 pub use transfer::Received;

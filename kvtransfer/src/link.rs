@@ -1,6 +1,10 @@
-//! A link as the receiver sees it: a number, and somebody to tell things.
+//! A link as the receiver sees it: a number, what it can do, and somebody to tell things.
 
-use crate::wire::{Body, Tag};
+use std::sync::Arc;
+
+use baton_core::Arena;
+
+use crate::wire::{Body, FEATURE_RESEND, Tag};
 
 /// One link of a receiver, never reused in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -11,7 +15,22 @@ impl LinkId {
     pub(crate) const NONE: LinkId = LinkId(0);
 }
 
-/// The sender at the other end: over TCP an outbox, in this process the transfer itself.
+/// A greeted link and what its sender brought.
+pub(crate) struct Link {
+    pub(crate) id: LinkId,
+    /// What both ends can do (`wire::FEATURE_*`).
+    pub(crate) features: u16,
+    /// The sender's arena, over shared memory.
+    pub(crate) source: Option<Arc<Arena>>,
+}
+
+impl Link {
+    pub(crate) fn resends(&self) -> bool {
+        self.features & FEATURE_RESEND != 0
+    }
+}
+
+/// The sender at the other end: over a connection an outbox, in this process the transfer itself.
 pub(crate) trait Peer: Send + Sync {
     fn tell(&self, tag: Tag, body: Body);
     fn close(&self);

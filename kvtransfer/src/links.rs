@@ -10,9 +10,10 @@ use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
-use crate::connection::{Connection, Greeted, connect};
-use crate::counters::{LinkCounters, LinkCounts};
+use crate::connection::{Connection, Greeted, connect, greet, within};
+use crate::counters::{Fallback, LinkCounters, LinkCounts};
 use crate::receiver::{Receiver, Shared};
+use crate::wire::{FEATURE_RESEND, FEATURE_SHARED};
 use crate::{Grant, Outgoing, TransferError, extent, wire};
 
 /// The links of one cache. Clones share them; they end with the last clone and the last transfer.
@@ -70,7 +71,7 @@ impl Links {
             return Outgoing::to_local(self.source.clone(), receiver, grant).await;
         }
         let connection = self.source.connection(&grant.address).await?;
-        Outgoing::over_tcp(self.source.clone(), connection, grant).await
+        Outgoing::over(self.source.clone(), connection, grant).await
     }
 }
 
@@ -144,6 +145,7 @@ impl Link {
         let wake = Arc::new(Notify::new());
         let keeper = Keeper {
             net: source.net.clone(),
+            arena: source.arena.clone(),
             address: address.to_string(),
             compatibility: source.compatibility.clone(),
             counts: source.counts.clone(),
@@ -163,6 +165,7 @@ impl Drop for Link {
 /// Keeps a link up.
 struct Keeper {
     net: Arc<dyn Net>,
+    arena: Arc<Arena>,
     address: String,
     compatibility: String,
     counts: Arc<LinkCounts>,
@@ -176,7 +179,7 @@ impl Keeper {
     async fn keep(self) {
         let mut failures = 0;
         loop {
-            let error = match connect(&*self.net, &self.address, &self.compatibility).await {
+            let error = match self.connect().await {
                 Ok(greeted) => {
                     failures = 0;
                     self.serve(greeted).await
@@ -194,10 +197,44 @@ impl Keeper {
         }
     }
 
+    /// Connects over the network, and goes over to shared memory if both ends can.
+    async fn connect(&self) -> Result<Greeted, TransferError> {
+        let features = FEATURE_RESEND | if is_shared(&self.arena) { FEATURE_SHARED } else { 0 };
+        let greeted = connect(&*self.net, &self.address, &self.compatibility, features).await?;
+        match self.go_over(&greeted).await {
+            Ok(shared) => Ok(shared),
+            Err((reason, detail)) => {
+                self.counts.fall_back(reason);
+                tracing::debug!(address = self.address, reason = reason.as_str(), detail, "tcp link");
+                Ok(greeted)
+            }
+        }
+    }
+
+    #[cfg(target_os = "linux")]
+    async fn go_over(&self, greeted: &Greeted) -> Result<Greeted, (Fallback, String)> {
+        if !is_shared(&self.arena) {
+            return Err((Fallback::NotShared, String::new()));
+        }
+        let Some(name) = &greeted.offer else { return Err((Fallback::NotOffered, String::new())) };
+        let stream = crate::shm::connect(name, &self.arena).await;
+        let stream = stream.map_err(|error| (Fallback::Unreachable, error.to_string()))?;
+        let greeting = greet(Box::new(stream), &self.address, &self.compatibility, FEATURE_RESEND);
+        let shared = within(&self.address, greeting).await;
+        let mut shared = shared.map_err(|error| (Fallback::Refused, error.to_string()))?;
+        shared.by_reference = true;
+        Ok(shared)
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    async fn go_over(&self, _: &Greeted) -> Result<Greeted, (Fallback, String)> {
+        Err((Fallback::NotShared, String::new()))
+    }
+
     /// One connection until it fails.
     async fn serve(&self, greeted: Greeted) -> TransferError {
         self.counts.connected.add(1);
-        let live = Live(Arc::new(Connection::new(&self.address)));
+        let live = Live(Arc::new(Connection::new(&self.address, greeted.by_reference)));
         self.state.send_replace(State::Up(live.0.clone()));
         let cause = live.0.run(greeted).await;
         live.0.fail(&cause);
@@ -220,6 +257,16 @@ impl Drop for Live {
     fn drop(&mut self) {
         self.0.fail("closed at this end");
     }
+}
+
+#[cfg(target_os = "linux")]
+fn is_shared(arena: &Arena) -> bool {
+    arena.descriptor().is_some()
+}
+
+#[cfg(not(target_os = "linux"))]
+fn is_shared(_: &Arena) -> bool {
+    false
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -3,7 +3,7 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use baton_core::limits::{HANDOFF_IDLE_MS, HANDOFF_PING_MS};
@@ -13,6 +13,7 @@ use tokio::time::timeout;
 
 use crate::extent::Data;
 use crate::link::Peer;
+use crate::loan::Loan;
 use crate::wire::{Body, Header, Message, Tag};
 
 /// DATA frames of a link that are gathered or being written: what bounds its memory.
@@ -33,13 +34,11 @@ struct Queue {
     ack: Option<u64>,
     /// DATA payload bytes queued so far.
     sequence: u64,
-    /// Buffers to use again, at most `PLACES`.
-    spare: Vec<Data>,
 }
 
 enum Frame {
     Control(Vec<u8>),
-    Data(Data),
+    Data(Arc<Loan>),
 }
 
 impl Outbox {
@@ -65,26 +64,27 @@ impl Outbox {
         self.wake.notify_one();
     }
 
-    /// A buffer to gather a frame in, once there is a place for it; None after `close`. Return it by `push` or `spare`.
-    pub(crate) async fn place(&self) -> Option<Data> {
-        self.places.acquire().await.ok()?.forget();
-        Some(self.lock().spare.pop().unwrap_or_default())
+    /// Returns once there is a place for a frame; false after `close`. `push` fills it, `vacate` gives it back.
+    pub(crate) async fn place(&self) -> bool {
+        self.places.acquire().await.map(|place| place.forget()).is_ok()
     }
 
-    pub(crate) fn push(&self, mut header: Header, mut data: Data) {
+    pub(crate) fn vacate(&self) {
+        self.places.add_permits(1);
+    }
+
+    /// Queues a frame. Returns it, and the DATA payload bytes up to its end.
+    pub(crate) fn push(&self, mut header: Header, mut data: Data) -> (Arc<Loan>, u64) {
         let mut queue = self.lock();
         header.sequence = queue.sequence;
         queue.sequence += header.length as u64;
-        data.stamp(&header);
-        queue.frames.push_back(Frame::Data(data));
+        let end = queue.sequence;
+        data.label(&header);
+        let loan = Arc::new(Loan::new(data));
+        queue.frames.push_back(Frame::Data(loan.clone()));
         drop(queue);
         self.wake.notify_one();
-    }
-
-    /// Gives a buffer and its place back.
-    pub(crate) fn spare(&self, data: Data) {
-        self.lock().spare.push(data);
-        self.places.add_permits(1);
+        (loan, end)
     }
 
     /// DATA payload bytes queued so far.
@@ -117,9 +117,9 @@ impl Outbox {
         let ping = Message { tag: Tag::default(), body: Body::Ping };
         match timeout(pause, self.next()).await.unwrap_or_else(|_| Frame::Control(ping.encode())) {
             Frame::Control(bytes) => write_all(to, &bytes).await?,
-            Frame::Data(data) => {
-                write_all(to, &data.bytes).await?;
-                self.spare(data);
+            Frame::Data(loan) => {
+                loan.write(to).await?;
+                self.vacate();
             }
         }
         if self.lock().is_empty() {

@@ -7,9 +7,9 @@ use baton_core::limits::{HANDOFF_CONNECT_MS, REQUEST_DEADLINE_MS};
 use baton_core::{Aborted, BlockId};
 use tokio::time::{Instant, timeout, timeout_at};
 
-use crate::connection::{Connection, Frame};
-use crate::extent::{self, Data};
-use crate::link::{LinkId, Peer};
+use crate::connection::{Connection, Flight, Frame, Sent};
+use crate::extent;
+use crate::link::{Link, LinkId, Peer};
 use crate::links::Source;
 use crate::receiver::Shared;
 use crate::sending::Sending;
@@ -29,28 +29,36 @@ pub struct Outgoing {
     path: Path,
     sending: Arc<Sending>,
     sent: Summary,
+    /// By (layer, position); empty before the first `send`.
+    extents: Vec<Option<Extent>>,
     committed: bool,
+}
+
+/// What was sent, and whence.
+#[derive(Clone, Copy)]
+struct Extent {
+    source: BlockId,
+    sum: u64,
 }
 
 /// How frames get to the receiver.
 enum Path {
-    Tcp(Arc<Connection>),
-    /// The receiver is in this process: frames are handed to it as they are.
+    Connection(Arc<Connection>),
+    /// The receiver is in this process: it copies out of the source arena.
     Local {
         receiver: Arc<Shared>,
         link: LinkId,
-        data: Data,
     },
 }
 
 impl Outgoing {
-    pub(crate) async fn over_tcp(
+    pub(crate) async fn over(
         source: Arc<Source>,
         connection: Arc<Connection>,
         grant: Grant,
     ) -> Result<Outgoing, TransferError> {
         let sending = connection.enrol(grant.transfer)?;
-        Outgoing::new(source, Path::Tcp(connection), sending, grant).open().await
+        Outgoing::new(source, Path::Connection(connection), sending, grant).open().await
     }
 
     pub(crate) async fn to_local(
@@ -63,18 +71,20 @@ impl Outgoing {
             Arc::new(LocalPeer { receiver: receiver.clone(), link, sending: sending.clone() })
         };
         let link = receiver.join(peer);
-        let path = Path::Local { receiver: receiver.clone(), link, data: Data::default() };
+        let path = Path::Local { receiver: receiver.clone(), link };
         Outgoing::new(source, path, sending, grant).open().await
     }
 
     fn new(source: Arc<Source>, path: Path, sending: Arc<Sending>, grant: Grant) -> Outgoing {
         let digest = grant.digest();
         match &path {
-            Path::Tcp(_) => source.counts.tcp.add(1),
+            Path::Connection(connection) if connection.by_reference() => source.counts.shm.add(1),
+            Path::Connection(_) => source.counts.tcp.add(1),
             Path::Local { .. } => source.counts.local.add(1),
         }
         let deadline = Instant::now() + Duration::from_millis(grant.deadline_ms.min(REQUEST_DEADLINE_MS));
-        Outgoing { source, grant, digest, deadline, path, sending, sent: Summary::default(), committed: false }
+        let (sent, extents) = Default::default();
+        Outgoing { source, grant, digest, deadline, path, sending, sent, extents, committed: false }
     }
 
     async fn open(self) -> Result<Outgoing, TransferError> {
@@ -90,41 +100,90 @@ impl Outgoing {
 
     /// Sends one layer of some blocks: for each its index in `grant.blocks` and the block here that holds it. Layers
     /// and blocks may come in any order, each (layer, block) once. The caller holds the source blocks as filled until
-    /// this returns; bytes are copied before that.
+    /// this returns; nothing reads them after that, unless `commit` finds that an extent arrived damaged. It is then
+    /// sent again if its block still holds what it held.
     ///
     /// # Panics
     /// If the layer or an index is not one of the grant's.
     pub async fn send(&mut self, layer: usize, blocks: &[(usize, BlockId)]) -> Result<(), TransferError> {
         assert!(layer < self.grant.layout.layers as usize, "layer {layer} of {}", self.grant.layout.layers);
-        for blocks in blocks.chunks(extent::extents_per_frame(&self.grant.layout)) {
-            let frame = Frame { arena: &self.source.arena, grant: &self.grant, digest: self.digest, layer, blocks };
-            let digest = match &mut self.path {
-                Path::Tcp(connection) => timeout_at(self.deadline, connection.send(&self.sending, frame))
-                    .await
-                    .map_err(|_| TransferError::Deadline)??,
-                Path::Local { receiver, link, data } => {
-                    self.sending.writing(|| ())?;
-                    let header = frame.gather(data);
-                    receiver.data(*link, &header, data.payload());
-                    tokio::task::yield_now().await;
-                    data.digest
-                }
-            };
-            self.sent.extents += blocks.len() as u64;
-            self.sent.bytes += (blocks.len() * self.grant.layout.layer_bytes()) as u64;
-            self.sent.digest = self.sent.digest.wrapping_add(digest);
+        if self.extents.is_empty() {
+            self.extents = vec![None; self.grant.layout.layers as usize * self.grant.blocks.len()];
         }
+        for Sent { position, source, sum } in self.transmit(layer, blocks).await? {
+            self.extents[layer * self.grant.blocks.len() + position as usize] = Some(Extent { source, sum });
+            self.sent.digest = self.sent.digest.wrapping_add(sum);
+        }
+        self.sent.extents += blocks.len() as u64;
+        self.sent.bytes += (blocks.len() * self.grant.layout.layer_bytes()) as u64;
         Ok(())
     }
 
-    /// Says that everything has been sent, and waits until the receiver has confirmed exactly that.
+    /// Returns once the receiver can do without the source blocks.
+    async fn transmit(&mut self, layer: usize, blocks: &[(usize, BlockId)]) -> Result<Vec<Sent>, TransferError> {
+        let mut sent = Vec::with_capacity(blocks.len());
+        let mut flight = Flight::default();
+        for blocks in blocks.chunks(extent::extents_per_frame(&self.grant.layout)) {
+            let frame = Frame { arena: &self.source.arena, grant: &self.grant, digest: self.digest, layer, blocks };
+            match &mut self.path {
+                Path::Connection(connection) => {
+                    let sending = connection.send(&self.sending, frame, &mut flight);
+                    sent.extend(timeout_at(self.deadline, sending).await.map_err(|_| TransferError::Deadline)??);
+                }
+                Path::Local { receiver, link } => {
+                    self.sending.writing(|| ())?;
+                    sent.extend(receiver.fetch(*link, &frame));
+                    tokio::task::yield_now().await;
+                }
+            }
+        }
+        if let Path::Connection(connection) = &self.path {
+            let landed = connection.landed(&self.sending, &flight);
+            timeout_at(self.deadline, landed).await.map_err(|_| TransferError::Deadline)??;
+        }
+        Ok(sent)
+    }
+
+    /// Says that everything has been sent, and waits until the receiver has confirmed exactly that. The caller holds
+    /// the source blocks until this returns, so that what arrived damaged can be sent again.
     pub async fn commit(mut self) -> Result<Committed, TransferError> {
-        self.tell(Body::Commit(self.sent))?;
-        let committed =
-            timeout_at(self.deadline, self.sending.committed()).await.map_err(|_| TransferError::Deadline)??;
-        self.committed = true;
-        self.source.counts.bytes.add(committed.bytes);
-        Ok(committed)
+        loop {
+            self.tell(Body::Commit(self.sent))?;
+            let answer =
+                timeout_at(self.deadline, self.sending.answered()).await.map_err(|_| TransferError::Deadline)??;
+            match answer {
+                Ok(committed) => {
+                    self.committed = true;
+                    self.source.counts.bytes.add(committed.bytes);
+                    return Ok(committed);
+                }
+                Err(asked) => self.resend(&asked).await?,
+            }
+        }
+    }
+
+    /// Sends extents again, each only if it is what was sent the first time.
+    async fn resend(&mut self, asked: &[(u32, u32)]) -> Result<(), TransferError> {
+        self.source.counts.resent.add(asked.len() as u64);
+        for of_layer in asked.chunk_by(|a, b| a.0 == b.0) {
+            let layer = of_layer[0].0 as usize;
+            let known = |(_, position): &(u32, u32)| {
+                let position = *position as usize;
+                let inside = layer < self.grant.layout.layers as usize && position < self.grant.blocks.len();
+                let extent = self.extents.get(layer * self.grant.blocks.len() + position).filter(|_| inside);
+                extent.copied().flatten().map(|extent| (position, extent))
+            };
+            let Some(extents) = of_layer.iter().map(known).collect::<Option<Vec<_>>>() else {
+                return Err(TransferError::Aborted(Aborted::Internal)); // Asked for what was never sent.
+            };
+            let blocks: Vec<_> = extents.iter().map(|(position, extent)| (*position, extent.source)).collect();
+            let sent = self.transmit(layer, &blocks).await?;
+            let changed = sent.iter().zip(&extents).find(|(sent, (_, extent))| sent.sum != extent.sum);
+            if let Some((&Sent { position, .. }, _)) = changed {
+                return Err(TransferError::Corrupt { layer: layer as u32, position });
+            }
+        }
+        Ok(())
     }
 
     /// Gives up; the receiver frees its blocks.
@@ -135,10 +194,11 @@ impl Outgoing {
     fn tell(&self, body: Body) -> Result<(), TransferError> {
         let tag = self.grant.tag();
         match &self.path {
-            Path::Tcp(connection) => self.sending.writing(|| connection.outbox.tell(tag, body)),
-            Path::Local { receiver, link, .. } => {
+            Path::Connection(connection) => self.sending.writing(|| connection.outbox.tell(tag, body)),
+            Path::Local { receiver, link } => {
                 self.sending.writing(|| ())?;
-                receiver.hear(*link, Message { tag, body }).expect("a sender's message");
+                let link = Link { id: *link, features: 0, source: None };
+                receiver.hear(&link, Message { tag, body }).expect("a sender's message");
                 Ok(())
             }
         }
@@ -149,8 +209,8 @@ impl Outgoing {
         let abort = Body::Abort { reason, quiesced: true };
         if self.sending.fail(TransferError::Aborted(reason)) {
             match &self.path {
-                Path::Tcp(connection) => connection.outbox.tell(self.grant.tag(), abort),
-                Path::Local { receiver, link, .. } => {
+                Path::Connection(connection) => connection.outbox.tell(self.grant.tag(), abort),
+                Path::Local { receiver, link } => {
                     let event = Event::Abort { reason, quiesced: true };
                     receiver.step(self.grant.transfer, *link, event);
                 }
@@ -165,8 +225,8 @@ impl Drop for Outgoing {
         let counts = &self.source.counts;
         if self.committed { &counts.committed } else { &counts.failed }.add(1);
         match &self.path {
-            Path::Tcp(connection) => connection.strike(self.grant.transfer),
-            Path::Local { receiver, link, .. } => receiver.leave(*link),
+            Path::Connection(connection) => connection.strike(self.grant.transfer),
+            Path::Local { receiver, link } => receiver.leave(*link),
         }
     }
 }

@@ -19,16 +19,22 @@ use tokio::sync::{Notify, oneshot};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
+use crate::connection::{Frame, Sent};
 use crate::counters::{Counters, Counts, Dropped};
+use crate::extent::Landing;
 use crate::frames::{Frames, ReadError};
-use crate::link::{LinkId, Peer};
+use crate::link::{Link, LinkId, Peer};
 use crate::outbox::{Outbox, write_all};
 use crate::transfer::{Action, Event, Received, Transfer, refuse};
-use crate::wire::{self, BadFrame, Body, Header, Kind, Message, Tag};
+use crate::wire::{
+    self, BY_REFERENCE, BadFrame, Body, Entry, FEATURE_RESEND, FEATURE_SHARED, Header, Kind, Message, Tag,
+};
 use crate::{Grant, TransferError, extent};
 
 type Guard = Box<dyn Any + Send>;
 type Outcome = Result<(Guard, Received), TransferError>;
+/// What is left of a transfer that failed: its grant, the guard, and by position the blocks that arrived whole.
+type Remains = (Grant, Guard, Vec<bool>);
 
 /// Takes blocks for one arena. Dropping it ends its links and aborts its transfers.
 pub struct Receiver {
@@ -54,6 +60,8 @@ impl Receiver {
             alarm_set: Notify::new(),
             closing: Notify::new(),
             counts: Counts::default(),
+            #[cfg(target_os = "linux")]
+            porch: Mutex::default(),
         });
         let accepting = tokio::spawn(accept(shared.clone(), listener));
         let alarms = tokio::spawn(ring(shared.clone()));
@@ -75,8 +83,29 @@ impl Receiver {
         deadline: Duration,
         guard: G,
     ) -> (Grant, Incoming<G>) {
-        let (grant, done) = self.shared.grant(request, epoch, blocks, deadline, Box::new(guard));
-        let incoming = Incoming { shared: self.shared.clone(), transfer: grant.transfer, done, guard: PhantomData };
+        let wanted = Wanted { request, epoch, blocks, deadline };
+        let (grant, waits) = self.shared.grant(wanted, None, Box::new(guard));
+        let incoming = Incoming { shared: self.shared.clone(), transfer: grant.transfer, waits, guard: PhantomData };
+        (grant, incoming)
+    }
+
+    /// Grants what a failed transfer still lacks to another sender: the same transfer, its next attempt, with only the
+    /// blocks that did not arrive whole. Frames of earlier attempts are stale from here on.
+    ///
+    /// # Panics
+    /// If nothing is lacking.
+    pub fn resume<G: Send + 'static>(
+        &self,
+        partial: Partial<G>,
+        epoch: Epoch,
+        deadline: Duration,
+    ) -> (Grant, Incoming<G>) {
+        let blocks = partial.lacking();
+        assert!(!blocks.is_empty(), "a transfer that lacks nothing has completed");
+        let wanted = Wanted { request: partial.grant.request, epoch, blocks, deadline };
+        let before = Some((partial.grant.transfer, partial.grant.attempt));
+        let (grant, waits) = self.shared.grant(wanted, before, Box::new(partial.guard));
+        let incoming = Incoming { shared: self.shared.clone(), transfer: grant.transfer, waits, guard: PhantomData };
         (grant, incoming)
     }
 
@@ -110,17 +139,58 @@ impl Drop for Receiver {
 pub struct Incoming<G> {
     shared: Arc<Shared>,
     transfer: TransferId,
-    done: oneshot::Receiver<Outcome>,
+    waits: Waits,
     guard: PhantomData<fn() -> G>,
+}
+
+/// The other ends of `Tells`.
+struct Waits {
+    done: oneshot::Receiver<Outcome>,
+    remains: oneshot::Receiver<Remains>,
+}
+
+/// A transfer that failed and that no sender writes any more: what it has is verified and stays.
+pub struct Partial<G> {
+    pub error: TransferError,
+    /// What keeps the blocks reserved.
+    pub guard: G,
+    grant: Grant,
+    whole: Vec<bool>,
+}
+
+impl<G> Partial<G> {
+    /// By position in the grant: whether every layer of the block has arrived.
+    pub fn whole(&self) -> &[bool] {
+        &self.whole
+    }
+
+    /// The granted blocks that did not arrive whole, in order.
+    pub fn lacking(&self) -> Vec<BlockId> {
+        let blocks = self.grant.blocks.iter().zip(&self.whole);
+        blocks.filter(|(_, whole)| !**whole).map(|(block, _)| *block).collect()
+    }
 }
 
 impl<G: 'static> Incoming<G> {
     /// Returns the guard once every layer of every block has arrived, verified, and the sender has committed to
     /// exactly that.
     pub async fn wait(mut self) -> Result<(G, Received), TransferError> {
-        let outcome = (&mut self.done).await.unwrap_or(Err(TransferError::Aborted(Aborted::Draining)));
+        let outcome = (&mut self.waits.done).await.unwrap_or(Err(TransferError::Aborted(Aborted::Draining)));
         let (guard, received) = outcome?;
         Ok((*guard.downcast().expect("`open` stored a G"), received))
+    }
+
+    /// The same for a waiter who can use what had arrived when the transfer failed. It then waits until nothing can
+    /// write the blocks any more, at most `HANDOFF_QUIESCE_MS` and the closing of the link.
+    pub async fn wait_or_keep(mut self) -> Result<(G, Received), Result<Partial<G>, TransferError>> {
+        let outcome = (&mut self.waits.done).await.unwrap_or(Err(TransferError::Aborted(Aborted::Draining)));
+        let error = match outcome {
+            Ok((guard, received)) => return Ok((*guard.downcast().expect("`open` stored a G"), received)),
+            Err(error) => error,
+        };
+        let Ok((grant, guard, whole)) = (&mut self.waits.remains).await else { return Err(Err(error)) };
+        let guard = *guard.downcast().expect("`open` stored a G");
+        Err(Ok(Partial { error, guard, grant, whole }))
     }
 }
 
@@ -139,6 +209,9 @@ pub(crate) struct Shared {
     alarm_set: Notify,
     closing: Notify,
     counts: Counts,
+    /// Where senders of this host bring their arenas.
+    #[cfg(target_os = "linux")]
+    porch: Mutex<Option<crate::shm::Porch>>,
 }
 
 #[derive(Default)]
@@ -160,36 +233,47 @@ struct Pending {
     transfer: Transfer,
     guard: Option<Guard>,
     done: Option<oneshot::Sender<Outcome>>,
+    remains: Option<oneshot::Sender<Remains>>,
+}
+
+/// What a grant is asked for.
+struct Wanted {
+    request: RequestId,
+    epoch: Epoch,
+    blocks: Vec<BlockId>,
+    deadline: Duration,
 }
 
 impl Shared {
-    fn grant(
-        &self,
-        request: RequestId,
-        epoch: Epoch,
-        blocks: Vec<BlockId>,
-        deadline: Duration,
-        guard: Guard,
-    ) -> (Grant, oneshot::Receiver<Outcome>) {
-        let (done, waiting) = oneshot::channel();
-        let deadline = deadline.min(Duration::from_millis(REQUEST_DEADLINE_MS));
-        let (address, layout, deadline_ms) = (self.address.clone(), *self.arena.layout(), deadline.as_millis() as u64);
+    /// `before` names the attempt that this one goes on from.
+    fn grant(&self, wanted: Wanted, before: Option<(TransferId, u32)>, guard: Guard) -> (Grant, Waits) {
+        let (done, done_waits) = oneshot::channel();
+        let (remains, remains_wait) = oneshot::channel();
+        let deadline = wanted.deadline.min(Duration::from_millis(REQUEST_DEADLINE_MS));
         let mut registry = self.registry();
-        registry.transfers_granted += 1;
-        let transfer = TransferId(registry.transfers_granted);
-        let grant = Grant { transfer, attempt: 1, epoch, request, address, layout, blocks, deadline_ms };
-        let pending = Pending { transfer: Transfer::new(grant.clone()), guard: Some(guard), done: Some(done) };
+        let (transfer, attempt) = match before {
+            Some((transfer, attempt)) => (transfer, attempt + 1),
+            None => {
+                registry.transfers_granted += 1;
+                (TransferId(registry.transfers_granted), 1)
+            }
+        };
+        let Wanted { request, epoch, blocks, .. } = wanted;
+        let (address, layout, deadline_ms) = (self.address.clone(), *self.arena.layout(), deadline.as_millis() as u64);
+        let grant = Grant { transfer, attempt, epoch, request, address, layout, blocks, deadline_ms };
+        let transfer = Transfer::new(grant.clone());
+        let pending = Pending { transfer, guard: Some(guard), done: Some(done), remains: Some(remains) };
         let alarm = Instant::now() + deadline;
-        registry.transfers.insert(transfer, Held { pending: Arc::new(Mutex::new(pending)), alarm });
-        registry.alarms.insert((alarm, transfer));
+        registry.transfers.insert(grant.transfer, Held { pending: Arc::new(Mutex::new(pending)), alarm });
+        registry.alarms.insert((alarm, grant.transfer));
         let closed = registry.closed;
         drop(registry);
         self.counts.granted.add(1);
         self.alarm_set.notify_one();
         if closed {
-            self.step(transfer, LinkId::NONE, Event::Closed);
+            self.step(grant.transfer, LinkId::NONE, Event::Closed);
         }
-        (grant, waiting)
+        (grant, Waits { done: done_waits, remains: remains_wait })
     }
 
     /// Lets the transfer decide about an event, and does what it says.
@@ -233,16 +317,23 @@ impl Shared {
             Action::Complete(received) => {
                 self.forget(tag.transfer);
                 self.counts.completed.add(1);
-                let (guard, done) = lock(pending).take();
+                let (guard, done) = {
+                    let mut pending = lock(pending);
+                    (pending.guard.take(), pending.done.take())
+                };
                 if let (Some(guard), Some(done)) = (guard, done) {
                     let _ = done.send(Ok((guard, received)));
                 }
             }
             Action::Release => {
                 self.forget(tag.transfer);
-                let guard = lock(pending).guard.take();
-                drop(guard);
+                let kept = lock(pending).part();
+                // Whoever did not stay for it drops the guard here, outside the lock.
+                if let Some((tell, remains)) = kept {
+                    let _ = tell.send(remains);
+                }
             }
+            Action::Again(extents) => self.counts.again.add(extents),
             Action::Fail(error) => {
                 self.counts.failed.add(1);
                 tracing::debug!(transfer = tag.transfer.0, %error, "transfer failed");
@@ -254,31 +345,171 @@ impl Shared {
         }
     }
 
-    /// Takes a DATA frame: what may be written is written, what may not is counted.
-    pub(crate) fn data(&self, link: LinkId, header: &Header, payload: &[u8]) {
+    /// Takes a DATA frame's entries, and what follows them out of `frames`: what may be written is written, what may not
+    /// is counted. An error ends the link.
+    async fn data<R: AsyncRead + Unpin>(
+        &self,
+        link: &Link,
+        header: &Header,
+        frames: &mut Frames<R>,
+    ) -> Result<(), ReadError> {
+        let layout = *self.arena.layout();
+        let Ok(lines) = wire::entries_bytes(header, layout.layer_bytes()) else {
+            self.spoil(link, header, 0);
+            return skip(frames, header.length as usize).await;
+        };
+        let entries = wire::entries(header, frames.take(lines).await?).map(Vec::from_iter);
+        let Ok(entries) = entries else {
+            self.spoil(link, header, 0);
+            return skip(frames, header.length as usize - lines).await;
+        };
+        if header.flags & BY_REFERENCE == 0 {
+            for entry in &entries {
+                self.land(link, header, entry, frames).await?;
+            }
+            return Ok(());
+        }
+        let Some(source) = &link.source else { return Err(BadFrame::Shape(Kind::Data).into()) };
+        for entry in &entries {
+            if entry.source as usize >= source.blocks() {
+                self.spoil(link, header, entry.position);
+                continue;
+            }
+            let mut landing = Landing::new(&layout);
+            let fetched = self.writing(link, header, entry, |arena| {
+                landing.fetch(arena, entry.block, header.layer as u32, source, entry.source);
+            });
+            if fetched {
+                self.landed(link, header, entry, landing);
+            }
+        }
+        Ok(())
+    }
+
+    /// One extent off the wire: each slice is copied to its place as it comes, so that it is still in the cache. The
+    /// transfer may end between two slices; the rest is then read and dropped.
+    async fn land<R: AsyncRead + Unpin>(
+        &self,
+        link: &Link,
+        header: &Header,
+        entry: &Entry,
+        frames: &mut Frames<R>,
+    ) -> Result<(), ReadError> {
+        let layout = self.arena.layout();
+        let mut landing = Landing::new(layout);
+        while landing.left(layout) > 0 {
+            let left = landing.left(layout);
+            let bytes = frames.pieces(layout.slice_bytes(), left).await?;
+            let rest = left * layout.slice_bytes() - bytes.len();
+            let copied = self.writing(link, header, entry, |arena| {
+                landing.copy(arena, entry.block, header.layer as u32, bytes);
+            });
+            if !copied {
+                return skip(frames, rest).await;
+            }
+        }
+        self.landed(link, header, entry, landing);
+        Ok(())
+    }
+
+    /// Runs `write` while the extent's block cannot be given to anybody else. False: it may not be written, and that is
+    /// counted.
+    fn writing(&self, link: &Link, header: &Header, entry: &Entry, write: impl FnOnce(&Arena)) -> bool {
+        let Some(pending) = self.pending(header.tag.transfer) else {
+            self.counts.drop(Dropped::Unknown);
+            return false;
+        };
+        let pending = lock(&pending);
+        let transfer = &pending.transfer;
+        match transfer.admit(link.id, header).and_then(|()| transfer.expects(header.layer as u32, entry)) {
+            Ok(()) => {
+                write(&self.arena);
+                true
+            }
+            Err(reason) => {
+                self.counts.drop(reason);
+                false
+            }
+        }
+    }
+
+    /// Counts an extent that was written, if it is the announced one.
+    fn landed(&self, link: &Link, header: &Header, entry: &Entry, landing: Landing) {
+        let Some(pending) = self.pending(header.tag.transfer) else { return };
+        let layer = header.layer as u32;
+        {
+            let mut pending = lock(&pending);
+            let digest = pending.transfer.digest();
+            if landing.finish(digest, layer, entry.position) == entry.sum {
+                if pending.transfer.admit(link.id, header).is_ok() {
+                    pending.arrived(&self.counts, layer, entry);
+                }
+                return;
+            }
+        }
+        self.spoil(link, header, entry.position);
+    }
+
+    /// Something of a frame was not what was announced.
+    fn spoil(&self, link: &Link, header: &Header, position: u32) {
         let id = header.tag.transfer;
         let Some(pending) = self.pending(id) else {
             return self.counts.drop(Dropped::Unknown);
         };
-        let damaged = lock(&pending).store(&self.arena, &self.counts, link, header, payload).err();
-        if let Some(event) = damaged {
-            self.counts.drop(Dropped::Damaged);
-            self.step(id, link, event);
+        let admitted = lock(&pending).transfer.admit(link.id, header);
+        if let Err(reason) = admitted {
+            return self.counts.drop(reason);
+        }
+        self.counts.drop(Dropped::Damaged);
+        let event = lock(&pending).transfer.spoiled(header.layer as u32, position).err();
+        if let Some(event) = event {
+            self.step(id, link.id, event);
         }
     }
 
+    /// Copies a local sender's extents out of its arena, as far as its transfer allows.
+    pub(crate) fn fetch(&self, link: LinkId, frame: &Frame<'_>) -> Vec<Sent> {
+        let tag = frame.grant.tag();
+        let Some(pending) = self.pending(tag.transfer) else {
+            self.counts.drop(Dropped::Unknown);
+            return Vec::new();
+        };
+        let mut pending = lock(&pending);
+        let header = Header { layer: frame.layer as u16, ..Header::new(Kind::Data, tag) };
+        if let Err(reason) = pending.transfer.admit(link, &header) {
+            self.counts.drop(reason);
+            return Vec::new();
+        }
+        let layer = frame.layer as u32;
+        let mut sent = Vec::with_capacity(frame.blocks.len());
+        for (position, source) in frame.blocks {
+            let (block, at) = (frame.grant.blocks[*position], *position as u32);
+            let mut entry = Entry { position: at, block, source: source.index, sum: 0 };
+            if let Err(reason) = pending.transfer.expects(layer, &entry) {
+                self.counts.drop(reason);
+                continue;
+            }
+            let mut landing = Landing::new(self.arena.layout());
+            landing.fetch(&self.arena, block, layer, frame.arena, source.index);
+            entry.sum = landing.finish(frame.digest, layer, at);
+            pending.arrived(&self.counts, layer, &entry);
+            sent.push(Sent { position: at, source: *source, sum: entry.sum });
+        }
+        sent
+    }
+
     /// Takes a sender's message about a transfer. An error is a message that no sender says.
-    pub(crate) fn hear(&self, link: LinkId, message: Message) -> Result<(), BadFrame> {
+    pub(crate) fn hear(&self, link: &Link, message: Message) -> Result<(), BadFrame> {
         let tag = message.tag;
         let event = match message.body {
-            Body::Open { request, grant } => Event::Open { tag, request, grant },
+            Body::Open { request, grant } => Event::Open { tag, request, grant, resends: link.resends() },
             Body::Commit(summary) => Event::Commit { tag, summary },
             Body::Abort { reason, quiesced } => Event::Abort { reason, quiesced },
             Body::Aborted { quiesced: true } => Event::Quiesced,
             Body::Aborted { quiesced: false } | Body::Ping => return Ok(()),
             body => return Err(BadFrame::Shape(body.kind())),
         };
-        self.step(tag.transfer, link, event);
+        self.step(tag.transfer, link.id, event);
         Ok(())
     }
 
@@ -309,6 +540,31 @@ impl Shared {
         };
         transfers.into_iter().for_each(|id| self.step(id, LinkId::NONE, Event::Closed));
         self.closing.notify_one();
+        #[cfg(target_os = "linux")]
+        drop(lock(&self.porch).take());
+    }
+
+    /// The name under which a process of this host finds this receiver.
+    #[cfg(target_os = "linux")]
+    fn offer(self: &Arc<Self>) -> Option<String> {
+        if self.registry().closed {
+            return None;
+        }
+        let mut porch = lock(&self.porch);
+        if porch.is_none() {
+            let made = crate::shm::Porch::open(self);
+            *porch = made.inspect_err(|error| tracing::warn!(%error, "no socket for senders of this host")).ok();
+        }
+        porch.as_ref().map(|porch| porch.name().to_string())
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    fn offer(self: &Arc<Self>) -> Option<String> {
+        None
+    }
+
+    pub(crate) fn layout(&self) -> baton_core::BlockLayout {
+        *self.arena.layout()
     }
 
     fn tell(&self, link: LinkId, tag: Tag, body: Body) {
@@ -355,39 +611,19 @@ impl Shared {
 }
 
 impl Pending {
-    /// Writes the extents of a frame; an error is what the damage means for the transfer.
-    fn store(
-        &mut self,
-        arena: &Arena,
-        counts: &Counts,
-        link: LinkId,
-        header: &Header,
-        payload: &[u8],
-    ) -> Result<(), Event> {
-        if let Err(reason) = self.transfer.admit(link, header) {
-            counts.drop(reason);
-            return Ok(());
-        }
-        let (layer, layer_bytes) = (header.layer as u32, arena.layout().layer_bytes());
-        let extents = wire::extents(header, payload, layer_bytes);
-        for (entry, bytes) in extents.map_err(|_| Event::Damaged { layer, position: 0 })? {
-            if let Err(reason) = self.transfer.expects(layer, &entry) {
-                counts.drop(reason);
-                continue;
-            }
-            if !self.transfer.intact(layer, &entry, bytes) {
-                return Err(Event::Damaged { layer, position: entry.position });
-            }
-            extent::store(arena, entry.block, layer, bytes);
-            self.transfer.arrived(layer, &entry, layer_bytes);
-            counts.extents.add(1);
-            counts.bytes.add(layer_bytes as u64);
-        }
-        Ok(())
+    fn arrived(&mut self, counts: &Counts, layer: u32, entry: &Entry) {
+        let bytes = self.transfer.grant.layout.layer_bytes();
+        self.transfer.arrived(layer, entry, bytes);
+        counts.extents.add(1);
+        counts.bytes.add(bytes as u64);
     }
 
-    fn take(&mut self) -> (Option<Guard>, Option<oneshot::Sender<Outcome>>) {
-        (self.guard.take(), self.done.take())
+    /// The guard and what arrived, for whoever waits for them.
+    fn part(&mut self) -> Option<(oneshot::Sender<Remains>, Remains)> {
+        let (tell, guard) = (self.remains.take()?, self.guard.take()?);
+        let grant = self.transfer.grant.clone();
+        let whole = (0..grant.blocks.len()).map(|position| self.transfer.whole(position)).collect();
+        Some((tell, (grant, guard, whole)))
     }
 }
 
@@ -398,7 +634,7 @@ async fn accept(shared: Arc<Shared>, mut listener: Box<dyn Listener>) {
         tokio::select! {
             accepted = listener.accept() => match accepted {
                 Ok(stream) if connections.len() < HANDOFF_LINKS_MAX => {
-                    connections.spawn(serve(shared.clone(), stream));
+                    connections.spawn(serve(shared.clone(), stream, None));
                 }
                 Ok(_) => tracing::warn!("more than {HANDOFF_LINKS_MAX} links: connection refused"),
                 Err(error) => {
@@ -428,65 +664,87 @@ async fn ring(shared: Arc<Shared>) {
     }
 }
 
-/// One connection, from its greeting to its end.
-async fn serve(shared: Arc<Shared>, stream: Stream) {
+/// One connection, from its greeting to its end. `source` is the sender's arena where it came along.
+pub(crate) async fn serve(shared: Arc<Shared>, stream: Stream, source: Option<Arc<Arena>>) {
     let (read, mut write) = tokio::io::split(stream);
     let mut frames = Frames::new(read);
-    let greeting = greet(&shared, &mut frames, &mut write);
-    match timeout(Duration::from_millis(HANDOFF_CONNECT_MS), greeting).await {
-        Ok(Ok(true)) => {}
+    let greeting = greet(&shared, &mut frames, &mut write, source.is_none());
+    let features = match timeout(Duration::from_millis(HANDOFF_CONNECT_MS), greeting).await {
+        Ok(Ok(Some(features))) => features,
         _ => return,
-    }
-    frames.widen();
+    };
+    frames.widen(shared.layout().slice_bytes());
     let outbox = Arc::new(Outbox::new());
-    let link = shared.join(|_| outbox.clone());
+    let link = Link { id: shared.join(|_| outbox.clone()), features, source };
     let cause = tokio::select! {
-        cause = read_all(&shared, link, &outbox, &mut frames) => cause,
+        cause = read_all(&shared, &link, &outbox, &mut frames) => cause,
         cause = outbox.write(&mut write) => cause.into(),
         cause = outbox.closed() => cause.into(),
     };
     tracing::debug!(%cause, "link closed");
-    shared.leave(link);
+    shared.leave(link.id);
 }
 
-/// Compares the two ends' texts before anything else is looked at. False: they do not fit, and the sender knows.
-async fn greet<R, W>(shared: &Shared, frames: &mut Frames<R>, to: &mut W) -> Result<bool, ReadError>
+/// Compares the two ends' texts before anything else is looked at, and returns what both can do. None: the texts do not
+/// fit, and the sender knows.
+async fn greet<R, W>(
+    shared: &Arc<Shared>,
+    frames: &mut Frames<R>,
+    to: &mut W,
+    offers: bool,
+) -> Result<Option<u16>, ReadError>
 where
     R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin,
 {
-    let ours = shared.compatibility.clone();
-    let fits = match frames.message().await {
-        Ok(Message { body: Body::Hello(theirs), .. }) => theirs == ours,
-        Err(ReadError::Frame(BadFrame::Version { .. })) => false,
+    let text = shared.compatibility.clone();
+    let theirs = match frames.message().await {
+        Ok(Message { body: Body::Hello { text: theirs, features }, .. }) => (theirs == text).then_some(features),
+        Err(ReadError::Frame(BadFrame::Version { .. })) => None,
         Ok(message) => return Err(BadFrame::Shape(message.body.kind()).into()),
         Err(error) => return Err(error),
     };
-    let body = if fits { Body::Hello(ours) } else { Body::Mismatch(ours) };
-    write_all(to, &Message { tag: Tag::default(), body }.encode()).await?;
-    to.flush().await?;
-    if !fits {
+    let say = async |to: &mut W, body: Body| -> io::Result<()> {
+        write_all(to, &Message { tag: Tag::default(), body }.encode()).await
+    };
+    let Some(theirs) = theirs else {
+        say(to, Body::Mismatch(text)).await?;
+        to.flush().await?;
         shared.counts.mismatched.add(1);
         to.shutdown().await?;
+        return Ok(None);
+    };
+    // A socket of this host is made when the first sender could use it.
+    let offer = if offers && theirs & FEATURE_SHARED != 0 { shared.offer() } else { None };
+    let features = FEATURE_RESEND | if offer.is_some() { FEATURE_SHARED } else { 0 };
+    say(to, Body::Hello { text, features }).await?;
+    if let Some(name) = offer {
+        say(to, Body::Offer(name)).await?;
     }
-    Ok(fits)
+    to.flush().await?;
+    Ok(Some(features & theirs))
 }
 
 /// Takes frames until the link fails.
 async fn read_all<R: AsyncRead + Unpin>(
     shared: &Shared,
-    link: LinkId,
+    link: &Link,
     outbox: &Outbox,
     frames: &mut Frames<R>,
 ) -> ReadError {
     let (mut taken, mut acknowledged) = (0, 0);
+    // A sender of references waits for the copies, not for a socket's buffer: each frame is acknowledged.
+    let patience = if link.source.is_some() { 1 } else { HANDOFF_ACK_BYTES as u64 };
     loop {
-        let (header, payload) = match frames.next().await {
-            Ok(frame) => frame,
+        let header = match frames.header().await {
+            Ok(header) => header,
             Err(error) => return error,
         };
         if header.kind != Kind::Data {
-            let heard = Message::decode(&header, payload).and_then(|message| shared.hear(link, message));
+            let heard = match frames.take(header.length as usize).await {
+                Ok(payload) => Message::decode(&header, payload).and_then(|message| shared.hear(link, message)),
+                Err(error) => return error,
+            };
             match heard {
                 Ok(()) => continue,
                 Err(error) => return error.into(),
@@ -495,18 +753,33 @@ async fn read_all<R: AsyncRead + Unpin>(
         if header.sequence > taken {
             return BadFrame::Gap { expected: taken, found: header.sequence }.into();
         }
-        if header.sequence < taken {
+        let replayed = header.sequence < taken;
+        let read = match replayed {
+            true => skip(frames, header.length as usize).await,
+            false => shared.data(link, &header, frames).await,
+        };
+        if let Err(error) = read {
+            return error;
+        }
+        if replayed {
             shared.counts.drop(Dropped::Replayed);
             continue;
         }
-        shared.data(link, &header, payload);
         taken += header.length as u64;
-        if taken - acknowledged >= HANDOFF_ACK_BYTES as u64 {
+        if taken - acknowledged >= patience {
             acknowledged = taken;
             outbox.ack(taken);
             tokio::task::yield_now().await;
         }
     }
+}
+
+/// Reads what nobody wants.
+async fn skip<R: AsyncRead + Unpin>(frames: &mut Frames<R>, mut bytes: usize) -> Result<(), ReadError> {
+    while bytes > 0 {
+        bytes -= frames.pieces(1, bytes).await?.len();
+    }
+    Ok(())
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -10,6 +10,8 @@ use crate::wire::{Body, Summary};
 pub(crate) enum Progress {
     Opening,
     Open,
+    /// (layer, position) of extents that the receiver wants again.
+    Asked(Vec<(u32, u32)>),
     Committed(Summary),
     Failed(TransferError),
 }
@@ -39,6 +41,7 @@ impl Sending {
     pub(crate) fn hear(&self, body: Body) {
         match body {
             Body::Opened => self.advance(|_| Progress::Open),
+            Body::Resend(extents) => self.advance(|_| Progress::Asked(extents)),
             Body::Committed(summary) => self.advance(|_| Progress::Committed(summary)),
             Body::Refused(reason) => self.fail(TransferError::Refused(reason)),
             Body::Abort { reason, .. } => self.fail(TransferError::Aborted(reason)),
@@ -50,9 +53,14 @@ impl Sending {
         self.until(|progress| !matches!(progress, Progress::Opening)).await.map(drop)
     }
 
-    pub(crate) async fn committed(&self) -> Result<Summary, TransferError> {
-        match self.until(|progress| matches!(progress, Progress::Committed(_))).await? {
-            Progress::Committed(summary) => Ok(summary),
+    /// The answer to a COMMIT: what was committed, or else the extents to send again before the next.
+    pub(crate) async fn answered(&self) -> Result<Result<Summary, Vec<(u32, u32)>>, TransferError> {
+        match self.until(|progress| matches!(progress, Progress::Committed(_) | Progress::Asked(_))).await? {
+            Progress::Committed(summary) => Ok(Ok(summary)),
+            Progress::Asked(extents) => {
+                self.advance(|_| Progress::Open);
+                Ok(Err(extents))
+            }
             _ => unreachable!("waited for"),
         }
     }

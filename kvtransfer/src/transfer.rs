@@ -3,6 +3,7 @@
 //! ```text
 //!           OPEN fits              COMMIT agrees
 //! Granted ───────────► Open(link) ───────────────► Ended      complete: the guard goes to whoever waits
+//!    │                   │   │ (COMMIT while extents are damaged: RESEND, stays Open, a bounded number of times)
 //!    │                   │   │ COMMIT differs, the sender's last ABORT, link closed ──► Ended   failed, guard freed
 //!    │                   ▼
 //!    │                Quarantined(link)     deadline, dropped, damaged: ABORT is sent, the guard stays
@@ -13,14 +14,14 @@
 
 use std::time::Duration;
 
-use baton_core::limits::HANDOFF_QUIESCE_MS;
+use baton_core::limits::{HANDOFF_QUIESCE_MS, HANDOFF_RESENDS_MAX};
 use baton_core::{Aborted, Refused, RequestId};
 
+use crate::TransferError;
 use crate::counters::Dropped;
 use crate::grant::Grant;
 use crate::link::LinkId;
-use crate::wire::{Body, Entry, Header, Summary, Tag};
-use crate::{TransferError, extent};
+use crate::wire::{Body, Entry, Header, RESEND_MAX, Summary, Tag};
 
 /// What arrived.
 pub type Received = Summary;
@@ -32,6 +33,12 @@ pub(crate) struct Transfer {
     /// One bit per (layer, position).
     arrived: Vec<u64>,
     received: Received,
+    /// The sender can send extents again.
+    resends: bool,
+    /// Some extents arrived damaged since the last time they were asked for.
+    damaged: bool,
+    /// How often they were.
+    asked: u32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,6 +55,7 @@ pub(crate) enum Event {
         tag: Tag,
         request: RequestId,
         grant: u128,
+        resends: bool,
     },
     Commit {
         tag: Tag,
@@ -85,6 +93,8 @@ pub(crate) enum Action {
     Release,
     /// Whoever waits is told.
     Fail(TransferError),
+    /// So many extents are asked for again.
+    Again(u64),
     Alarm(Duration),
 }
 
@@ -93,7 +103,8 @@ impl Transfer {
         let extents = grant.blocks.len() * grant.layout.layers as usize;
         let digest = grant.digest();
         let arrived = vec![0; extents.div_ceil(64)];
-        Transfer { grant, digest, state: State::Granted, arrived, received: Received::default() }
+        let (state, received) = (State::Granted, Received::default());
+        Transfer { grant, digest, state, arrived, received, resends: false, damaged: false, asked: 0 }
     }
 
     fn expected(&self) -> u64 {
@@ -112,9 +123,9 @@ impl Transfer {
 
     fn step_granted(&mut self, link: LinkId, event: Event) -> Vec<Action> {
         match event {
-            Event::Open { tag, request, grant } => match self.fits(tag, request, grant) {
+            Event::Open { tag, request, grant, resends } => match self.fits(tag, request, grant) {
                 Ok(()) => {
-                    self.state = State::Open(link);
+                    (self.state, self.resends) = (State::Open(link), resends);
                     vec![Action::Tell(link, Body::Opened)]
                 }
                 Err(reason) => refuse(link, reason),
@@ -170,6 +181,9 @@ impl Transfer {
             return vec![Action::Count(reason)];
         }
         let (arrived, expected) = (self.received.extents, self.expected());
+        if arrived != expected && self.damaged {
+            return self.ask_again(writer);
+        }
         let error = if arrived != expected {
             TransferError::Incomplete { arrived, expected }
         } else if summary != self.received {
@@ -182,6 +196,44 @@ impl Transfer {
         };
         let told = Action::Tell(writer, Body::Abort { reason: Aborted::TransferFailed, quiesced: true });
         self.end(Some(error), vec![told])
+    }
+
+    /// The commit names extents that arrived damaged: the sender has to send them again, and then commit again.
+    fn ask_again(&mut self, writer: LinkId) -> Vec<Action> {
+        let missing: Vec<(u32, u32)> = self.missing().take(RESEND_MAX + 1).collect();
+        if self.asked == HANDOFF_RESENDS_MAX {
+            let (layer, position) = missing[0];
+            return self.quarantine(writer, TransferError::Corrupt { layer, position });
+        }
+        self.asked += 1;
+        self.damaged = missing.len() > RESEND_MAX;
+        let asked = missing[..missing.len().min(RESEND_MAX)].to_vec();
+        vec![Action::Again(asked.len() as u64), Action::Tell(writer, Body::Resend(asked))]
+    }
+
+    /// (layer, position) of the extents that have not arrived.
+    fn missing(&self) -> impl Iterator<Item = (u32, u32)> {
+        let blocks = self.grant.blocks.len();
+        let extents = 0..self.expected() as usize;
+        let place = move |bit: usize| ((bit / blocks) as u32, (bit % blocks) as u32);
+        extents.filter(|bit| !self.has(*bit)).map(place)
+    }
+
+    /// Whether every layer of the block at a position has arrived.
+    pub(crate) fn whole(&self, position: usize) -> bool {
+        let blocks = self.grant.blocks.len();
+        (0..self.grant.layout.layers as usize).all(|layer| self.has(layer * blocks + position))
+    }
+
+    fn has(&self, bit: usize) -> bool {
+        self.arrived[bit / 64] >> (bit % 64) & 1 == 1
+    }
+
+    /// An extent arrived that is not what was announced. An error is what that means for the transfer: nothing, as long
+    /// as the sender can be asked again.
+    pub(crate) fn spoiled(&mut self, layer: u32, position: u32) -> Result<(), Event> {
+        self.damaged = true;
+        if self.resends { Ok(()) } else { Err(Event::Damaged { layer, position }) }
     }
 
     fn quarantine(&mut self, writer: LinkId, error: TransferError) -> Vec<Action> {
@@ -242,18 +294,18 @@ impl Transfer {
         if granted.generation != entry.block.generation {
             return Err(Dropped::StaleGeneration);
         }
-        let bit = self.bit(layer, entry);
-        if self.arrived[bit / 64] >> (bit % 64) & 1 == 1 {
+        if self.has(self.bit(layer, entry)) {
             return Err(Dropped::Duplicate);
         }
         Ok(())
     }
 
-    pub(crate) fn intact(&self, layer: u32, entry: &Entry, bytes: &[u8]) -> bool {
-        extent::intact(entry, self.digest, layer, bytes)
+    /// The grant's digest, which extents are bound to.
+    pub(crate) fn digest(&self) -> u128 {
+        self.digest
     }
 
-    /// Counts an extent that `expects` allowed, that is `intact`, and that has been written.
+    /// Counts an extent that `expects` allowed and that has been written and found to be the announced one.
     pub(crate) fn arrived(&mut self, layer: u32, entry: &Entry, bytes: usize) {
         let bit = self.bit(layer, entry);
         self.arrived[bit / 64] |= 1 << (bit % 64);

@@ -9,8 +9,11 @@
 //! 48 checksum of the payload (8)            56 checksum of bytes 0..56 (8)
 //!
 //! DATA payload = `blocks` entries of 24 bytes | `blocks` extents (one layer of one block each)
-//! entry        = position (4) | index (4) | generation (4) | zero (4) | checksum of its extent (8)
+//! entry        = position (4) | index (4) | generation (4) | source (4) | checksum of its extent (8)
 //! ```
+//! With the flag BY_REFERENCE a DATA frame has no extents: each lies in block `source` of the sender's arena, which the
+//! receiver has mapped. Otherwise `source` is zero. What an end can do beyond the first release (`FEATURE_*`) stands in
+//! the flags of its HELLO, so that a peer of the first release, which sets none and reads none, still pairs.
 //! The payload checksum of DATA covers the entries; the entries' checksums cover the extents, so that bytes are hashed
 //! once. `sequence` counts the DATA payload bytes of a link: in DATA those sent before it, in ACK those taken.
 
@@ -29,6 +32,14 @@ pub const LENGTH_MAX: usize = FRAME_BLOCKS_MAX * ENTRY_BYTES + HANDOFF_FRAME_BYT
 const MAGIC: [u8; 4] = *b"bKVh";
 /// In ABORT and ABORTED: the frame is its sender's last word on the transfer.
 const QUIESCED: u16 = 1;
+/// In DATA: the extents lie in the sender's arena.
+pub const BY_REFERENCE: u16 = 2;
+/// In HELLO: extents that arrived damaged may be asked for again.
+pub const FEATURE_RESEND: u16 = 1;
+/// In HELLO: this end's arena can be shared with another process of the host, or it can map such an arena.
+pub const FEATURE_SHARED: u16 = 2;
+/// Extents one RESEND names at most: it has to fit the buffer of an end that reads small frames only.
+pub const RESEND_MAX: usize = 256;
 const TEXT_BYTES_MAX: usize = 1024;
 
 /// What two ends must share, as text: equal texts may pair.
@@ -75,12 +86,14 @@ pub enum Kind {
     Abort = 10,
     Aborted = 11,
     Ping = 12,
+    Resend = 13,
+    Offer = 14,
 }
 
 impl Kind {
-    const ALL: [Kind; 12] = {
+    const ALL: [Kind; 14] = {
         use Kind::*;
-        [Hello, Mismatch, Open, Opened, Refused, Data, Ack, Commit, Committed, Abort, Aborted, Ping]
+        [Hello, Mismatch, Open, Opened, Refused, Data, Ack, Commit, Committed, Abort, Aborted, Ping, Resend, Offer]
     };
 
     fn of(byte: u8) -> Result<Kind, BadFrame> {
@@ -170,8 +183,11 @@ pub struct Message {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Body {
-    /// First frame in both directions: the compatibility text.
-    Hello(String),
+    /// First frame in both directions: the compatibility text, and what this end can do (`FEATURE_*`).
+    Hello {
+        text: String,
+        features: u16,
+    },
     /// The answer to a Hello that does not fit: the text here.
     Mismatch(String),
     /// The sender wants to write; `grant` is the digest of the grant it holds.
@@ -194,6 +210,10 @@ pub enum Body {
     },
     /// Nothing to say, but alive.
     Ping,
+    /// The answer to a COMMIT when extents arrived damaged: (layer, position) of those to send again before the next.
+    Resend(Vec<(u32, u32)>),
+    /// After the receiver's HELLO, when both ends can share memory: the name of its socket on this host.
+    Offer(String),
 }
 
 /// What one end believes has passed.
@@ -214,6 +234,7 @@ impl Message {
         header.payload_sum = xxh3_64(&payload);
         match self.body {
             Body::Ack(bytes) => header.sequence = bytes,
+            Body::Hello { features, .. } => header.flags = features,
             Body::Abort { quiesced, .. } | Body::Aborted { quiesced } => header.flags = QUIESCED * quiesced as u16,
             _ => {}
         }
@@ -239,7 +260,7 @@ impl Body {
 
     fn payload(&self) -> (Kind, Vec<u8>) {
         match self {
-            Body::Hello(text) => (Kind::Hello, clipped(text)),
+            Body::Hello { text, .. } => (Kind::Hello, clipped(text)),
             Body::Mismatch(text) => (Kind::Mismatch, clipped(text)),
             Body::Open { request, grant } => (Kind::Open, [request.0.to_le_bytes(), grant.to_le_bytes()].concat()),
             Body::Opened => (Kind::Opened, Vec::new()),
@@ -250,6 +271,11 @@ impl Body {
             Body::Abort { reason, .. } => (Kind::Abort, reason.as_str().into()),
             Body::Aborted { .. } => (Kind::Aborted, Vec::new()),
             Body::Ping => (Kind::Ping, Vec::new()),
+            Body::Resend(extents) => {
+                let fields = extents.iter().flat_map(|(layer, position)| [*layer, *position]);
+                (Kind::Resend, fields.flat_map(u32::to_le_bytes).collect())
+            }
+            Body::Offer(name) => (Kind::Offer, clipped(name)),
         }
     }
 
@@ -259,7 +285,7 @@ impl Body {
         let empty = |body: Body| payload.is_empty().then_some(body);
         let quiesced = header.flags & QUIESCED != 0;
         match header.kind {
-            Kind::Hello => Some(Body::Hello(text()?.to_string())),
+            Kind::Hello => Some(Body::Hello { text: text()?.to_string(), features: header.flags }),
             Kind::Mismatch => Some(Body::Mismatch(text()?.to_string())),
             Kind::Open => {
                 let (request, grant) = payload.split_first_chunk::<16>()?;
@@ -274,6 +300,16 @@ impl Body {
             Kind::Abort => Some(Body::Abort { reason: Aborted::parse(text()?)?, quiesced }),
             Kind::Aborted => empty(Body::Aborted { quiesced }),
             Kind::Ping => empty(Body::Ping),
+            Kind::Resend => {
+                let (extents, rest) = payload.as_chunks::<8>();
+                let named = rest.is_empty() && (1..=RESEND_MAX).contains(&extents.len());
+                let extent = |bytes: &[u8; 8]| {
+                    let mut fields = Fields(bytes);
+                    (fields.u32(), fields.u32())
+                };
+                named.then(|| Body::Resend(extents.iter().map(extent).collect()))
+            }
+            Kind::Offer => Some(Body::Offer(text()?.to_string())),
             Kind::Data => None,
         }
     }
@@ -297,6 +333,8 @@ pub struct Entry {
     /// Index in the grant's blocks.
     pub position: u32,
     pub block: BlockId,
+    /// By reference: the block of the sender's arena that holds the extent.
+    pub source: u32,
     /// Checksum of the extent, bound to its place (`extent::bind`).
     pub sum: u64,
 }
@@ -307,39 +345,37 @@ impl Entry {
         out[0..4].copy_from_slice(&self.position.to_le_bytes());
         out[4..8].copy_from_slice(&self.block.index.to_le_bytes());
         out[8..12].copy_from_slice(&self.block.generation.to_le_bytes());
+        out[12..16].copy_from_slice(&self.source.to_le_bytes());
         out[16..24].copy_from_slice(&self.sum.to_le_bytes());
         out
     }
 
-    fn decode(bytes: &[u8; ENTRY_BYTES]) -> Entry {
+    pub(crate) fn decode(bytes: &[u8; ENTRY_BYTES]) -> Entry {
         let mut fields = Fields(bytes);
         let position = fields.u32();
         let block = BlockId { index: fields.u32(), generation: fields.u32() };
-        fields.u32();
-        Entry { position, block, sum: fields.u64() }
+        Entry { position, block, source: fields.u32(), sum: fields.u64() }
     }
 }
 
-/// The extents of a DATA frame, each with its entry, once shape and the entries' checksum are verified.
-pub fn extents<'a>(
-    header: &Header,
-    payload: &'a [u8],
-    layer_bytes: usize,
-) -> Result<impl Iterator<Item = (Entry, &'a [u8])>, BadFrame> {
+/// Bytes of the entries of a DATA frame whose header makes sense. `layer_bytes` of extents follow for each entry, none by
+/// reference.
+pub fn entries_bytes(header: &Header, layer_bytes: usize) -> Result<usize, BadFrame> {
+    let extent = if header.flags & BY_REFERENCE != 0 { 0 } else { layer_bytes };
     let blocks = header.blocks as usize;
     let shaped = header.layers == 1
         && (1..=FRAME_BLOCKS_MAX).contains(&blocks)
-        && payload.len() == header.length as usize
-        && payload.len() == blocks * (ENTRY_BYTES + layer_bytes);
-    if !shaped {
-        return Err(BadFrame::Shape(Kind::Data));
-    }
-    let (entries, bytes) = payload.split_at(blocks * ENTRY_BYTES);
-    if xxh3_64(entries) != header.payload_sum {
+        && header.length as usize == blocks * (ENTRY_BYTES + extent);
+    if shaped { Ok(blocks * ENTRY_BYTES) } else { Err(BadFrame::Shape(Kind::Data)) }
+}
+
+/// The entries of a DATA frame out of the `entries_bytes` that follow its header, once their checksum is verified.
+pub fn entries<'a>(header: &Header, bytes: &'a [u8]) -> Result<impl Iterator<Item = Entry> + use<'a>, BadFrame> {
+    if xxh3_64(bytes) != header.payload_sum {
         return Err(BadFrame::PayloadChecksum);
     }
-    let (entries, _) = entries.as_chunks::<ENTRY_BYTES>();
-    Ok(entries.iter().map(Entry::decode).zip(bytes.chunks_exact(layer_bytes)))
+    let (entries, _) = bytes.as_chunks::<ENTRY_BYTES>();
+    Ok(entries.iter().map(Entry::decode))
 }
 
 /// Takes fields off the front of a fixed-size record.

@@ -84,9 +84,13 @@ struct Measured {
 /// Moves `bytes` over every path `passes` times a round.
 async fn measure(layout: BlockLayout, bytes: usize, passes: usize, rounds: u32) -> Result<Measured, Failure> {
     let blocks = bytes / layout.block_bytes();
-    let (source, target) = (filled(layout, blocks), filled(layout, blocks));
-    let mut paths = Paths::new(source, target, passes).await?;
+    let arena = || Arena::new(layout, blocks);
+    let shared = Arena::shared(layout, blocks).ok().map(filled);
+    let mut paths = Paths::new(filled(arena()), shared, filled(arena()), passes).await?;
     paths.round().await?; // Connects, and touches every buffer.
+    if !paths.are_what_they_say() {
+        return Err(Failure::refuse("a transfer went over another link than the one to measure"));
+    }
     let mut measured = Measured { names: paths.names(), rounds: Vec::new() };
     for _ in 0..rounds {
         measured.rounds.push(paths.round().await?);
@@ -96,8 +100,7 @@ async fn measure(layout: BlockLayout, bytes: usize, passes: usize, rounds: u32) 
 }
 
 /// An arena whose memory is in use, so that no pass meets an untouched page.
-fn filled(layout: BlockLayout, blocks: usize) -> Arc<Arena> {
-    let mut arena = Arena::new(layout, blocks);
+fn filled(mut arena: Arena) -> Arc<Arena> {
     arena.bytes_mut().iter_mut().enumerate().for_each(|(i, byte)| *byte = ((i * 31) >> 3) as u8);
     Arc::new(arena)
 }
@@ -133,7 +136,7 @@ impl Measured {
 /// Which path is compared with which, and what the ratio of their speeds must reach for blocks of `kib`.
 fn ratios(kib: usize) -> Vec<(&'static str, &'static str, Option<f64>)> {
     let large = |target: f64| (kib == 1024).then_some(target);
-    vec![("tcp", "socket", large(0.9)), ("local", "memcpy", None)]
+    vec![("tcp", "socket", large(0.9)), ("local", "memcpy", None), ("shm", "memcpy", large(0.8))]
 }
 
 fn sorted(values: impl Iterator<Item = f64>) -> Vec<f64> {

@@ -17,7 +17,8 @@ fn frame() -> (Header, Vec<u8>) {
     let arena = Arena::new(LAYOUT, 4);
     for block in 0..4 {
         let bytes: Vec<u8> = (0..LAYOUT.layer_bytes()).map(|i| (i * 7) as u8 ^ block as u8).collect();
-        store(&arena, BlockId { index: block, generation: 0 }, 1, &bytes);
+        // SAFETY: nobody else has the arena.
+        unsafe { arena.write_layer(block, 1, &bytes) };
     }
     let sources = [(2, BlockId { index: 1, generation: 0 }), (0, BlockId { index: 3, generation: 0 })];
     let mut data = Data::default();
@@ -29,8 +30,19 @@ fn frame() -> (Header, Vec<u8>) {
 fn accepted(bytes: &[u8], grant: &Grant) -> Vec<(u32, Vec<u8>)> {
     let (head, payload) = bytes.split_first_chunk().expect("a header");
     let Ok(header) = Header::decode(head) else { return Vec::new() };
-    let Ok(extents) = wire::extents(&header, payload, LAYOUT.layer_bytes()) else { return Vec::new() };
-    let good = extents.filter(|(entry, bytes)| intact(entry, grant.digest(), header.layer as u32, bytes));
+    let layer_bytes = LAYOUT.layer_bytes();
+    if payload.len() != header.length as usize || header.layer as u32 >= LAYOUT.layers {
+        return Vec::new();
+    }
+    let Ok(lines) = wire::entries_bytes(&header, layer_bytes) else { return Vec::new() };
+    let (lines, extents) = payload.split_at(lines);
+    let Ok(entries) = wire::entries(&header, lines) else { return Vec::new() };
+    let (target, layer) = (Arena::new(LAYOUT, 1), header.layer as u32);
+    let good = entries.zip(extents.chunks_exact(layer_bytes)).filter(|(entry, bytes)| {
+        let mut landing = Landing::new(&LAYOUT);
+        landing.copy(&target, BlockId { index: 0, generation: 0 }, layer, bytes);
+        landing.finish(grant.digest(), layer, entry.position) == entry.sum
+    });
     good.map(|(entry, bytes)| (entry.position, bytes.to_vec())).collect()
 }
 

@@ -15,11 +15,11 @@ fn grant() -> Grant {
 }
 
 fn open(grant: &Grant) -> Event {
-    Event::Open { tag: grant.tag(), request: grant.request, grant: grant.digest() }
+    Event::Open { tag: grant.tag(), request: grant.request, grant: grant.digest(), resends: false }
 }
 
 fn entry(position: u32) -> Entry {
-    Entry { position, block: grant().blocks[position as usize], sum: 10 + position as u64 }
+    Entry { position, block: grant().blocks[position as usize], source: 0, sum: 10 + position as u64 }
 }
 
 /// An event with the link it comes over, or the arrival of one extent.

@@ -20,7 +20,9 @@ fn body() -> impl Strategy<Value = Body> {
     let refused = prop::sample::select(Refused::ALL.to_vec());
     let aborted = prop::sample::select(Aborted::ALL.to_vec());
     prop_oneof![
-        ".{0,200}".prop_map(Body::Hello),
+        (".{0,200}", any::<u16>()).prop_map(|(text, features)| Body::Hello { text, features }),
+        ".{0,200}".prop_map(Body::Offer),
+        prop::collection::vec(any::<(u32, u32)>(), 1..=RESEND_MAX).prop_map(Body::Resend),
         ".{0,200}".prop_map(Body::Mismatch),
         (any::<u128>(), any::<u128>()).prop_map(|(id, grant)| Body::Open { request: RequestId(id), grant }),
         Just(Body::Opened),
@@ -97,8 +99,8 @@ proptest! {
     }
 
     #[test]
-    fn entries_round_trip(position in any::<u32>(), index in any::<u32>(), generation in any::<u32>(), sum in any::<u64>()) {
-        let entry = Entry { position, block: BlockId { index, generation }, sum };
+    fn entries_round_trip(position in any::<u32>(), index in any::<u32>(), generation in any::<u32>(), source in any::<u32>(), sum in any::<u64>()) {
+        let entry = Entry { position, block: BlockId { index, generation }, source, sum };
         prop_assert_eq!(Entry::decode(&entry.encode()), entry);
     }
 
@@ -110,8 +112,9 @@ proptest! {
             header.payload_sum = xxh3_64(&payload);
         }
         let _ = Message::decode(&header, &payload);
+        let _ = entries(&header, &payload).map(|entries| entries.count());
         for layer_bytes in [1, 7, 64, 1 << 20] {
-            let _ = extents(&header, &payload, layer_bytes).map(|extents| extents.count());
+            prop_assert!(entries_bytes(&header, layer_bytes).unwrap_or(0) <= header.length as usize);
         }
     }
 
@@ -125,7 +128,7 @@ proptest! {
 
 #[test]
 fn long_texts_are_cut_between_characters() {
-    let message = Message { tag: Tag::default(), body: Body::Hello("ä".repeat(TEXT_BYTES_MAX)) };
-    let Ok(Message { body: Body::Hello(text), .. }) = decode(&message.encode()) else { panic!("refused") };
+    let message = Message { tag: Tag::default(), body: Body::Hello { text: "ä".repeat(TEXT_BYTES_MAX), features: 0 } };
+    let Ok(Message { body: Body::Hello { text, .. }, .. }) = decode(&message.encode()) else { panic!("refused") };
     assert_eq!(text, "ä".repeat(TEXT_BYTES_MAX / 2));
 }

@@ -15,7 +15,10 @@ fn boundaries(world: &World) -> Vec<usize> {
     let (grant, _) = world.grant_first(32);
     let hello = baton_kvtransfer::wire::compatibility(&LAYOUT, MODEL);
     let control = |body| Message { tag: Tag::default(), body }.encode().len();
-    let mut frames = vec![control(Body::Hello(hello)), control(Body::Open { request: grant.request, grant: 0 })];
+    let mut frames = vec![
+        control(Body::Hello { text: hello, features: 0 }),
+        control(Body::Open { request: grant.request, grant: 0 }),
+    ];
     let data = Frame::new(&world.source, &grant, 0, &pairs(&ids(0..1))).encode().len();
     frames.extend(std::iter::repeat_n(data, 32 * 3));
     frames.push(control(Body::Commit(Summary::default())));

@@ -7,6 +7,9 @@ mod links;
 mod memory;
 mod net;
 mod raw;
+mod resend;
+#[cfg(target_os = "linux")]
+mod shm;
 mod time;
 mod wire_faults;
 mod world;

@@ -102,3 +102,77 @@ impl AsyncWrite for Mortal {
         self.alive()?.poll_shutdown(cx)
     }
 }
+
+/// Loopback that flips one bit of what the connecting side writes, once so many more bytes have been written.
+pub(crate) struct Flip {
+    armed: std::sync::Arc<Armed>,
+}
+
+struct Armed {
+    /// Bytes until the flip; `usize::MAX`: none.
+    after: AtomicUsize,
+    flipped: AtomicUsize,
+}
+
+impl Flip {
+    pub(crate) fn new() -> Flip {
+        Flip { armed: std::sync::Arc::new(Armed { after: AtomicUsize::new(usize::MAX), flipped: AtomicUsize::new(0) }) }
+    }
+
+    pub(crate) fn flip_after(&self, bytes: usize) {
+        self.armed.after.store(bytes, SeqCst);
+    }
+
+    pub(crate) fn flipped(&self) -> usize {
+        self.armed.flipped.load(SeqCst)
+    }
+}
+
+impl Net for Flip {
+    fn connect<'a>(&'a self, address: &'a str) -> BoxFuture<'a, io::Result<Stream>> {
+        Box::pin(async move {
+            let stream = TcpStream::connect(address).await?;
+            Ok(Box::new(Flipping { stream, armed: self.armed.clone() }) as Stream)
+        })
+    }
+
+    fn listen<'a>(&'a self, address: &'a str) -> BoxFuture<'a, io::Result<Box<dyn Listener>>> {
+        Loopback.listen(address)
+    }
+}
+
+struct Flipping {
+    stream: TcpStream,
+    armed: std::sync::Arc<Armed>,
+}
+
+impl AsyncRead for Flipping {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Flipping {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let after = self.armed.after.load(SeqCst);
+        let mut bytes = bytes.to_vec();
+        if let Some(byte) = bytes.get_mut(after) {
+            *byte ^= 0x10;
+        }
+        let written = std::task::ready!(Pin::new(&mut self.stream).poll_write(cx, &bytes))?;
+        let left = if after == usize::MAX || written > after { usize::MAX } else { after - written };
+        if after != usize::MAX && written > after {
+            self.armed.flipped.fetch_add(1, SeqCst);
+        }
+        self.armed.after.store(left, SeqCst);
+        Poll::Ready(Ok(written))
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}

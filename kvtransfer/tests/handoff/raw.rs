@@ -23,12 +23,17 @@ impl Raw {
         Raw { stream, sequence: 0 }
     }
 
-    /// A greeted connection.
+    /// A greeted connection of a sender of the first release.
     pub(crate) async fn greeted(net: &dyn Net, address: &str) -> Raw {
+        Raw::greeted_with(net, address, 0).await
+    }
+
+    pub(crate) async fn greeted_with(net: &dyn Net, address: &str, features: u16) -> Raw {
         let mut raw = Raw::connect(net, address).await;
-        let hello = Body::Hello(wire::compatibility(&LAYOUT, MODEL));
-        raw.say(Tag::default(), hello.clone()).await;
-        assert_eq!(raw.hear().await.unwrap().body, hello);
+        let text = wire::compatibility(&LAYOUT, MODEL);
+        raw.say(Tag::default(), Body::Hello { text: text.clone(), features }).await;
+        let Body::Hello { text: theirs, .. } = raw.hear().await.unwrap().body else { panic!("not greeted") };
+        assert_eq!(theirs, text);
         raw
     }
 

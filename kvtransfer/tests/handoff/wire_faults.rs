@@ -305,12 +305,12 @@ async fn a_greeting_that_does_not_fit_is_refused() {
     let world = World::new(8).await;
     let address = world.receiver.address();
     let mut raw = Raw::connect(&Loopback, &address).await;
-    raw.say(Tag::default(), Body::Hello("wire 1, something else".into())).await;
+    raw.say(Tag::default(), Body::Hello { text: "wire 1, something else".into(), features: 0 }).await;
     let Body::Mismatch(ours) = raw.hear().await.unwrap().body else { panic!("not refused") };
     assert!(ours.contains(&LAYOUT.describe()) && ours.contains(crate::world::MODEL), "{ours}");
     assert!(raw.hear().await.is_none());
 
-    let mut next = Message { tag: Tag::default(), body: Body::Hello(ours) }.encode();
+    let mut next = Message { tag: Tag::default(), body: Body::Hello { text: ours, features: 0 } }.encode();
     next[4] = 2;
     let mut raw = Raw::connect(&Loopback, &address).await;
     raw.bytes(&next[..64]).await;

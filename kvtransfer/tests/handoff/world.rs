@@ -58,7 +58,17 @@ impl World {
     }
 
     pub(crate) async fn over(net: Arc<dyn Net>, layout: BlockLayout, blocks: usize) -> World {
-        let source = Arc::new(Arena::new(layout, blocks));
+        World::from(net, Arena::new(layout, blocks)).await
+    }
+
+    /// The source in memory that other processes can map.
+    pub(crate) async fn shared(layout: BlockLayout, blocks: usize) -> World {
+        World::from(Arc::new(Loopback), Arena::shared(layout, blocks).unwrap()).await
+    }
+
+    async fn from(net: Arc<dyn Net>, source: Arena) -> World {
+        let (layout, blocks) = (*source.layout(), source.blocks());
+        let source = Arc::new(source);
         let target = Arc::new(Arena::new(layout, blocks));
         fill(&source, &mut Rng::new(1));
         let receiver = Receiver::listen(net.clone(), "127.0.0.1:0", target.clone(), MODEL).await.unwrap();

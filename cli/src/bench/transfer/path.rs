@@ -25,15 +25,22 @@ pub(super) struct Paths {
 }
 
 impl Paths {
-    pub(super) async fn new(source: Arc<Arena>, target: Arc<Arena>, passes: usize) -> Result<Paths, Failure> {
+    /// `shared` holds what `source` does, in memory that another process can map; None where there is no such memory.
+    pub(super) async fn new(
+        source: Arc<Arena>,
+        shared: Option<Arc<Arena>>,
+        target: Arc<Arena>,
+        passes: usize,
+    ) -> Result<Paths, Failure> {
         let (layout, blocks) = (*source.layout(), source.blocks());
         let net = Arc::new(TcpNet);
         let receiver = Receiver::listen(net.clone(), "127.0.0.1:0", target, MODEL).await?;
         let tcp = Links::new(net.clone(), source.clone(), MODEL);
-        let local = Links::new(net, source, MODEL);
+        let local = Links::new(net.clone(), source, MODEL);
         local.add_local(&receiver);
+        let shm = shared.map(|shared| ("shm", Links::new(net, shared, MODEL)));
         let plain = Plain::new(layout.layer_bytes(), blocks * layout.block_bytes())?;
-        let links = vec![("tcp", tcp), ("local", local)];
+        let links = [("tcp", tcp), ("local", local)].into_iter().chain(shm).collect();
         Ok(Paths { plain, links, receiver, blocks, layers: layout.layers as usize, passes })
     }
 
@@ -74,6 +81,15 @@ impl Paths {
         let received = incoming.wait().await.map_err(Failure::refused);
         sending.await.map_err(|error| Failure::refuse(error.to_string()))?.map_err(Failure::refused)?;
         received.map(drop)
+    }
+
+    /// Whether every transfer has taken the link that it is reported under.
+    pub(super) fn are_what_they_say(&self) -> bool {
+        self.links.iter().all(|(name, links)| {
+            let counters = links.counters();
+            let transfers = [("tcp", counters.tcp), ("shm", counters.shm), ("local", counters.local)];
+            transfers.into_iter().all(|(link, count)| (count > 0) == (link == *name))
+        })
     }
 
     pub(super) async fn close(self) {
