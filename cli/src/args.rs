@@ -24,6 +24,12 @@ pub(crate) enum Command {
     Up(crate::up::UpFlags),
     /// Show every process, worker, pool and request of a cluster
     Status(crate::status::StatusFlags),
+    /// Give the cluster of a `baton up` more or fewer workers
+    Scale(crate::scale::ScaleFlags),
+    /// Let a worker finish what it has, and end
+    Drain(crate::order::DrainFlags),
+    /// Let a worker serve the other role, without loading its weights again
+    Role(crate::order::ChangeFlags),
     /// Talk to a model in the terminal
     Chat(crate::chat::ChatFlags),
     /// Measure an endpoint or this machine's engine
@@ -74,6 +80,13 @@ mod tests {
             ("baton bench serve --url http://a:1 --rate 3", true),
             ("baton bench serve --url http://a:1 --rate 3 --concurrency 2", false),
             ("baton bench serve", true),
+            ("baton scale --prefill 0 --decode 3 --data d", true),
+            ("baton scale --decode 0", false),
+            ("baton scale", false),
+            ("baton drain decode-1 --no-wait --coordinator a:1", true),
+            ("baton drain", false),
+            ("baton role decode-1 prefill --data d", true),
+            ("baton role decode-1 gateway", false),
             ("baton decode-worker --coordinator a:1 --coordinator b:2 --log debug", true),
             ("baton", false),
         ];

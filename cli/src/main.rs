@@ -10,8 +10,10 @@ mod exit;
 mod http;
 mod log;
 mod model;
+mod order;
 mod process;
 mod role;
+mod scale;
 mod seed;
 mod status;
 mod surroundings;
@@ -40,6 +42,9 @@ fn run(Arguments { log, command }: Arguments) -> Result<(), Failure> {
     match command {
         Command::Up(flags) => up::run(flags, &log),
         Command::Status(flags) => status::run(flags),
+        Command::Scale(flags) => scale::run(flags),
+        Command::Drain(flags) => order::drain(flags),
+        Command::Role(flags) => order::change(flags),
         Command::Chat(flags) => chat::run(flags),
         Command::Bench(bench) => bench::run(bench),
         Command::Doctor => doctor::run(),

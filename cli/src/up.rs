@@ -2,10 +2,12 @@
 
 pub(crate) mod child;
 pub(crate) mod cluster_file;
+pub(crate) mod control;
 mod health;
 mod lock;
 mod log_file;
 pub(crate) mod plan;
+mod scaling;
 mod screen;
 mod supervisor;
 
@@ -17,9 +19,9 @@ use baton_core::Rng;
 use clap::Args;
 use tokio::time::Instant;
 
+use self::control::Control;
 use self::lock::Lock;
 use self::plan::Topology;
-use self::screen::Screen;
 use self::supervisor::{Cluster, Supervisor};
 use crate::exit::Failure;
 use crate::log::LogFlags;
@@ -90,8 +92,8 @@ async fn bring_up(flags: UpFlags, log: &LogFlags) -> Result<(), Failure> {
 
     let reachable = SocketAddr::new(if flags.host.is_unspecified() { INSIDE } else { flags.host }, gateway.port());
     let cluster = Cluster { data, url: format!("http://{reachable}"), gateway: reachable.to_string(), model: name };
-    let screen = Screen::new(&topology.model);
-    Supervisor::new(cluster, topology.plans(), screen, started)?.run().await
+    let (_control, wishes) = Control::listen(&cluster.data)?;
+    Supervisor::new(cluster, topology, wishes, started)?.run().await
 }
 
 /// The data directory, made if need be, as an absolute path.

@@ -9,6 +9,7 @@ use baton_core::Role;
 #[derive(Clone, Debug)]
 pub(crate) struct Topology {
     pub(crate) model: PathBuf,
+    /// Workers named so far.
     pub(crate) prefill: usize,
     pub(crate) decode: usize,
     /// Where each coordinator listens; node ids count from 1.
@@ -54,12 +55,26 @@ impl Topology {
         let decode = (0..self.decode).map(|n| self.worker(Role::Decode, n));
         let mut plans: Vec<Plan> = coordinators.chain(prefill).chain(decode).collect();
         plans.push(self.gateway());
-        for (n, plan) in plans.iter_mut().enumerate() {
-            plan.arguments.push("--events".into());
-            plan.arguments.extend(self.seed.iter().flat_map(|seed| flag("--seed", seed.wrapping_add(n as u64))));
-            plan.arguments.extend(self.log.iter().cloned());
-        }
-        plans
+        plans.into_iter().enumerate().map(|(n, plan)| self.complete(plan, n)).collect()
+    }
+
+    /// One more worker, the `nth` process since the start. No two workers of one start ever have the same id.
+    pub(crate) fn another(&mut self, role: Role, nth: usize) -> Plan {
+        let count = match role {
+            Role::Prefill => &mut self.prefill,
+            _ => &mut self.decode,
+        };
+        *count += 1;
+        let number = *count - 1;
+        self.complete(self.worker(role, number), nth)
+    }
+
+    /// What every process is told.
+    fn complete(&self, mut plan: Plan, nth: usize) -> Plan {
+        plan.arguments.push("--events".into());
+        plan.arguments.extend(self.seed.iter().flat_map(|seed| flag("--seed", seed.wrapping_add(nth as u64))));
+        plan.arguments.extend(self.log.iter().cloned());
+        plan
     }
 
     /// Where coordinators of a cluster of this size keep their ledger: groups of different sizes never share one.
@@ -143,6 +158,15 @@ mod tests {
                 crate::args::Arguments::try_parse_from(line).unwrap_or_else(|error| panic!("{}: {error}", plan.id));
             }
         }
+    }
+
+    #[test]
+    fn further_workers_have_new_names() {
+        let mut topology = topology(2, 1, 1);
+        let ids: Vec<_> = [Role::Decode, Role::Decode, Role::Prefill].map(|role| topology.another(role, 9).id).into();
+        assert_eq!(ids, ["decode-1", "decode-2", "prefill-2"]);
+        let line = std::iter::once("baton".to_string()).chain(topology.another(Role::Decode, 12).arguments);
+        assert!(crate::args::Arguments::try_parse_from(line).is_ok());
     }
 
     #[test]

@@ -1,17 +1,21 @@
-//! Starts all children at once, starts again those that die, and ends them all.
+//! Starts all children at once, starts again those that die, adds and drains workers on demand, and ends them all.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use baton_core::{Clock, Role, SystemClock};
+use baton_proto::v1;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::child::{Child, Notice, Order, State};
 use super::cluster_file::{self, ClusterFile};
-use super::plan::Plan;
+use super::control::{Answer, Ask, Wish};
+use super::plan::Topology;
+use super::scaling::{self, Scaling};
 use super::screen::Screen;
 use crate::event::Event;
 use crate::exit::{FAILED, Failure, REFUSED};
@@ -43,6 +47,13 @@ pub(crate) struct Supervisor {
     sender: mpsc::Sender<Notice>,
     screen: Screen,
     stop: Stop,
+    topology: Topology,
+    wishes: mpsc::Receiver<Wish>,
+    scaling: Option<Scaling>,
+    /// Orders on their way to the leader, each with the child it is for.
+    orders: JoinSet<(usize, Result<(), Failure>)>,
+    /// The next child's number.
+    next: usize,
     started: Instant,
     started_unix_ms: u64,
 }
@@ -75,18 +86,24 @@ impl Stop {
 impl Supervisor {
     pub(crate) fn new(
         cluster: Cluster,
-        plans: Vec<Plan>,
-        screen: Screen,
+        topology: Topology,
+        wishes: mpsc::Receiver<Wish>,
         started: Instant,
     ) -> std::io::Result<Supervisor> {
+        let children: BTreeMap<_, _> = topology.plans().into_iter().map(Child::new).enumerate().collect();
         let (sender, notices) = mpsc::channel(256);
         Ok(Supervisor {
             cluster,
-            children: plans.into_iter().map(Child::new).enumerate().collect(),
+            next: children.len(),
+            children,
             notices,
             sender,
-            screen,
+            screen: Screen::new(&topology.model),
             stop: Stop::new()?,
+            topology,
+            wishes,
+            scaling: None,
+            orders: JoinSet::new(),
             started,
             started_unix_ms: SystemClock.unix_ms(),
         })
@@ -112,9 +129,79 @@ impl Supervisor {
             tokio::select! {
                 () = self.stop.asked() => return Ok(()),
                 Some(notice) = self.notices.recv() => self.take(notice),
+                Some(wish) = self.wishes.recv() => self.grant(wish),
+                Some(Ok((child, ordered))) = self.orders.join_next() => self.ordered(child, ordered),
                 () = tokio::time::sleep_until(restart_at) => self.restart_due(),
             }
+            self.settle();
         }
+    }
+
+    /// Begins what was asked over the control socket, or says why not.
+    fn grant(&mut self, wish: Wish) {
+        let Ask::Scale { prefill, decode } = wish.ask;
+        let refuse = |why: &str| drop(wish.answers.try_send(Answer::Failed(why.to_string())));
+        if self.scaling.is_some() {
+            return refuse("another change is under way; try again when it is done");
+        }
+        if prefill.max(decode) > Some(scaling::WORKERS_MAX) || decode == Some(0) {
+            return refuse("there may be 0 to 64 prefill workers and 1 to 64 decode workers");
+        }
+        let mut scaling = Scaling::new(wish.answers);
+        for (role, wanted) in [(Role::Prefill, prefill), (Role::Decode, decode)] {
+            let Some(wanted) = wanted else { continue };
+            let workers = self.children.iter().map(|(child, state)| (*child, &state.plan));
+            let change = scaling::change(workers, role, wanted);
+            (0..change.add).for_each(|_| self.add(role, &mut scaling));
+            change.drain.into_iter().for_each(|child| self.drain(child, &mut scaling));
+        }
+        self.scaling = Some(scaling);
+        self.restart_due();
+    }
+
+    fn add(&mut self, role: Role, scaling: &mut Scaling) {
+        let plan = self.topology.another(role, self.next);
+        scaling.add(self.next, &plan.id);
+        self.children.insert(self.next, Child::new(plan));
+        self.next += 1;
+    }
+
+    /// A worker that serves is ordered to drain; one that does not yet has nothing to drain.
+    fn drain(&mut self, index: usize, scaling: &mut Scaling) {
+        let coordinators = self.coordinators();
+        let Some(child) = self.children.get(&index) else { return };
+        let worker = child.plan.id.clone();
+        match child.state {
+            State::Down => drop(self.children.remove(&index)),
+            State::Starting => {
+                scaling.drain(index, &worker);
+                child.order(Order::Terminate);
+            }
+            State::Ready => {
+                scaling.drain(index, &worker);
+                let order = async move { (index, crate::order::order(&coordinators, &worker, v1::Order::Drain).await) };
+                self.orders.spawn(order);
+            }
+        }
+    }
+
+    fn coordinators(&self) -> Vec<String> {
+        let coordinators = self.children.values().filter(|child| child.plan.role == Role::Coordinator);
+        coordinators.filter(|child| !child.address.is_empty()).map(|child| child.address.clone()).collect()
+    }
+
+    fn ordered(&mut self, index: usize, ordered: Result<(), Failure>) {
+        let (Err(why), Some(child), Some(scaling)) = (ordered, self.children.get(&index), &mut self.scaling) else {
+            return;
+        };
+        scaling.fail(index, format!("{} cannot be ordered to drain: {why}", child.plan.id));
+    }
+
+    /// Tells whoever asked for a change that it is done.
+    fn settle(&mut self) {
+        let Some(scaling) = self.scaling.take_if(|scaling| scaling.is_over()) else { return };
+        let count = |role| self.children.values().filter(|child| child.plan.role == role).count();
+        scaling.finish(&format!("{} prefill, {} decode", count(Role::Prefill), count(Role::Decode)));
     }
 
     /// Until every child serves and the gateway says so. False if asked to end before.
@@ -192,6 +279,9 @@ impl Supervisor {
                     child.plan.take_role(role);
                 }
                 child.serves(address, metrics);
+                if let Some(scaling) = &mut self.scaling {
+                    scaling.serves(index, &child.plan.id, &child.address);
+                }
                 if let Some((died, words)) = child.death.take() {
                     let line = format!("{words}; restarted as pid {} in {} ms", child.pid, died.elapsed().as_millis());
                     self.screen.note(&line);
@@ -209,8 +299,18 @@ impl Supervisor {
 
     fn bury(&mut self, index: usize, how: String, code: Option<u8>) {
         let Some(child) = self.children.get_mut(&index) else { return };
-        if child.is_dismissed(code) {
-            self.screen.note(&format!("{} (pid {}) has drained and is gone", child.plan.id, child.pid));
+        if child.is_dismissed(code) || self.scaling.as_ref().is_some_and(|scaling| scaling.drains(index)) {
+            let id = child.plan.id.clone();
+            self.screen.note(&format!("{id} (pid {}) {how} and is gone", child.pid));
+            self.children.remove(&index);
+            self.scaling.iter_mut().for_each(|scaling| scaling.gone(index, &id));
+            return self.write();
+        }
+        if let Some(scaling) = self.scaling.as_mut().filter(|scaling| scaling.adds(index))
+            && (code == Some(REFUSED) || child.deaths + 1 >= FIRST_TRIES)
+        {
+            let why = child.failure.clone().unwrap_or(how);
+            scaling.fail(index, format!("{} cannot be started: {why}", child.plan.id));
             self.children.remove(&index);
             return self.write();
         }
