@@ -1,5 +1,6 @@
 //! How fast assignments are: one process holds 1 or 3 coordinators on real files and TCP, and clients that assign and
-//! finish one request after another over gRPC; then how many commands a second many in one call reach.
+//! finish one request after another over gRPC; then as gateways do it, many on a few streams; then how many commands a
+//! second many in one call reach.
 //! Usage: assign_speed NODES CLIENTS SECONDS [DIRECTORY]
 
 use std::path::PathBuf;
@@ -20,6 +21,9 @@ type Client = CoordinatorClient<Channel>;
 const CONNECTIONS: usize = 8;
 /// Ends in one call of the batched measurement.
 const FINISHES: u64 = 512;
+/// Streams, and requests without an answer on each.
+const STREAMS: u64 = 4;
+const OUTSTANDING: usize = 1024;
 
 #[tokio::main]
 async fn main() {
@@ -56,6 +60,13 @@ async fn main() {
         at(0.99)
     );
     let until = Instant::now() + Duration::from_secs(seconds);
+    let calls = (0..STREAMS).map(|id| tokio::spawn(stream(connection(id), 1 << 32 | id, until)));
+    let ended: u64 = futures::future::join_all(calls).await.into_iter().map(|ended| ended.expect("a stream")).sum();
+    println!(
+        "{STREAMS} streams of {OUTSTANDING} outstanding: {:.0} assignments/s (each also finished)",
+        ended as f64 / seconds as f64
+    );
+    let until = Instant::now() + Duration::from_secs(seconds);
     let calls = (0..4).map(|id| tokio::spawn(finish_many(connection(id), id, until)));
     let ended: u64 = futures::future::join_all(calls).await.into_iter().map(|ended| ended.expect("a client")).sum();
     println!("{FINISHES} ends in a call: {:.0} commands/s", ended as f64 / seconds as f64);
@@ -78,7 +89,7 @@ async fn start(nodes: u64, directory: &std::path::Path) -> Vec<Running> {
             peers: peers.clone(),
             advertise: String::new(),
             cluster: None,
-            policy: Policy { queue_max: u64::MAX, ..Policy::default() },
+            policy: Policy { queue_max: u64::MAX, decode_waiting_max: u64::MAX, ..Policy::default() },
         };
         let env = Env { net: Arc::new(TcpNet), clock: Arc::new(SystemClock), rng: Rng::new(node.0) };
         running.push(baton_coordinator::start(config, env).await.expect("a coordinator"));
@@ -198,6 +209,35 @@ async fn call(mut client: Client, id: u64, until: Instant) -> Calls {
         drop(client.finish(v1::FinishRequest { requests }).await);
     }
     calls
+}
+
+/// Keeps many requests outstanding on one stream and ends them as they are assigned; returns how many.
+async fn stream(mut client: Client, id: u64, until: Instant) -> u64 {
+    let (say, said) = tokio::sync::mpsc::channel::<v1::AssignBatch>(4);
+    let incoming = tokio_stream::wrappers::ReceiverStream::new(said);
+    let mut serial = 0;
+    let mut batch = |count: usize| {
+        let requests = (0..count).map(|_| {
+            serial += 1;
+            request(id, serial)
+        });
+        v1::AssignBatch { requests: requests.collect() }
+    };
+    say.send(batch(OUTSTANDING)).await.expect("open");
+    let mut replies = client.assignments(incoming).await.expect("a stream").into_inner();
+    let mut ended = 0;
+    while Instant::now() < until {
+        let replies = replies.message().await.expect("answers").expect("an open stream").replies;
+        let assigned = replies.into_iter().filter_map(|reply| match reply.reply?.outcome? {
+            v1::assign_reply::Outcome::Assignment(assigned) => Some(finished(assigned.request, assigned.epoch)),
+            v1::assign_reply::Outcome::Refused(refused) => panic!("{refused:?}"),
+        });
+        let requests: Vec<_> = assigned.collect();
+        ended += requests.len() as u64;
+        say.send(batch(requests.len())).await.expect("open");
+        client.finish(v1::FinishRequest { requests }).await.expect("finished");
+    }
+    ended
 }
 
 /// Ends requests that never were, many in a call; returns how many.

@@ -39,6 +39,12 @@ pub const COORDINATORS_MAX: usize = 16;
 /// An engine whose step takes so long, and three times as long as nearly all before it, is stuck.
 pub const STEP_STUCK_MS: u64 = 1_000;
 pub const RPC_TIMEOUT_MS: u64 = 2_000;
+/// How long a request of the interactive lane may wait for room with the coordinator.
+pub const QUEUE_INTERACTIVE_MS: u64 = 2_000;
+/// The same for the batch lane.
+pub const QUEUE_BATCH_MS: u64 = 30_000;
+/// Requests that may wait so in each lane.
+pub const QUEUE_REQUESTS_MAX: usize = 4096;
 /// How long a request may outlive its gateway at most.
 pub const RESUMABLE_MS_MAX: u64 = 300_000;
 
@@ -71,6 +77,7 @@ pub const WORKER_QUEUE_MAX: usize = 256;
 const _: () = assert!(WORKER_LEASE_MS > 3 * HEARTBEAT_MS);
 const _: () = assert!(HANDOFF_IDLE_MS > 3 * HANDOFF_PING_MS);
 const _: () = assert!(HANDOFF_CREDIT_BYTES > 2 * (HANDOFF_ACK_BYTES + HANDOFF_FRAME_BYTES_MAX));
+const _: () = assert!(QUEUE_INTERACTIVE_MS < QUEUE_BATCH_MS && QUEUE_BATCH_MS < REQUEST_DEADLINE_MS);
 const _: () = assert!(AUTONOMY_GRACE_MS > WORKER_LEASE_MS);
 const _: () = assert!(REQUEST_DEADLINE_MS > NO_WORKERS_WAIT_MS);
 const _: () = assert!(HTTP_BODY_BYTES_MAX < MESSAGE_BYTES_MAX);

@@ -104,6 +104,7 @@ impl Engine {
     pub fn load(&self) -> Load {
         let idle = self.sequences().filter(|sequence| !sequence.is_decoding());
         Load {
+            sequences_max: self.config.sequences_max,
             running: self.running.len(),
             waiting: self.waiting.len(),
             tokens_waiting: idle.map(Sequence::pending).sum(),

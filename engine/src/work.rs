@@ -88,6 +88,8 @@ pub enum Event {
 /// What an engine has to do, and counters since its start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Load {
+    /// Sequences worked on at a time.
+    pub sequences_max: usize,
     pub running: usize,
     pub waiting: usize,
     /// Positions to be computed before all admitted sequences decode.

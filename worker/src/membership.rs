@@ -219,6 +219,7 @@ impl Me {
             blocks_used: blocks.used as u64,
             blocks_in_flight: blocks.in_flight as u64,
             sequences_running: load.running as u32,
+            sequences_max: load.sequences_max as u32,
             sequences_waiting: load.waiting as u32,
             tokens_waiting: load.tokens_waiting as u64,
             steps: self.engine.progress(),

@@ -77,6 +77,8 @@ pub struct Load {
     pub blocks_available: u64,
     pub running: u64,
     pub waiting: u64,
+    /// Those among both that none of its sequences is left for; 0 as well when its sequences are not known.
+    pub over: u64,
     /// Prompt tokens still to prefill.
     pub tokens_waiting: u64,
     /// Measured prompt tokens per second; 0 is unknown.
@@ -164,7 +166,7 @@ pub fn place(question: &Question, pools: &Pools, policy: &Policy) -> Result<Deci
         return Err(Declined::too_large(question, &decodes));
     }
     let (fitting, class_kept) = of_class(question, fitting);
-    let decodes = by_cost(fitting.iter().copied().filter(|c| c.load.waiting < policy.queue_max), |c| {
+    let decodes = by_cost(fitting.iter().copied().filter(|c| has_room(question, c, policy)), |c| {
         cost::decode_terms(question, c, &field.decode_mean, policy)
     });
     if decodes.is_empty() {
@@ -386,6 +388,13 @@ fn uncached(question: &Question, c: &Candidate) -> u64 {
 /// Blocks the request takes when it starts: its prompt and the next token, less what is there.
 fn blocks_now(question: &Question, c: &Candidate) -> u64 {
     (question.prompt_tokens + 1).div_ceil(block_tokens(c)).saturating_sub(hits(question, c))
+}
+
+/// Whether a decode worker would begin soon: few are before it that have no sequence, or no blocks if those are short.
+fn has_room(question: &Question, c: &Candidate, policy: &Policy) -> bool {
+    let short = c.load.blocks_available < blocks_now(question, c);
+    let before = if short { c.load.waiting } else { c.load.over };
+    before < policy.decode_waiting_max && c.load.waiting < policy.queue_max
 }
 
 /// Whether the worker could ever hold it: in its model's length and, alone, in all of its blocks.

@@ -11,6 +11,9 @@ pub struct Policy {
     pub prefill_tokens_min: u64,
     /// Requests that may wait on a worker before it counts as full. Default: the bound of the worker itself.
     pub queue_max: u64,
+    /// Requests that may wait on a decode worker for a sequence or for blocks; further ones wait with the coordinator,
+    /// where lanes and tenants take turns. Default 4.
+    pub decode_waiting_max: u64,
     /// What sharing a decode worker's steps with one more sequence is worth, in prompt tokens. Default 32.
     pub sequence_cost_tokens: u64,
     /// What taking all of a decode worker's available blocks is worth, in prompt tokens. Default 1024.
@@ -57,6 +60,7 @@ impl Default for Policy {
         Policy {
             prefill_tokens_min: 64,
             queue_max: WORKER_QUEUE_MAX as u64,
+            decode_waiting_max: 4,
             sequence_cost_tokens: 32,
             pressure_cost_tokens: 1024,
             stale_cost_tokens: 64,

@@ -7,7 +7,7 @@ use baton_proto::{BadMessage, v1};
 
 use super::roster::Beat;
 use crate::placement::{Decision, Question};
-use crate::state::{Finished, Key, Life, Limits, Model, Order, Proposed, Registration};
+use crate::state::{Charge, Finished, Key, Life, Limits, Model, Order, Proposed, Registration};
 
 const NAME_BYTES_MAX: usize = 256;
 /// Block hashes looked at; a longer prompt is matched by its beginning.
@@ -39,25 +39,26 @@ fn text(field: &'static str, text: String) -> Result<String, BadMessage> {
 }
 
 /// A request for an assignment.
+#[derive(Clone)]
 pub(super) struct Ask {
     pub(super) request: RequestId,
     pub(super) attempt: u32,
-    tenant: String,
-    lane: Lane,
-    model: String,
+    pub(super) tenant: String,
+    pub(super) lane: Lane,
+    pub(super) model: String,
     prompt_tokens: u64,
     tokens_max: u64,
     choices: u64,
     pub(super) chain: Vec<BlockHash>,
-    deadline_ms: u64,
+    pub(super) deadline_ms: u64,
     pub(super) exclude: Vec<Life>,
     /// (prefill, decode) between which a handoff failed.
     pub(super) exclude_pairs: Vec<(Life, Life)>,
     full_prefill: bool,
-    gateway: String,
+    pub(super) gateway: String,
     key: String,
     resumable_ms: u64,
-    fingerprint: u128,
+    pub(super) fingerprint: u128,
     pub(super) killed: Vec<Life>,
 }
 
@@ -115,7 +116,7 @@ impl Ask {
         }
     }
 
-    pub(super) fn proposed(&self, decision: Decision) -> Proposed {
+    pub(super) fn proposed(&self, decision: &Decision) -> Proposed {
         Proposed {
             request: self.request,
             attempt: self.attempt,
@@ -126,13 +127,18 @@ impl Ask {
             tokens_max: self.tokens_max,
             choices: self.choices as u32,
             deadline_ms: self.deadline_ms,
-            decode: decision.decode,
-            prefill: decision.prefill,
+            decode: decision.decode.clone(),
+            prefill: decision.prefill.clone(),
             key: self.key.clone(),
             resumable_ms: self.resumable_ms,
             fingerprint: self.fingerprint,
             killed: self.killed.clone(),
         }
+    }
+
+    /// What the tenant's account is asked for.
+    pub(super) fn charge(&self) -> Charge {
+        Charge { prompt_tokens: self.prompt_tokens, tokens_max: self.tokens_max, choices: self.choices }
     }
 }
 

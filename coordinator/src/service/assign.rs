@@ -1,4 +1,5 @@
-//! One assignment: place, commit, and answer; again if a chosen worker ended meanwhile.
+//! Assignments: many requests are looked at under one lock and committed in one entry. One that finds no room waits in
+//! the queue (`queue`), one whose worker ended meanwhile is placed again.
 
 use baton_core::{Refused, Role, WorkerId};
 use baton_proto::convert::refusal;
@@ -6,91 +7,159 @@ use baton_proto::v1;
 use tokio::time::Instant;
 
 use super::ask::Ask;
+use super::explain::Word;
+use super::queue::Parked;
+use super::roster::Roster;
 use super::{Refusal, Shared, unavailable, unexpected};
-use crate::placement::{self, Candidate, Decision, Declined};
-use crate::state::{Assigned, Command, Ledger, Life, Limit, Outcome, OverLimit};
+use crate::placement::{self, Decision, Declined, Pools};
+use crate::state::{Apart, Assigned, Command, Ledger, Life, Limit, Outcome, OverLimit};
 
-/// Placements of one call: each further one because a chosen worker had just been fenced.
+/// Placements of one request: each further one because a chosen worker had just been fenced.
 const PLACEMENTS_MAX: usize = 4;
+/// Requests looked at under one lock.
+const LOOK_MAX: usize = 64;
 
-/// Lives that a request should not be placed on, and those that it must not.
-struct Apart {
-    wanted: Vec<Life>,
-    needed: Vec<Life>,
+pub(super) type Answer = Result<v1::Assignment, Refusal>;
+
+/// What became of a request that was looked at.
+pub(super) enum Fate {
+    Answered(Answer),
+    /// It stands in the queue.
+    Waits(Parked),
+    /// Its workers ended before the ledger had it.
+    Again(Ask),
+}
+
+/// A request with the workers chosen for it.
+pub(super) struct Placed {
+    pub(super) ask: Ask,
+    pub(super) decision: Decision,
+}
+
+enum Looked {
+    Fate(Fate),
+    Placed(Box<Placed>),
 }
 
 impl Shared {
-    pub(super) async fn assign(&self, ask: Ask) -> Result<v1::Assignment, Refusal> {
-        self.leading().await?;
-        let (request, attempt) = (ask.request, ask.attempt);
-        let answer = self.assign_here(ask).await;
-        let ledger_ms = self.node.ledger().time_ms();
-        self.decisions.lock().expect("decisions lock").remember(request, decided(ledger_ms, attempt, &answer));
-        answer
+    pub(super) async fn assign(&self, ask: Ask) -> Answer {
+        let fate = self.assign_group(vec![ask]).await.pop().expect("one each");
+        self.follow(fate).await
     }
 
-    async fn assign_here(&self, ask: Ask) -> Result<v1::Assignment, Refusal> {
-        if let Some(assigned) = self.repeated(&ask) {
-            return Ok(granted(assigned, String::new()));
+    /// Looks at all of them, commits those that can be placed, and says what became of each, in order.
+    pub(super) async fn assign_group(&self, asks: Vec<Ask>) -> Vec<Fate> {
+        if let Err(refused) = self.leading().await {
+            return asks.iter().map(|_| Fate::Answered(Err(refused.clone()))).collect();
         }
-        self.suspect(&ask);
-        for _ in 0..PLACEMENTS_MAX {
-            let decision = self.place(&ask).map_err(declined)?;
-            let (lives, explanation) = (lives(&decision), decision.explanation.clone());
-            match self.submit(Command::Assign(Box::new(ask.proposed(decision)))).await? {
-                Outcome::Assigned(assigned) => return Ok(granted(*assigned, explanation)),
-                Outcome::Misplaced => self.release(&ask, &lives),
-                Outcome::Ended => {
-                    self.release(&ask, &lives);
-                    return Err(refusal(Refused::Stale, "the request has ended"));
+        let mut looked = Vec::with_capacity(asks.len());
+        let mut asks = asks.into_iter().peekable();
+        while asks.peek().is_some() {
+            self.look(asks.by_ref().take(LOOK_MAX), &mut looked);
+        }
+        let mut fates: Vec<Option<Fate>> = Vec::with_capacity(looked.len());
+        let mut placed = Vec::new();
+        for looked in looked {
+            match looked {
+                Looked::Fate(fate) => fates.push(Some(fate)),
+                Looked::Placed(one) => {
+                    placed.push(*one);
+                    fates.push(None);
                 }
-                Outcome::OverLimit(over) => {
-                    self.release(&ask, &lives);
-                    return Err(over_limit(&over));
-                }
-                Outcome::Refused(reason) => {
-                    self.release(&ask, &lives);
-                    return Err(refusal(reason, "refused by the ledger"));
-                }
-                other => return Err(unexpected(&other)),
             }
         }
-        Err(unavailable("workers come and go faster than requests are placed"))
+        let mut committed = self.commit(placed).await.into_iter();
+        fates.into_iter().map(|fate| fate.unwrap_or_else(|| committed.next().expect("one each"))).collect()
     }
 
-    /// What this attempt was given when it was asked for before. It has been committed: that it is applied here says so.
-    fn repeated(&self, ask: &Ask) -> Option<Assigned> {
-        let now_ms = self.lead.stamp()?;
-        self.node.ledger().assignment(ask.request, ask.attempt, now_ms)
+    /// Goes on with a request until it is answered.
+    pub(super) async fn follow(&self, mut fate: Fate) -> Answer {
+        for _ in 0..PLACEMENTS_MAX {
+            fate = match fate {
+                Fate::Answered(answer) => return answer,
+                Fate::Again(ask) => self.assign_group(vec![ask]).await.pop().expect("one each"),
+                Fate::Waits(parked) => match parked.turn().await {
+                    Ok(placed) => self.commit(vec![placed]).await.pop().expect("one each"),
+                    Err(refused) => Fate::Answered(Err(refused)),
+                },
+            }
+        }
+        match fate {
+            Fate::Answered(answer) => answer,
+            _ => Err(unavailable("workers come and go faster than requests are placed")),
+        }
     }
 
-    fn suspect(&self, ask: &Ask) {
-        let mut roster = self.roster();
-        ask.exclude.iter().for_each(|(id, incarnation)| roster.suspect(id, *incarnation));
+    fn look(&self, asks: impl Iterator<Item = Ask>, looked: &mut Vec<Looked>) {
         let now = Instant::now();
+        let ledger = self.node.ledger();
+        let mut roster = self.roster();
+        for ask in asks {
+            if !ask.gateway.is_empty() {
+                self.asking.heard(&ask.gateway, now);
+            }
+            looked.push(self.look_at(ask, &ledger, &mut roster, now));
+        }
+    }
+
+    fn look_at(&self, ask: Ask, ledger: &Ledger, roster: &mut Roster, now: Instant) -> Looked {
+        let now_ms = self.lead.stamp().unwrap_or(ledger.time_ms());
+        if let Some(assigned) = ledger.assignment(ask.request, ask.attempt, now_ms) {
+            return Looked::Fate(Fate::Answered(Ok(granted(assigned, String::new()))));
+        }
+        let accepted = ledger.request(ask.request).is_some();
+        if let Err(refused) = acceptable(&ask, ledger, accepted, now_ms) {
+            return Looked::Fate(Fate::Answered(Err(self.refused(&ask, refused, None))));
+        }
+        if !accepted && self.admission.is_behind(&ask) {
+            return Looked::Fate(self.park(ask, ledger));
+        }
+        self.suspect(&ask, roster, now);
+        match self.place(&ask, ledger, roster, now) {
+            Ok(decision) => Looked::Placed(Box::new(Placed { ask, decision })),
+            // What has been accepted is not refused for want of room; its gateway asks again.
+            Err(declined) if declined.reason == Refused::NoCapacity && !accepted => {
+                Looked::Fate(self.park(ask, ledger))
+            }
+            Err(declined) => Looked::Fate(Fate::Answered(Err(self.declined(&ask, declined)))),
+        }
+    }
+
+    fn park(&self, ask: Ask, ledger: &Ledger) -> Fate {
+        match self.admission.wait(ask.clone(), ledger) {
+            Ok(parked) => Fate::Waits(parked),
+            Err(refused) => Fate::Answered(Err(self.refused(&ask, refused, None))),
+        }
+    }
+
+    fn suspect(&self, ask: &Ask, roster: &mut Roster, now: Instant) {
+        ask.exclude.iter().for_each(|(id, incarnation)| roster.suspect(id, *incarnation));
         let failed = ask.exclude_pairs.iter().filter(|(prefill, decode)| roster.pair_failed(prefill, decode, now));
-        let changed = failed.count() > 0;
-        drop(roster);
-        if changed {
+        if failed.count() > 0 {
             self.tell_members();
         }
     }
 
     /// Chooses workers and counts the request on them.
-    fn place(&self, ask: &Ask) -> Result<Decision, Declined> {
-        let ledger = self.node.ledger();
-        let mut roster = self.roster();
+    pub(super) fn place(
+        &self,
+        ask: &Ask,
+        ledger: &Ledger,
+        roster: &mut Roster,
+        now: Instant,
+    ) -> Result<Decision, Declined> {
         let before = ledger.request(ask.request);
         let mut question = ask.question(before.map(|open| &open.numerics));
-        let now = Instant::now();
-        let pools = roster.pools(&ledger, &ask.chain, now);
-        let decision = match self.kept_apart(ask, &ledger, &pools.candidates) {
-            None => placement::place(&question, &pools, &self.policy)?,
-            Some(Apart { wanted, needed }) => {
+        let policy = if before.is_some() { &self.policy_accepted } else { &self.policy };
+        let pools = roster.pools(ledger, &ask.chain, now);
+        let decision = match ledger.apart(ask.request, ask.attempt, &ask.killed) {
+            None => placement::place(&question, &pools, policy)?,
+            Some(apart) => {
+                let (wanted, needed) = kept_away(ask, apart, &pools);
                 question.exclude = &wanted;
-                placement::place(&question, &pools, &self.policy).or_else(|_| {
+                placement::place(&question, &pools, policy).or_else(|_| {
                     question.exclude = &needed;
-                    placement::place(&question, &pools, &self.policy)
+                    placement::place(&question, &pools, policy)
                 })?
             }
         };
@@ -98,46 +167,97 @@ impl Shared {
         Ok(decision)
     }
 
-    /// Which lives a request must stay away from while some are suspected of killing their workers. A suspect is
-    /// prefilled where it is decoded, wants a worker of its own, and never gets one that another suspect is on;
-    /// other requests stay away from suspects while there is anywhere else.
-    fn kept_apart(&self, ask: &Ask, ledger: &Ledger, candidates: &[Candidate]) -> Option<Apart> {
-        let suspected = ledger.suspected_lives(ask.request);
-        let is_suspect = ledger.suspects_after(ask.request, ask.attempt, &ask.killed);
-        if suspected.is_empty() && !is_suspect {
-            return None;
+    /// Has the ledger grant what was placed, all of it in one entry if it fits.
+    async fn commit(&self, placed: Vec<Placed>) -> Vec<Fate> {
+        if placed.is_empty() {
+            return Vec::new();
         }
-        let mut needed = ask.exclude.clone();
-        let mut wanted = ask.exclude.clone();
-        if is_suspect {
-            let prefills = candidates.iter().filter(|c| c.role == Role::Prefill);
-            needed.extend(prefills.map(|c| (c.worker.clone(), c.incarnation)));
-            needed.extend(suspected);
-            wanted.clone_from(&needed);
-            wanted.extend(ledger.occupied_lives(ask.request));
-        } else {
-            wanted.extend(suspected);
+        let command = |placed: &Placed| Command::Assign(Box::new(placed.ask.proposed(&placed.decision)));
+        let outcomes = self.submit_many(placed.iter().map(command).collect()).await;
+        match outcomes {
+            Ok(outcomes) => placed.into_iter().zip(outcomes).map(|(one, outcome)| self.fate(one, outcome)).collect(),
+            Err(refused) => placed.iter().map(|_| Fate::Answered(Err(refused.clone()))).collect(),
         }
-        Some(Apart { wanted, needed })
     }
 
-    fn release(&self, ask: &Ask, lives: &[WorkerId]) {
+    fn fate(&self, placed: Placed, outcome: Outcome) -> Fate {
+        let Placed { ask, decision } = placed;
+        let refused = match outcome {
+            Outcome::Assigned(assigned) => {
+                self.remember(&ask, Word::Assigned, decision.trace);
+                return Fate::Answered(Ok(granted(*assigned, decision.explanation)));
+            }
+            Outcome::Misplaced => {
+                self.release(&ask, &decision);
+                return Fate::Again(ask);
+            }
+            Outcome::Ended => ended(),
+            Outcome::OverLimit(over) => over_limit(&over),
+            Outcome::Refused(reason) => refusal(reason, refused_because(reason)),
+            other => unexpected(&other),
+        };
+        self.release(&ask, &decision);
+        Fate::Answered(Err(self.refused(&ask, refused, Some(decision))))
+    }
+
+    fn release(&self, ask: &Ask, decision: &Decision) {
         let mut roster = self.roster();
-        lives.iter().for_each(|worker| roster.release(ask.request, worker));
+        let lives = decision.prefill.iter().chain([&decision.decode]);
+        lives.for_each(|(worker, _): &(WorkerId, _)| roster.release(ask.request, worker));
+    }
+
+    pub(super) fn declined(&self, ask: &Ask, declined: Declined) -> Refusal {
+        let Declined { reason, detail, retry_after_ms, trace } = declined;
+        self.remember(ask, Word::Refused(reason), trace);
+        Refusal { retry_after_ms, ..refusal(reason, detail) }
+    }
+
+    /// A refusal that placement did not decide, written down.
+    pub(super) fn refused(&self, ask: &Ask, refused: Refusal, decision: Option<Decision>) -> Refusal {
+        let mut trace = decision.map(|decision| decision.trace).unwrap_or_default();
+        trace.verdict.clone_from(&refused.detail);
+        self.remember(ask, Word::Refused(baton_proto::convert::refused(&refused)), trace);
+        refused
     }
 }
 
-fn decided(ledger_ms: u64, attempt: u32, answer: &Result<v1::Assignment, Refusal>) -> v1::Decision {
-    let (outcome, reason, why) = match answer {
-        Ok(assignment) => ("assigned", "", &assignment.explanation),
-        Err(refused) => ("refused", refused.reason.as_str(), &refused.detail),
-    };
-    let lines = why.lines().map(String::from).collect();
-    v1::Decision { ledger_ms, attempt, outcome: outcome.into(), reason: reason.into(), lines }
+/// Lives to exclude if there are others, and those to exclude at all; a suspect is prefilled where it is decoded.
+fn kept_away(ask: &Ask, apart: Apart, pools: &Pools) -> (Vec<Life>, Vec<Life>) {
+    let mut needed = ask.exclude.clone();
+    needed.extend(apart.needed);
+    if apart.is_suspect {
+        let prefills = pools.candidates.iter().filter(|c| c.role == Role::Prefill);
+        needed.extend(prefills.map(|c| (c.worker.clone(), c.incarnation)));
+    }
+    let wanted = needed.iter().cloned().chain(apart.wanted).collect();
+    (wanted, needed)
 }
 
-fn declined(declined: Declined) -> Refusal {
-    Refusal { retry_after_ms: declined.retry_after_ms, ..refusal(declined.reason, declined.detail) }
+/// Whether the ledger would take the request as it stands; the ledger itself has the last word.
+fn acceptable(ask: &Ask, ledger: &Ledger, accepted: bool, now_ms: u64) -> Result<(), Refusal> {
+    if ledger.has_ended(ask.request) {
+        return Err(ended());
+    }
+    if ledger.quarantined(ask.fingerprint, now_ms) {
+        return Err(refusal(Refused::Poisoned, refused_because(Refused::Poisoned)));
+    }
+    let account = ledger.account(&ask.tenant).filter(|_| !accepted);
+    account.map_or(Ok(()), |account| account.check(&ask.charge(), now_ms)).map_err(|over| over_limit(&over))
+}
+
+fn ended() -> Refusal {
+    refusal(Refused::Stale, "the request has ended")
+}
+
+fn refused_because(reason: Refused) -> &'static str {
+    match reason {
+        Refused::Poisoned => "workers died under this request; it is not tried again for ten minutes",
+        Refused::Stale => "a later attempt of this request has been assigned",
+        Refused::Expired => "its deadline has passed, or it has had all its attempts",
+        Refused::Unknown => "its key has been revoked",
+        Refused::NoCapacity => "as many requests are open as the cluster may have",
+        _ => "refused by the ledger",
+    }
 }
 
 fn over_limit(over: &OverLimit) -> Refusal {
@@ -154,12 +274,7 @@ fn over_limit(over: &OverLimit) -> Refusal {
     Refusal { retry_after_ms: over.retry_after_ms, ..refusal(over.reason, detail) }
 }
 
-fn lives(decision: &Decision) -> Vec<WorkerId> {
-    let prefill = decision.prefill.iter().map(|(worker, _)| worker.clone());
-    prefill.chain([decision.decode.0.clone()]).collect()
-}
-
-fn granted(assigned: Assigned, explanation: String) -> v1::Assignment {
+pub(super) fn granted(assigned: Assigned, explanation: String) -> v1::Assignment {
     v1::Assignment {
         request: assigned.request.to_string(),
         attempt: assigned.attempt,
@@ -171,8 +286,8 @@ fn granted(assigned: Assigned, explanation: String) -> v1::Assignment {
     }
 }
 
-/// Counts an answered Assign.
-pub(super) fn count(answer: &Result<v1::Assignment, Refusal>, since: Instant) {
+/// Counts an answered request.
+pub(super) fn count(answer: &Answer, since: Instant) {
     match answer {
         Ok(assignment) => {
             let prefill = if assignment.prefill.is_some() { "remote" } else { "local" };

@@ -53,6 +53,7 @@ async fn round(shared: &Shared) {
         metrics::counter!("baton_coordinator_fenced_total").increment(1);
         shared.proposer.submit_unheard(Command::Fence { worker, incarnation });
     }
+    shared.end_orphans(&leading, now);
     let due = shared.node.ledger().deadline_next();
     if due.is_some_and(|due| shared.lead.stamp().is_some_and(|now| due <= now)) {
         shared.proposer.submit_unheard(Command::Expire);

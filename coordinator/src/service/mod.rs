@@ -2,9 +2,11 @@
 
 mod access;
 mod admin;
+mod admission;
 mod ask;
 mod assign;
 mod explain;
+mod gateways;
 mod keep;
 mod lead;
 mod membership;
@@ -13,9 +15,12 @@ mod pairs;
 mod progress;
 mod promises;
 mod propose;
+mod queue;
 mod roster;
+mod stream;
 mod view;
 
+use std::collections::BTreeMap;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
@@ -32,11 +37,12 @@ use tonic::{Request, Response, Status};
 use crate::log::{Disk, Identity};
 use crate::placement::Policy;
 use crate::raft::{Node, ProposeError};
-use crate::state::{Command, Order, Outcome};
+use crate::state::{Command, Finished, Order, Outcome};
 use ask::Ask;
 use explain::Decisions;
 use lead::{Elsewhere, Lead};
 use propose::{Proposer, SubmitError};
+use queue::Admission;
 use roster::{Old, Roster};
 
 /// How long a call waits for a leader to be known.
@@ -53,7 +59,11 @@ pub(crate) struct Shared {
     proposer: Proposer,
     roster: Mutex<Roster>,
     decisions: Mutex<Decisions>,
+    admission: Arc<Admission>,
+    asking: gateways::Asking,
     policy: Policy,
+    /// For requests that have been accepted already: they wait on workers rather than not at all.
+    policy_accepted: Policy,
     disk: Arc<dyn Disk>,
     identity: Mutex<Identity>,
     /// Name that this node gives a cluster that has none.
@@ -93,6 +103,9 @@ impl Service {
             proposer,
             roster: Mutex::new(Roster::new()),
             decisions: Mutex::new(Decisions::new()),
+            admission: Arc::new(Admission::new()),
+            asking: gateways::Asking::default(),
+            policy_accepted: Policy { decode_waiting_max: u64::MAX, ..parts.policy.clone() },
             policy: parts.policy,
             disk: parts.disk,
             identity: Mutex::new(parts.identity),
@@ -103,11 +116,13 @@ impl Service {
         });
         let keeping = keep::keep(shared.clone());
         let membership = membership::keep(shared.clone());
+        let attending = queue::attend(shared.clone());
         let both = async move {
             tokio::select! {
                 biased;
                 () = keeping => {}
                 () = membership => {}
+                () = attending => {}
                 () = proposing => {}
             }
         };
@@ -148,7 +163,15 @@ impl Shared {
     }
 
     async fn submit(&self, command: Command) -> Result<Outcome, Refusal> {
-        self.proposer.submit(command).await.map_err(|error| match error {
+        self.proposer.submit(command).await.map_err(|error| self.not_submitted(error))
+    }
+
+    async fn submit_many(&self, commands: Vec<Command>) -> Result<Vec<Outcome>, Refusal> {
+        self.proposer.submit_many(commands).await.map_err(|error| self.not_submitted(error))
+    }
+
+    fn not_submitted(&self, error: SubmitError) -> Refusal {
+        match error {
             SubmitError::Full => {
                 Refusal { retry_after_ms: RETRY_UNKNOWN_MS, ..refusal(Refused::NoCapacity, error.to_string()) }
             }
@@ -157,7 +180,7 @@ impl Shared {
                 _ => unavailable("leadership is changing hands"),
             },
             SubmitError::Propose(ProposeError::Unknown(why)) => unavailable(&why),
-        })
+        }
     }
 
     async fn register(&self, request: v1::RegisterRequest) -> Result<Result<v1::Registered, Refusal>, Status> {
@@ -253,6 +276,7 @@ impl Shared {
         let order = self.node.ledger().worker(&beat.worker).map_or(Order::Serve, |worker| worker.order);
         let taken = self.roster().beat(beat, Instant::now());
         self.loads_changed.send_modify(|version| *version += 1);
+        self.admission.tell_room();
         Ok(match taken {
             Ok(index_wanted) => Ok(self.accepted(index_wanted, view::order(order))),
             Err(Old) => Err(refusal(Refused::Expired, "a later heartbeat has been heard")),
@@ -295,21 +319,31 @@ impl Shared {
         if let Err(refused) = self.leading().await {
             return Ok(Err(refused));
         }
-        {
-            let ledger = self.node.ledger();
-            let mut roster = self.roster();
-            for open in
-                finished.iter().filter_map(|finished| Some((finished.request, ledger.request(finished.request)?)))
-            {
-                let (request, open) = open;
-                roster.release(request, &open.decode.worker);
-                open.prefill.iter().for_each(|prefill| roster.release(request, &prefill.worker));
+        self.release_ended(&finished);
+        let commands: Vec<Command> = finished.into_iter().map(Command::Finish).collect();
+        metrics::counter!("baton_coordinator_finished_total").increment(commands.len() as u64);
+        Ok(self.submit_many(commands).await.map(|_| ()))
+    }
+
+    /// Requests that end make room, on their workers and for those that wait.
+    fn release_ended(&self, finished: &[Finished]) {
+        let ledger = self.node.ledger();
+        let mut roster = self.roster();
+        let mut models: BTreeMap<&str, u64> = BTreeMap::new();
+        for finished in finished {
+            let request = finished.request;
+            let Some(open) = ledger.request(request) else {
+                self.admission.cancel(request);
+                continue;
+            };
+            roster.release(request, &open.decode.worker);
+            open.prefill.iter().for_each(|prefill| roster.release(request, &prefill.worker));
+            if let Some(worker) = ledger.worker(&open.decode.worker) {
+                *models.entry(&worker.model.name).or_default() += 1;
             }
         }
-        let submits = finished.into_iter().map(|finished| self.submit(Command::Finish(finished)));
-        let outcomes = futures::future::join_all(submits).await;
-        metrics::counter!("baton_coordinator_finished_total").increment(outcomes.len() as u64);
-        Ok(outcomes.into_iter().collect::<Result<Vec<_>, _>>().map(|_| ()))
+        models.into_iter().for_each(|(model, count)| self.admission.ended(model, count));
+        self.admission.tell_room();
     }
 
     async fn leave(&self, request: v1::LeaveRequest) -> Result<(), Status> {
@@ -383,13 +417,18 @@ impl v1::coordinator_server::Coordinator for Service {
 
     async fn assignments(
         &self,
-        _: Request<tonic::Streaming<v1::AssignBatch>>,
+        request: Request<tonic::Streaming<v1::AssignBatch>>,
     ) -> Result<Response<Self::AssignmentsStream>, Status> {
-        Err(Status::unimplemented("not yet"))
+        Ok(Response::new(Box::pin(stream::assignments(self.0.clone(), request.into_inner()))))
     }
 
-    async fn locate(&self, _: Request<v1::LocateRequest>) -> Result<Response<v1::LocateReply>, Status> {
-        Err(Status::unimplemented("not yet"))
+    async fn locate(&self, request: Request<v1::LocateRequest>) -> Result<Response<v1::LocateReply>, Status> {
+        use v1::locate_reply::Outcome;
+        let outcome = match self.0.locate(request.into_inner()).await {
+            Ok(assignment) => Outcome::Assignment(assignment),
+            Err(refused) => Outcome::Refused(refused),
+        };
+        Ok(Response::new(v1::LocateReply { outcome: Some(outcome) }))
     }
 
     async fn watch_access(&self, _: Request<v1::WatchRequest>) -> Result<Response<Self::WatchAccessStream>, Status> {

@@ -264,10 +264,17 @@ impl Heard {
     /// Load as reported, plus the promises it cannot have seen.
     fn load_now(&self, now: Instant) -> Load {
         let available = self.load.blocks_free.saturating_add(self.load.blocks_cached);
+        let waiting = u64::from(self.load.sequences_waiting);
+        let begun = u64::from(self.load.sequences_running) + self.promises.len();
+        let beyond = match u64::from(self.load.sequences_max) {
+            0 => 0,
+            most => begun.saturating_sub(most),
+        };
         Load {
             blocks_available: available.saturating_sub(self.promises.blocks),
             running: u64::from(self.load.sequences_running),
-            waiting: u64::from(self.load.sequences_waiting) + self.promises.len(),
+            waiting: waiting + self.promises.len(),
+            over: waiting + beyond,
             tokens_waiting: self.load.tokens_waiting.saturating_add(self.promises.tokens),
             prefill_rate: self.load.prefill_tokens_per_s,
             step_us: self.progress.step_us(),

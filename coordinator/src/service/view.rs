@@ -115,6 +115,7 @@ pub(super) fn view(shared: &Shared) -> v1::ClusterView {
         coordinators: coordinators(shared),
         members: workers.chain(gateways).collect(),
         requests_open: ledger.requests_open() as u64,
+        requests_queued: shared.admission.waiting() as u64,
         ledger_index: ledger.index(),
         storage: "ok".into(),
         ..v1::ClusterView::default()

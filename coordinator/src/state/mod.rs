@@ -23,7 +23,7 @@ pub use access::{KEYS_MAX, Key, Keys, Limits, TENANTS_MAX};
 pub use codec::{CodecError, VERSION, decode_batch, decode_ledger, encode_batch, encode_ledger, hash};
 pub use command::{Assigned, Batch, Command, Finished, Model, Order, Outcome, Proposed, Registration};
 pub use nodes::{JOINS_REMEMBERED_MAX, Join, NODES_JOINING_MAX, NODES_REMOVED_MAX, NodeCommand, Nodes};
-pub use poison::{BLAME_MS, Life, POISON_STRIKES, POISON_STRIKES_CROWDED, QUARANTINE_MS, SUSPECT_STRIKES};
+pub use poison::{Apart, BLAME_MS, Life, POISON_STRIKES, POISON_STRIKES_CROWDED, QUARANTINE_MS, SUSPECT_STRIKES};
 pub use request::{EndedRequests, OpenRequest};
 pub use tenant::{Account, Bucket, Charge, Limit, OverLimit, Usage};
 pub use worker::Worker;

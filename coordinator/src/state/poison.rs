@@ -56,6 +56,17 @@ struct Death {
     suspects: Vec<RequestId>,
 }
 
+/// How to place a request while there are suspects. A suspect is prefilled where it is decoded, wants a worker of its
+/// own, and never gets one that another suspect is on; others stay away from suspects while there is anywhere else.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Apart {
+    pub is_suspect: bool,
+    /// Not there if it can be helped.
+    pub wanted: BTreeSet<Life>,
+    /// Not there at all.
+    pub needed: BTreeSet<Life>,
+}
+
 /// What a report of deaths makes of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Verdict {
@@ -84,7 +95,7 @@ impl Ledger {
     }
 
     /// Lives on which a suspect is open, `but` this request.
-    pub fn suspected_lives(&self, but: RequestId) -> BTreeSet<Life> {
+    fn suspected_lives(&self, but: RequestId) -> BTreeSet<Life> {
         let others = self.poison.suspects.iter().filter(|id| **id != but).filter_map(|id| self.open.get(id));
         let lives = |open: &OpenRequest| {
             let places = open.prefill.iter().chain([&open.decode]);
@@ -93,11 +104,23 @@ impl Ledger {
         others.flat_map(lives).collect()
     }
 
-    /// Lives with an open request on them, `but` this one. Looks at every open request.
-    pub fn occupied_lives(&self, but: RequestId) -> BTreeSet<Life> {
+    /// Lives with an open request on them, `but` this one.
+    fn occupied_lives(&self, but: RequestId) -> BTreeSet<Life> {
         let others = self.open.iter().filter(|(id, _)| **id != but);
         let places = others.flat_map(|(_, open)| open.prefill.iter().chain([&open.decode]));
         places.map(|p| (p.worker.clone(), p.incarnation)).collect()
+    }
+
+    /// Which lives a request must stay away from while some are suspected of killing their workers; None: nobody is.
+    /// Looks at every open request if this one is a suspect.
+    pub fn apart(&self, request: RequestId, attempt: u32, killed: &[Life]) -> Option<Apart> {
+        let suspected = self.suspected_lives(request);
+        let is_suspect = self.suspects_after(request, attempt, killed);
+        match (suspected.is_empty(), is_suspect) {
+            (true, false) => None,
+            (false, false) => Some(Apart { is_suspect, wanted: suspected, needed: BTreeSet::new() }),
+            (_, true) => Some(Apart { is_suspect, wanted: self.occupied_lives(request), needed: suspected }),
+        }
     }
 
     /// Whether another suspect is on this life already.
@@ -107,7 +130,7 @@ impl Ledger {
     }
 
     /// Whether the request is a suspect once this attempt's report of deaths has been counted.
-    pub fn suspects_after(&self, request: RequestId, attempt: u32, killed: &[Life]) -> bool {
+    fn suspects_after(&self, request: RequestId, attempt: u32, killed: &[Life]) -> bool {
         if killed.is_empty() {
             return self.is_suspect(request);
         }
@@ -180,5 +203,201 @@ impl Ledger {
 
     pub(super) fn unsuspect(&mut self, request: RequestId) {
         self.poison.suspects.remove(&request);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use baton_core::limits::ATTEMPTS_MAX;
+    use baton_core::{Epoch, Refused};
+    use proptest::prelude::*;
+
+    use super::super::tests::{Shape, shaped};
+    use super::super::{Batch, Command, Finished, Outcome, Proposed};
+    use super::*;
+
+    /// Decode workers that restart when they die, and requests, some of which kill the worker they are on.
+    struct World {
+        ledger: Ledger,
+        workers: Vec<Life>,
+        requests: BTreeMap<u128, Run>,
+        deaths: u32,
+    }
+
+    #[derive(Clone, Default)]
+    struct Run {
+        poison: bool,
+        attempt: u32,
+        on: Option<Life>,
+        killed: Option<Life>,
+        epoch: u64,
+        was_alone: bool,
+        end: Option<&'static str>,
+    }
+
+    impl World {
+        fn new(workers: usize, requests: &[bool]) -> World {
+            let mut world = World { ledger: Ledger::default(), workers: vec![], requests: BTreeMap::new(), deaths: 0 };
+            for worker in 0..workers {
+                let life = world.register(worker);
+                world.workers.push(life);
+            }
+            for (id, poison) in (1..).zip(requests) {
+                world.requests.insert(id, Run { poison: *poison, ..Run::default() });
+            }
+            world
+        }
+
+        fn apply(&mut self, command: Command) -> Outcome {
+            let index = self.ledger.index() + 1;
+            self.ledger.apply(index, Batch { time_ms: index, commands: vec![command] }).pop().unwrap()
+        }
+
+        fn register(&mut self, worker: usize) -> Life {
+            let registration = Shape { id: format!("d{worker}"), key: self.deaths.to_string() }.registration();
+            let id = registration.worker.clone();
+            match self.apply(Command::Register(registration)) {
+                Outcome::Registered { incarnation } => (id, incarnation),
+                other => panic!("{other:?}"),
+            }
+        }
+
+        /// Places a request that is on no worker, as the leader does. False: it has to wait.
+        fn place(&mut self, id: u128, choice: usize) -> bool {
+            let run = self.requests[&id].clone();
+            let killed: Vec<Life> = run.killed.iter().cloned().collect();
+            let apart = self.ledger.apart(RequestId(id), run.attempt + 1, &killed);
+            let free = |avoid: &BTreeSet<Life>| {
+                let free: Vec<&Life> = self.workers.iter().filter(|life| !avoid.contains(life)).collect();
+                (!free.is_empty()).then(|| free[choice % free.len()].clone())
+            };
+            let life = match &apart {
+                None => free(&BTreeSet::new()),
+                Some(apart) => {
+                    let both = apart.wanted.union(&apart.needed).cloned().collect();
+                    free(&both).or_else(|| free(&apart.needed))
+                }
+            };
+            let Some(life) = life else { return false };
+            let alone = !self.requests.values().any(|run| run.on.as_ref() == Some(&life));
+            let p = Proposed { decode: life.clone(), killed, fingerprint: id, attempt: run.attempt + 1, ..shaped(id) };
+            let outcome = self.apply(Command::Assign(Box::new(p)));
+            let run = self.requests.get_mut(&id).unwrap();
+            match outcome {
+                Outcome::Assigned(assigned) => {
+                    *run = Run {
+                        attempt: run.attempt + 1,
+                        on: Some(life),
+                        killed: None,
+                        epoch: assigned.epoch.0,
+                        ..run.clone()
+                    };
+                    run.was_alone |= alone;
+                }
+                Outcome::Refused(Refused::Poisoned) => run.end = Some("poisoned"),
+                Outcome::Refused(Refused::Expired) => run.end = Some("out of attempts"),
+                other => panic!("{other:?}"),
+            }
+            true
+        }
+
+        /// A poison that runs kills its worker, which restarts; all that were on it have to be placed again.
+        fn kill(&mut self, id: u128) {
+            let Some(life) = self.requests[&id].on.clone().filter(|_| self.requests[&id].poison) else { return };
+            self.deaths += 1;
+            for run in self.requests.values_mut().filter(|run| run.on.as_ref() == Some(&life)) {
+                run.killed = run.on.take();
+            }
+            let worker = self.workers.iter().position(|known| *known == life).unwrap();
+            self.workers[worker] = self.register(worker);
+        }
+
+        fn finish(&mut self, id: u128) {
+            let run = self.requests[&id].clone();
+            if run.on.is_none() || run.poison {
+                return;
+            }
+            let finished = Finished {
+                request: RequestId(id),
+                epoch: Epoch(run.epoch),
+                outcome: "complete".into(),
+                prompt_tokens: 1,
+                cached_tokens: 0,
+                generated_tokens: 1,
+            };
+            assert_eq!(self.apply(Command::Finish(finished)), Outcome::Ended);
+            *self.requests.get_mut(&id).unwrap() = Run { on: None, end: Some("complete"), ..run };
+        }
+
+        fn step(&mut self, event: (u8, u128, usize)) {
+            let (what, id, choice) = event;
+            let Some(run) = self.requests.get(&id).filter(|run| run.end.is_none()) else { return };
+            match (what, run.on.is_some()) {
+                (_, false) => drop(self.place(id, choice)),
+                (0, true) => self.finish(id),
+                (_, true) => self.kill(id),
+            }
+        }
+    }
+
+    /// Goal: the poison is refused after three deaths, whoever ran beside it goes on, and its content is refused for a
+    /// while. Method: one poison among requests on three workers.
+    #[test]
+    fn a_poison_is_refused_after_three_deaths() {
+        let mut world = World::new(3, &[true, false, false]);
+        for id in [1, 2, 3] {
+            assert!(world.place(id, 0), "all on one worker");
+        }
+        while world.requests[&1].end.is_none() {
+            world.kill(1);
+            for id in [2, 3, 1] {
+                if world.requests[&id].on.is_none() {
+                    assert!(world.place(id, 1));
+                }
+            }
+        }
+        assert_eq!((world.deaths, world.requests[&1].end), (POISON_STRIKES, Some("poisoned")));
+        assert!(world.requests.values().filter(|run| !run.poison).all(|run| run.on.is_some()));
+        let now = world.ledger.time_ms();
+        assert!(world.ledger.quarantined(1, now) && !world.ledger.quarantined(2, now));
+        assert!(!world.ledger.quarantined(1, now + QUARANTINE_MS), "for ten minutes");
+        let again = world.apply(Command::Assign(Box::new(Proposed { fingerprint: 1, ..shaped(9) })));
+        assert_eq!(again, Outcome::Refused(Refused::Poisoned));
+    }
+
+    /// Goal: somebody who kills a worker by chance is not suspected for ever. Method: long runs that gain tokens.
+    #[test]
+    fn workers_that_die_late_blame_nobody() {
+        let mut world = World::new(1, &[true]);
+        let mut time = 0;
+        for attempt in 1..ATTEMPTS_MAX {
+            assert!(world.place(1, 0), "attempt {attempt}");
+            world.requests.get_mut(&1).unwrap().epoch = 0;
+            time += 10 * BLAME_MS;
+            world.ledger.apply(world.ledger.index() + 1, Batch { time_ms: time, commands: vec![] });
+            // More tokens so far than in the attempt before.
+            world.ledger.open.get_mut(&RequestId(1)).unwrap().prompt_tokens = 0;
+            world.kill(1);
+        }
+        assert_eq!(world.requests[&1].end, None);
+        assert_eq!(world.ledger.open[&RequestId(1)].strikes, 1);
+    }
+
+    proptest! {
+        /// An innocent request is never refused once it has run alone; nobody kills for ever.
+        #[test]
+        fn bystanders_are_not_convicted(
+            workers in 1usize..5,
+            poisons in proptest::collection::vec(any::<bool>(), 1..7),
+            events in proptest::collection::vec((0u8..3, 1u128..7, 0usize..8), 0..200),
+        ) {
+            let mut world = World::new(workers, &poisons);
+            events.into_iter().for_each(|event| world.step(event));
+            for (id, run) in &world.requests {
+                let innocent = !run.poison && run.was_alone;
+                prop_assert!(!innocent || run.end != Some("poisoned"), "{id} ran alone once");
+            }
+            prop_assert!(world.deaths <= ATTEMPTS_MAX * poisons.iter().filter(|poison| **poison).count() as u32);
+        }
     }
 }

@@ -212,3 +212,101 @@ impl Ledger {
         Outcome::Done
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn account(requests_per_minute: u64, tokens_per_minute: u64) -> Account {
+        let limits = Limits { requests_per_minute, tokens_per_minute, ..Limits::default() };
+        Account { limits, ..Account::default() }
+    }
+
+    fn charge(prompt_tokens: u64, tokens_max: u64) -> Charge {
+        Charge { prompt_tokens, tokens_max, choices: 1 }
+    }
+
+    #[test]
+    fn each_limit_refuses_with_its_own_word() {
+        let over = |limits: Limits, open: u64| {
+            let account = Account { limits, requests_open: open, ..Account::default() };
+            account.check(&charge(10, 5), 0).unwrap_err()
+        };
+        let none = Limits::default();
+        let check = |limits, open, reason, limit| {
+            let over = over(limits, open);
+            assert_eq!((over.reason, over.limit), (reason, limit));
+        };
+        check(Limits { prompt_tokens_max: 9, ..none.clone() }, 0, Refused::TooLarge, Limit::PromptTokens(9));
+        check(Limits { output_tokens_max: 4, ..none.clone() }, 0, Refused::TooLarge, Limit::OutputTokens(4));
+        check(Limits { requests_open_max: 2, ..none.clone() }, 2, Refused::Quota, Limit::RequestsOpen(2));
+        check(Limits { tokens_per_minute: 14, ..none }, 0, Refused::Quota, Limit::TokensPerMinute(14));
+        let mut account = account(1, 0);
+        account.accept(&charge(1, 1), 0);
+        let refused = account.check(&charge(1, 1), 1_000).unwrap_err();
+        assert_eq!((refused.limit, refused.retry_after_ms), (Limit::RequestsPerMinute(1), 59_000));
+    }
+
+    #[test]
+    fn unused_tokens_come_back_and_unknown_usage_does_not() {
+        let mut account = account(0, 100);
+        account.accept(&charge(10, 90), 0);
+        assert!(account.check(&charge(1, 1), 0).is_err());
+        account.settle(100, 10, Some(Usage { prompt_tokens: 10, generated_tokens: 5, ..Usage::default() }), 0);
+        assert_eq!(account.check(&charge(10, 75), 0), Ok(()));
+        assert!(account.check(&charge(10, 76), 0).is_err());
+        account.accept(&charge(10, 75), 0);
+        account.settle(85, 10, None, 0);
+        assert!(account.check(&charge(1, 1), 0).is_err());
+        assert_eq!((account.used.requests, account.used.prompt_tokens, account.used.generated_tokens), (2, 20, 5));
+    }
+
+    #[test]
+    fn new_limits_do_not_forget_what_was_spent() {
+        let mut account = account(0, 100);
+        account.accept(&charge(50, 40), 0);
+        account.limit(Limits { tokens_per_minute: 200, ..Limits::default() }, 0);
+        assert_eq!(account.check(&charge(100, 10), 0), Ok(()));
+        assert!(account.check(&charge(100, 11), 0).is_err());
+    }
+
+    proptest! {
+        /// Whatever is asked when: over any stretch of time no more is used than one minute's worth and what that time
+        /// adds, a refusal says when to come back, and then it is taken.
+        #[test]
+        fn a_quota_is_never_exceeded(
+            per_minute in 1u64..5_000,
+            asks in proptest::collection::vec((0u64..30_000, 1u64..3_000, 0u64..3_000, any::<bool>()), 1..60),
+        ) {
+            let mut account = account(0, per_minute);
+            let (mut now, mut spent) = (0, Vec::new());
+            for (pass, prompt, more, ends) in asks {
+                now += pass;
+                let charge = charge(prompt, more);
+                match account.check(&charge, now) {
+                    Ok(()) => {
+                        account.accept(&charge, now);
+                        // What it really uses: all, or the prompt alone, and it ends at once.
+                        let used = Usage { prompt_tokens: prompt, generated_tokens: if ends { 0 } else { more }, ..Usage::default() };
+                        account.settle(charge.tokens(), prompt, Some(used), now);
+                        spent.push((now, used.prompt_tokens + used.generated_tokens));
+                    }
+                    Err(over) if over.retry_after_ms == 0 => prop_assert!(charge.tokens() > per_minute),
+                    Err(over) => {
+                        prop_assert!(account.check(&charge, now + over.retry_after_ms - 1).is_err(), "not sooner");
+                        prop_assert_eq!(account.check(&charge, now + over.retry_after_ms), Ok(()));
+                    }
+                }
+            }
+            for (at, (from, _)) in spent.iter().enumerate() {
+                let mut sum = 0;
+                for (until, tokens) in &spent[at..] {
+                    sum += tokens;
+                    prop_assert!(sum * MINUTE_MS <= per_minute * (MINUTE_MS + until - from), "{sum} in {} ms", until - from);
+                }
+            }
+        }
+    }
+}

@@ -23,6 +23,23 @@ fn registration(worker: usize, key: u8) -> Registration {
     }
 }
 
+/// A decode worker's registration, by its name and process.
+pub(super) struct Shape {
+    pub(super) id: String,
+    pub(super) key: String,
+}
+
+impl Shape {
+    pub(super) fn registration(self) -> Registration {
+        Registration { worker: WorkerId(self.id), process_key: self.key, ..registration(2, 0) }
+    }
+}
+
+/// A proposal without a place.
+pub(super) fn shaped(request: u128) -> Proposed {
+    Proposed { deadline_ms: 600_000, ..proposed(request, 1, (2, 0), None) }
+}
+
 fn proposed(request: u128, attempt: u32, decode: (usize, u64), prefill: Option<(usize, u64)>) -> Proposed {
     let life = |(worker, incarnation): (usize, u64)| (WorkerId(WORKERS[worker].0.into()), Incarnation(incarnation));
     Proposed {

@@ -239,3 +239,48 @@ impl From<OpenRequest> for request::OpenRequest {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use baton_core::Refused;
+
+    use super::super::command::Outcome;
+    use super::super::{CodecError, Ledger, decode_batch, decode_ledger};
+    use super::*;
+
+    /// Written by the last binary of version 1: a cluster `c` whose workers `p` and `d` register, then an assignment of
+    /// request 1, the end of request 2, the end of `p`; and the ledger after both entries.
+    const ENTRIES: [&str; 2] = [
+        "010005030101700103703a310705302e312e30016d0163016e108020016ce80740016b0101640203643a310705302e312e30016d0163016e108020016ce80740016b000163",
+        "0100060504010201740101670a0532016481200101708020037768790502000963616e63656c6c656401020302017080200301780306",
+    ];
+    const LEDGER: &str = "0100016302060201640203643a310705302e312e30016d0163016e108020016ce807408120016b010501700103703a310705302e312e30016d0163016e108020016ce807408020016b000601010280400164812003643a31010170802003703a31016e01740101670a050638037768790138010102010200";
+
+    fn bytes(hex: &str) -> Vec<u8> {
+        (0..hex.len()).step_by(2).map(|at| u8::from_str_radix(&hex[at..at + 2], 16).unwrap()).collect()
+    }
+
+    #[test]
+    fn a_log_of_version_1_gives_the_ledger_of_version_1() {
+        let mut ledger = Ledger::default();
+        for (index, entry) in (1..).zip(ENTRIES) {
+            let batch = decode_batch(&bytes(entry)).unwrap();
+            let outcomes = ledger.apply(index, batch);
+            assert!(!outcomes.iter().any(|o| matches!(o, Outcome::Refused(Refused::Stale))), "{outcomes:?}");
+        }
+        let restored = decode_ledger(&bytes(LEDGER)).unwrap();
+        assert_eq!((restored.cluster(), restored.index(), restored.time_ms()), ("c", 2, 6));
+        assert!(restored.has_ended(RequestId(2)) && restored.request(RequestId(1)).is_some());
+        // Deaths and charges are of version 2: a snapshot of version 1 has none.
+        let ledger = Ledger { poison: Default::default(), ..ledger };
+        let mut open = ledger.open.clone();
+        open.values_mut().for_each(|open| open.charged = 0);
+        assert_eq!(restored, Ledger { open, ..ledger });
+    }
+
+    #[test]
+    fn a_torn_entry_of_version_1_is_refused() {
+        let torn = bytes(ENTRIES[0]);
+        assert!(matches!(decode_batch(&torn[..torn.len() - 1]), Err(CodecError::Damaged(1, _))));
+    }
+}

@@ -166,6 +166,39 @@ impl Client {
         self.register_as(member, "k").await
     }
 
+    pub(crate) async fn assignments(
+        &mut self,
+        said: tokio_stream::wrappers::ReceiverStream<v1::AssignBatch>,
+    ) -> tonic::Streaming<v1::AssignedBatch> {
+        self.0.assignments(said).await.unwrap().into_inner()
+    }
+
+    pub(crate) async fn gateway_beat(&mut self, id: &str) {
+        let member = v1::Member {
+            id: id.into(),
+            role: v1::Role::Gateway.into(),
+            address: format!("{id}:1"),
+            ..Default::default()
+        };
+        let request = v1::HeartbeatRequest { id: id.into(), member: Some(member), ..Default::default() };
+        let reply = self.0.heartbeat(request).await.unwrap().into_inner();
+        assert!(matches!(reply.outcome, Some(v1::heartbeat_reply::Outcome::Accepted(_))), "{reply:?}");
+    }
+
+    pub(crate) async fn locate(
+        &mut self,
+        request: u128,
+        gateway: &str,
+        tenant: &str,
+    ) -> Result<v1::Assignment, String> {
+        let (gateway, tenant) = (gateway.into(), tenant.into());
+        let request = v1::LocateRequest { request: format!("{request:032x}"), gateway, tenant };
+        match self.0.locate(request).await.unwrap().into_inner().outcome.unwrap() {
+            v1::locate_reply::Outcome::Assignment(assignment) => Ok(assignment),
+            v1::locate_reply::Outcome::Refused(refusal) => Err(refusal.reason),
+        }
+    }
+
     pub(crate) async fn watch_access(&mut self) -> tonic::Streaming<v1::Access> {
         self.0.watch_access(v1::WatchRequest {}).await.unwrap().into_inner()
     }

@@ -1,8 +1,10 @@
 //! Coordinators over real TCP and real files, driven as gateways and workers drive them.
 
 mod admin;
+mod gateways;
 mod group;
 mod one;
+mod stream;
 mod three;
 
 use std::time::Duration;

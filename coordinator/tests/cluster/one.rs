@@ -17,7 +17,7 @@ async fn a_request_is_assigned_repeated_moved_and_finished() {
     let decode = client.register("decode-0", "k").await.unwrap();
     assert_eq!(client.register("decode-0", "k").await, Ok(decode), "one process, one incarnation");
     assert!(client.beat("prefill-0", prefill, 1).await.unwrap().leader);
-    assert_eq!(client.beat("prefill-0", prefill, 1).await.unwrap_err().reason, "stale");
+    assert_eq!(client.beat("prefill-0", prefill, 1).await.unwrap_err().reason, "expired");
 
     let first = client.assign(request(1, 1)).await.unwrap();
     assert_eq!(first.decode.as_ref().unwrap().worker, "decode-0");
@@ -50,7 +50,7 @@ async fn a_silent_worker_is_fenced() {
         async move { client.view().await?.members.iter().any(|m| !m.live).then_some(()) }
     })
     .await;
-    assert_eq!(watcher.beat("decode-0", decode, 2).await.unwrap_err().reason, "stale");
+    assert_eq!(watcher.beat("decode-0", decode, 2).await.unwrap_err().reason, "fenced");
     assert_eq!(watcher.assign(request(1, 1)).await.unwrap_err().reason, "no_workers");
     assert!(watcher.register("decode-0", "k").await.unwrap() > decode);
     assert!(watcher.assign(request(1, 1)).await.is_ok());

@@ -1,0 +1,54 @@
+//! What becomes of requests whose gateway is lost.
+
+use std::time::Duration;
+
+use baton_proto::v1;
+use tokio::time::Instant;
+
+use crate::group::{Client, Directory, config, request, start};
+use crate::wait_for;
+
+/// Waits until so many requests are open, while the gateway that stays sends its heartbeats.
+async fn open(client: &Client, count: u64) {
+    let of = || {
+        let mut client = client.clone();
+        async move {
+            client.gateway_beat("stays").await;
+            (client.view().await?.requests_open == count).then_some(())
+        }
+    };
+    wait_for("requests to end", of).await;
+}
+
+/// Goal: a lost gateway's requests end within two seconds, those it may be resumed for go on, and whoever takes one over
+/// keeps it. Method: three requests of a gateway that falls silent, one of another that goes on.
+#[tokio::test]
+async fn a_lost_gateway_takes_its_requests_along_but_those_that_may_be_resumed() {
+    let directory = Directory::new();
+    let running = start(config(1, directory.path(), &[])).await;
+    let mut client = Client::new(&running.address());
+    client.register("decode-0", "k").await.unwrap();
+    let of = |id: u128, gateway: &str, resumable_ms: u64| v1::AssignRequest {
+        gateway: gateway.into(),
+        tenant: "t".into(),
+        resumable_ms,
+        ..request(id, 1)
+    };
+    client.gateway_beat("stays").await;
+    client.gateway_beat("goes").await;
+    client.assign(of(1, "goes", 0)).await.unwrap();
+    let taken = client.assign(of(2, "goes", 300_000)).await.unwrap();
+    client.assign(of(3, "goes", 500)).await.unwrap();
+    client.assign(of(4, "stays", 0)).await.unwrap();
+    let lost = Instant::now();
+    assert_eq!(client.locate(2, "stays", "other").await, Err("unknown".into()), "not of this tenant");
+    assert_eq!(client.locate(9, "stays", "t").await, Err("unknown".into()));
+    open(&client, 3).await;
+    assert!(lost.elapsed() < Duration::from_secs(2), "{:?}", lost.elapsed());
+    let found = client.locate(2, "stays", "t").await.unwrap();
+    assert_eq!((found.epoch, found.decode), (taken.epoch, taken.decode));
+    open(&client, 2).await;
+    assert_eq!(client.locate(1, "stays", "t").await, Err("unknown".into()), "ended");
+    assert!(client.locate(2, "", "t").await.is_ok() && client.locate(4, "", "t").await.is_ok());
+    running.stop().await;
+}
