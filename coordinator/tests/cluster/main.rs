@@ -3,7 +3,10 @@
 mod admin;
 mod gateways;
 mod group;
+mod load;
+mod membership;
 mod one;
+mod storage;
 mod stream;
 mod three;
 
