@@ -20,7 +20,7 @@ const TIME_MAX: Duration = Duration::from_secs(60);
 struct Acknowledged {
     /// One past the last entry.
     end: u64,
-    vote: Option<u8>,
+    vote: Option<u64>,
     /// First entry that no purge was asked for.
     start: u64,
 }
@@ -120,8 +120,8 @@ fn taped(purges: u64) -> Arc<Tape> {
             told.await.unwrap().unwrap();
             tape.acknowledged.lock().unwrap().end = index;
             if index / 16 > before / 16 {
-                log.save_vote(vec![index as u8].into()).await.unwrap();
-                tape.acknowledged.lock().unwrap().vote = Some(index as u8);
+                log.save_vote(index.to_le_bytes().to_vec().into()).await.unwrap();
+                tape.acknowledged.lock().unwrap().vote = Some(index);
                 log.save_committed(Bytes::from(index.to_le_bytes().to_vec()));
             }
             if index / 50 > before / 50 && index / 50 <= purges {
@@ -143,7 +143,8 @@ fn check(disk: &MemoryDisk, found: &Recovered, acknowledged: &Acknowledged, exac
     }
     if let Some(vote) = acknowledged.vote {
         let found = found.vote.as_deref().unwrap_or_else(|| panic!("{}: no vote", what()));
-        assert!(found[0] >= vote && (!exact || found[0] == vote), "{}: vote {found:?}, not {vote}", what());
+        let found = u64::from_le_bytes(found.try_into().unwrap());
+        assert!(found >= vote && (!exact || found == vote), "{}: vote {found:?}, not {vote}", what());
     }
     for (index, location) in (found.first..).zip(&found.locations) {
         let bytes = disk.read_at(&segment_name(location.segment), location.offset, location.len as usize).unwrap();

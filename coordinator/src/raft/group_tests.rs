@@ -97,6 +97,7 @@ impl AsyncWrite for Wired {
 struct Member {
     node: Arc<Node>,
     server: JoinHandle<()>,
+    stop: watch::Sender<bool>,
 }
 
 struct Group {
@@ -140,9 +141,12 @@ impl Group {
         };
         let node = Arc::new(Node::start(parts).await.unwrap());
         let server = baton_proto::channel::server().add_service(RaftServer::new(node.service()));
-        let serving = server.serve_with_incoming(baton_proto::incoming(listener));
+        let stop = watch::Sender::new(false);
+        let mut stopped = stop.subscribe();
+        let stopped = async move { drop(stopped.wait_for(|stop| *stop).await) };
+        let serving = server.serve_with_incoming_shutdown(baton_proto::incoming(listener), stopped);
         let server = tokio::spawn(async move { drop(serving.await) });
-        self.members.insert(id, Member { node, server });
+        self.members.insert(id, Member { node, server, stop });
     }
 
     async fn restart(&mut self, id: u64) {
@@ -156,10 +160,11 @@ impl Group {
     }
 
     async fn stop(&mut self, id: u64) {
-        let Member { node, server } = self.members.remove(&id).unwrap();
+        let Member { node, server, stop } = self.members.remove(&id).unwrap();
+        stop.send_replace(true);
         node.stop().await;
         node.close().await;
-        server.abort();
+        server.await.unwrap();
     }
 
     fn node(&self, id: u64) -> Arc<Node> {
@@ -180,9 +185,12 @@ impl Group {
     /// Commits commands, at whichever of these nodes leads.
     async fn commit(&self, of: &[u64], times: std::ops::Range<u64>) {
         for time_ms in times {
-            let batch = Batch { time_ms, commands: vec![Command::Expire] };
-            while self.node(self.leader(of).await).propose(&batch).await.is_err() {}
+            self.commit_one(of, Batch { time_ms, commands: vec![Command::Expire] }).await;
         }
+    }
+
+    async fn commit_one(&self, of: &[u64], batch: Batch) {
+        while self.node(self.leader(of).await).propose(&batch).await.is_err() {}
     }
 
     /// Waits until these nodes hold the same ledger up to this time.
@@ -234,7 +242,24 @@ async fn save_and_purge(node: &Node) {
     node.raft.wait(None).metrics(|m| m.purged.is_some_and(|p| p.index >= applied), "a purge").await.unwrap();
 }
 
-/// Goal: a node for which the others no longer have entries catches up by snapshot, and goes on by the log.
+/// Ends of requests that nobody has heard of: they make the ledger, and its snapshot, large.
+fn ends(nth: u64) -> Batch {
+    let end = |id: u64| {
+        Command::Finish(state::Finished {
+            request: baton_core::RequestId(u128::MAX - u128::from(id)),
+            epoch: baton_core::Epoch(0),
+            outcome: "cancelled".into(),
+            prompt_tokens: 0,
+            cached_tokens: 0,
+            generated_tokens: 0,
+        })
+    };
+    let count = state::COMMANDS_MAX as u64;
+    Batch { time_ms: 0, commands: (nth * count..(nth + 1) * count).map(end).collect() }
+}
+
+/// Goal: a node for which the others no longer have entries catches up by snapshot, of more parts than one, and goes on by
+/// the log.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_far_behind_catches_up_by_snapshot() {
     let mut group = Group::start().await;
@@ -243,8 +268,18 @@ async fn a_node_far_behind_catches_up_by_snapshot() {
     let present = others(away);
     group.stop(away).await;
     group.commit(&present, 10..200).await;
-    for id in &present {
-        save_and_purge(&group.node(*id)).await;
+    for nth in 0..8 {
+        group.commit_one(&present, ends(nth)).await;
+    }
+    let bytes = state::encode_ledger(&group.node(present[0]).ledger()).len();
+    assert!(bytes > 1 << 20, "{bytes} bytes are one part");
+    // A leader keeps what it still tries to send to a node that is down: one that has dropped it shall lead.
+    let leader = group.leader(&present).await;
+    let next = *present.iter().find(|id| **id != leader).unwrap();
+    save_and_purge(&group.node(next)).await;
+    while group.leader(&present).await != next {
+        group.node(group.leader(&present).await).hand_over(next).await.unwrap();
+        wait(|| group.node(next).standing().borrow().leader).await;
     }
     group.commit(&present, 200..210).await;
     group.restart(away).await;

@@ -264,9 +264,11 @@ fn config(nodes: usize) -> Config {
         heartbeat_interval: HEARTBEAT_MS,
         election_timeout_min: ELECTION_MS_MIN,
         election_timeout_max: ELECTION_MS_MAX,
-        install_snapshot_timeout: 20_000,
+        install_snapshot_timeout: 30_000,
         snapshot_policy: SnapshotPolicy::LogsSinceLast(SNAPSHOT_EVERY),
         max_in_snapshot_log_to_keep: ENTRIES_KEPT,
+        // A node that comes back is found within a quarter of a second.
+        backoff: "50ms, 100ms, 200ms ...250ms".into(),
         enable_pre_vote: Some(true),
         // A group of one needs nobody's vote; others elect anew, because the durable commit mark may lag.
         enable_leader_restore: Some(nodes == 1),

@@ -29,7 +29,8 @@ pub(crate) struct Acknowledged {
 pub(crate) struct Load {
     addresses: Arc<Mutex<Vec<String>>>,
     acknowledged: Arc<Mutex<Acknowledged>>,
-    stop: watch::Sender<bool>,
+    stop_requests: watch::Sender<bool>,
+    stop_beats: watch::Sender<bool>,
     tasks: Vec<JoinHandle<()>>,
 }
 
@@ -39,12 +40,13 @@ impl Load {
         let load = Load {
             addresses: Arc::new(Mutex::new(addresses.to_vec())),
             acknowledged: Arc::default(),
-            stop: watch::Sender::new(false),
+            stop_requests: watch::Sender::new(false),
+            stop_beats: watch::Sender::new(false),
             tasks: Vec::new(),
         };
-        let beats = tokio::spawn(beats(load.addresses.clone(), load.stop.subscribe()));
-        let requests = requests(load.addresses.clone(), load.acknowledged.clone(), load.stop.subscribe());
-        let load = Load { tasks: vec![beats, tokio::spawn(requests)], ..load };
+        let beats = tokio::spawn(beats(load.addresses.clone(), load.stop_beats.subscribe()));
+        let requests = requests(load.addresses.clone(), load.acknowledged.clone(), load.stop_requests.subscribe());
+        let load = Load { tasks: vec![tokio::spawn(requests), beats], ..load };
         load.more(1).await;
         load
     }
@@ -59,11 +61,10 @@ impl Load {
     }
 
     /// Ends, and checks at these addresses that whatever was acknowledged is still so.
-    pub(crate) async fn stop_and_check(self, addresses: &[String]) -> Acknowledged {
-        self.stop.send_replace(true);
-        for task in self.tasks {
-            task.await.unwrap();
-        }
+    pub(crate) async fn stop_and_check(mut self, addresses: &[String]) -> Acknowledged {
+        // Worker and gateway live on: what belongs to a gateway that has gone silent is ended.
+        self.stop_requests.send_replace(true);
+        self.tasks.remove(0).await.unwrap();
         let acknowledged = std::mem::take(&mut *self.acknowledged.lock().unwrap());
         assert!(!acknowledged.open.is_empty() && !acknowledged.finished.is_empty());
         for (id, epoch) in &acknowledged.open {
@@ -73,6 +74,8 @@ impl Load {
         for id in &acknowledged.finished {
             assert_eq!(somewhere(addresses, *id).await.map(|a| a.epoch), Err("stale".into()), "request {id} has ended");
         }
+        self.stop_beats.send_replace(true);
+        self.tasks.remove(0).await.unwrap();
         acknowledged
     }
 }

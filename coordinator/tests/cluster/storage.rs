@@ -34,7 +34,7 @@ async fn leader(addresses: &[String]) -> usize {
         for address in addresses {
             leaders.push(Client::new(address).view().await?.leader);
         }
-        (leaders[0] != 0 && leaders.iter().all(|leader| *leader == leaders[0])).then_some(leaders[0] as usize - 1)
+        (leaders[0] != 0 && leaders.iter().all(|leader| *leader == leaders[0])).then(|| leaders[0] as usize - 1)
     })
     .await
 }
