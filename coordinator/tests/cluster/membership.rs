@@ -207,7 +207,7 @@ async fn joining_again_on_the_same_directory_goes_on() {
 }
 
 /// Why a node is not let in: at its start, or a little later where the others took their time to answer.
-async fn refused(config: baton_coordinator::Config) -> String {
+async fn not_let_in(config: baton_coordinator::Config) -> String {
     match try_start(config).await {
         Err(refused) => refused.to_string(),
         Ok(mut running) => {
@@ -229,7 +229,7 @@ async fn an_emptied_node_is_refused_and_replaced() {
     group.stop(lost).await;
     let emptied = config(number, group.directory.path(), &group.peers);
     std::fs::remove_dir_all(&emptied.data).unwrap();
-    let refused = refused(emptied.clone()).await;
+    let refused = not_let_in(emptied.clone()).await;
     assert!(refused.contains(&format!("baton coordinator replace {number}")), "{refused}");
 
     let data = group.directory.path().join("new");
@@ -244,7 +244,7 @@ async fn an_emptied_node_is_refused_and_replaced() {
     load.more(20).await;
     load.stop_and_check(&others).await;
     new.stop().await;
-    let refused = refused(emptied).await;
+    let refused = not_let_in(emptied).await;
     assert!(refused.contains(&format!("node {number} was removed")), "{refused}");
     group.stop_all().await;
 }
