@@ -37,7 +37,7 @@ pub(crate) enum Command {
     Bench(crate::bench::Bench),
     /// Say what this machine offers and what is missing
     Doctor,
-    /// Run one coordinator
+    /// Run one coordinator, or change the group of those that run
     Coordinator(crate::role::coordinator::CoordinatorFlags),
     /// Run one prefill worker
     PrefillWorker(crate::role::worker::WorkerFlags),
@@ -51,7 +51,11 @@ impl Command {
     /// Whether this is one process of a cluster.
     pub(crate) fn is_role(&self) -> bool {
         use Command::{Coordinator, DecodeWorker, Gateway, PrefillWorker};
-        matches!(self, Coordinator(_) | PrefillWorker(_) | DecodeWorker(_) | Gateway(_))
+        match self {
+            Coordinator(flags) => flags.is_role(),
+            PrefillWorker(_) | DecodeWorker(_) | Gateway(_) => true,
+            _ => false,
+        }
     }
 }
 
@@ -88,6 +92,15 @@ mod tests {
             ("baton role decode-1 prefill --data d", true),
             ("baton role decode-1 gateway", false),
             ("baton decode-worker --coordinator a:1 --coordinator b:2 --log debug", true),
+            ("baton coordinator --node 2 --data d", true),
+            ("baton coordinator join --via a:1 --data d --listen 0.0.0.0:7400", true),
+            ("baton coordinator join --data d", false),
+            ("baton coordinator replace 2 --via a:1 --data d", true),
+            ("baton coordinator replace --via a:1 --data d", false),
+            ("baton coordinator leave 3 --coordinator a:1", true),
+            ("baton coordinator leave 0", false),
+            ("baton coordinator transfer-leader", true),
+            ("baton coordinator --node 2 leave 3", false),
             ("baton", false),
         ];
         for (line, expected) in cases {

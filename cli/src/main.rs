@@ -1,6 +1,7 @@
 //! The binary `baton`. The only reader of flags and environment, the only one that installs signal handlers, logs and
 //! the metrics recorder, and the only one that ends the process.
 
+mod admin;
 mod args;
 mod bench;
 mod chat;

@@ -27,7 +27,8 @@ pub(crate) const EXIT_CODES: &str = "A flag overrides its key in the TOML file; 
 Exit codes:
   0  ended as asked (Ctrl-C, SIGTERM)
   1  failed while it served
-  2  refused before it served: flags, configuration, model or address";
+  2  refused before it served: flags, configuration, model or address
+ 78  a coordinator's data is damaged: path and offset are named";
 
 /// Flags of every role.
 #[derive(Args, Clone, Debug)]
@@ -61,8 +62,8 @@ impl RoleFlags {
 /// A role that has started, whichever it is.
 pub(crate) trait Running {
     fn address(&self) -> String;
-    /// Resolves when it ended by itself.
-    async fn stopped(&mut self) -> Result<(), String>;
+    /// Resolves when it ended by itself; Ok if somebody wanted it to, with the reason.
+    async fn stopped(&mut self) -> Result<String, Failure>;
     /// Ends it well.
     async fn stop(self);
 }
@@ -75,8 +76,11 @@ macro_rules! running {
                 <$kind>::address(self)
             }
 
-            async fn stopped(&mut self) -> Result<(), String> {
-                <$kind>::stopped(self).await.map_err(|error| error.to_string())
+            async fn stopped(&mut self) -> Result<String, Failure> {
+                match <$kind>::stopped(self).await {
+                    Ok(()) => Err(anyhow::anyhow!("it ended by itself").into()),
+                    Err(error) => Err(anyhow::anyhow!("{error}").into()),
+                }
             }
 
             async fn stop(self) {
@@ -85,7 +89,31 @@ macro_rules! running {
         }
     )*};
 }
-running!(baton_coordinator::Running, baton_gateway::Running);
+running!(baton_gateway::Running);
+
+impl Running for baton_coordinator::Running {
+    fn address(&self) -> String {
+        baton_coordinator::Running::address(self)
+    }
+
+    async fn stopped(&mut self) -> Result<String, Failure> {
+        use baton_coordinator::Stopped;
+        let Err(stopped) = baton_coordinator::Running::stopped(self).await else {
+            return Err(anyhow::anyhow!("it ended by itself").into());
+        };
+        let code = match &stopped {
+            Stopped::Removed(_) => return Ok(stopped.to_string()),
+            Stopped::Damaged(_) => crate::exit::DAMAGED,
+            Stopped::Refused(_) => crate::exit::REFUSED,
+            Stopped::Node(_) | Stopped::Server(_) => crate::exit::FAILED,
+        };
+        Err(Failure { code, error: anyhow::anyhow!("{stopped}") })
+    }
+
+    async fn stop(self) {
+        baton_coordinator::Running::stop(self).await;
+    }
+}
 
 /// Runs a role's process: builds the runtime, tells the supervisor why it failed.
 pub(crate) fn process(
@@ -142,8 +170,12 @@ pub(crate) async fn serve(
     voice.say(&Event::Ready { role, id: id.clone(), address, metrics });
     tokio::select! {
         ended = running.stopped() => return match ended {
-            Ok(()) => Err(anyhow::anyhow!("{id} ended by itself").into()),
-            Err(error) => Err(anyhow::anyhow!("{id} failed: {error}").into()),
+            Ok(why) => {
+                tracing::info!(id, why, "ended");
+                eprintln!("baton: {id}: {why}");
+                Ok(())
+            }
+            Err(Failure { code, error }) => Err(Failure { code, error: error.context(format!("{id} failed")) }),
         },
         () = asked.come() => {}
     }

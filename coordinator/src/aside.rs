@@ -66,7 +66,7 @@ impl raft_server::Raft for Aside {
         self.refused()
     }
 
-    async fn snapshot(&self, _: Request<Blob>) -> Answer<Blob> {
+    async fn snapshot(&self, _: Request<Streaming<Blob>>) -> Answer<Blob> {
         self.refused()
     }
 

@@ -4,6 +4,7 @@
 
 mod aside;
 mod config;
+mod join;
 pub mod log;
 pub mod placement;
 mod raft;
@@ -13,5 +14,6 @@ mod stack;
 pub mod state;
 
 pub use config::{Config, ConfigError};
+pub use join::{Join, join, join_on};
 pub use raft::NodeError;
 pub use running::{Running, StartError, Stopped, start, start_on};

@@ -20,6 +20,8 @@ use crate::stack::{End, Stack};
 
 /// How often a full disk is tried again.
 const ROOM_EVERY: Duration = Duration::from_millis(500);
+/// How long a stopped node's parts may hold its directory.
+const QUIET_MAX: Duration = Duration::from_secs(2);
 /// How often the others are asked after a node with an empty directory.
 const ASK_EVERY: Duration = Duration::from_millis(100);
 
@@ -104,6 +106,9 @@ pub async fn start_on(config: Config, env: Env, disk: Arc<dyn Disk>) -> Result<R
     config.check_cluster()?;
     let wanted = config.cluster.clone().unwrap_or_default();
     Identity::check(&*disk, config.node, &wanted)?;
+    if Identity::load(&*disk)?.is_some_and(|identity| identity.joined) && log::is_empty(&*disk)? {
+        return Err(StartError::Lost { path: disk.path(""), node: config.node });
+    }
     let listener = listen(&env, &config.listen).await?;
     start_with(config, group, env, disk, listener).await
 }
@@ -182,6 +187,7 @@ impl Home {
                 Begun::Takes(mut stack) => {
                     let end = stack.until_end(&self.net, &mut asked).await;
                     stack.stop().await;
+                    self.quiet().await;
                     match end {
                         End::Asked => return Ok(()),
                         End::Stopped(Stopped::Node(why)) if self.room.is_full() => {
@@ -200,6 +206,19 @@ impl Home {
                     }
                 }
             };
+        }
+    }
+
+    /// Waits until what the stopped node had running has let go of the disk, so that whoever asked for the end may use
+    /// the directory. What hangs longer writes nothing any more.
+    async fn quiet(&self) {
+        let quiet = async {
+            while Arc::strong_count(&self.room) > 1 {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        if tokio::time::timeout(QUIET_MAX, quiet).await.is_err() {
+            tracing::warn!("parts of the node that ended still hold its directory");
         }
     }
 

@@ -1,12 +1,14 @@
-//! `baton coordinator`: one node of the ledger.
+//! `baton coordinator`: one node of the ledger, or a change of the group.
 
-use baton_coordinator::Config;
+pub(crate) mod group;
+
+use baton_coordinator::{Config, StartError};
 use baton_core::Role;
 use clap::Args;
 use toml::Value;
 
 use super::settings::Settings;
-use super::{EXIT_CODES, RoleFlags, metrics, not_started};
+use super::{EXIT_CODES, RoleFlags, metrics};
 use crate::exit::Failure;
 use crate::surroundings;
 
@@ -15,7 +17,8 @@ pub(crate) const LISTEN: &str = "127.0.0.1:7400";
 
 /// Run one coordinator.
 ///
-/// One node is enough to serve; three survive the loss of one. Every node names all nodes with --peer.
+/// One node is enough to serve; three survive the loss of one. Every node of a new group names all nodes with --peer; all
+/// must be up once for the group to form. A group that runs is changed with the commands below.
 ///
 /// Keys of the TOML file, as the flags of these names: node, listen, advertise, data, metrics, peers (a list of [node,
 /// address]). Besides: cluster (its name; drawn by the first leader if it is not set), and the table [policy] of placement:
@@ -24,8 +27,10 @@ pub(crate) const LISTEN: &str = "127.0.0.1:7400";
 /// worker before it counts as full, 256), and the costs sequence_cost_tokens (32), pressure_cost_tokens (1024) and
 /// prefill_rate_assumed (1000 tokens a second).
 #[derive(Args, Debug)]
-#[command(after_help = EXIT_CODES)]
+#[command(after_help = EXIT_CODES, args_conflicts_with_subcommands = true)]
 pub(crate) struct CoordinatorFlags {
+    #[command(subcommand)]
+    group: Option<group::Group>,
     #[command(flatten)]
     role: RoleFlags,
     /// Number of this node, from 1; never given to another node or an emptied disk [default: 1]
@@ -40,7 +45,7 @@ pub(crate) struct CoordinatorFlags {
     /// Directory of the ledger [default: $HOME/.baton/coordinator-<node>]
     #[arg(long, value_name = "DIR")]
     data: Option<String>,
-    /// A node and its address, this one among them; 1 or 3 in total [default: only this node]
+    /// A node and its address, this one among them; 1, 3 or 5 in total [default: only this node]
     #[arg(long = "peer", value_name = "N=HOST:PORT", value_parser = peer)]
     peers: Vec<(u32, String)>,
     /// Address for /metrics and /live; port 0 takes a free one [default: 127.0.0.1:0]
@@ -56,7 +61,23 @@ fn peer(text: &str) -> Result<(u32, String), String> {
         .ok_or_else(|| "is not of the form N=HOST:PORT".into())
 }
 
+impl CoordinatorFlags {
+    /// Whether this runs a node.
+    pub(crate) fn is_role(&self) -> bool {
+        self.group.as_ref().is_none_or(group::Group::is_role)
+    }
+}
+
+/// A coordinator that could not start; damage has an exit code of its own.
+fn not_started(what: &str, error: StartError) -> Failure {
+    let code = if error.is_damage() { crate::exit::DAMAGED } else { crate::exit::REFUSED };
+    Failure { code, ..super::not_started(what, error) }
+}
+
 pub(crate) fn run(flags: CoordinatorFlags) -> Result<(), Failure> {
+    if let Some(group) = flags.group {
+        return group::run(group);
+    }
     let common = flags.role.clone();
     super::process(tokio::runtime::Builder::new_current_thread(), &common, serve(flags))
 }

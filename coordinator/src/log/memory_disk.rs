@@ -69,6 +69,11 @@ impl MemoryDisk {
         MemoryDisk { files: Arc::new(Mutex::new(files)), delay: self.delay }
     }
 
+    /// Bytes that a crash may lose, of the file with most of them.
+    pub fn unsynced(&self) -> usize {
+        self.lock().files.values().map(|file| file.bytes.len() - file.synced.min(file.bytes.len())).max().unwrap_or(0)
+    }
+
     /// Syncs of files so far.
     pub fn syncs(&self) -> u64 {
         self.lock().syncs

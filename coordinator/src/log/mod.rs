@@ -3,6 +3,8 @@
 //! durable before it is.
 
 mod disk;
+#[cfg(test)]
+mod exhaustive;
 mod frame;
 mod identity;
 mod memory;
@@ -16,6 +18,7 @@ mod writer;
 
 use std::io;
 use std::ops::Range;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use bytes::Bytes;
@@ -83,6 +86,7 @@ pub struct Log {
     memory: Arc<Mutex<Memory>>,
     writer: Arc<Mutex<Option<Writing>>>,
     damage: Arc<OnceLock<String>>,
+    slow: Arc<AtomicU32>,
 }
 
 impl Log {
@@ -92,7 +96,9 @@ impl Log {
         if recovered.cut_bytes > 0 {
             tracing::warn!(bytes = recovered.cut_bytes, "cut the log's torn tail, which was never acknowledged");
         }
+        let slow = Arc::new(AtomicU32::new(0));
         let start = Start {
+            slow: slow.clone(),
             segments: recovered.segments.clone(),
             next_frame: recovered.next_frame,
             segment_bytes_max: options.segment_bytes_max,
@@ -101,7 +107,7 @@ impl Log {
         let writer = Writer::open(disk.clone(), memory.clone(), start)?;
         let running = writer.run().map_err(|error| LogError::io(&*disk, "", error))?;
         let writer = Arc::new(Mutex::new(Some(running)));
-        Ok(Log { disk, memory, writer, damage: Arc::default() })
+        Ok(Log { disk, memory, writer, damage: Arc::default(), slow })
     }
 
     /// Indices of the entries held.
@@ -195,6 +201,11 @@ impl Log {
         let appends = self.writer.lock().expect("writer lock").as_ref().map(|(appends, _)| appends.clone());
         let appends = appends.ok_or_else(closed)?;
         appends.send(append).await.map_err(|_| closed())
+    }
+
+    /// How many writes in a row have been slow, the last one among them.
+    pub fn writes_slow(&self) -> u32 {
+        self.slow.load(Ordering::Relaxed)
     }
 
     /// What was found damaged while this log was read.

@@ -1,6 +1,7 @@
 //! The one writer of the log: takes whatever has queued while the last sync ran, writes it as one frame, syncs once.
 
 use std::io;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -19,6 +20,9 @@ use super::{LogError, segment_name};
 const QUEUE_MAX: usize = 1024;
 /// Bytes of one frame after which no further append joins it.
 const FRAME_BYTES: usize = 8 << 20;
+
+/// A write that takes so long, sync included, is slow.
+pub(super) const SYNC_SLOW: Duration = Duration::from_millis(100);
 
 /// Called once, when the append is durable or has failed.
 pub type Done = Box<dyn FnOnce(io::Result<()>) + Send>;
@@ -64,6 +68,10 @@ pub(super) struct Writer {
     purged: Option<(u64, Bytes)>,
     committed: Option<Bytes>,
     buffer: Vec<u8>,
+    /// When the round under way began.
+    began: Instant,
+    /// Slow writes in a row.
+    slow: Arc<AtomicU32>,
     /// The first error; nothing is written after it, because what the disk holds is unknown then.
     failed: Option<(io::ErrorKind, String)>,
 }
@@ -73,6 +81,7 @@ pub(super) struct Start {
     pub(super) segments: Vec<Segment>,
     pub(super) next_frame: u64,
     pub(super) segment_bytes_max: u64,
+    pub(super) slow: Arc<AtomicU32>,
 }
 
 impl Writer {
@@ -99,6 +108,8 @@ impl Writer {
             purged,
             committed,
             buffer: Vec::new(),
+            began: Instant::now(),
+            slow: start.slow,
             failed: None,
         };
         if fresh {
@@ -121,12 +132,14 @@ impl Writer {
 
     fn run_thread(mut self, mut queue: Receiver<Append>) {
         while let Some(append) = queue.blocking_recv() {
+            self.began = Instant::now();
             self.round(append, &mut queue);
         }
     }
 
     async fn run_inline(mut self, mut queue: Receiver<Append>, delay: Duration) {
         while let Some(append) = queue.recv().await {
+            self.began = Instant::now();
             tokio::time::sleep(delay).await;
             self.round(append, &mut queue);
         }
@@ -192,6 +205,10 @@ impl Writer {
         let start = Instant::now();
         self.file.sync()?;
         metrics::histogram!("baton_coordinator_fsync_seconds").record(start.elapsed().as_secs_f64());
+        match self.began.elapsed() >= SYNC_SLOW {
+            true => drop(self.slow.fetch_add(1, Ordering::Relaxed)),
+            false => self.slow.store(0, Ordering::Relaxed),
+        }
         self.memory.lock().expect("memory lock").written(&entries);
         match purge {
             Some(index) => self.drop_segments(index),

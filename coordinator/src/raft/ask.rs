@@ -14,7 +14,7 @@ use super::envelope::Envelope;
 use super::wire::decode;
 
 /// For one answer.
-const ASK_TIMEOUT: Duration = Duration::from_millis(700);
+const ASK_TIMEOUT: Duration = Duration::from_millis(1_000);
 
 /// Asks after a node.
 #[derive(Debug, Serialize, Deserialize)]

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use baton_proto::v1::Blob;
+use bytes::Bytes;
 use serde::{Serialize, de::DeserializeOwned};
 use tonic::Status;
 
@@ -40,12 +41,22 @@ impl Envelope {
 
     /// A message to node `to`; 0 where its number is not known.
     pub(crate) fn seal<T: Serialize>(&self, to: u64, message: &T) -> Blob {
-        Blob { data: encode(message), cluster: self.cluster().to_string(), to }
+        self.seal_bytes(to, encode(message))
+    }
+
+    /// Part of a message that is encoded already.
+    pub(super) fn seal_bytes(&self, to: u64, data: Bytes) -> Blob {
+        Blob { data, cluster: self.cluster().to_string(), to }
     }
 
     /// Reads a message that is for this node of this cluster. A sender that does not know its cluster's name yet is
     /// heard: it is one of those that found it.
     pub(crate) fn open<T: DeserializeOwned>(&self, blob: Blob) -> Result<T, Status> {
+        decode(&self.open_bytes(blob)?).map_err(|error| Status::invalid_argument(error.to_string()))
+    }
+
+    /// The same, of a part.
+    pub(super) fn open_bytes(&self, blob: Blob) -> Result<Bytes, Status> {
         let own = self.cluster();
         if !own.is_empty() && !blob.cluster.is_empty() && blob.cluster != own {
             let what = format!("this is cluster {own:?}, not {:?}", blob.cluster);
@@ -54,7 +65,7 @@ impl Envelope {
         if blob.to != 0 && blob.to != self.node {
             return Err(self.refuse("node", format!("this is node {}, not node {}", self.node, blob.to)));
         }
-        decode(&blob.data).map_err(|error| Status::invalid_argument(error.to_string()))
+        Ok(blob.data)
     }
 
     fn refuse(&self, kind: &'static str, what: String) -> Status {

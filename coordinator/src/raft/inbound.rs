@@ -17,9 +17,13 @@ use super::ask::{Known, Question};
 use super::envelope::Envelope;
 use super::network::{Append, Appended, SnapshotMessage};
 use super::types::{Raft, scoped};
+use super::wire::decode;
 
 /// Answers to a stream of appends that may wait for a slow leader.
 const APPEND_ANSWERS_MAX: usize = 64;
+
+/// Bytes of a snapshot that are taken in: far more than the ledger's limits let it grow to.
+const SNAPSHOT_BYTES_MAX: usize = 1 << 30;
 
 /// What this node knows of another one.
 pub(super) type Tell = Box<dyn Fn(u64) -> Known + Send + Sync>;
@@ -88,8 +92,18 @@ impl raft_server::Raft for RaftService {
         self.answered(scoped(self.seed, self.raft.pre_vote(vote)).await)
     }
 
-    async fn snapshot(&self, request: Request<Blob>) -> Result<Response<Blob>, Status> {
-        let (vote, meta, snapshot): SnapshotMessage = self.asked(request)?;
+    async fn snapshot(&self, request: Request<Streaming<Blob>>) -> Result<Response<Blob>, Status> {
+        let mut parts = request.into_inner();
+        let mut message = Vec::new();
+        while let Some(part) = parts.message().await? {
+            message.extend(self.envelope.open_bytes(part)?);
+            if message.len() > SNAPSHOT_BYTES_MAX {
+                return Err(Status::out_of_range(format!("a snapshot of more than {SNAPSHOT_BYTES_MAX} bytes")));
+            }
+        }
+        let decoded = decode(&message).map_err(|error| Status::invalid_argument(error.to_string()))?;
+        drop(message);
+        let (vote, meta, snapshot): SnapshotMessage = decoded;
         let install = self.raft.install_full_snapshot(vote, Snapshot { meta, snapshot });
         self.answered(scoped(self.seed, install).await)
     }

@@ -26,6 +26,8 @@ pub(crate) struct Machine {
     disk: Arc<dyn Disk>,
     ledger: Arc<RwLock<Ledger>>,
     applied: Arc<Mutex<Applied>>,
+    /// False once the node has ended: what still saves then must not reach the disk of its successor.
+    open: Arc<Mutex<bool>>,
     /// Bytes of entries applied since the ledger was saved.
     log_bytes: Arc<AtomicU64>,
     /// Index of the last entry that changed the cluster's name, its workers, tenants or keys.
@@ -56,6 +58,7 @@ impl Machine {
             disk,
             ledger: Arc::new(RwLock::new(ledger)),
             applied: Arc::new(Mutex::new(applied)),
+            open: Arc::new(Mutex::new(true)),
             log_bytes: Arc::default(),
             changed: Arc::new(watch::Sender::new(0)),
         })
@@ -63,6 +66,11 @@ impl Machine {
 
     pub(super) fn ledger(&self) -> Arc<RwLock<Ledger>> {
         self.ledger.clone()
+    }
+
+    /// Shared by all clones: once it is false, nothing is saved any more.
+    pub(super) fn open_mark(&self) -> Arc<Mutex<bool>> {
+        self.open.clone()
     }
 
     pub(super) fn log_bytes(&self) -> Arc<AtomicU64> {
@@ -92,7 +100,14 @@ impl Machine {
     /// Saves without holding up the runtime where the disk blocks.
     async fn save(&self, meta: &Meta, body: Vec<u8>) -> io::Result<Vec<u8>> {
         let (disk, tag) = (self.disk.clone(), encode(meta));
-        let save = move || save_snapshot(&*disk, &tag, &body).map(|()| body).map_err(io::Error::other);
+        let open = self.open.clone();
+        let save = move || {
+            let open = open.lock().expect("open lock");
+            if !*open {
+                return Err(io::Error::new(io::ErrorKind::BrokenPipe, "the node has ended"));
+            }
+            save_snapshot(&*disk, &tag, &body).map(|()| body).map_err(io::Error::other)
+        };
         match self.disk.inline_delay() {
             Some(delay) => {
                 tokio::time::sleep(delay).await;
@@ -154,6 +169,7 @@ impl RaftStateMachine<Types> for Machine {
             disk: self.disk.clone(),
             ledger: Arc::new(RwLock::new(ledger)),
             applied: Arc::new(Mutex::new(applied)),
+            open: self.open.clone(),
             log_bytes: self.log_bytes.clone(),
             changed: self.changed.clone(),
         }

@@ -64,6 +64,18 @@ impl Members {
         self.since = Some(since);
     }
 
+    /// A group of these (node, votes), each at its `test_address`.
+    #[cfg(test)]
+    pub(crate) fn of(members: impl Iterator<Item = (u64, bool)>) -> Members {
+        let member = |(node, voter)| (node, Member { address: Members::test_address(node), voter });
+        Members { by_node: Arc::new(members.map(member).collect()), in_change: false, since: None }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn test_address(node: u64) -> String {
+        format!("node-{node}:1")
+    }
+
     pub(crate) fn iter(&self) -> impl Iterator<Item = (u64, &Member)> {
         self.by_node.iter().map(|(node, member)| (*node, member))
     }
@@ -132,10 +144,12 @@ pub(super) async fn voters_on_disk(
 
 /// What this node can say about another one.
 pub(super) fn known(raft: &Raft, id: NodeId, standing: &Standing, ledger: &RwLock<Ledger>, node: u64) -> Known {
-    let (applied_term, last, acked) = {
+    let (applied_term, last, acked, holds) = {
         let metrics = raft.metrics();
         let now = metrics.borrow_watched();
-        (now.last_applied.map(|applied| applied.leader_id.term), now.last_log_index, now.last_quorum_acked)
+        let matched = now.replication.as_ref().and_then(|matched| matched.get(&node).copied().flatten());
+        let applied_term = now.last_applied.map(|applied| applied.leader_id.term);
+        (applied_term, now.last_log_index, now.last_quorum_acked, matched.is_some())
     };
     let followed = acked.is_some_and(|acked| acked.elapsed() < QUORUM_SILENCE_MAX) || standing.members.is_alone(id);
     let ledger = ledger.read().expect("ledger lock");
@@ -144,7 +158,7 @@ pub(super) fn known(raft: &Raft, id: NodeId, standing: &Standing, ledger: &RwLoc
         leads: standing.leader == Some(id) && applied_term == Some(standing.term) && followed,
         // The first entry only names the group.
         fresh: last.unwrap_or(0) == 0,
-        seen: ledger.nodes().has_seen(node),
+        seen: holds || ledger.nodes().has_seen(node),
         removed: ledger.nodes().has_removed(node) && standing.members.get(node).is_none(),
     }
 }

@@ -2,6 +2,8 @@
 
 mod ask;
 mod envelope;
+#[cfg(test)]
+mod group_tests;
 mod inbound;
 mod machine;
 mod members;
@@ -14,7 +16,7 @@ mod wire;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, RwLock, RwLockReadGuard};
+use std::sync::{Arc, Mutex, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
 use baton_core::limits::RPC_TIMEOUT_MS;
@@ -40,6 +42,8 @@ const ELECTION_MS_MIN: u64 = 150;
 const ELECTION_MS_MAX: u64 = 300;
 /// Entries after which the ledger is saved and the log before it dropped.
 const SNAPSHOT_EVERY: u64 = 5_000;
+/// Slow writes in a row after which the disk counts as slow.
+const WRITES_SLOW_MAX: u32 = 5;
 /// Bytes of entries after which it is saved as well.
 const LOG_BYTES_MAX: u64 = 32 << 20;
 /// Entries kept before a snapshot, for nodes that are a little behind.
@@ -103,6 +107,7 @@ pub(crate) struct Node {
     envelope: Envelope,
     ledger: Arc<RwLock<Ledger>>,
     log_bytes: Arc<AtomicU64>,
+    machine_open: Arc<Mutex<bool>>,
     changes: watch::Receiver<u64>,
     standing: watch::Receiver<Standing>,
     stopping: watch::Sender<bool>,
@@ -116,6 +121,7 @@ impl Node {
         let Parts { node, peers, envelope, net, disk, seed } = parts;
         let log = Log::open(disk.clone(), LogOptions::default())?;
         let mut machine = Machine::open(disk)?;
+        let machine_open = machine.open_mark();
         let (ledger, changes, log_bytes) = (machine.ledger(), machine.changes(), machine.log_bytes());
         envelope.name(ledger.read().expect("ledger lock").cluster());
         let addresses = peers.clone();
@@ -138,6 +144,7 @@ impl Node {
             envelope,
             ledger,
             log_bytes,
+            machine_open,
             changes,
             standing,
             stopping: watch::Sender::new(false),
@@ -152,6 +159,11 @@ impl Node {
 
     pub(crate) fn envelope(&self) -> &Envelope {
         &self.envelope
+    }
+
+    /// Whether the disk has been slow for a while.
+    pub(crate) fn disk_is_slow(&self) -> bool {
+        self.log.writes_slow() >= WRITES_SLOW_MAX
     }
 
     /// What was found damaged while the log was read.
@@ -239,8 +251,9 @@ impl Node {
         self.naming.abort();
     }
 
-    /// Writes out what the log still holds back.
+    /// Writes out what the log still holds back. After it nothing of this node reaches the disk.
     pub(crate) async fn close(&self) {
+        *self.machine_open.lock().expect("open lock") = false;
         self.log.close().await;
     }
 }
@@ -251,9 +264,11 @@ fn config(nodes: usize) -> Config {
         heartbeat_interval: HEARTBEAT_MS,
         election_timeout_min: ELECTION_MS_MIN,
         election_timeout_max: ELECTION_MS_MAX,
-        install_snapshot_timeout: 20_000,
+        install_snapshot_timeout: 30_000,
         snapshot_policy: SnapshotPolicy::LogsSinceLast(SNAPSHOT_EVERY),
         max_in_snapshot_log_to_keep: ENTRIES_KEPT,
+        // A node that comes back is found within a quarter of a second.
+        backoff: "50ms, 100ms, 200ms ...250ms".into(),
         enable_pre_vote: Some(true),
         // A group of one needs nobody's vote; others elect anew, because the durable commit mark may lag.
         enable_leader_restore: Some(nodes == 1),

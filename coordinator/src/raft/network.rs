@@ -26,10 +26,14 @@ use tonic::{Response, Status};
 
 use super::envelope::Envelope;
 use super::types::Types;
-use super::wire::decode;
+use super::wire::{decode, encode};
 
 /// A snapshot of the largest ledger, over a slow link.
-const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(20);
+const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(30);
+/// Bytes of a snapshot in one part.
+const SNAPSHOT_PART_BYTES: usize = 1 << 20;
+
+const _: () = assert!(SNAPSHOT_PART_BYTES < MESSAGE_BYTES_MAX);
 
 type CallError = RPCError<Types>;
 pub(super) type Append = AppendEntriesRequest<Types>;
@@ -139,8 +143,16 @@ impl RaftNetworkV2<Types> for Peer {
     ) -> Result<SnapshotResponse<Types>, StreamingError<Types>> {
         let unreachable = |error: CallError| StreamingError::Unreachable(unreachable(error));
         let message: SnapshotMessage = (vote, snapshot.meta, snapshot.snapshot);
+        let message = encode(&message);
+        let message_len = message.len();
+        let (to, envelope) = (self.to, self.envelope.clone());
+        let part = move |at: usize| {
+            let end = message.len().min(at + SNAPSHOT_PART_BYTES);
+            envelope.seal_bytes(to, message.slice(at..end))
+        };
+        let parts = futures::stream::iter((0..message_len).step_by(SNAPSHOT_PART_BYTES).map(part));
         let mut client = self.client().map_err(unreachable)?;
-        answer(client.snapshot(self.blob(&message)), SNAPSHOT_TIMEOUT).await.map_err(unreachable)
+        answer(client.snapshot(parts), SNAPSHOT_TIMEOUT).await.map_err(unreachable)
     }
 
     async fn transfer_leader(

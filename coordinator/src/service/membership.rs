@@ -8,7 +8,7 @@ use std::time::Duration;
 use baton_core::{NodeId, Refused};
 use baton_proto::convert::refusal;
 use baton_proto::v1;
-use tokio::time::MissedTickBehavior;
+use tokio::time::{Instant, MissedTickBehavior};
 
 use super::{Refusal, Shared, stopped, unavailable, unexpected};
 use crate::raft::{ChangeError, Members, Progress};
@@ -19,6 +19,9 @@ pub(crate) const VOTERS_MAX: usize = 5;
 /// Entries that a node may be behind and still be given a vote.
 const BEHIND_MAX: u64 = 256;
 const ROUND: Duration = Duration::from_millis(50);
+/// A leader whose disk is slow leads this long before it hands over, so that leadership does not go in circles where
+/// every disk is slow.
+const LEAD_MIN: Duration = Duration::from_secs(10);
 /// How long a call waits for what it asked for; the keeper goes on with it afterwards too.
 const CALL_PATIENCE: Duration = Duration::from_millis(1_500);
 const ADDRESS_BYTES_MAX: usize = 256;
@@ -96,20 +99,26 @@ fn has_majority(voters: &BTreeSet<u64>, progress: &Progress) -> bool {
 /// The leader's work on the group, until this node stops.
 pub(super) async fn keep(shared: Arc<Shared>) {
     let mut stopping = shared.stopping.subscribe();
+    let mut handed: Option<Instant> = None;
     let mut rounds = tokio::time::interval(ROUND);
     rounds.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             biased;
             () = stopped(&mut stopping) => return,
-            () = async { rounds.tick().await; tend(&shared).await } => {}
+            () = async { rounds.tick().await; tend(&shared, &mut handed).await } => {}
         }
     }
 }
 
-async fn tend(shared: &Shared) {
-    let (Some(_), Some(progress)) = (shared.lead.now(), shared.node.progress()) else { return };
+async fn tend(shared: &Shared, handed: &mut Option<Instant>) {
+    let (Some(leading), Some(progress)) = (shared.lead.now(), shared.node.progress()) else { return };
     let members = shared.node.members();
+    let since = handed.map_or(leading.since, |handed| handed.max(leading.since));
+    if shared.node.disk_is_slow() && since.elapsed() >= LEAD_MIN {
+        *handed = Some(Instant::now());
+        return hand_over(shared, &members, &progress).await;
+    }
     remember(shared, &progress);
     let own = shared.node.id().0;
     let Some(step) = next(own, &members, &progress, &Wanted::of(shared, &members)) else { return };
@@ -125,6 +134,16 @@ async fn tend(shared: &Shared) {
     };
     if let Err(error) = done {
         tracing::warn!(?step, %error, "the group did not change; the next round tries again");
+    }
+}
+
+/// Makes another node the leader because this one's disk is slow.
+async fn hand_over(shared: &Shared, members: &Members, progress: &Progress) {
+    let Some(to) = successor(shared.node.id(), members, progress) else { return };
+    tracing::warn!(to, "this leader's disk is slow: another one shall lead");
+    metrics::counter!("baton_coordinator_handed_over_total", "reason" => "slow_disk").increment(1);
+    if let Err(error) = shared.node.hand_over(to).await {
+        tracing::warn!(%error, "leadership stays");
     }
 }
 
@@ -151,8 +170,11 @@ impl Shared {
         let v1::AddNodeRequest { address, process_key, replaces } = request;
         let add = NodeCommand::Add { process_key, address: address.clone(), replaces, above };
         match self.submit(Command::Node(add)).await? {
-            Outcome::NodeAdded { node } if self.node.ledger().nodes().has_removed(node) => {
-                let detail = format!("node {node} was removed: join with an empty directory");
+            Outcome::NodeAdded { node } if self.node.ledger().nodes().has_seen(node) => {
+                let detail = format!(
+                    "node {node} has taken part before and its data is gone, or it was removed: it does not come back. \
+                     Empty its directory and join as a new node, replacing {node} where it is still a member"
+                );
                 Err(refusal(Refused::Stale, detail))
             }
             Outcome::NodeAdded { node } => {
@@ -185,8 +207,10 @@ impl Shared {
         if *replaces != 0 && members.get(*replaces).is_none() {
             return Err(refusal(Refused::Unknown, format!("node {replaces} is no member: nothing to replace")));
         }
-        let staying = members.voters().into_iter().filter(|node| !ledger.nodes().has_removed(*node)).count();
-        let coming = ledger.nodes().joining().filter(|(_, join)| join.replaces == 0).count();
+        let voters = members.voters();
+        let staying = voters.iter().filter(|node| !ledger.nodes().has_removed(**node)).count();
+        let coming = ledger.nodes().joining();
+        let coming = coming.filter(|(node, join)| join.replaces == 0 && !voters.contains(node)).count();
         if *replaces == 0 && staying + coming >= VOTERS_MAX {
             let detail = format!("{VOTERS_MAX} coordinators vote already or will: let one leave first, or replace one");
             return Err(refusal(Refused::NoCapacity, detail));
@@ -270,4 +294,107 @@ impl Shared {
 pub(super) fn successor(own: NodeId, members: &Members, progress: &Progress) -> Option<u64> {
     let voters = members.voters().into_iter().filter(|node| *node != own.0 && progress.answers(*node));
     voters.max_by_key(|node| (progress.matched.get(node).copied(), u64::MAX - node))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn members(voters: &[u64], learners: &[u64]) -> Members {
+        let voters = voters.iter().map(|node| (*node, true));
+        Members::of(voters.chain(learners.iter().map(|node| (*node, false))))
+    }
+
+    fn progress(up: &[u64]) -> Progress {
+        Progress {
+            last: 1000,
+            matched: up.iter().map(|node| (*node, 1000)).collect(),
+            silent: up.iter().map(|node| (*node, Duration::ZERO)).collect(),
+        }
+    }
+
+    fn wanted(joining: &[(u64, u64)], removed: &[u64]) -> Wanted {
+        let join = |(node, replaces): &(u64, u64)| {
+            (*node, Join { address: crate::raft::Members::test_address(*node), replaces: *replaces })
+        };
+        Wanted { joining: joining.iter().map(join).collect(), removed: removed.iter().copied().collect() }
+    }
+
+    fn voters(nodes: &[u64]) -> Option<Step> {
+        Some(Step::Voters(nodes.iter().copied().collect()))
+    }
+
+    #[test]
+    fn a_group_moves_step_by_step_to_what_is_wanted() {
+        let learn = |node| Some(Step::Learn { node, address: crate::raft::Members::test_address(node) });
+        let cases = [
+            ("nothing to do", members(&[1, 2, 3], &[]), progress(&[1, 2, 3]), wanted(&[], &[]), None),
+            ("it learns first", members(&[1], &[]), progress(&[1]), wanted(&[(2, 0)], &[]), learn(2)),
+            ("not there yet", members(&[1], &[2]), progress(&[1]), wanted(&[(2, 0)], &[]), None),
+            ("it votes", members(&[1], &[2]), progress(&[1, 2]), wanted(&[(2, 0)], &[]), voters(&[1, 2])),
+            ("arrived", members(&[1, 2], &[]), progress(&[1, 2]), wanted(&[(2, 0)], &[]), Some(Step::Settle(2))),
+            (
+                "one for another",
+                members(&[1, 2, 3], &[4]),
+                progress(&[1, 3, 4]),
+                wanted(&[(4, 2)], &[]),
+                voters(&[1, 3, 4]),
+            ),
+            (
+                "the leader stays until the new one votes",
+                members(&[1, 2, 3], &[4]),
+                progress(&[1, 2, 3, 4]),
+                wanted(&[(4, 1)], &[]),
+                voters(&[1, 2, 3, 4]),
+            ),
+            (
+                "then it goes",
+                members(&[1, 2, 3, 4], &[]),
+                progress(&[1, 2, 3, 4]),
+                wanted(&[], &[1]),
+                voters(&[2, 3, 4]),
+            ),
+            ("a majority would be missing", members(&[1, 2, 3], &[]), progress(&[1, 3]), wanted(&[], &[3]), None),
+            (
+                "who only learns is dropped",
+                members(&[1, 2, 3], &[4]),
+                progress(&[1, 2, 3]),
+                wanted(&[], &[4]),
+                Some(Step::Drop(4)),
+            ),
+        ];
+        for (what, members, progress, wanted, step) in cases {
+            assert_eq!(next(1, &members, &progress, &wanted), step, "{what}");
+        }
+        let late = Progress { last: 2000, ..progress(&[1, 2]) };
+        assert_eq!(next(1, &members(&[1], &[2]), &late, &wanted(&[(2, 0)], &[])), None, "far behind");
+    }
+
+    proptest! {
+        /// Whatever is wanted and whoever is down: a majority of the next voters answers, a new voter has caught up, and
+        /// the leader makes itself no stranger to a group in which nobody else answers.
+        #[test]
+        fn no_step_loses_the_majority(
+            voting in proptest::collection::btree_set(1u64..8, 1..6),
+            learning in proptest::collection::btree_set(8u64..12, 0..3),
+            down in proptest::collection::btree_set(1u64..12, 0..6),
+            joining in proptest::collection::btree_map(6u64..13, 0u64..8, 0..4),
+            removed in proptest::collection::btree_set(1u64..12, 0..4),
+        ) {
+            let own = *voting.first().unwrap();
+            let all: Vec<u64> = (1..13).filter(|node| *node == own || !down.contains(node)).collect();
+            let (voting, learning): (Vec<u64>, Vec<u64>) = (voting.into_iter().collect(), learning.into_iter().collect());
+            let (members, progress) = (members(&voting, &learning), progress(&all));
+            let joining: Vec<(u64, u64)> = joining.into_iter().collect();
+            let wanted = wanted(&joining, &removed.into_iter().collect::<Vec<_>>());
+            if let Some(Step::Voters(next)) = next(own, &members, &progress, &wanted) {
+                prop_assert!(has_majority(&next, &progress));
+                prop_assert!(next.iter().all(|node| members.get(*node).is_some()));
+                prop_assert!(next.iter().filter(|node| !voting.contains(node)).count() <= 1);
+                prop_assert!(next.iter().all(|node| !wanted.removed.contains(node)));
+            }
+        }
+    }
 }

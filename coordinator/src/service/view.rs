@@ -148,14 +148,24 @@ fn unheard(worker: &Worker) -> v1::Load {
 
 /// The group as this node knows it.
 pub(super) fn coordinators(shared: &Shared) -> Vec<v1::CoordinatorNode> {
-    shared.node.members().iter().map(|(id, member)| coordinator(shared, id, member)).collect()
+    let progress = shared.node.progress().unwrap_or_default();
+    let silent_ms = |id| progress.silent.get(&id).map_or(0, |silent| silent.as_millis() as u64);
+    let members = shared.node.members();
+    members.iter().map(|(id, member)| coordinator(shared, id, member, silent_ms(id))).collect()
 }
 
-fn coordinator(shared: &Shared, id: u64, member: &crate::raft::Member) -> v1::CoordinatorNode {
+fn coordinator(shared: &Shared, id: u64, member: &crate::raft::Member, silent_ms: u64) -> v1::CoordinatorNode {
     let own = id == shared.node.id().0;
     let pid = if own { std::process::id() } else { 0 };
     let version = if own { env!("CARGO_PKG_VERSION") } else { "" };
-    v1::CoordinatorNode { id, address: member.address.clone(), pid, version: version.into(), voter: member.voter }
+    v1::CoordinatorNode {
+        id,
+        address: member.address.clone(),
+        pid,
+        version: version.into(),
+        voter: member.voter,
+        silent_ms,
+    }
 }
 
 fn member(id: &str, worker: &Worker) -> v1::Member {

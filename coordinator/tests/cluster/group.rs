@@ -35,7 +35,7 @@ impl Drop for Directory {
     }
 }
 
-fn env(seed: u64) -> Env {
+pub(crate) fn env(seed: u64) -> Env {
     Env { net: Arc::new(TcpNet), clock: Arc::new(SystemClock), rng: Rng::new(seed) }
 }
 
@@ -115,7 +115,7 @@ impl Group {
 }
 
 /// Addresses that are free, and that neither the operating system hands to outgoing connections nor another test takes.
-async fn free_addresses(count: u64) -> Vec<(NodeId, String)> {
+pub(crate) async fn free_addresses(count: u64) -> Vec<(NodeId, String)> {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     let mut addresses = Vec::new();
     while (addresses.len() as u64) < count {
@@ -242,6 +242,49 @@ impl Client {
             Some(v1::heartbeat_reply::Outcome::Accepted(_)) => Ok(()),
             refused => Err(tonic::Status::failed_precondition(format!("{refused:?}"))),
         }
+    }
+
+    /// The incarnation, where the node leads and answers.
+    pub(crate) async fn try_register(&mut self, id: &str, key: &str) -> Option<u64> {
+        let request = v1::RegisterRequest {
+            cluster: String::new(),
+            wire_version: WIRE_VERSION,
+            member: Some(member(id)),
+            process_key: key.into(),
+        };
+        match self.0.register(request).await.ok()?.into_inner().outcome? {
+            v1::register_reply::Outcome::Registered(registered) => Some(registered.incarnation),
+            v1::register_reply::Outcome::Refused(_) => None,
+        }
+    }
+
+    /// The coordinators as the node names them, where it answers.
+    pub(crate) async fn coordinators_told(&mut self, id: &str, incarnation: u64, sequence: u64) -> Option<Vec<String>> {
+        let load = v1::Load { blocks_total: 1000, blocks_free: 1000, ..Default::default() };
+        let (member, load) = (Some(member(id)), Some(load));
+        let request = v1::HeartbeatRequest { id: id.into(), incarnation, sequence, load, member };
+        match self.0.heartbeat(request).await.ok()?.into_inner().outcome? {
+            v1::heartbeat_reply::Outcome::Accepted(accepted) => Some(accepted.coordinators),
+            v1::heartbeat_reply::Outcome::Refused(_) => None,
+        }
+    }
+
+    pub(crate) async fn try_beat_gateway(&mut self, id: &str) {
+        let member = v1::Member { role: v1::Role::Gateway.into(), model: None, ..member(id) };
+        let request = v1::HeartbeatRequest { id: id.into(), member: Some(member), ..Default::default() };
+        drop(self.0.heartbeat(request).await);
+    }
+
+    /// Whether the end of the request was acknowledged.
+    pub(crate) async fn try_finish(&mut self, request: u128) -> bool {
+        let request = v1::FinishedRequest {
+            request: format!("{request:032x}"),
+            outcome: "complete".into(),
+            ..Default::default()
+        };
+        let reply = self.0.finish(v1::FinishRequest { requests: vec![request] }).await;
+        let outcome = reply.ok().and_then(|reply| reply.into_inner().outcome);
+        matches!(outcome, Some(v1::finish_reply::Outcome::Finished(_)))
     }
 
     pub(crate) async fn watch(&mut self) -> tonic::Streaming<v1::ClusterView> {

@@ -4,7 +4,10 @@ mod admin;
 mod gateways;
 mod group;
 mod health;
+mod load;
+mod membership;
 mod one;
+mod storage;
 mod stream;
 mod three;
 

@@ -1,0 +1,112 @@
+//! `baton coordinator` and its group commands as processes: what they print and how they end.
+
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+
+/// A directory that goes when the test ends.
+struct Directory(PathBuf);
+
+impl Directory {
+    fn new(name: &str) -> Directory {
+        let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}-{}", std::process::id()));
+        drop(std::fs::remove_dir_all(&path));
+        std::fs::create_dir_all(&path).unwrap();
+        Directory(path)
+    }
+
+    fn join(&self, name: &str) -> String {
+        self.0.join(name).display().to_string()
+    }
+}
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        drop(std::fs::remove_dir_all(&self.0));
+    }
+}
+
+/// A coordinator that serves; killed when the test is done with it.
+struct Node {
+    child: Child,
+    address: String,
+    id: String,
+}
+
+impl Node {
+    fn start(arguments: &[&str]) -> Node {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_baton"))
+            .arg("coordinator")
+            .args(arguments)
+            .args(["--events", "--seed", "7", "--listen", "127.0.0.1:0"])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let ready = lines.next().expect("it serves").unwrap();
+        let ready: serde_json::Value = serde_json::from_str(&ready).unwrap();
+        assert_eq!(ready["event"], "ready", "{ready}");
+        Node { child, address: ready["address"].as_str().unwrap().into(), id: ready["id"].as_str().unwrap().into() }
+    }
+
+    /// Waits for its end and returns the exit code and what it said on stderr.
+    fn ended(mut self) -> (Option<i32>, String) {
+        let mut said = String::new();
+        self.child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+        (self.child.wait().unwrap().code(), said)
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}
+
+fn baton(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_baton")).arg("coordinator").args(arguments).output().unwrap()
+}
+
+fn said(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// Goal: a coordinator whose log is damaged in its middle ends with code 78 and names file and offset.
+#[test]
+fn a_damaged_log_ends_the_process_with_its_place() {
+    let directory = Directory::new("damaged");
+    let data = directory.join("data");
+    drop(Node::start(&["--data", &data]));
+    drop(Node::start(&["--data", &data]));
+    let log = std::fs::read_dir(&data).unwrap().map(|entry| entry.unwrap().path());
+    let log = log.filter(|path| path.extension().is_some_and(|extension| extension == "log")).min().unwrap();
+    let mut bytes = std::fs::read(&log).unwrap();
+    bytes[60] ^= 4;
+    std::fs::write(&log, bytes).unwrap();
+    let output = baton(&["--data", &data, "--listen", "127.0.0.1:0"]);
+    assert_eq!(output.status.code(), Some(78), "{}", said(&output));
+    assert!(said(&output).contains(&log.display().to_string()), "{}", said(&output));
+    assert!(said(&output).contains("is damaged at byte "), "{}", said(&output));
+}
+
+/// Goal: a node joins and leaves by commands alone; the one that left says so and ends well; the last one stays.
+#[test]
+fn a_node_joins_and_leaves_by_commands() {
+    let directory = Directory::new("joins");
+    let first = Node::start(&["--data", &directory.join("first")]);
+    let second = Node::start(&["join", "--via", &first.address, "--data", &directory.join("second")]);
+    assert_eq!((first.id.as_str(), second.id.as_str()), ("coordinator-1", "coordinator-2"));
+    let left = baton(&["leave", "2", "--coordinator", &second.address]);
+    assert!(left.status.success(), "{}", said(&left));
+    let (code, said_by_second) = second.ended();
+    assert_eq!(code, Some(0), "{said_by_second}");
+    assert!(said_by_second.contains("node 2 was removed from its group"), "{said_by_second}");
+    let last = baton(&["leave", "1", "--coordinator", &first.address]);
+    assert_eq!(last.status.code(), Some(2), "{}", said(&last));
+    assert!(said(&last).contains("node 1 is the last one"), "{}", said(&last));
+    let again = baton(&["--node", "3", "--data", &directory.join("third"), "--listen", "127.0.0.1:0"]);
+    assert_eq!(again.status.code(), Some(2), "{}", said(&again));
+    assert!(said(&again).contains("baton coordinator join"), "{}", said(&again));
+}

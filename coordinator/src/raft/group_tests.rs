@@ -1,0 +1,382 @@
+//! Three nodes over real TCP on disks in memory: snapshots, partitions, elections. Each node's network can be cut.
+
+use std::io;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use baton_core::Listener;
+use baton_core::net::{BoxFuture, Stream};
+use baton_proto::TcpNet;
+use baton_proto::v1::raft_server::RaftServer;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::task::JoinHandle;
+
+use super::*;
+use crate::log::MemoryDisk;
+use crate::state::{self, Command};
+
+/// A node's sockets, all of which are dead while it is cut off.
+#[derive(Clone, Default)]
+struct Wire(Arc<AtomicBool>);
+
+impl Wire {
+    fn cut(&self, cut: bool) {
+        self.0.store(cut, Ordering::Relaxed);
+    }
+
+    fn check(&self) -> io::Result<()> {
+        if self.0.load(Ordering::Relaxed) { Err(io::ErrorKind::ConnectionReset.into()) } else { Ok(()) }
+    }
+}
+
+impl Net for Wire {
+    fn connect<'a>(&'a self, address: &'a str) -> BoxFuture<'a, io::Result<Stream>> {
+        Box::pin(async move {
+            self.check()?;
+            let stream = TcpNet.connect(address).await?;
+            Ok(Box::new(Wired { stream, wire: self.clone() }) as Stream)
+        })
+    }
+
+    fn listen<'a>(&'a self, address: &'a str) -> BoxFuture<'a, io::Result<Box<dyn Listener>>> {
+        Box::pin(async move {
+            let listener = TcpNet.listen(address).await?;
+            Ok(Box::new(WiredListener { listener, wire: self.clone() }) as Box<dyn Listener>)
+        })
+    }
+}
+
+struct WiredListener {
+    listener: Box<dyn Listener>,
+    wire: Wire,
+}
+
+impl Listener for WiredListener {
+    fn accept(&mut self) -> BoxFuture<'_, io::Result<Stream>> {
+        Box::pin(async {
+            let stream = self.listener.accept().await?;
+            Ok(Box::new(Wired { stream, wire: self.wire.clone() }) as Stream)
+        })
+    }
+
+    fn address(&self) -> String {
+        self.listener.address()
+    }
+}
+
+struct Wired {
+    stream: Stream,
+    wire: Wire,
+}
+
+impl AsyncRead for Wired {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        self.wire.check()?;
+        Pin::new(&mut self.stream).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Wired {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.wire.check()?;
+        Pin::new(&mut self.stream).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.wire.check()?;
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+struct Member {
+    node: Arc<Node>,
+    server: JoinHandle<()>,
+    stop: watch::Sender<bool>,
+}
+
+struct Group {
+    addresses: BTreeMap<u64, String>,
+    disks: BTreeMap<u64, MemoryDisk>,
+    wires: BTreeMap<u64, Wire>,
+    members: BTreeMap<u64, Member>,
+}
+
+impl Group {
+    async fn start() -> Group {
+        let mut listeners = BTreeMap::new();
+        let mut group = Group {
+            addresses: BTreeMap::new(),
+            disks: BTreeMap::new(),
+            wires: BTreeMap::new(),
+            members: BTreeMap::new(),
+        };
+        for id in 1..=3 {
+            let wire = Wire::default();
+            let listener = wire.listen("127.0.0.1:0").await.unwrap();
+            group.addresses.insert(id, listener.address());
+            group.disks.insert(id, MemoryDisk::new(Duration::ZERO));
+            group.wires.insert(id, wire);
+            listeners.insert(id, listener);
+        }
+        for (id, listener) in listeners {
+            group.run(id, listener).await;
+        }
+        group
+    }
+
+    async fn run(&mut self, id: u64, listener: Box<dyn Listener>) {
+        let parts = Parts {
+            node: NodeId(id),
+            peers: self.addresses.clone(),
+            envelope: Envelope::new(id, ""),
+            net: Arc::new(self.wires[&id].clone()),
+            disk: Arc::new(self.disks[&id].clone()),
+            seed: id,
+        };
+        let node = Arc::new(Node::start(parts).await.unwrap());
+        let server = baton_proto::channel::server().add_service(RaftServer::new(node.service()));
+        let stop = watch::Sender::new(false);
+        let mut stopped = stop.subscribe();
+        let stopped = async move { drop(stopped.wait_for(|stop| *stop).await) };
+        let serving = server.serve_with_incoming_shutdown(baton_proto::incoming(listener), stopped);
+        let server = tokio::spawn(async move { drop(serving.await) });
+        self.members.insert(id, Member { node, server, stop });
+    }
+
+    async fn restart(&mut self, id: u64) {
+        let listener = loop {
+            if let Ok(listener) = self.wires[&id].listen(&self.addresses[&id]).await {
+                break listener;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        };
+        self.run(id, listener).await;
+    }
+
+    async fn stop(&mut self, id: u64) {
+        let Member { node, server, stop } = self.members.remove(&id).unwrap();
+        stop.send_replace(true);
+        node.stop().await;
+        node.close().await;
+        server.await.unwrap();
+    }
+
+    fn node(&self, id: u64) -> Arc<Node> {
+        self.members[&id].node.clone()
+    }
+
+    /// Whom all of these nodes take for the leader.
+    async fn leader(&self, of: &[u64]) -> u64 {
+        wait(|| {
+            let leaders: Vec<_> = of.iter().map(|id| self.node(*id).standing().borrow().leader).collect();
+            leaders[0]
+                .filter(|leader| of.contains(&leader.0) && leaders.iter().all(|l| *l == Some(*leader)))
+                .map(|l| l.0)
+        })
+        .await
+    }
+
+    /// Commits commands, at whichever of these nodes leads.
+    async fn commit(&self, of: &[u64], times: std::ops::Range<u64>) {
+        for time_ms in times {
+            self.commit_one(of, Batch { time_ms, commands: vec![Command::Expire] }).await;
+        }
+    }
+
+    async fn commit_one(&self, of: &[u64], batch: Batch) {
+        while self.node(self.leader(of).await).propose(&batch).await.is_err() {}
+    }
+
+    /// Waits until these nodes hold the same ledger up to this time.
+    async fn agree(&self, of: &[u64], time_ms: u64) {
+        let seen = || {
+            of.iter()
+                .map(|id| self.node(*id))
+                .map(|node| (node.ledger().index(), state::hash(&node.ledger()), node.ledger().time_ms()))
+        };
+        wait(|| {
+            let seen: Vec<_> = seen().collect();
+            (seen.iter().all(|one| *one == seen[0]) && seen[0].2 >= time_ms).then_some(())
+        })
+        .await;
+    }
+
+    async fn stop_all(mut self) {
+        for id in self.members.keys().copied().collect::<Vec<_>>() {
+            self.stop(id).await;
+        }
+    }
+}
+
+async fn wait<T>(mut check: impl FnMut() -> Option<T>) -> T {
+    let polled = async {
+        loop {
+            if let Some(found) = check() {
+                return found;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), polled).await.expect("it comes within 20 s")
+}
+
+const ALL: [u64; 3] = [1, 2, 3];
+
+fn others(of: u64) -> Vec<u64> {
+    ALL.into_iter().filter(|id| *id != of).collect()
+}
+
+/// Saves the ledger and drops the log before it.
+async fn save_and_purge(node: &Node) {
+    let applied = node.ledger().index();
+    node.raft.trigger().snapshot().await.unwrap();
+    let saved = |m: &openraft::RaftMetrics<types::Types>| m.snapshot.is_some_and(|saved| saved.index >= applied);
+    node.raft.wait(None).metrics(saved, "a snapshot").await.unwrap();
+    node.raft.trigger().purge_log(applied).await.unwrap();
+    node.raft.wait(None).metrics(|m| m.purged.is_some_and(|p| p.index >= applied), "a purge").await.unwrap();
+}
+
+/// Ends of requests that nobody has heard of: they make the ledger, and its snapshot, large.
+fn ends(nth: u64) -> Batch {
+    let end = |id: u64| {
+        Command::Finish(state::Finished {
+            request: baton_core::RequestId(u128::MAX - u128::from(id)),
+            epoch: baton_core::Epoch(0),
+            outcome: "cancelled".into(),
+            prompt_tokens: 0,
+            cached_tokens: 0,
+            generated_tokens: 0,
+        })
+    };
+    let count = state::COMMANDS_MAX as u64;
+    Batch { time_ms: 0, commands: (nth * count..(nth + 1) * count).map(end).collect() }
+}
+
+/// Goal: a node for which the others no longer have entries catches up by snapshot, of more parts than one, and goes on by
+/// the log.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_far_behind_catches_up_by_snapshot() {
+    let mut group = Group::start().await;
+    group.commit(&ALL, 1..10).await;
+    let away = others(group.leader(&ALL).await)[0];
+    let present = others(away);
+    group.stop(away).await;
+    group.commit(&present, 10..200).await;
+    for nth in 0..8 {
+        group.commit_one(&present, ends(nth)).await;
+    }
+    let bytes = state::encode_ledger(&group.node(present[0]).ledger()).len();
+    assert!(bytes > 1 << 20, "{bytes} bytes are one part");
+    // A leader keeps what it still tries to send to a node that is down: one that has dropped it shall lead.
+    let leader = group.leader(&present).await;
+    let next = *present.iter().find(|id| **id != leader).unwrap();
+    save_and_purge(&group.node(next)).await;
+    while group.leader(&present).await != next {
+        group.node(group.leader(&present).await).hand_over(next).await.unwrap();
+        wait(|| group.node(next).standing().borrow().leader).await;
+    }
+    group.commit(&present, 200..210).await;
+    group.restart(away).await;
+    group.agree(&ALL, 209).await;
+    let metrics = group.node(away).raft.metrics().borrow_watched().clone();
+    assert!(metrics.snapshot.is_some_and(|saved| saved.index >= 190), "{:?}", metrics.snapshot);
+    group.commit(&ALL, 210..220).await;
+    group.agree(&ALL, 219).await;
+    group.stop(away).await;
+    group.restart(away).await;
+    group.agree(&ALL, 219).await;
+    group.stop_all().await;
+}
+
+/// Goal: saving the ledger and dropping the log while entries stream in loses and reorders nothing, on any node, over a
+/// power failure too.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn snapshots_and_purges_under_load_lose_nothing() {
+    let mut group = Group::start().await;
+    let leader = group.leader(&ALL).await;
+    let nodes: Vec<Arc<Node>> = ALL.iter().map(|id| group.node(*id)).collect();
+    let saving = tokio::spawn(async move {
+        for _ in 0..5 {
+            for node in &nodes {
+                save_and_purge(node).await;
+            }
+        }
+    });
+    let mut time_ms = 1;
+    while !saving.is_finished() {
+        let node = group.node(leader);
+        let batches = (time_ms..time_ms + 16).map(|time_ms| Batch { time_ms, commands: vec![Command::Expire] });
+        let batches: Vec<Batch> = batches.collect();
+        let written = futures::future::join_all(batches.iter().map(|batch| node.propose(batch))).await;
+        if written.iter().all(Result::is_ok) {
+            time_ms += 16;
+        }
+    }
+    saving.await.unwrap();
+    group.agree(&ALL, time_ms - 1).await;
+    let held = state::hash(&group.node(1).ledger());
+    for id in ALL {
+        group.stop(id).await;
+        group.disks[&id].crash(0);
+    }
+    for id in ALL {
+        group.restart(id).await;
+    }
+    group.agree(&ALL, time_ms - 1).await;
+    assert_eq!(group.node(1).ledger().time_ms(), time_ms - 1);
+    assert_eq!(state::hash(&group.node(1).ledger()), held);
+    group.stop_all().await;
+}
+
+/// Goal: a node that was cut off and comes back disturbs nobody: the leader and its term stay.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_was_cut_off_forces_no_election() {
+    let group = Group::start().await;
+    group.commit(&ALL, 1..5).await;
+    let leader = group.leader(&ALL).await;
+    let cut = others(leader)[0];
+    let term = group.node(leader).standing().borrow().term;
+    group.wires[&cut].cut(true);
+    let started = tokio::time::Instant::now();
+    let mut time_ms = 5;
+    while started.elapsed() < Duration::from_millis(5 * ELECTION_MS_MAX) {
+        group.commit(&others(cut), time_ms..time_ms + 1).await;
+        time_ms += 1;
+    }
+    assert_eq!(group.node(cut).standing().borrow().term, term, "it asked before it stood for election");
+    group.wires[&cut].cut(false);
+    group.agree(&ALL, time_ms - 1).await;
+    group.commit(&ALL, time_ms..time_ms + 10).await;
+    assert_eq!(group.leader(&ALL).await, leader);
+    assert_eq!(group.node(leader).standing().borrow().term, term);
+    group.stop_all().await;
+}
+
+/// Goal: a leader that is cut off says so within 900 ms, the others go on, and what it took in meanwhile is not there.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_without_a_quorum_refuses_in_time() {
+    let group = Group::start().await;
+    group.commit(&ALL, 1..5).await;
+    let old = group.leader(&ALL).await;
+    group.wires[&old].cut(true);
+    let batch = Batch { time_ms: 1_000_000, commands: vec![Command::Expire] };
+    for attempt in 1..=3 {
+        let started = tokio::time::Instant::now();
+        let refused = group.node(old).propose(&batch).await;
+        assert!(refused.is_err(), "attempt {attempt}");
+        assert!(started.elapsed() < Duration::from_millis(900), "attempt {attempt} took {:?}", started.elapsed());
+    }
+    group.commit(&others(old), 5..20).await;
+    assert!(group.node(old).propose(&batch).await.is_err(), "no two leaders take writes");
+    group.wires[&old].cut(false);
+    group.commit(&ALL, 20..30).await;
+    group.agree(&ALL, 29).await;
+    assert_eq!(group.node(old).ledger().time_ms(), 29);
+    group.stop_all().await;
+}
