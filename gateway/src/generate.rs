@@ -11,6 +11,7 @@ use futures::stream::{BoxStream, StreamExt, select_all};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
+use crate::access::{Access, Caller};
 use crate::answer::{Answer, Part};
 use crate::cluster::Cluster;
 use crate::config::Config;
@@ -18,16 +19,14 @@ use crate::error::ApiError;
 use crate::measure::Phases;
 use crate::openai::{Ask, Envelope, Params, Prompt, Reply, Shape, stream_error};
 use crate::prompt::Encoder;
-use crate::serve::{Servers, Serving};
+use crate::serve::{Servers, Serving, Terms};
 use crate::text::TextOptions;
-
-/// Until tenants have keys there is one.
-const TENANT: &str = "default";
 
 /// A gateway at work; shared by all calls.
 pub(crate) struct Gateway {
     pub config: Config,
     pub cluster: Arc<Cluster>,
+    pub access: Arc<Access>,
     pub servers: Arc<Servers>,
     pub encoder: Encoder,
     pub clock: Arc<dyn Clock>,
@@ -39,6 +38,8 @@ pub(crate) struct Gateway {
 /// One call, before its prompts are tokens.
 pub(crate) struct Call {
     pub ask: Ask,
+    pub caller: Caller,
+    pub lane: Lane,
     /// The model as the client named it.
     pub model_name: String,
     pub received: Instant,
@@ -50,8 +51,9 @@ type Parts = BoxStream<'static, Result<Part, ApiError>>;
 impl Gateway {
     /// Answers a call, streaming or in one piece. Errors before the first token have their own status.
     pub(crate) async fn answer(self: &Arc<Gateway>, call: Call) -> Result<Response, ApiError> {
-        let mut prompts = Vec::with_capacity(call.ask.prompts.len());
-        let Ask { model, prompts: asked, params, shape } = call.ask;
+        let Call { ask, caller, lane, model_name, received, parsed } = call;
+        let Ask { model, prompts: asked, params, shape } = ask;
+        let mut prompts = Vec::with_capacity(asked.len());
         let place = self.place(asked.len())?;
         for prompt in asked {
             prompts.push(match prompt {
@@ -64,23 +66,24 @@ impl Gateway {
         let mut parts = Vec::with_capacity(prompts.len());
         let mut places = Places(place);
         for (index, prompt) in prompts.iter().enumerate() {
-            let request = self.request(&model, &params, shape, prompt.clone(), (index == 0).then_some(id))?;
-            let mut phases = Phases::new(model.meters.clone(), call.received);
-            phases.parsed(call.parsed);
+            let asked = Asked { model: &model, params: &params, shape, caller: &caller, lane };
+            let request = self.request(asked, prompt.clone(), (index == 0).then_some(id))?;
+            let mut phases = Phases::new(model.meters.clone(), received);
+            phases.parsed(parsed);
             phases.encoded();
             parts.push((request, phases));
         }
         let options = text_options(&model, &params);
         let silent = params.tokens_max == Some(0);
+        let terms = Terms { block_tokens: model.block_tokens, key: caller.key };
         let answers = parts.into_iter().enumerate().map(|(index, (request, phases))| {
-            let serving =
-                Serving::new(self.servers.clone(), request.into(), model.block_tokens, phases, places.take_one());
+            let serving = Serving::new(self.servers.clone(), request.into(), terms.clone(), phases, places.take_one());
             Answer::new(index, serving, model.clone(), options.clone(), silent).parts().boxed()
         });
         let parts = merge(answers.collect());
         let prefix = if shape == Shape::Chat { "chatcmpl" } else { "cmpl" };
         let created = self.clock.unix_ms() / 1000;
-        let envelope = Envelope { id: format!("{prefix}-{id}"), created, model: call.model_name };
+        let envelope = Envelope { id: format!("{prefix}-{id}"), created, model: model_name };
         let stream = params.stream;
         let reply = Reply::new(envelope, model, shape, params, prompts);
         if stream { stream_reply(reply, parts).await } else { whole_reply(reply, parts).await }
@@ -92,19 +95,14 @@ impl Gateway {
         self.places.clone().try_acquire_many_owned(count).map_err(|_| full())
     }
 
-    fn request(
-        &self,
-        model: &crate::model::Model,
-        params: &Params,
-        shape: Shape,
-        prompt: Arc<[u32]>,
-        id: Option<RequestId>,
-    ) -> Result<Request, ApiError> {
+    fn request(&self, asked: Asked, prompt: Arc<[u32]>, id: Option<RequestId>) -> Result<Request, ApiError> {
+        let Asked { model, params, shape, caller, lane } = asked;
         let (drawn_id, drawn_seed) = {
             let mut rng = self.lock_rng();
             (RequestId(rng.u128()), rng.u64())
         };
         let tokens_max = tokens_max(model, params, shape, prompt.len())?;
+        let tokens_max = within_limits(caller, params, shape, prompt.len(), tokens_max)?;
         if params.tokens_min > tokens_max {
             let message = format!("'min_tokens' must not exceed 'max_tokens' ({tokens_max})");
             return Err(ApiError::invalid("min_tokens", message));
@@ -112,8 +110,8 @@ impl Gateway {
         let echoed = if shape == (Shape::Completions { echo: true }) { params.logprobs } else { None };
         Ok(Request {
             id: id.unwrap_or(drawn_id),
-            tenant: TENANT.into(),
-            lane: Lane::Interactive,
+            tenant: caller.tenant.clone(),
+            lane,
             model: model.name.clone(),
             prompt,
             sampling: Sampling { seed: params.seed.unwrap_or(drawn_seed), ..params.sampling.clone() },
@@ -124,7 +122,7 @@ impl Gateway {
             ignore_eos: params.ignore_eos,
             logprobs: params.logprobs,
             prompt_logprobs: params.prompt_logprobs.max(echoed),
-            cache_salt: cache_salt(TENANT, &params.cache_salt),
+            cache_salt: cache_salt(&caller.tenant, &params.cache_salt),
             deadline_ms: self.config.deadline_ms,
         })
     }
@@ -137,6 +135,16 @@ impl Gateway {
     fn lock_rng(&self) -> std::sync::MutexGuard<'_, Rng> {
         self.rng.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// What all requests of a call have in common.
+#[derive(Clone, Copy)]
+struct Asked<'a> {
+    model: &'a crate::model::Model,
+    params: &'a Params,
+    shape: Shape,
+    caller: &'a Caller,
+    lane: Lane,
 }
 
 /// The places of a call's requests; what is not taken is given back.
@@ -176,6 +184,30 @@ fn tokens_max(model: &crate::model::Model, params: &Params, shape: Shape, prompt
         None if shape == Shape::Chat => Ok(room.min(model.tokens_default())),
         None => Ok(room.min(COMPLETION_TOKENS_DEFAULT)),
     }
+}
+
+/// Tokens to generate at most under the tenant's limits: what was asked for is refused beyond them, a default is cut.
+fn within_limits(
+    caller: &Caller,
+    params: &Params,
+    shape: Shape,
+    prompt: usize,
+    tokens_max: u32,
+) -> Result<u32, ApiError> {
+    let (prompt_max, output_max) = (caller.prompt_tokens_max, caller.output_tokens_max);
+    if prompt_max > 0 && prompt as u64 > prompt_max {
+        let message = format!("The prompt has {prompt} tokens; this tenant's may have at most {prompt_max}.");
+        return Err(ApiError::too_long(shape.prompt_param(), message));
+    }
+    if output_max == 0 || u64::from(tokens_max) <= output_max {
+        return Ok(tokens_max);
+    }
+    if params.tokens_max.is_some() {
+        let message =
+            format!("You asked for {tokens_max} tokens; this tenant's answers may have at most {output_max}.");
+        return Err(ApiError::too_long("max_tokens", message));
+    }
+    Ok(u32::try_from(output_max).unwrap_or(tokens_max))
 }
 
 /// Blocks are shared inside a tenant, and inside what the tenant's own salt parts further.

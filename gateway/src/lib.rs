@@ -2,7 +2,9 @@
 //! JSON, tokenizers and chat templates, and the only place that retries a request. It never touches a KV block.
 #![forbid(unsafe_code)]
 
+mod access;
 mod answer;
+mod assign;
 mod cluster;
 mod config;
 mod coordinators;

@@ -68,6 +68,11 @@ pub(crate) fn finish_lost() {
     counter!("baton_gateway_finishes_lost_total").increment(1);
 }
 
+/// Questions for an assignment that no coordinator answered.
+pub(crate) fn assignments_given_up(count: u64) {
+    counter!("baton_gateway_assignments_given_up_total").increment(count);
+}
+
 /// A metric under Baton's name and vLLM's.
 struct Both<T>(T, T);
 

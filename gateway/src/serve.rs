@@ -11,35 +11,49 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
-use baton_core::{Aborted, Assignment, BlockHash, Finish, Refused, Request, SampledToken, TokenId, limits};
+use baton_core::{Aborted, Assignment, BlockHash, Finish, Refused, Request, SampledToken, Sampling, TokenId, limits};
 use baton_proto::v1::request_output::Output;
-use baton_proto::v1::{self, FinishedRequest, WorkerLife};
+use baton_proto::v1::{self, FinishedRequest, WorkerLife, WorkerPair};
 use baton_proto::{BadMessage, convert};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, timeout_at};
 
-use crate::coordinators::{Coordinators, Refusal};
+use crate::assign::Assigner;
+use crate::coordinators::Refusal;
 use crate::error::ApiError;
 use crate::finish::Finishes;
 use crate::link::{Closed, Inbox, Links};
 use crate::measure::{self, Phases};
 
+/// How long a client that already has tokens waits for workers.
 const NO_WORKERS_WAIT: Duration = Duration::from_millis(limits::NO_WORKERS_WAIT_MS);
+/// How long one that has none does: it hears within a second that there is nobody.
+const NO_WORKERS_WAIT_NEW: Duration = Duration::from_millis(700);
 /// How long a request waits for a coordinator that can take it: an election is shorter, a lost quorum is not.
 const COORDINATOR_WAIT: Duration = Duration::from_millis(1_000);
 /// A life that is still assignable after so long without other workers is alive: only the stream to it was lost.
 const EXCLUSION: Duration = Duration::from_millis(2 * limits::WORKER_LEASE_MS);
 /// Tokens hashed on the async thread (some hundred microseconds of work).
 const INLINE_HASHED_TOKENS_MAX: usize = 16 << 10;
+const FINGERPRINT_BYTES: usize = 16;
 const BACKOFF_MIN: Duration = Duration::from_millis(20);
 const BACKOFF_MAX: Duration = Duration::from_millis(320);
 
 /// What serving a request needs of its gateway.
 pub(crate) struct Servers {
-    pub coordinators: Arc<Coordinators>,
+    pub assigner: Assigner,
     pub links: Arc<Links>,
     pub finishes: Finishes,
     pub gateway: String,
+}
+
+/// What a request is served under, besides what it asks.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Terms {
+    /// Of the model, to name the prompt's blocks.
+    pub block_tokens: usize,
+    /// Id of the API key.
+    pub key: String,
 }
 
 /// What happened to a request.
@@ -54,12 +68,17 @@ pub(crate) enum Event {
 pub(crate) struct Serving {
     servers: Arc<Servers>,
     request: Arc<Request>,
-    block_tokens: usize,
+    terms: Terms,
+    fingerprint: bytes::Bytes,
     deadline: Instant,
     choices: Vec<ChoiceState>,
     attempt: u32,
     epoch: u64,
     exclude: Vec<WorkerLife>,
+    /// Between which a handoff failed; neither is to blame alone.
+    exclude_pairs: Vec<WorkerPair>,
+    /// Lives that ended while they ran this request.
+    killed: Vec<WorkerLife>,
     /// Excluded from the next attempt only: workers that had no room or gave up without fault.
     busy: Vec<WorkerLife>,
     first_error: Option<ApiError>,
@@ -88,30 +107,45 @@ struct Route {
 struct Failure {
     error: ApiError,
     reason: &'static str,
-    /// The life to blame; None blames the decode worker, for the next attempt only unless the stream was `lost`.
-    life: Option<WorkerLife>,
-    lost: bool,
+    blame: Blame,
     /// Another attempt would end the same way.
     last: bool,
+}
+
+/// Whom the next attempt does without.
+enum Blame {
+    /// The decode worker, for the next attempt only: it had no room, or gave up without fault.
+    Busy,
+    /// The decode worker: the stream to it was lost.
+    Decode,
+    /// The decode worker, whose life ended.
+    DecodeDied,
+    /// A prefill worker, as the decode worker says; it may have died under the request.
+    Life { life: WorkerLife, died: bool },
+    /// The way between two workers.
+    Pair(WorkerPair),
 }
 
 impl Serving {
     pub(crate) fn new(
         servers: Arc<Servers>,
         request: Arc<Request>,
-        block_tokens: usize,
+        terms: Terms,
         mut phases: Phases,
         place: OwnedSemaphorePermit,
     ) -> Serving {
         phases.accepted(request.choices);
         Serving {
             servers,
-            block_tokens,
+            terms,
+            fingerprint: fingerprint(&request),
             deadline: Instant::now() + Duration::from_millis(request.deadline_ms),
             choices: vec![ChoiceState::default(); request.choices as usize],
             attempt: 0,
             epoch: 0,
             exclude: Vec::new(),
+            exclude_pairs: Vec::new(),
+            killed: Vec::new(),
             busy: Vec::new(),
             first_error: None,
             route: None,
@@ -157,6 +191,8 @@ impl Serving {
         if self.is_complete() {
             self.route = None;
             self.outcome = Some("complete".into());
+        } else if let Some(route) = &self.route {
+            route.inbox.cancel_choices(vec![choice]);
         }
     }
 
@@ -187,7 +223,8 @@ impl Serving {
             match route.inbox.next().await {
                 Ok(output) => self.take(output)?,
                 Err(Closed::Overrun) => return Err(ApiError::slow_client()),
-                Err(Closed::Lost) => self.fail(lost())?,
+                Err(Closed::Lost) => self.fail(lost(Blame::Decode))?,
+                Err(Closed::Died) => self.fail(lost(Blame::DecodeDied))?,
             }
         }
     }
@@ -207,7 +244,7 @@ impl Serving {
             Ok(inbox) => self.route = Some(Route { assignment, inbox }),
             Err(_) => {
                 self.exclude.push((&assignment.decode).into());
-                self.fail_attempt(lost())?;
+                self.fail_attempt(lost(Blame::Decode))?;
             }
         }
         Ok(())
@@ -234,7 +271,8 @@ impl Serving {
         loop {
             message.deadline_ms = self.left_ms();
             message.exclude = self.exclude.iter().chain(&self.busy).cloned().collect();
-            let refusal = match self.servers.coordinators.assign(message.clone()).await {
+            message.exclude_pairs = self.exclude_pairs.clone();
+            let refusal = match self.servers.assigner.ask(message.clone()).await {
                 Ok(assignment) => match Assignment::try_from(assignment) {
                     Ok(assignment) => return Ok(assignment),
                     Err(bad) => Refusal::unavailable(bad.to_string()),
@@ -243,11 +281,13 @@ impl Serving {
             };
             if started.elapsed() >= self.patience(&refusal) {
                 let error = ApiError::refused(refusal.reason, &refusal.detail, refusal.retry_after_ms);
-                return Err(self.first_error.take().unwrap_or(error));
+                let first = self.first_error.take().filter(|_| refusal.reason != Refused::Poisoned);
+                return Err(first.unwrap_or(error));
             }
             self.busy.clear();
             if started.elapsed() > EXCLUSION {
                 self.exclude.clear();
+                self.exclude_pairs.clear();
             }
             tokio::time::sleep(backoff).await;
             backoff = (backoff * 2).min(BACKOFF_MAX);
@@ -259,13 +299,11 @@ impl Serving {
         let begun = self.choices.iter().any(|c| !c.so_far.is_empty());
         let full = self.first_error.as_ref().is_some_and(|e| e.reason == Refused::NoCapacity.as_str());
         match refusal.reason {
-            Refused::UnknownModel | Refused::TooLarge | Refused::Incompatible => Duration::ZERO,
+            Refused::UnknownModel | Refused::TooLarge | Refused::Incompatible | Refused::Poisoned => Duration::ZERO,
             _ if begun => NO_WORKERS_WAIT,
-            Refused::NoCapacity | Refused::Quota | Refused::Overloaded | Refused::Poisoned | Refused::Unknown => {
-                Duration::ZERO
-            }
+            Refused::NoCapacity | Refused::Quota | Refused::Overloaded | Refused::Unknown => Duration::ZERO,
             Refused::NoWorkers if full => Duration::ZERO,
-            Refused::NoWorkers | Refused::Draining => NO_WORKERS_WAIT,
+            Refused::NoWorkers | Refused::Draining => NO_WORKERS_WAIT_NEW,
             Refused::Stale | Refused::Fenced | Refused::Expired | Refused::NotLeader | Refused::Unavailable => {
                 COORDINATOR_WAIT
             }
@@ -294,9 +332,10 @@ impl Serving {
             previous_epoch: self.epoch,
             prompt_logprobs: request.prompt_logprobs.is_some(),
             gateway: self.servers.gateway.clone(),
-            block_hashes: block_hashes(request.cache_salt.clone(), shared, self.block_tokens).await,
-            deadline_ms: 0,
-            exclude: Vec::new(),
+            block_hashes: block_hashes(request.cache_salt.clone(), shared, self.terms.block_tokens).await,
+            killed: self.killed.clone(),
+            fingerprint: self.fingerprint.clone(),
+            key: self.terms.key.clone(),
             ..v1::AssignRequest::default()
         }
     }
@@ -382,17 +421,24 @@ impl Serving {
 
     /// The attempt's way has failed: chooses whom the next one avoids, or ends the request.
     fn fail(&mut self, failure: Failure) -> Result<(), ApiError> {
-        let decode = self.route.take().map(|route| {
-            let life = WorkerLife::from(&route.assignment.decode);
-            if !failure.lost {
+        if let Some(route) = self.route.take() {
+            let decode = WorkerLife::from(&route.assignment.decode);
+            match &failure.blame {
+                Blame::Busy => self.busy.push(decode),
+                Blame::Decode => self.exclude.push(decode),
+                Blame::DecodeDied => {
+                    self.killed.push(decode.clone());
+                    self.exclude.push(decode);
+                }
+                Blame::Life { life, died } => {
+                    self.killed.extend(died.then(|| life.clone()));
+                    self.exclude.push(life.clone());
+                }
+                Blame::Pair(pair) => self.exclude_pairs.push(pair.clone()),
+            }
+            if !matches!(failure.blame, Blame::Decode | Blame::DecodeDied) {
                 route.inbox.ended();
             }
-            life
-        });
-        match (&failure.life, decode) {
-            (Some(life), _) => self.exclude.push(life.clone()),
-            (None, Some(decode)) if failure.lost => self.exclude.push(decode),
-            (None, decode) => self.busy.extend(decode),
         }
         self.fail_attempt(failure)
     }
@@ -436,26 +482,48 @@ async fn block_hashes(salt: String, tokens: Vec<TokenId>, block_tokens: usize) -
     hashes.into_iter().map(convert::block_hash_bytes).collect()
 }
 
-fn lost() -> Failure {
+/// Names what is asked, so that it is known again whoever asks it: prompt and parameters, without the seed.
+fn fingerprint(request: &Request) -> bytes::Bytes {
+    let Request { model, prompt, sampling, choices, tokens_max, tokens_min, stop_tokens, ignore_eos, .. } = request;
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&(model.len() as u64).to_le_bytes());
+    hasher.update(model.as_bytes());
+    hasher.update(&(prompt.len() as u64).to_le_bytes());
+    for token in prompt.iter() {
+        hasher.update(&token.to_le_bytes());
+    }
+    let parameters =
+        (&Sampling { seed: 0, ..sampling.clone() }, choices, tokens_max, tokens_min, stop_tokens, ignore_eos);
+    let text = format!("{parameters:?} {:?} {:?}", request.logprobs, request.prompt_logprobs);
+    hasher.update(text.as_bytes());
+    bytes::Bytes::copy_from_slice(&hasher.finalize().as_bytes()[..FINGERPRINT_BYTES])
+}
+
+fn lost(blame: Blame) -> Failure {
     let reason = Aborted::DecodeLost;
     let error = ApiError::aborted(reason, "the stream to its decode worker was lost");
-    Failure { error, reason: reason.as_str(), life: None, lost: true, last: false }
+    Failure { error, reason: reason.as_str(), blame, last: false }
 }
 
 fn aborted(abort: v1::Abort) -> Failure {
     let reason = convert::aborted(&abort);
     let error = ApiError::aborted(reason, &abort.detail);
-    Failure { error, reason: reason.as_str(), life: abort.failed, lost: false, last: reason == Aborted::Deadline }
+    let blame = match (abort.failed_pair, abort.failed) {
+        (Some(pair), _) => Blame::Pair(pair),
+        (None, Some(life)) => Blame::Life { life, died: reason == Aborted::PrefillLost },
+        (None, None) => Blame::Busy,
+    };
+    Failure { error, reason: reason.as_str(), blame, last: reason == Aborted::Deadline }
 }
 
 fn refused(refusal: v1::Refusal) -> Failure {
     let reason = convert::refused(&refusal);
     let error = ApiError::refused(reason, &refusal.detail, refusal.retry_after_ms);
     let last = matches!(reason, Refused::TooLarge | Refused::UnknownModel | Refused::Incompatible);
-    Failure { error, reason: reason.as_str(), life: None, lost: false, last }
+    Failure { error, reason: reason.as_str(), blame: Blame::Busy, last }
 }
 
 fn broken(bad: BadMessage) -> Failure {
     let error = ApiError::aborted(Aborted::Internal, &bad.to_string());
-    Failure { error, reason: Aborted::Internal.as_str(), life: None, lost: true, last: false }
+    Failure { error, reason: Aborted::Internal.as_str(), blame: Blame::Decode, last: false }
 }
