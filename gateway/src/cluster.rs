@@ -70,6 +70,11 @@ impl Cluster {
         Err(ApiError::model_not_found(name))
     }
 
+    /// The model with this card.
+    pub(crate) fn model_of(&self, card: &str) -> Result<Arc<Model>, ApiError> {
+        self.lock().models.get(card).cloned().ok_or_else(nobody)
+    }
+
     /// Models that a live worker serves, by name; the one with a decode worker first among equal names.
     pub(crate) fn served(&self) -> Vec<Arc<Model>> {
         self.lock().served()

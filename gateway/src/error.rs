@@ -70,6 +70,18 @@ impl ApiError {
         ApiError { param: Some("model".into()), ..error.code("model_not_found") }
     }
 
+    /// 404: no such stream goes on, or it is not this caller's.
+    pub(crate) fn stream_unknown() -> ApiError {
+        let message = "No such stream: it has ended, was not resumable, or its time is over.";
+        ApiError::new(StatusCode::NOT_FOUND, "invalid_request_error", "unknown", message).code("stream_not_found")
+    }
+
+    /// 410: the worker of a stream died with its gateway.
+    pub(crate) fn stream_lost() -> ApiError {
+        let message = "The stream was lost together with the worker that went on with it; send the request again.";
+        ApiError::new(StatusCode::GONE, "server_error", "stream_lost", message).code("stream_lost")
+    }
+
     pub(crate) fn unknown_route(path: &str) -> ApiError {
         let message = format!("Unknown path {path}.");
         ApiError::new(StatusCode::NOT_FOUND, "invalid_request_error", "unknown_route", message).code("unknown_url")

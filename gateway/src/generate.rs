@@ -17,8 +17,10 @@ use crate::cluster::Cluster;
 use crate::config::Config;
 use crate::error::ApiError;
 use crate::measure::Phases;
+use crate::note::Look;
 use crate::openai::{Ask, Envelope, Params, Prompt, Reply, Shape, stream_error};
 use crate::prompt::Encoder;
+use crate::resume::{EventId, take_over};
 use crate::serve::{Servers, Serving, Terms};
 use crate::text::TextOptions;
 
@@ -40,6 +42,8 @@ pub(crate) struct Call {
     pub ask: Ask,
     pub caller: Caller,
     pub lane: Lane,
+    /// How long the request shall outlive this gateway; None: not at all.
+    pub resumable_ms: Option<u64>,
     /// The model as the client named it.
     pub model_name: String,
     pub received: Instant,
@@ -51,8 +55,12 @@ type Parts = BoxStream<'static, Result<Part, ApiError>>;
 impl Gateway {
     /// Answers a call, streaming or in one piece. Errors before the first token have their own status.
     pub(crate) async fn answer(self: &Arc<Gateway>, call: Call) -> Result<Response, ApiError> {
-        let Call { ask, caller, lane, model_name, received, parsed } = call;
+        let Call { ask, caller, lane, resumable_ms, model_name, received, parsed } = call;
         let Ask { model, prompts: asked, params, shape } = ask;
+        if resumable_ms.is_some() && !(params.stream && asked.len() == 1) {
+            let message = "only a stream ('stream': true) with one prompt can be resumable";
+            return Err(ApiError::invalid("x-baton-resumable", message));
+        }
         let mut prompts = Vec::with_capacity(asked.len());
         let place = self.place(asked.len())?;
         for prompt in asked {
@@ -75,18 +83,57 @@ impl Gateway {
         }
         let options = text_options(&model, &params);
         let silent = params.tokens_max == Some(0);
-        let terms = Terms { block_tokens: model.block_tokens, key: caller.key };
+        let prefix = if shape == Shape::Chat { "chatcmpl" } else { "cmpl" };
+        let created = self.clock.unix_ms() / 1000;
+        let envelope = Envelope { id: format!("{prefix}-{id}"), created, model: model_name };
+        let look = |window_ms| Arc::new(Look::new(&envelope, &model.hash, shape, &params, window_ms));
+        let resumable = resumable_ms.map(look);
+        let named = resumable.is_some().then_some(id);
+        let terms = Terms { block_tokens: model.block_tokens, key: caller.key, resumable };
         let answers = parts.into_iter().enumerate().map(|(index, (request, phases))| {
             let serving = Serving::new(self.servers.clone(), request.into(), terms.clone(), phases, places.take_one());
             Answer::new(index, serving, model.clone(), options.clone(), silent).parts().boxed()
         });
         let parts = merge(answers.collect());
-        let prefix = if shape == Shape::Chat { "chatcmpl" } else { "cmpl" };
-        let created = self.clock.unix_ms() / 1000;
-        let envelope = Envelope { id: format!("{prefix}-{id}"), created, model: model_name };
-        let stream = params.stream;
+        let (stream, choices) = (params.stream, params.choices as usize);
         let reply = Reply::new(envelope, model, shape, params, prompts);
-        if stream { stream_reply(reply, parts).await } else { whole_reply(reply, parts).await }
+        match (stream, named) {
+            (false, _) => whole_reply(reply, parts).await,
+            (true, None) => stream_reply(reply, parts, None).await,
+            (true, Some(id)) => stream_reply(reply.resumable(EventId::start(choices)), parts, Some(id)).await,
+        }
+    }
+
+    /// Goes on with a stream whose gateway is gone, from the event after `last_event`.
+    pub(crate) async fn resume(
+        self: &Arc<Gateway>,
+        caller: &Caller,
+        name: &str,
+        last_event: Option<&str>,
+        received: Instant,
+    ) -> Result<Response, ApiError> {
+        let place = self.place(1)?;
+        let taken = take_over(self, caller, name).await?;
+        let (request, look) = (taken.request.clone(), taken.note.look.clone());
+        let (model, has) = match (self.cluster.model_of(&look.card), last_seen(last_event, request.choices)) {
+            (Ok(model), Ok(has)) => (model, has),
+            (Err(error), _) | (_, Err(error)) => {
+                // It goes on, for a client that asks better.
+                taken.inbox.ended();
+                return Err(error);
+            }
+        };
+        let mut phases = Phases::new(model.meters.clone(), received);
+        phases.parsed(Instant::now());
+        phases.encoded();
+        let params = look.params(&request);
+        let options = text_options(&model, &params);
+        let resumable = Some(Arc::new(look.clone()));
+        let terms = Terms { block_tokens: model.block_tokens, key: caller.key.clone(), resumable };
+        let serving = Serving::resumed(self.servers.clone(), taken, terms, phases, place);
+        let parts = Answer::new(0, serving, model.clone(), options, look.silent).parts().boxed();
+        let reply = Reply::new(look.envelope(), model, look.shape, params, vec![request.prompt.clone()]);
+        Ok(event_stream(Vec::new(), reply.resumable(has), parts, Some(request.id)))
     }
 
     fn place(&self, count: usize) -> Result<OwnedSemaphorePermit, ApiError> {
@@ -145,6 +192,15 @@ struct Asked<'a> {
     shape: Shape,
     caller: &'a Caller,
     lane: Lane,
+}
+
+/// The events a client has, by the last one's id.
+fn last_seen(last_event: Option<&str>, choices: u32) -> Result<EventId, ApiError> {
+    let bad = || ApiError::invalid("Last-Event-ID", "'Last-Event-ID' is not the id of an event of this stream");
+    match last_event {
+        None => Ok(EventId::start(choices as usize)),
+        Some(text) => EventId::parse(text, choices as usize).ok_or_else(bad),
+    }
 }
 
 /// The places of a call's requests; what is not taken is given back.
@@ -239,8 +295,8 @@ async fn whole_reply(mut reply: Reply, mut parts: Parts) -> Result<Response, Api
     Ok(([(header::CONTENT_TYPE, "application/json")], reply.whole()).into_response())
 }
 
-/// Begins when the first part, or an error instead of it, is known.
-async fn stream_reply(mut reply: Reply, mut parts: Parts) -> Result<Response, ApiError> {
+/// Begins when the first part, or an error instead of it, is known. `name`: of a resumable stream.
+async fn stream_reply(mut reply: Reply, mut parts: Parts, name: Option<RequestId>) -> Result<Response, ApiError> {
     let mut first = Vec::new();
     while first.is_empty() {
         match parts.next().await {
@@ -248,6 +304,11 @@ async fn stream_reply(mut reply: Reply, mut parts: Parts) -> Result<Response, Ap
             None => reply.finish(&mut first),
         }
     }
+    Ok(event_stream(first, reply, parts, name))
+}
+
+/// A response of `first` and all that follows.
+fn event_stream(first: Vec<u8>, reply: Reply, parts: Parts, name: Option<RequestId>) -> Response {
     let rest = futures::stream::unfold(Some((reply, parts)), |state| async move {
         let (mut reply, mut parts) = state?;
         let mut out = Vec::new();
@@ -273,5 +334,9 @@ async fn stream_reply(mut reply: Reply, mut parts: Parts) -> Result<Response, Ap
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
     headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
-    Ok(response)
+    if let Some(name) = name {
+        let name = HeaderValue::try_from(name.to_string()).expect("hexadecimal digits are a header value");
+        headers.insert("x-baton-stream", name);
+    }
+    response
 }

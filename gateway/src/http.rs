@@ -34,6 +34,7 @@ pub(crate) fn router(gateway: Arc<Gateway>) -> Router {
     Router::new()
         .route("/v1/chat/completions", post(chat_completions))
         .route("/v1/completions", post(text_completions))
+        .route("/v1/streams/{name}", get(stream))
         .route("/v1/models", get(models))
         .route("/v1/models/{*id}", get(model))
         .route("/tokenize", post(tokenize))
@@ -99,6 +100,19 @@ fn lane(headers: &HeaderMap) -> Result<Option<Lane>, ApiError> {
     }
 }
 
+const RESUMABLE: HeaderName = HeaderName::from_static("x-baton-resumable");
+const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
+
+/// How long a header asks a request to outlive its gateway.
+fn resumable_ms(headers: &HeaderMap) -> Result<Option<u64>, ApiError> {
+    let Some(value) = headers.get(RESUMABLE) else { return Ok(None) };
+    let seconds = value.to_str().ok().and_then(|text| text.parse::<u64>().ok());
+    let ms = seconds.and_then(|seconds| seconds.checked_mul(1000));
+    let ms = ms.filter(|ms| (1..=limits::RESUMABLE_MS_MAX).contains(ms));
+    let message = || format!("the header 'x-baton-resumable' must be 1 to {} seconds", limits::RESUMABLE_MS_MAX / 1000);
+    ms.map(Some).ok_or_else(|| ApiError::invalid("x-baton-resumable", message()))
+}
+
 fn route_label(path: &str) -> &'static str {
     const ROUTES: &[&str] = &[
         "/v1/chat/completions",
@@ -113,7 +127,8 @@ fn route_label(path: &str) -> &'static str {
         "/version",
         "/metrics",
     ];
-    ROUTES.iter().find(|route| **route == path).copied().unwrap_or("other")
+    let of_stream = path.starts_with("/v1/streams/").then_some("/v1/streams");
+    ROUTES.iter().find(|route| **route == path).copied().or(of_stream).unwrap_or("other")
 }
 
 async fn chat_completions(State(gateway): Shared, request: Request) -> Result<Response, ApiError> {
@@ -132,11 +147,25 @@ async fn generate(
 ) -> Result<Response, ApiError> {
     let received = Instant::now();
     let (caller, lane) = (caller(&mut request), lane(request.headers())?);
+    let resumable_ms = resumable_ms(request.headers())?;
     let body = body(request).await?;
     let (model, model_name) = named_model(gateway, Fields(&body))?;
     let ask = read(Fields(&body), model)?;
     let lane = lane.unwrap_or(if ask.params.batch { Lane::Batch } else { Lane::Interactive });
-    gateway.answer(Call { ask, caller, lane, model_name, received, parsed: Instant::now() }).await
+    gateway.answer(Call { ask, caller, lane, resumable_ms, model_name, received, parsed: Instant::now() }).await
+}
+
+async fn stream(State(gateway): Shared, Path(name): Path<String>, mut request: Request) -> Result<Response, ApiError> {
+    let received = Instant::now();
+    let caller = caller(&mut request);
+    let last_event = match request.headers().get(LAST_EVENT_ID).map(HeaderValue::to_str) {
+        None => None,
+        Some(Ok(id)) => Some(id),
+        Some(Err(_)) => return Err(ApiError::invalid("Last-Event-ID", "'Last-Event-ID' is not the id of an event")),
+    };
+    let resumed = gateway.resume(&caller, &name, last_event, received).await;
+    measure::resumed(resumed.as_ref().map_or_else(|error| error.reason, |_| "resumed"));
+    resumed
 }
 
 async fn tokenize(State(gateway): Shared, request: Request) -> Result<Json<Value>, ApiError> {

@@ -12,11 +12,11 @@ use std::error::Error;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use baton_core::{Net, Place, limits};
+use baton_core::{Net, Place, RequestId, limits};
 use baton_proto::v1::decode_client::DecodeClient;
 use baton_proto::v1::generate_command::Command;
 use baton_proto::v1::request_output::Output;
-use baton_proto::v1::{Cancel, ClusterView, GenerateCommand, Start, StepOutput};
+use baton_proto::v1::{Cancel, ClusterView, GenerateCommand, Resume, Start, StepOutput};
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
@@ -85,17 +85,28 @@ impl Links {
 
     /// Starts a request on `worker`, over the stream there is or a new one. `start` is given its handle.
     pub(crate) fn start(&self, worker: &Place, start: Start) -> Result<Inbox, Closed> {
+        self.command(worker, |handle| Command::Start(Start { handle, ..start.clone() }))
+    }
+
+    /// Takes over a tenant's request that goes on at `worker`; what it has said so far comes first.
+    pub(crate) fn resume(&self, worker: &Place, request: RequestId, tenant: &str) -> Result<Inbox, Closed> {
+        let (request, tenant) = (request.to_string(), tenant.to_string());
+        let resume = |handle| Resume { handle, request: request.clone(), tenant: tenant.clone() };
+        self.command(worker, |handle| Command::Resume(resume(handle)))
+    }
+
+    fn command(&self, worker: &Place, command: impl Fn(u32) -> Command) -> Result<Inbox, Closed> {
         let mut state = lock(&self.state);
         while state.tasks.try_join_next().is_some() {}
         if let Some(link) = state.links.get(worker)
-            && let Ok(inbox) = link.start(start.clone())
+            && let Ok(inbox) = link.begin(&command)
         {
             return Ok(inbox);
         }
         state.links.retain(|_, link| lock(&link.requests).closed.is_none());
         let link = self.open(worker, &mut state.tasks).ok_or(Closed::Lost)?;
         state.links.insert(worker.clone(), link.clone());
-        link.start(start)
+        link.begin(&command)
     }
 
     /// Ends the streams to lives that are over, so that nothing waits for a connection that says nothing any more, and
@@ -146,7 +157,7 @@ impl Links {
 }
 
 impl Link {
-    fn start(self: &Arc<Link>, mut start: Start) -> Result<Inbox, Closed> {
+    fn begin(self: &Arc<Link>, command: &impl Fn(u32) -> Command) -> Result<Inbox, Closed> {
         let (events, receiver) = mpsc::channel(limits::STREAM_BUFFER_EVENTS_MAX);
         let overrun = Arc::new(AtomicBool::new(false));
         let mut requests = lock(&self.requests);
@@ -154,8 +165,7 @@ impl Link {
             return Err(Closed::Lost);
         }
         let handle = requests.next_handle();
-        start.handle = handle;
-        if !self.send(Command::Start(start)) {
+        if !self.send(command(handle)) {
             requests.close(Closed::Lost);
             return Err(Closed::Lost);
         }
@@ -248,7 +258,7 @@ impl Inbox {
         }
     }
 
-    /// The worker has ended the request: there is nothing to cancel.
+    /// The worker has ended the request, or is to go on with it for another gateway: there is nothing to cancel.
     pub(crate) fn ended(self) {
         lock(&self.link.requests).open.remove(&self.handle);
     }

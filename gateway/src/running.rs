@@ -1,6 +1,7 @@
 //! A gateway from its start to its stop: the socket, the routes and the tasks beside them.
 
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -61,6 +62,7 @@ pub struct Running {
     address: String,
     id: String,
     coordinators: Arc<Coordinators>,
+    servers: Arc<Servers>,
     stop: oneshot::Sender<()>,
     /// The HTTP server.
     server: JoinSet<()>,
@@ -104,13 +106,21 @@ pub async fn start(config: Config, mut env: Env, metrics: RenderMetrics) -> Resu
     let mut finisher = JoinSet::new();
     finisher.spawn(queue.run(coordinators.clone()));
 
-    let servers = Servers { assigner, links, finishes, gateway: id.clone() };
+    let servers = Servers {
+        assigner,
+        coordinators: coordinators.clone(),
+        links,
+        finishes,
+        gateway: id.clone(),
+        leaving: AtomicBool::new(false),
+    };
+    let servers = Arc::new(servers);
     let gateway = Gateway {
         places: Arc::new(Semaphore::new(config.requests_max.min(Semaphore::MAX_PERMITS))),
         config,
         cluster,
         access,
-        servers: Arc::new(servers),
+        servers: servers.clone(),
         encoder: Encoder::default(),
         clock: env.clock,
         rng: Mutex::new(env.rng),
@@ -120,7 +130,7 @@ pub async fn start(config: Config, mut env: Env, metrics: RenderMetrics) -> Resu
     let mut serving = JoinSet::new();
     let router = http::router(Arc::new(gateway));
     serving.spawn(server::serve(listener, router, async move { drop(stopped.await) }));
-    Ok(Running { address, id, coordinators, stop, server: serving, beside, finisher })
+    Ok(Running { address, id, coordinators, servers, stop, server: serving, beside, finisher })
 }
 
 impl Running {
@@ -143,8 +153,10 @@ impl Running {
         Err(Failed { task, problem })
     }
 
-    /// Takes no new connection, lets open streams end for a while, tells the ledger, and ends.
+    /// Takes no new connection, lets open streams end for a while, tells the ledger, and ends. Resumable streams that have
+    /// not ended go on at their workers.
     pub async fn stop(mut self) {
+        self.servers.leaving.store(true, Ordering::Relaxed);
         drop(self.stop);
         if timeout(DRAIN, self.server.join_next()).await.is_err() {
             self.server.shutdown().await;

@@ -9,6 +9,7 @@ mod completions;
 mod coordinator;
 mod failover;
 mod limits;
+mod resume;
 mod routes;
 mod worker;
 mod world;
