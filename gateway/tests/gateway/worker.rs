@@ -115,7 +115,7 @@ impl Script {
 pub(crate) struct FakeWorker {
     pub id: String,
     pub seen: Arc<watch::Sender<Seen>>,
-    pub script: Mutex<Script>,
+    pub script: watch::Sender<Script>,
     pub generated: AtomicUsize,
     /// It has ended its streams in good order.
     pub left: watch::Sender<bool>,
@@ -167,7 +167,7 @@ impl FakeWorker {
         FakeWorker {
             id: id.into(),
             seen,
-            script: Mutex::new(script),
+            script: watch::Sender::new(script),
             generated: AtomicUsize::new(0),
             left: watch::Sender::new(false),
             died: watch::Sender::new(false),
@@ -242,7 +242,7 @@ impl FakeWorker {
 
     async fn generate(self: Arc<FakeWorker>, kept: Arc<Kept>) {
         let start = kept.start.clone();
-        let script = self.script.lock().unwrap().clone();
+        let script = self.script.borrow().clone();
         if let Some(reason) = script.refuse {
             kept.say(Output::Refused(Refusal { reason: reason.into(), ..Default::default() })).await;
             return;
@@ -284,9 +284,8 @@ impl FakeWorker {
 
     /// Waits until the script lets a request go on behind `position`.
     async fn resumed(&self, position: usize) {
-        while self.script.lock().unwrap().pause_after.is_some_and(|limit| position >= limit) {
-            tokio::task::yield_now().await;
-        }
+        let goes_on = |script: &Script| script.pause_after.is_none_or(|limit| position < limit);
+        let _ = self.script.subscribe().wait_for(goes_on).await;
     }
 }
 

@@ -140,7 +140,7 @@ impl World {
     }
 
     pub(crate) fn set_script(&self, worker: usize, script: Script) {
-        *self.workers[worker].script.lock().unwrap() = script;
+        self.workers[worker].script.send_replace(script);
     }
 
     /// Waits until what the fakes have seen satisfies a condition.
