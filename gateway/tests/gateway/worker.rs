@@ -119,7 +119,7 @@ pub(crate) struct FakeWorker {
     pub generated: AtomicUsize,
     /// It has ended its streams in good order.
     pub left: watch::Sender<bool>,
-    /// Its connections are broken, as when its process is left.
+    /// Its connections are broken, as when its process is killed.
     pub died: watch::Sender<bool>,
     /// Resumable requests, by name.
     kept: Mutex<BTreeMap<String, Arc<Kept>>>,
@@ -184,7 +184,7 @@ impl FakeWorker {
         loop {
             let command = tokio::select! {
                 command = commands.message() => command,
-                _ = left.wait_for(|k| *k) => return,
+                _ = left.wait_for(|left| *left) => break,
             };
             let Ok(Some(GenerateCommand { command: Some(command) })) = command else { break };
             match command {
