@@ -11,7 +11,7 @@ use baton_proto::{TcpNet, channel, v1};
 use clap::Args;
 use tokio::time::Instant;
 use tonic::transport::Channel;
-use tonic::{Response, Status};
+use tonic::{Code, Response, Status};
 
 use crate::exit::Failure;
 use crate::up::cluster_file::ClusterFile;
@@ -19,6 +19,12 @@ use crate::up::cluster_file::ClusterFile;
 /// How long a leader is looked for.
 const PATIENCE: Duration = Duration::from_secs(10);
 const PAUSE: Duration = Duration::from_millis(100);
+
+/// Exit codes of the commands that only ask the leader.
+pub(crate) const EXIT_CODES: &str = "Exit codes:
+  0  done
+  1  no coordinator that leads answered
+  2  refused: there is no cluster, or the ledger does not take it";
 
 /// Which cluster is meant.
 #[derive(Args, Clone, Debug)]
@@ -68,6 +74,19 @@ impl Reply for v1::Done {
     }
 }
 
+impl Reply for v1::TenantList {
+    type Answer = v1::TenantList;
+
+    fn answer(self) -> Option<Result<v1::TenantList, v1::Refusal>> {
+        Some(self.refused.clone().map_or(Ok(self), Err))
+    }
+}
+
+/// Runs a command that only asks.
+pub(crate) fn run(asking: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(asking)
+}
+
 /// Calls the leader. A call that may have been carried out is repeated, which changes nothing.
 ///
 /// # Errors
@@ -85,6 +104,7 @@ where
         let client = AdminClient::new(channel(Arc::new(TcpNet), &address).map_err(Failure::refused)?);
         match tokio::time::timeout(Duration::from_millis(RPC_TIMEOUT_MS), call(client)).await {
             Err(_) => last = format!("{address} does not answer"),
+            Ok(Err(status)) if status.code() == Code::InvalidArgument => return Err(Failure::refuse(status.message())),
             Ok(Err(status)) => last = format!("{address}: {}", status.message()),
             Ok(Ok(reply)) => match reply.into_inner().answer() {
                 None => last = format!("{address} answered nothing"),

@@ -116,14 +116,10 @@ async fn serve(flags: JoinFlags, replaces: Option<NodeId>) -> Result<(), Failure
     super::super::serve(running, Role::Coordinator, id, Some(metrics), voice).await
 }
 
-fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
-    Ok(tokio::runtime::Builder::new_current_thread().enable_all().build()?)
-}
-
 fn leave(node: u64, cluster: &ClusterFlags) -> Result<(), Failure> {
     let coordinators = cluster.coordinators()?;
     let remove = |mut client: crate::admin::Client| async move { client.remove_node(NodeNumber { node }).await };
-    runtime()?.block_on(ask(&coordinators, remove))?;
+    crate::admin::run(ask(&coordinators, remove))?;
     println!("coordinator {node} has left for ever; its process ends and its directory can go");
     Ok(())
 }
@@ -132,7 +128,7 @@ fn transfer(node: Option<u64>, cluster: &ClusterFlags) -> Result<(), Failure> {
     let coordinators = cluster.coordinators()?;
     let number = NodeNumber { node: node.unwrap_or(0) };
     let transfer = |mut client: crate::admin::Client| async move { client.transfer_leader(number).await };
-    runtime()?.block_on(ask(&coordinators, transfer))?;
+    crate::admin::run(ask(&coordinators, transfer))?;
     match node {
         Some(node) => println!("coordinator {node} leads"),
         None => println!("another coordinator leads"),
