@@ -18,6 +18,8 @@ pub(crate) struct Answers {
     inlet: Inlet,
     ends: mpsc::Receiver<RequestOutput>,
     following: JoinHandle<Result<(), Status>>,
+    /// How `following` ended, once it has.
+    ended: Option<Result<(), Status>>,
     over: bool,
 }
 
@@ -27,17 +29,27 @@ impl Answers {
         ends: mpsc::Receiver<RequestOutput>,
         following: JoinHandle<Result<(), Status>>,
     ) -> Answers {
-        Answers { inlet, ends, following, over: false }
+        Answers { inlet, ends, following, ended: None, over: false }
     }
 
-    /// How the stream ends, once nothing more can come.
-    fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<StepOutput, Status>>> {
-        let ended = std::task::ready!(Pin::new(&mut self.following).poll(cx));
-        self.over = true;
-        match ended {
-            Ok(Ok(())) => Poll::Ready(None),
-            Ok(Err(status)) => Poll::Ready(Some(Err(status))),
-            Err(_) => Poll::Ready(Some(Err(Status::internal("the stream's task panicked")))),
+    /// How the stream ends. An error ends it once everything that has come is read, though an engine that is stuck may
+    /// hold the other end; else it ends when nothing more can come.
+    fn poll_end(&mut self, all_read: bool, cx: &mut Context<'_>) -> Poll<Option<Result<StepOutput, Status>>> {
+        if self.ended.is_none()
+            && let Poll::Ready(ended) = Pin::new(&mut self.following).poll(cx)
+        {
+            self.ended = Some(ended.unwrap_or_else(|_| Err(Status::internal("the stream's task panicked"))));
+        }
+        match &self.ended {
+            Some(Err(status)) => {
+                self.over = true;
+                Poll::Ready(Some(Err(status.clone())))
+            }
+            Some(Ok(())) if all_read => {
+                self.over = true;
+                Poll::Ready(None)
+            }
+            _ => Poll::Pending,
         }
     }
 }
@@ -60,7 +72,7 @@ impl futures::Stream for Answers {
             Poll::Ready(None) => closed += 1,
             Poll::Pending => {}
         }
-        if closed == 2 { self.poll_end(cx) } else { Poll::Pending }
+        self.poll_end(closed == 2, cx)
     }
 }
 
@@ -79,7 +91,7 @@ fn step_output(notes: Notes) -> StepOutput {
 }
 
 /// What a gateway is told; None for what concerns handoffs only.
-fn output(note: Note) -> Option<Output> {
+pub(crate) fn output(note: Note) -> Option<Output> {
     Some(match note {
         Note::Admitted(phases) => Output::Admitted(admitted(phases)),
         Note::Refused(reason) => Output::Refused(refusal(reason, "the engine does not take it")),

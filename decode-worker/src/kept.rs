@@ -76,6 +76,8 @@ impl Keeper {
 
 /// One kept request.
 pub(crate) struct Kept {
+    /// Choices that nobody wants any more.
+    pub(crate) unwanted_choices: watch::Sender<Vec<u32>>,
     request: RequestId,
     epoch: u64,
     tenant: String,
@@ -125,7 +127,8 @@ impl Kept {
             left: Instant::now(),
         };
         let (log, changed) = (Mutex::new(log), watch::Sender::new(()));
-        Arc::new(Kept { request, epoch, tenant, window, frame, log, changed })
+        let unwanted_choices = watch::Sender::new(Vec::new());
+        Arc::new(Kept { unwanted_choices, request, epoch, tenant, window, frame, log, changed })
     }
 
     /// Remembers something that is said of the request, for the reader there is and those to come.
@@ -185,42 +188,41 @@ impl Kept {
 
     /// A reader from the first word on; an earlier reader ends.
     pub(crate) fn read(self: &Arc<Kept>) -> Reader {
-        let at = self.log().base;
-        self.reader(at)
+        let mut log = self.log();
+        let at = log.base;
+        self.reader(&mut log, at)
     }
 
     /// All that has been said so far, and a reader of what follows.
     pub(crate) fn resume(self: &Arc<Kept>) -> (Resumed, Reader) {
         let mut resumed = self.frame.clone();
         let mut tokens: BTreeMap<u32, Tokens> = BTreeMap::new();
-        let at = {
-            let log = self.log();
-            let told = log.said.iter().position(|output| matches!(output, Output::Aborted(_) | Output::Refused(_)));
-            let told = told.unwrap_or(log.said.len());
-            for output in log.said.iter().take(told) {
-                match output {
-                    Output::Tokens(new) => {
-                        let of = || Tokens { choice: new.choice, tokens: Vec::new() };
-                        tokens.entry(new.choice).or_insert_with(of).tokens.extend(new.tokens.iter().cloned());
-                    }
-                    Output::Finished(finished) => resumed.finished.push(finished.clone()),
-                    Output::PromptLogprobs(prompt) => resumed.prompt_logprobs = Some(prompt.clone()),
-                    Output::Admitted(admitted) => resumed.admitted = Some(*admitted),
-                    Output::Aborted(_) | Output::Refused(_) | Output::Resumed(_) => {}
+        let mut log = self.log();
+        // How it failed is said after it was resumed.
+        let failed = log.said.iter().position(|output| matches!(output, Output::Aborted(_) | Output::Refused(_)));
+        let told = failed.unwrap_or(log.said.len());
+        for output in log.said.iter().take(told) {
+            match output {
+                Output::Tokens(new) => {
+                    let of = || Tokens { choice: new.choice, tokens: Vec::new() };
+                    tokens.entry(new.choice).or_insert_with(of).tokens.extend(new.tokens.iter().cloned());
                 }
+                Output::Finished(finished) => resumed.finished.push(finished.clone()),
+                Output::PromptLogprobs(prompt) => resumed.prompt_logprobs = Some(prompt.clone()),
+                Output::Admitted(admitted) => resumed.admitted = Some(*admitted),
+                Output::Aborted(_) | Output::Refused(_) | Output::Resumed(_) => {}
             }
-            log.base + told
-        };
+        }
         resumed.tokens = tokens.into_values().collect();
-        (resumed, self.reader(at))
+        let at = log.base + told;
+        let reader = self.reader(&mut log, at);
+        (resumed, reader)
     }
 
-    fn reader(self: &Arc<Kept>, at: usize) -> Reader {
-        let mut log = self.log();
+    fn reader(self: &Arc<Kept>, log: &mut Log, at: usize) -> Reader {
         log.reader += 1;
         log.next = Some(at);
         let number = log.reader;
-        drop(log);
         let changed = self.changed.subscribe();
         self.changed.send_replace(());
         Reader { kept: self.clone(), number, changed }
@@ -239,6 +241,11 @@ pub(crate) struct Reader {
 }
 
 impl Reader {
+    /// Whether somebody else reads instead.
+    pub(crate) fn is_replaced(&self) -> bool {
+        self.kept.log().reader != self.number
+    }
+
     /// What is said next; None after the last word, or once somebody else reads.
     pub(crate) async fn next(&mut self) -> Option<Vec<Output>> {
         loop {
@@ -362,8 +369,8 @@ mod tests {
         drop(reader);
     }
 
-    #[test]
-    fn what_grows_too_large_is_read_on_and_cannot_be_taken_over() {
+    #[tokio::test]
+    async fn what_grows_too_large_is_read_on_and_cannot_be_taken_over() {
         let (keeper, kept) = (Keeper::default(), kept(1));
         lock(&keeper.kept).insert(kept.request, kept.clone());
         let mut reader = kept.read();
@@ -371,13 +378,12 @@ mod tests {
             let top = vec![baton_proto::v1::TokenLogprob::default(); SAID_BYTES_MAX / 16];
             Output::Tokens(Tokens { choice: 0, tokens: vec![Token { top, ..Token::default() }] })
         };
-        let mut read = || futures::executor::block_on(reader.next()).map(|new| new.len());
         kept.say(large());
-        assert_eq!(read(), Some(1));
+        assert_eq!(reader.next().await.map(|new| new.len()), Some(1));
         assert!(keeper.find(RequestId(1), "t").is_some());
         kept.say(large());
         kept.say(token(1));
-        assert_eq!(read(), Some(2));
+        assert_eq!(reader.next().await.map(|new| new.len()), Some(2));
         assert!(keeper.find(RequestId(1), "t").is_none());
         assert!(kept.log().said.len() <= 2);
     }

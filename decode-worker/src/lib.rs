@@ -4,6 +4,8 @@
 
 mod answers;
 mod handoff;
+mod kept;
+mod outlive;
 mod prefills;
 mod request;
 mod stream;
@@ -19,6 +21,7 @@ use tonic::service::Routes;
 
 pub use baton_worker::{Error, Running, StartError};
 
+use crate::kept::Keeper;
 use crate::prefills::Prefills;
 
 /// What all streams of a decode worker share.
@@ -28,6 +31,7 @@ pub(crate) struct Decode {
     /// Where prefill workers reach the receiver.
     kv_address: String,
     prefills: Prefills,
+    keeper: Keeper,
 }
 
 /// Starts a decode worker; it is registered and serves when this returns.
@@ -40,7 +44,8 @@ pub async fn start(config: Config, model: LoadedModel, env: Env) -> Result<Runni
     let receiver = receiver.map_err(|source| StartError::Listen { address: listen.clone(), source })?;
     let kv_address = opened.config.advertised(&receiver.address());
     let joined = opened.join().await?;
-    let decode = Decode { shell: joined.shell().clone(), receiver, kv_address, prefills: Prefills::new(net) };
+    let (shell, prefills, keeper) = (joined.shell().clone(), Prefills::new(net), Keeper::default());
+    let decode = Decode { shell, receiver, kv_address, prefills, keeper };
     let service = DecodeServer::new(stream::Streams(Arc::new(decode))).max_decoding_message_size(MESSAGE_BYTES_MAX);
     Ok(joined.serve(Routes::new(service)))
 }

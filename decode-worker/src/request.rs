@@ -10,7 +10,7 @@ use baton_proto::v1::request_output::Output;
 use baton_proto::v1::{Abort, Refusal, RequestOutput, Start};
 use baton_worker::outlet::Outlet;
 use baton_worker::{Assigned, Submission, metrics};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::time::timeout_at;
 
 use crate::Decode;
@@ -41,9 +41,16 @@ impl From<BadMessage> for End {
 }
 
 /// Serves one request and returns its handle. What its engine says goes to `outlet`, what ends it before that to `said`.
-pub(crate) async fn serve(decode: Arc<Decode>, outlet: Outlet, said: mpsc::Sender<RequestOutput>, start: Start) -> u32 {
+/// `unwanted` grows by the choices that nobody waits for any more.
+pub(crate) async fn serve(
+    decode: Arc<Decode>,
+    outlet: Outlet,
+    said: mpsc::Sender<RequestOutput>,
+    unwanted: watch::Receiver<Vec<u32>>,
+    start: Start,
+) -> u32 {
     let handle = start.handle;
-    let Err(end) = generate(&decode, outlet, start).await else { return handle };
+    let Err(end) = generate(&decode, outlet, unwanted, start).await else { return handle };
     let output = match end {
         End::Refused(refusal) => Output::Refused(refusal),
         End::Aborted(abort) => {
@@ -56,7 +63,12 @@ pub(crate) async fn serve(decode: Arc<Decode>, outlet: Outlet, said: mpsc::Sende
     handle
 }
 
-async fn generate(decode: &Decode, outlet: Outlet, start: Start) -> Result<(), End> {
+async fn generate(
+    decode: &Decode,
+    outlet: Outlet,
+    mut unwanted: watch::Receiver<Vec<u32>>,
+    start: Start,
+) -> Result<(), End> {
     let tag = start.handle;
     let assigned = Assigned::parse(start.assignment, start.request, start.choices)?;
     let deadline = assigned.deadline;
@@ -66,7 +78,7 @@ async fn generate(decode: &Decode, outlet: Outlet, start: Start) -> Result<(), E
         () = decode.shell.evicted() => return Err(abort(Aborted::Draining, "during the handoff").into()),
     };
     let Brought { filled, phases } = brought.map_err(|_| abort(Aborted::Deadline, "during the handoff"))??;
-    let Assigned { request, choices, started, .. } = assigned;
+    let Assigned { request, mut choices, started, .. } = assigned;
     metrics::record_handoff(started.elapsed());
     // Together with the gateway's phases these add up to TTFT. Numbers only, never text.
     tracing::debug!(
@@ -80,18 +92,27 @@ async fn generate(decode: &Decode, outlet: Outlet, start: Start) -> Result<(), E
         local_prefill = phases.local_prefill,
         "brought"
     );
+    let gone = unwanted.borrow_and_update().clone();
+    choices.retain(|choice| !gone.contains(&choice.index));
+    if choices.is_empty() {
+        return Ok(());
+    }
     let work = Work { request, choices, goal: Goal::Generate, filled };
     let submission = Submission { work, outlet, tag, phases, started };
     let mut admission = decode.shell.engine.submit(submission).map_err(|reason| {
         metrics::count_refused(reason);
         refusal(reason, "the engine's queue is full")
     })?;
-    let reason = tokio::select! {
-        ended = timeout_at(deadline, admission.ended()) => match ended {
-            Ok(()) => return Ok(()),
-            Err(_) => Aborted::Deadline,
-        },
-        () = decode.shell.evicted() => Aborted::Draining,
+    let reason = loop {
+        tokio::select! {
+            ended = timeout_at(deadline, admission.ended()) => match ended {
+                Ok(()) => return Ok(()),
+                Err(_) => break Aborted::Deadline,
+            },
+            () = decode.shell.evicted() => break Aborted::Draining,
+            Ok(()) = unwanted.changed() => {}
+        }
+        admission.cancel_choices(unwanted.borrow_and_update().clone());
     };
     metrics::count_aborted(reason);
     admission.abort(reason);

@@ -96,6 +96,23 @@ impl Engine {
         self.ready.push(Event::Aborted { request: id, reason: Aborted::Cancelled });
     }
 
+    /// Ends some choices of a request; nothing is told of it, and the others go on. Blocks as with `cancel`.
+    pub fn cancel_choices(&mut self, id: RequestId, choices: &[u32]) {
+        let prune = |sequence: &mut Sequence| {
+            if sequence.request.id == id {
+                sequence.branches.retain(|branch| !choices.contains(&branch.index));
+            }
+            sequence.branches.is_empty()
+        };
+        self.waiting.retain(|_, sequence| !prune(sequence));
+        for sequence in self.running.values_mut() {
+            sequence.cancelled |= prune(sequence);
+        }
+        if !self.stepping {
+            self.drop_cancelled();
+        }
+    }
+
     /// Moves out the events that needed no step: first tokens of handoffs, cancellations. `commit` does so too.
     pub fn take_events(&mut self, events: &mut Vec<Event>) {
         events.append(&mut self.ready);

@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod faults;
+mod pools;
 mod recall;
 mod same_bytes;
 mod serving;

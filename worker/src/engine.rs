@@ -104,12 +104,18 @@ pub struct Admission {
 
 impl Admission {
     /// Resolves when the engine holds nothing of the work any more; its last notes have been sent by then.
+    /// Waiting may be given up and begun anew.
     pub async fn ended(&mut self) {
         if let Some(ended) = &mut self.ended {
             // The sender is dropped, never used.
             let _ = ended.await;
         }
         self.ended = None;
+    }
+
+    /// Ends these choices without a word; the work ends with the last of its choices.
+    pub fn cancel_choices(&self, choices: Vec<u32>) {
+        self.inbox.push(Command::CancelChoices(self.key, choices));
     }
 
     /// Ends the work with a note that says why.

@@ -20,6 +20,8 @@ pub(crate) enum Command {
     Admit(Box<Admit>),
     /// Nobody waits for the work any more.
     Cancel(Key),
+    /// Nobody waits for these choices of the work any more.
+    CancelChoices(Key, Vec<u32>),
     /// Ends the work and says why.
     Abort(Key, Aborted),
 }

@@ -25,6 +25,8 @@ pub(crate) enum Known {
     /// Nothing, or it asked for everything.
     #[default]
     Nothing,
+    /// It did not answer. What it knows is uncertain, and until it answers nothing is spent on it.
+    Unreached,
     /// The first `told` names of the index as it was at `mark`.
     Part { all: Arc<[BlockHash]>, told: usize, mark: Mark },
     /// Everything up to the mark.
@@ -48,6 +50,7 @@ impl Known {
                 None => whole(cache, max),
             },
             Known::Nothing => whole(cache, max),
+            Known::Unreached => (Changes::default(), Known::Nothing),
         }
     }
 }
@@ -104,7 +107,7 @@ mod tests {
                 let (changes, next) = known.next_within(&cache, max);
                 prop_assert!(changes.added.len() + changes.removed.len() <= max);
                 if fate > 0 { apply(&mut node, &changes) }
-                known = if fate > 1 { next } else { Known::Nothing };
+                known = if fate > 1 { next } else { Known::Unreached };
             }
             for _ in 0..200 {
                 let (changes, next) = known.next_within(&cache, max);
@@ -113,6 +116,15 @@ mod tests {
             }
             prop_assert_eq!(node.into_iter().collect::<Vec<_>>(), cache.hashes(usize::MAX));
         }
+    }
+
+    #[test]
+    fn a_node_that_does_not_answer_costs_nothing() {
+        let cache = Cache::new(hash_spec().layout, 8);
+        (0..5).for_each(|name| put(&cache, name));
+        let (changes, known) = Known::Unreached.next(&cache);
+        assert_eq!(changes, Changes::default());
+        assert_eq!((known.next(&cache).0.reset, known.next(&cache).0.added.len()), (true, 5));
     }
 
     #[test]

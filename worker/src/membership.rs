@@ -186,7 +186,7 @@ async fn beat(net: Arc<dyn Net>, address: String, me: Arc<Me>, every: Duration) 
                 me.refused(&address, refused(&refusal), &refusal.detail);
                 Known::Nothing
             }
-            Ok(None) | Err(_) => Known::Nothing,
+            Ok(None) | Err(_) => Known::Unreached,
         };
     }
 }

@@ -38,7 +38,8 @@ struct Route {
     outlet: Outlet,
     tag: u32,
     cached_tokens: u64,
-    choices_left: usize,
+    /// Choices that have not ended; a prefill counts as one.
+    open: Vec<u32>,
     /// Only its drop matters: it tells the task that the work has ended.
     _end: oneshot::Sender<()>,
 }
@@ -77,6 +78,7 @@ impl Steps {
             match command {
                 Command::Admit(admit) => self.admit(*admit),
                 Command::Cancel(key) => self.cancel(key),
+                Command::CancelChoices(key, choices) => self.cancel_choices(key, &choices),
                 Command::Abort(key, reason) => self.abort(key, reason),
             }
         }
@@ -135,9 +137,9 @@ impl Steps {
             // The newest lease check has let this one in, so the older one has lost its right.
             self.abort(older.key, Aborted::Superseded);
         }
-        let choices_left = match work.goal {
-            Goal::Generate => work.choices.len(),
-            Goal::Prefill { .. } => 1,
+        let open = match work.goal {
+            Goal::Generate => work.choices.iter().map(|choice| choice.index).collect(),
+            Goal::Prefill { .. } => vec![0],
         };
         match self.engine.admit(work) {
             Err(reason) => self.note(outlet, tag, Note::Refused(reason)),
@@ -146,7 +148,7 @@ impl Steps {
                 phases.handoff = started.elapsed();
                 self.note(outlet.clone(), tag, Note::Admitted(phases));
                 let cached_tokens = phases.cached_tokens;
-                self.routes.insert(request, Route { key, outlet, tag, cached_tokens, choices_left, _end: end });
+                self.routes.insert(request, Route { key, outlet, tag, cached_tokens, open, _end: end });
                 self.requests.insert(key, request);
             }
         }
@@ -159,6 +161,17 @@ impl Steps {
             self.engine.cancel(request);
             self.deliver_ready();
         }
+    }
+
+    fn cancel_choices(&mut self, key: Key, choices: &[u32]) {
+        let Some(request) = self.requests.get(&key).copied() else { return };
+        let Some(route) = self.routes.get_mut(&request) else { return };
+        route.open.retain(|choice| !choices.contains(choice));
+        if route.open.is_empty() {
+            return self.cancel(key);
+        }
+        self.engine.cancel_choices(request, choices);
+        self.deliver_ready();
     }
 
     fn abort(&mut self, key: Key, reason: Aborted) {
@@ -190,11 +203,12 @@ impl Steps {
             usage.cached_tokens = (usage.cached_tokens + route.cached_tokens as usize).min(usage.prompt_tokens);
         }
         match &event {
+            Event::Tokens { choice, .. } | Event::Finished { choice, .. } if !route.open.contains(choice) => return,
             Event::Tokens { .. } | Event::PromptLogprobs { .. } => {}
-            Event::Finished { .. } | Event::Prefilled { .. } => route.choices_left -= 1,
-            Event::Aborted { .. } => route.choices_left = 0,
+            Event::Finished { choice, .. } => route.open.retain(|open| open != choice),
+            Event::Prefilled { .. } | Event::Aborted { .. } => route.open.clear(),
         }
-        let (outlet, tag, key, over) = (route.outlet.clone(), route.tag, route.key, route.choices_left == 0);
+        let (outlet, tag, key, over) = (route.outlet.clone(), route.tag, route.key, route.open.is_empty());
         self.note(outlet, tag, Note::Event(event));
         if over {
             self.routes.remove(&request);

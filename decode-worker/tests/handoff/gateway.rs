@@ -10,14 +10,17 @@ use baton_proto::v1::decode_client::DecodeClient;
 use baton_proto::v1::generate_command::Command;
 use baton_proto::v1::request_output::Output;
 use baton_proto::v1::{
-    Abort, Admitted, Cancel, ChoiceFinished, GenerateCommand, PromptLogprob, Refusal, RequestOutput, Start, StepOutput,
-    Token,
+    Abort, Admitted, Cancel, ChoiceFinished, GenerateCommand, PromptLogprob, Refusal, RequestOutput, Resume, Resumed,
+    Start, StepOutput, Token,
 };
 use futures::channel::mpsc;
 use tokio::time::timeout;
 use tonic::Streaming;
 
 use crate::cluster::{Cluster, Worker};
+
+/// What these gateways write on their requests.
+pub(crate) const NOTE: &[u8] = b"a note";
 
 /// One request and who is to serve it.
 #[derive(Clone, Debug)]
@@ -27,12 +30,21 @@ pub(crate) struct Order {
     pub(crate) decode: Place,
     pub(crate) prefill: Option<Place>,
     pub(crate) epoch: u64,
+    /// How long it outlives its stream.
+    pub(crate) resumable_ms: u64,
 }
 
 impl Order {
     pub(crate) fn new(request: Request, decode: &Worker, prefill: Option<&Worker>) -> Order {
         let choices = (0..request.choices).map(|index| Choice { index, so_far: Vec::new() }).collect();
-        Order { request, choices, decode: decode.place(), prefill: prefill.map(Worker::place), epoch: 1 }
+        Order {
+            request,
+            choices,
+            decode: decode.place(),
+            prefill: prefill.map(Worker::place),
+            epoch: 1,
+            resumable_ms: 0,
+        }
     }
 
     fn start(&self, handle: u32) -> Start {
@@ -51,7 +63,8 @@ impl Order {
             assignment: Some(assignment.into()),
             request: Some((&self.request).into()),
             choices: self.choices.iter().map(wire).collect(),
-            ..Start::default()
+            resumable_ms: self.resumable_ms,
+            note: NOTE.into(),
         }
     }
 }
@@ -66,6 +79,7 @@ pub(crate) struct Told {
     pub(crate) finished: BTreeMap<u32, ChoiceFinished>,
     pub(crate) aborted: Option<Abort>,
     pub(crate) refused: Option<Refusal>,
+    pub(crate) resumed: Option<Resumed>,
 }
 
 impl Told {
@@ -118,6 +132,19 @@ impl Gateway {
         self.send(Command::Cancel(Cancel { handle, ..Cancel::default() }));
     }
 
+    pub(crate) fn cancel_choices(&mut self, handle: u32, choices: &[u32]) {
+        self.send(Command::Cancel(Cancel { handle, choices: choices.to_vec() }));
+    }
+
+    /// Takes over a request of `choices` choices.
+    pub(crate) fn resume(&mut self, request: baton_core::RequestId, tenant: &str, choices: usize) -> u32 {
+        let handle = self.told.len() as u32;
+        self.told.insert(handle, Told { choices, ..Told::default() });
+        let (request, tenant) = (request.to_string(), tenant.to_string());
+        self.send(Command::Resume(Resume { handle, request, tenant }));
+        handle
+    }
+
     fn send(&mut self, command: Command) {
         self.commands.try_send(GenerateCommand { command: Some(command) }).unwrap();
     }
@@ -166,7 +193,13 @@ impl Gateway {
                 Output::Finished(finished) => drop(told.finished.insert(finished.choice, finished)),
                 Output::Aborted(abort) => told.aborted = Some(abort),
                 Output::Refused(refusal) => told.refused = Some(refusal),
-                Output::Resumed(resumed) => panic!("nobody resumed: {resumed:?}"),
+                Output::Resumed(resumed) => {
+                    for said in &resumed.tokens {
+                        told.tokens.entry(said.choice).or_default().extend(said.tokens.iter().cloned());
+                    }
+                    told.finished = resumed.finished.iter().map(|end| (end.choice, end.clone())).collect();
+                    told.resumed = Some(resumed);
+                }
             }
         }
     }

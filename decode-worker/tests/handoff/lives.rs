@@ -20,7 +20,7 @@ fn order(id: u128, decode: Place, prefill: Option<Place>) -> Order {
     let prompt: Vec<u32> = (0..50).map(|i| (i * 13 + id as u32) % 1000).collect();
     let request = request(id, &prompt, 300);
     let choices = vec![baton_engine::Choice::default()];
-    Order { request, choices, decode, prefill, epoch: 1 }
+    Order { request, choices, decode, prefill, epoch: 1, resumable_ms: 0 }
 }
 
 fn expected(order: &Order) -> Vec<v1::Token> {

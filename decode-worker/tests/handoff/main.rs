@@ -7,5 +7,6 @@ mod gateway;
 
 mod faults;
 mod lives;
+mod outlive;
 mod recall;
 mod same_bytes;

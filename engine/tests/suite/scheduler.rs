@@ -280,6 +280,39 @@ fn cancel_frees_everything() {
     }
 }
 
+/// Choices that are given up at any moment leave the other one's tokens as they are, and nothing behind.
+#[test]
+fn cancelled_choices_leave_the_others_alone() {
+    let request = sampled(1, &prompt(4, 30, 1000), 3);
+    let run = |steps: usize, during: bool, given_up: &[u32]| {
+        let mut engine = hash_engine(CONFIG);
+        engine.admit(work(&request)).expect("room");
+        let mut events = Vec::new();
+        for _ in 0..steps {
+            step(&mut engine, &mut backend(), &mut events);
+        }
+        let batch = if during { engine.plan() } else { None };
+        engine.cancel_choices(RequestId(1), given_up);
+        if let Some(batch) = batch {
+            let output = Backend::run(&mut backend(), &batch, &mut |_| {});
+            engine.commit(batch, output, &mut events);
+        }
+        events.extend(drain(&mut engine, &mut backend()));
+        assert_idle(&engine);
+        Choices::of(events)
+    };
+    let whole = run(0, false, &[]);
+    assert_eq!(whole.ends.len(), 3);
+    for steps in 0..12 {
+        for during in [false, true] {
+            let rest = run(steps, during, &[0, 2]);
+            assert_eq!(rest.sampled(1, 1), whole.sampled(1, 1), "after {steps} steps");
+            assert!(rest.ends.contains_key(&(RequestId(1), 1)));
+            assert!(run(steps, during, &[0, 1, 2]).aborted.is_empty());
+        }
+    }
+}
+
 /// Blocks that were announced stay as they are while the handoff holds them, though the request is cancelled and the
 /// engine is busy with others.
 #[test]
