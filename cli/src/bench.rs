@@ -1,5 +1,6 @@
 //! `baton bench`: figures of an endpoint over HTTP, or of this machine's engine and links without one.
 
+pub(crate) mod coordinator;
 pub(crate) mod engine;
 pub(crate) mod figure;
 pub(crate) mod percentile;
@@ -19,6 +20,8 @@ pub(crate) enum Bench {
     Engine(engine::EngineFlags),
     /// Measure how fast KV blocks move over each link, beside memcpy and a plain socket
     Transfer(transfer::TransferFlags),
+    /// Measure how fast coordinators assign and write, with fsync on
+    Coordinator(coordinator::CoordinatorFlags),
 }
 
 pub(crate) fn run(bench: Bench) -> Result<(), Failure> {
@@ -26,5 +29,6 @@ pub(crate) fn run(bench: Bench) -> Result<(), Failure> {
         Bench::Serve(flags) => serve::run(flags),
         Bench::Engine(flags) => engine::run(flags),
         Bench::Transfer(flags) => transfer::run(flags),
+        Bench::Coordinator(flags) => coordinator::run(flags),
     }
 }

@@ -1,6 +1,8 @@
 //! Black-box tests on real processes: `baton up`, HTTP, signals.
 
 mod bad_input;
+mod chaos;
+mod control;
 mod faults;
 mod pools;
 mod recall;

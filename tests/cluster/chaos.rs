@@ -1,0 +1,35 @@
+//! The chaos program in short: each fault a few times, every stream compared with the undisturbed run. Targets in
+//! milliseconds are for the long form on a quiet machine; here nothing may be lost, hung, doubled or wrong.
+
+use baton_tests::chaos::{self, Extent, Report};
+
+fn extent(times: usize, seed: u64) -> Extent {
+    Extent { times, streams: 6, seed }
+}
+
+/// `failed`: whether requests may be refused with a typed error for a moment.
+fn check(report: &Report, failed: bool) {
+    let bad = [report.lost, report.hung, report.doubled, report.wrong];
+    assert_eq!(bad, [0; 4], "lost, hung, doubled, wrong: {report:?}");
+    assert!(report.streams > 0 && (failed || report.failed == 0), "{report:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn leaders_killed_under_load() {
+    check(&chaos::leader::run(extent(2, 11), true).await, true);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn workers_killed_under_load() {
+    check(&chaos::workers::run(extent(4, 12)).await, false);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn workers_stopped_and_woken_under_load() {
+    check(&chaos::stop::run(extent(1, 13)).await, false);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn paths_cut_and_damaged_under_load() {
+    check(&chaos::cut::run(extent(2, 14)).await, false);
+}
