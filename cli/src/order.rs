@@ -1,51 +1,23 @@
 //! `baton drain` and `baton role`: orders for one worker, and waiting until it has done them.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use baton_core::Role;
 use baton_core::limits::RPC_TIMEOUT_MS;
-use baton_core::{Refused, Role};
-use baton_proto::convert::refused;
-use baton_proto::v1::admin_client::AdminClient;
 use baton_proto::v1::coordinator_client::CoordinatorClient;
-use baton_proto::v1::{ClusterView, MemberView, Order, OrderRequest, WatchRequest, done};
+use baton_proto::v1::{ClusterView, MemberView, Order, OrderRequest, WatchRequest};
 use baton_proto::{TcpNet, channel};
 use clap::{Args, ValueEnum};
 use tokio::time::{Instant, sleep, timeout};
 
+use crate::admin::{self, ClusterFlags};
 use crate::exit::Failure;
-use crate::up::cluster_file::ClusterFile;
 
 const RPC_TIMEOUT: Duration = Duration::from_millis(RPC_TIMEOUT_MS);
-/// How long a leader is looked for.
-const PATIENCE: Duration = Duration::from_secs(10);
 const RETRY: Duration = Duration::from_millis(50);
 /// How long a worker may take to do as ordered; its own bound on draining is far below.
 const DONE_MAX: Duration = Duration::from_secs(900);
-
-/// Which cluster.
-#[derive(Args, Debug)]
-pub(crate) struct ClusterFlags {
-    /// Data directory of the `baton up` it belongs to [default: $HOME/.baton]
-    #[arg(long, value_name = "DIR")]
-    data: Option<PathBuf>,
-    /// Ask this coordinator instead of looking for a `baton up` on this machine; may be repeated
-    #[arg(long = "coordinator", value_name = "HOST:PORT", conflicts_with = "data")]
-    coordinators: Vec<String>,
-}
-
-impl ClusterFlags {
-    fn coordinators(&self) -> Result<Vec<String>, Failure> {
-        if !self.coordinators.is_empty() {
-            return Ok(self.coordinators.clone());
-        }
-        let data = self.data.clone().unwrap_or_else(crate::surroundings::default_data);
-        let file = ClusterFile::read(&data).ok().filter(ClusterFile::runs);
-        let nobody = || format!("no cluster runs on {}; see --data and --coordinator", data.display());
-        Ok(file.ok_or_else(|| Failure::refuse(nobody()))?.addresses(Role::Coordinator))
-    }
-}
 
 /// Let a worker finish what it has, and end.
 ///
@@ -109,8 +81,7 @@ impl WorkerRole {
 }
 
 pub(crate) fn drain(flags: DrainFlags) -> Result<(), Failure> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(async {
+    admin::run(async {
         let (since, worker) = (Instant::now(), flags.worker.as_str());
         let coordinators = flags.cluster.coordinators()?;
         let life = life(&look(&coordinators).await?, worker)?;
@@ -126,8 +97,7 @@ pub(crate) fn drain(flags: DrainFlags) -> Result<(), Failure> {
 }
 
 pub(crate) fn change(flags: ChangeFlags) -> Result<(), Failure> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(async {
+    admin::run(async {
         let (since, worker, role) = (Instant::now(), flags.worker.as_str(), flags.role.role());
         let coordinators = flags.cluster.coordinators()?;
         let view = look(&coordinators).await?;
@@ -150,35 +120,12 @@ pub(crate) fn change(flags: ChangeFlags) -> Result<(), Failure> {
 
 /// Gives an order to the leader, whichever of the coordinators that is.
 pub(crate) async fn order(coordinators: &[String], worker: &str, order: Order) -> Result<(), Failure> {
-    let deadline = Instant::now() + PATIENCE;
     let request = OrderRequest { worker: worker.to_string(), order: order.into() };
-    let mut leader: Option<String> = None;
-    let mut last = "no coordinator is known".to_string();
-    for turn in 0.. {
-        let next = leader.take().or_else(|| coordinators.get(turn % coordinators.len().max(1)).cloned());
-        let Some(address) = next.filter(|_| Instant::now() < deadline) else { break };
-        match timeout(RPC_TIMEOUT, order_at(&address, request.clone())).await {
-            Ok(Ok(done::Outcome::Done(_))) => return Ok(()),
-            Ok(Ok(done::Outcome::Refused(refusal))) => match refused(&refusal) {
-                Refused::NotLeader | Refused::Unavailable => {
-                    last = format!("coordinator {address}: {}", refusal.detail);
-                    leader = Some(refusal.leader_address).filter(|leader| !leader.is_empty());
-                }
-                Refused::Unknown => return Err(Failure::refuse(refusal.detail)),
-                reason => return Err(anyhow::anyhow!("refused ({reason}): {}", refusal.detail).into()),
-            },
-            Ok(Err(error)) => last = format!("coordinator {address}: {error:#}"),
-            Err(_) => last = format!("coordinator {address} does not answer"),
-        }
-        sleep(RETRY).await;
-    }
-    Err(anyhow::anyhow!("no coordinator took the order within {} s; {last}", PATIENCE.as_secs()).into())
-}
-
-async fn order_at(address: &str, request: OrderRequest) -> anyhow::Result<done::Outcome> {
-    let mut client = AdminClient::new(channel(Arc::new(TcpNet), address)?);
-    let answer = client.order_worker(request).await?.into_inner();
-    answer.outcome.ok_or_else(|| anyhow::anyhow!("an answer without outcome"))
+    let call = |mut client: admin::Client| {
+        let request = request.clone();
+        async move { client.order_worker(request).await }
+    };
+    admin::ask(coordinators, call).await
 }
 
 /// The first coordinator's view that can be had.
