@@ -46,6 +46,8 @@ pub(crate) struct Answer {
     texts: Vec<ChoiceText>,
     /// The client asked for no new tokens (`echo` with `max_tokens: 0`); the one generated is not shown.
     silent: bool,
+    /// Every token makes its own events, however many come at a time, so that the events can be told again.
+    token_by_token: bool,
     ready: VecDeque<Part>,
 }
 
@@ -60,7 +62,8 @@ impl Answer {
         let request = serving.request();
         let text = |_| ChoiceText::new(&model.vocabulary, &request.prompt, options.clone());
         let texts = (0..request.choices).map(text).collect();
-        Answer { prompt, serving, model, texts, silent, ready: VecDeque::new() }
+        let token_by_token = serving.is_resumable();
+        Answer { prompt, serving, model, texts, silent, token_by_token, ready: VecDeque::new() }
     }
 
     /// Everything about this answer, in order; ends after `Ended` or an error. Dropping the stream cancels the request.
@@ -81,6 +84,9 @@ impl Answer {
                 return Ok(Some(part));
             }
             match self.serving.next().await? {
+                Some(Event::Tokens { choice, tokens }) if self.token_by_token => {
+                    tokens.into_iter().for_each(|token| self.take_tokens(choice, vec![token]));
+                }
                 Some(Event::Tokens { choice, tokens }) => self.take_tokens(choice, tokens),
                 Some(Event::Finished { choice, finish }) => {
                     let mut delta = Delta::default();

@@ -13,6 +13,7 @@ use tokio::time::Instant;
 
 use crate::coordinators::{Client, Coordinators, deadline};
 use crate::error::ApiError;
+use crate::link::Links;
 use crate::model::Model;
 
 const RECONNECT_PAUSE: Duration = Duration::from_millis(100);
@@ -25,6 +26,8 @@ const MODELS_MAX: usize = 64;
 /// What is known of the cluster.
 pub(crate) struct Cluster {
     net: Arc<dyn Net>,
+    /// Streams to workers end when the view shows that their lives have.
+    links: Arc<Links>,
     aliases: BTreeMap<String, String>,
     state: Mutex<State>,
 }
@@ -38,10 +41,10 @@ struct State {
 }
 
 impl Cluster {
-    pub(crate) fn new(net: Arc<dyn Net>, aliases: BTreeMap<String, String>) -> Cluster {
+    pub(crate) fn new(net: Arc<dyn Net>, links: Arc<Links>, aliases: BTreeMap<String, String>) -> Cluster {
         let silent_since = Some(Instant::now());
         let (view, models, fetching) = Default::default();
-        Cluster { net, aliases, state: Mutex::new(State { view, silent_since, models, fetching }) }
+        Cluster { net, links, aliases, state: Mutex::new(State { view, silent_since, models, fetching }) }
     }
 
     /// The model a client names; with one model served the name may be left out.
@@ -67,6 +70,11 @@ impl Cluster {
         Err(ApiError::model_not_found(name))
     }
 
+    /// The model with this card.
+    pub(crate) fn model_of(&self, card: &str) -> Result<Arc<Model>, ApiError> {
+        self.lock().models.get(card).cloned().ok_or_else(nobody)
+    }
+
     /// Models that a live worker serves, by name; the one with a decode worker first among equal names.
     pub(crate) fn served(&self) -> Vec<Arc<Model>> {
         self.lock().served()
@@ -77,8 +85,8 @@ impl Cluster {
         &self.aliases
     }
 
-    /// Ok with a summary when a request sent now could be served; otherwise why not.
-    pub(crate) fn health(&self) -> Result<Value, Value> {
+    /// Ok with a summary when a request sent now could be served; otherwise why not. `access`: it is known who may ask.
+    pub(crate) fn health(&self, access: bool) -> Result<Value, Value> {
         let state = self.lock();
         let decode = state.live_of(Role::Decode);
         let summary = |status: &str| {
@@ -94,6 +102,9 @@ impl Cluster {
         if state.silent_since.is_some_and(|since| since.elapsed() > SILENCE_MAX || state.view.cluster.is_empty()) {
             return Err(summary("no coordinator answers"));
         }
+        if !access {
+            return Err(summary("no coordinator has said who may ask"));
+        }
         if decode.is_empty() {
             return Err(summary("no live decode worker"));
         }
@@ -106,17 +117,19 @@ impl Cluster {
     /// Follows a coordinator's view and fetches the cards of models it shows, for ever.
     pub(crate) async fn watch(&self, coordinators: &Coordinators) {
         let mut cards = JoinSet::new();
-        for address in coordinators.addresses().iter().cycle() {
-            if let Some(client) = coordinators.client(address) {
-                let problem = self.follow(client, &mut cards).await;
-                tracing::debug!(coordinator = %address, problem, "cluster view lost");
+        loop {
+            for address in coordinators.addresses() {
+                if let Some(client) = coordinators.client(&address) {
+                    let problem = self.follow(client, &mut cards, coordinators).await;
+                    tracing::debug!(coordinator = %address, problem, "cluster view lost");
+                }
+                self.lock().silent_since.get_or_insert_with(Instant::now);
+                tokio::time::sleep(RECONNECT_PAUSE).await;
             }
-            self.lock().silent_since.get_or_insert_with(Instant::now);
-            tokio::time::sleep(RECONNECT_PAUSE).await;
         }
     }
 
-    async fn follow(&self, mut client: Client, cards: &mut JoinSet<Fetched>) -> String {
+    async fn follow(&self, mut client: Client, cards: &mut JoinSet<Fetched>, coordinators: &Coordinators) -> String {
         let mut views = match deadline(client.watch(WatchRequest {})).await {
             Ok(views) => views,
             Err(status) => return status.message().to_string(),
@@ -124,7 +137,11 @@ impl Cluster {
         loop {
             tokio::select! {
                 view = views.message() => match view {
-                    Ok(Some(view)) => self.see(view),
+                    Ok(Some(view)) => {
+                        coordinators.show_leader(leader(&view));
+                        self.links.fence(&view);
+                        self.see(view);
+                    }
                     Ok(None) => return "the coordinator ended it".to_string(),
                     Err(status) => return status.message().to_string(),
                 },
@@ -203,6 +220,12 @@ impl State {
             self.live().filter_map(|m| m.model.as_ref()).map(|m| m.card_hash.clone()).collect();
         self.models.retain(|hash, _| seen.contains(hash));
     }
+}
+
+/// Where the coordinator that leads is.
+fn leader(view: &ClusterView) -> Option<&str> {
+    let leader = view.coordinators.iter().find(|node| node.id == view.leader)?;
+    Some(leader.address.as_str()).filter(|address| !address.is_empty())
 }
 
 fn nobody() -> ApiError {

@@ -24,6 +24,9 @@ pub struct Config {
     /// Milliseconds a request may take before it ends with an error. Default: 600000.
     #[serde(default = "deadline_ms")]
     pub deadline_ms: u64,
+    /// Serve other machines although the cluster has no keys: whoever reaches the address may ask. Default: false.
+    #[serde(default)]
+    pub open: bool,
 }
 
 fn requests_max() -> usize {
@@ -44,6 +47,7 @@ impl Config {
             aliases: BTreeMap::new(),
             requests_max: requests_max(),
             deadline_ms: deadline_ms(),
+            open: false,
         }
     }
 }

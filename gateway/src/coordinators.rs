@@ -1,5 +1,6 @@
 //! Calls to the coordinators: a list of addresses, of which one leads. A call goes to the last known leader, follows
-//! redirects and tries the others; every attempt has the RPC deadline.
+//! redirects and tries the others; every attempt has the RPC deadline. The list follows the cluster's membership; the
+//! configured addresses stay known.
 
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -10,14 +11,15 @@ use baton_core::{Net, Refused, limits};
 use baton_proto::channel::BadAddress;
 use baton_proto::v1::coordinator_client::CoordinatorClient;
 use baton_proto::{convert, v1};
+use tokio::sync::watch;
 use tonic::transport::Channel;
 use tonic::{Response, Status};
 
 pub(crate) type Client = CoordinatorClient<Channel>;
 
 const RPC_TIMEOUT: Duration = Duration::from_millis(limits::RPC_TIMEOUT_MS);
-/// Addresses that redirects may add beyond the configured ones.
-const LEARNED_MAX: usize = 16;
+/// Coordinators of a cluster, and addresses that redirects may add beyond the configured ones.
+const MEMBERS_MAX: usize = 16;
 
 /// An answer that is not the outcome asked for.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
@@ -44,6 +46,10 @@ impl From<v1::Refusal> for Refusal {
 pub(crate) struct Coordinators {
     net: Arc<dyn Net>,
     configured: Vec<String>,
+    /// All of them as of now, as the leader told last; empty before that.
+    members: watch::Sender<Vec<String>>,
+    /// Who leads, as the cluster's view shows it.
+    shown_leader: watch::Sender<Option<String>>,
     state: Mutex<State>,
 }
 
@@ -58,11 +64,48 @@ impl Coordinators {
         let clients = addresses.iter().map(|a| Ok((a.clone(), client(&net, a)?)));
         let clients = clients.collect::<Result<_, BadAddress>>()?;
         let state = Mutex::new(State { clients, leader: None });
-        Ok(Coordinators { net, configured: addresses.to_vec(), state })
+        let (members, shown_leader) = (watch::Sender::default(), watch::Sender::default());
+        Ok(Coordinators { net, configured: addresses.to_vec(), members, shown_leader, state })
     }
 
-    pub(crate) fn addresses(&self) -> &[String] {
-        &self.configured
+    /// The members of the cluster, then what is configured besides.
+    pub(crate) fn addresses(&self) -> Vec<String> {
+        let mut addresses = self.members.borrow().clone();
+        let others: Vec<&String> = self.configured.iter().filter(|a| !addresses.contains(a)).collect();
+        addresses.extend(others.into_iter().cloned().collect::<Vec<_>>());
+        addresses
+    }
+
+    /// Takes in the list of all coordinators.
+    pub(crate) fn learn(&self, members: Vec<String>) {
+        if members.is_empty() || members.len() > MEMBERS_MAX || *self.members.borrow() == members {
+            return;
+        }
+        tracing::info!(coordinators = members.join(" "), "coordinators known");
+        self.members.send_replace(members);
+        let addresses = self.addresses();
+        self.lock().clients.retain(|address, _| addresses.contains(address));
+    }
+
+    /// Changes of the list of all coordinators.
+    pub(crate) fn watch_members(&self) -> watch::Receiver<Vec<String>> {
+        self.members.subscribe()
+    }
+
+    /// The cluster's view shows who leads.
+    pub(crate) fn show_leader(&self, address: Option<&str>) {
+        self.shown_leader.send_if_modified(|shown| {
+            let changed = address.is_some() && shown.as_deref() != address;
+            if changed {
+                *shown = address.map(String::from);
+            }
+            changed
+        });
+    }
+
+    /// Changes of the leader that the cluster's view shows.
+    pub(crate) fn watch_leader(&self) -> watch::Receiver<Option<String>> {
+        self.shown_leader.subscribe()
     }
 
     /// The client of one coordinator.
@@ -71,7 +114,7 @@ impl Coordinators {
         if let Some(client) = state.clients.get(address) {
             return Some(client.clone());
         }
-        if state.clients.len() >= self.configured.len() + LEARNED_MAX {
+        if state.clients.len() >= self.configured.len() + MEMBERS_MAX {
             return None;
         }
         let client = client(&self.net, address).ok()?;
@@ -79,15 +122,15 @@ impl Coordinators {
         Some(client)
     }
 
-    /// Asks the leader for an assignment.
-    pub(crate) async fn assign(&self, request: v1::AssignRequest) -> Result<v1::Assignment, Refusal> {
+    /// Asks the leader where a request is served now.
+    pub(crate) async fn locate(&self, request: v1::LocateRequest) -> Result<v1::Assignment, Refusal> {
         let call = |mut client: Client| {
             let request = request.clone();
-            async move { client.assign(request).await }
+            async move { client.locate(request).await }
         };
-        let outcome = |reply: v1::AssignReply| match reply.outcome {
-            Some(v1::assign_reply::Outcome::Assignment(assignment)) => Ok(assignment),
-            Some(v1::assign_reply::Outcome::Refused(refusal)) => Err(refusal),
+        let outcome = |reply: v1::LocateReply| match reply.outcome {
+            Some(v1::locate_reply::Outcome::Assignment(assignment)) => Ok(assignment),
+            Some(v1::locate_reply::Outcome::Refused(refusal)) => Err(refusal),
             None => Err(convert::refusal(Refused::Unavailable, "an empty answer")),
         };
         self.ask_leader(call, outcome).await
@@ -142,7 +185,7 @@ impl Coordinators {
             let Some(client) = self.client(&address) else { continue };
             let refusal = match deadline(call(client)).await.map(&outcome) {
                 Ok(Ok(answer)) => {
-                    self.lock().leader = Some(address);
+                    self.led_by(&address);
                     return Ok(answer);
                 }
                 Ok(Err(refusal)) => refusal,
@@ -167,13 +210,23 @@ impl Coordinators {
     }
 
     /// Addresses to try, the first one last.
-    fn order(&self) -> Vec<String> {
-        let leader = self.lock().leader.clone();
-        let others = self.configured.iter().rev().filter(|a| Some(*a) != leader.as_ref()).cloned();
+    pub(crate) fn order(&self) -> Vec<String> {
+        let known = self.lock().leader.clone();
+        let leader = known.or_else(|| self.shown_leader.borrow().clone());
+        let addresses = self.addresses();
+        let others = addresses.into_iter().rev().filter(|a| Some(a) != leader.as_ref());
         others.chain(leader.clone()).collect()
     }
 
-    fn forget_leader(&self, address: &str) {
+    /// A coordinator has answered as the leader does.
+    pub(crate) fn led_by(&self, address: &str) {
+        let mut state = self.lock();
+        if state.leader.as_deref() != Some(address) {
+            state.leader = Some(address.to_string());
+        }
+    }
+
+    pub(crate) fn forget_leader(&self, address: &str) {
         let mut state = self.lock();
         if state.leader.as_deref() == Some(address) {
             state.leader = None;

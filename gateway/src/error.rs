@@ -58,10 +58,28 @@ impl ApiError {
         ApiError { reason: "too_long", ..ApiError::invalid(param, message).code("context_length_exceeded") }
     }
 
+    /// 401: no key, or one that is not in force.
+    pub(crate) fn unauthorized(message: impl Into<String>) -> ApiError {
+        let kind = "invalid_request_error";
+        ApiError::new(StatusCode::UNAUTHORIZED, kind, "unauthorized", message).code("invalid_api_key")
+    }
+
     pub(crate) fn model_not_found(model: &str) -> ApiError {
         let message = format!("The model `{model}` does not exist.");
         let error = ApiError::new(StatusCode::NOT_FOUND, "invalid_request_error", "unknown_model", message);
         ApiError { param: Some("model".into()), ..error.code("model_not_found") }
+    }
+
+    /// 404: no such stream goes on, or it is not this caller's.
+    pub(crate) fn stream_unknown() -> ApiError {
+        let message = "No such stream: it has ended, was not resumable, or its time is over.";
+        ApiError::new(StatusCode::NOT_FOUND, "invalid_request_error", "unknown", message).code("stream_not_found")
+    }
+
+    /// 410: the worker of a stream died with its gateway.
+    pub(crate) fn stream_lost() -> ApiError {
+        let message = "The stream was lost together with the worker that went on with it; send the request again.";
+        ApiError::new(StatusCode::GONE, "server_error", "stream_lost", message).code("stream_lost")
     }
 
     pub(crate) fn unknown_route(path: &str) -> ApiError {
@@ -128,7 +146,10 @@ impl ApiError {
             Refused::Stale | Refused::Fenced | Refused::Expired | Refused::NotLeader | Refused::Unavailable => {
                 ApiError::unavailable(word, say("The coordinator cannot take requests at the moment."))
             }
-            Refused::Quota => ApiError::overloaded(word, say("The tenant's quota is used up."), retry_after_ms),
+            Refused::Quota => {
+                let error = ApiError::overloaded(word, say("The tenant's quota is used up."), retry_after_ms);
+                error.code("rate_limit_exceeded")
+            }
             Refused::Overloaded => {
                 ApiError::overloaded(word, say("The wait would exceed this lane's budget."), retry_after_ms)
             }
@@ -166,6 +187,9 @@ impl IntoResponse for ApiError {
         let mut response = (self.status, axum::Json(self.body())).into_response();
         let headers = response.headers_mut();
         headers.insert("x-baton-refused", HeaderValue::from_static(self.reason));
+        if self.status == StatusCode::UNAUTHORIZED {
+            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
         if let Some(ms) = self.retry_after_ms {
             headers.insert(header::RETRY_AFTER, HeaderValue::from(ms.div_ceil(1000)));
             headers.insert("retry-after-ms", HeaderValue::from(ms));

@@ -11,23 +11,24 @@ use futures::stream::{BoxStream, StreamExt, select_all};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
+use crate::access::{Access, Caller};
 use crate::answer::{Answer, Part};
 use crate::cluster::Cluster;
 use crate::config::Config;
 use crate::error::ApiError;
 use crate::measure::Phases;
+use crate::note::Look;
 use crate::openai::{Ask, Envelope, Params, Prompt, Reply, Shape, stream_error};
 use crate::prompt::Encoder;
-use crate::serve::{Servers, Serving};
+use crate::resume::{EventId, take_over};
+use crate::serve::{Servers, Serving, Terms};
 use crate::text::TextOptions;
-
-/// Until tenants have keys there is one.
-const TENANT: &str = "default";
 
 /// A gateway at work; shared by all calls.
 pub(crate) struct Gateway {
     pub config: Config,
     pub cluster: Arc<Cluster>,
+    pub access: Arc<Access>,
     pub servers: Arc<Servers>,
     pub encoder: Encoder,
     pub clock: Arc<dyn Clock>,
@@ -39,6 +40,10 @@ pub(crate) struct Gateway {
 /// One call, before its prompts are tokens.
 pub(crate) struct Call {
     pub ask: Ask,
+    pub caller: Caller,
+    pub lane: Lane,
+    /// How long the request shall outlive this gateway; None: not at all.
+    pub resumable_ms: Option<u64>,
     /// The model as the client named it.
     pub model_name: String,
     pub received: Instant,
@@ -50,8 +55,13 @@ type Parts = BoxStream<'static, Result<Part, ApiError>>;
 impl Gateway {
     /// Answers a call, streaming or in one piece. Errors before the first token have their own status.
     pub(crate) async fn answer(self: &Arc<Gateway>, call: Call) -> Result<Response, ApiError> {
-        let mut prompts = Vec::with_capacity(call.ask.prompts.len());
-        let Ask { model, prompts: asked, params, shape } = call.ask;
+        let Call { ask, caller, lane, resumable_ms, model_name, received, parsed } = call;
+        let Ask { model, prompts: asked, params, shape } = ask;
+        if resumable_ms.is_some() && !(params.stream && asked.len() == 1) {
+            let message = "only a stream ('stream': true) with one prompt can be resumable";
+            return Err(ApiError::invalid("x-baton-resumable", message));
+        }
+        let mut prompts = Vec::with_capacity(asked.len());
         let place = self.place(asked.len())?;
         for prompt in asked {
             prompts.push(match prompt {
@@ -64,26 +74,66 @@ impl Gateway {
         let mut parts = Vec::with_capacity(prompts.len());
         let mut places = Places(place);
         for (index, prompt) in prompts.iter().enumerate() {
-            let request = self.request(&model, &params, shape, prompt.clone(), (index == 0).then_some(id))?;
-            let mut phases = Phases::new(model.meters.clone(), call.received);
-            phases.parsed(call.parsed);
+            let asked = Asked { model: &model, params: &params, shape, caller: &caller, lane };
+            let request = self.request(asked, prompt.clone(), (index == 0).then_some(id))?;
+            let mut phases = Phases::new(model.meters.clone(), received);
+            phases.parsed(parsed);
             phases.encoded();
             parts.push((request, phases));
         }
         let options = text_options(&model, &params);
         let silent = params.tokens_max == Some(0);
+        let prefix = if shape == Shape::Chat { "chatcmpl" } else { "cmpl" };
+        let created = self.clock.unix_ms() / 1000;
+        let envelope = Envelope { id: format!("{prefix}-{id}"), created, model: model_name };
+        let look = |window_ms| Arc::new(Look::new(&envelope, &model.hash, shape, &params, window_ms));
+        let resumable = resumable_ms.map(look);
+        let named = resumable.is_some().then_some(id);
+        let terms = Terms { block_tokens: model.block_tokens, key: caller.key, resumable };
         let answers = parts.into_iter().enumerate().map(|(index, (request, phases))| {
-            let serving =
-                Serving::new(self.servers.clone(), request.into(), model.block_tokens, phases, places.take_one());
+            let serving = Serving::new(self.servers.clone(), request.into(), terms.clone(), phases, places.take_one());
             Answer::new(index, serving, model.clone(), options.clone(), silent).parts().boxed()
         });
         let parts = merge(answers.collect());
-        let prefix = if shape == Shape::Chat { "chatcmpl" } else { "cmpl" };
-        let created = self.clock.unix_ms() / 1000;
-        let envelope = Envelope { id: format!("{prefix}-{id}"), created, model: call.model_name };
-        let stream = params.stream;
+        let (stream, choices) = (params.stream, params.choices as usize);
         let reply = Reply::new(envelope, model, shape, params, prompts);
-        if stream { stream_reply(reply, parts).await } else { whole_reply(reply, parts).await }
+        match (stream, named) {
+            (false, _) => whole_reply(reply, parts).await,
+            (true, None) => stream_reply(reply, parts, None).await,
+            (true, Some(id)) => stream_reply(reply.resumable(EventId::start(choices)), parts, Some(id)).await,
+        }
+    }
+
+    /// Goes on with a stream whose gateway is gone, from the event after `last_event`.
+    pub(crate) async fn resume(
+        self: &Arc<Gateway>,
+        caller: &Caller,
+        name: &str,
+        last_event: Option<&str>,
+        received: Instant,
+    ) -> Result<Response, ApiError> {
+        let place = self.place(1)?;
+        let taken = take_over(self, caller, name).await?;
+        let (request, look) = (taken.request.clone(), taken.note.look.clone());
+        let (model, has) = match (self.cluster.model_of(&look.card), last_seen(last_event, request.choices)) {
+            (Ok(model), Ok(has)) => (model, has),
+            (Err(error), _) | (_, Err(error)) => {
+                // It goes on, for a client that asks better.
+                taken.inbox.ended();
+                return Err(error);
+            }
+        };
+        let mut phases = Phases::new(model.meters.clone(), received);
+        phases.parsed(Instant::now());
+        phases.encoded();
+        let params = look.params(&request);
+        let options = text_options(&model, &params);
+        let resumable = Some(Arc::new(look.clone()));
+        let terms = Terms { block_tokens: model.block_tokens, key: caller.key.clone(), resumable };
+        let serving = Serving::resumed(self.servers.clone(), taken, terms, phases, place);
+        let parts = Answer::new(0, serving, model.clone(), options, look.silent).parts().boxed();
+        let reply = Reply::new(look.envelope(), model, look.shape, params, vec![request.prompt.clone()]);
+        Ok(event_stream(Vec::new(), reply.resumable(has), parts, Some(request.id)))
     }
 
     fn place(&self, count: usize) -> Result<OwnedSemaphorePermit, ApiError> {
@@ -92,19 +142,14 @@ impl Gateway {
         self.places.clone().try_acquire_many_owned(count).map_err(|_| full())
     }
 
-    fn request(
-        &self,
-        model: &crate::model::Model,
-        params: &Params,
-        shape: Shape,
-        prompt: Arc<[u32]>,
-        id: Option<RequestId>,
-    ) -> Result<Request, ApiError> {
+    fn request(&self, asked: Asked, prompt: Arc<[u32]>, id: Option<RequestId>) -> Result<Request, ApiError> {
+        let Asked { model, params, shape, caller, lane } = asked;
         let (drawn_id, drawn_seed) = {
             let mut rng = self.lock_rng();
             (RequestId(rng.u128()), rng.u64())
         };
         let tokens_max = tokens_max(model, params, shape, prompt.len())?;
+        let tokens_max = within_limits(caller, params, shape, prompt.len(), tokens_max)?;
         if params.tokens_min > tokens_max {
             let message = format!("'min_tokens' must not exceed 'max_tokens' ({tokens_max})");
             return Err(ApiError::invalid("min_tokens", message));
@@ -112,8 +157,8 @@ impl Gateway {
         let echoed = if shape == (Shape::Completions { echo: true }) { params.logprobs } else { None };
         Ok(Request {
             id: id.unwrap_or(drawn_id),
-            tenant: TENANT.into(),
-            lane: Lane::Interactive,
+            tenant: caller.tenant.clone(),
+            lane,
             model: model.name.clone(),
             prompt,
             sampling: Sampling { seed: params.seed.unwrap_or(drawn_seed), ..params.sampling.clone() },
@@ -124,7 +169,7 @@ impl Gateway {
             ignore_eos: params.ignore_eos,
             logprobs: params.logprobs,
             prompt_logprobs: params.prompt_logprobs.max(echoed),
-            cache_salt: cache_salt(TENANT, &params.cache_salt),
+            cache_salt: cache_salt(&caller.tenant, &params.cache_salt),
             deadline_ms: self.config.deadline_ms,
         })
     }
@@ -136,6 +181,25 @@ impl Gateway {
 
     fn lock_rng(&self) -> std::sync::MutexGuard<'_, Rng> {
         self.rng.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What all requests of a call have in common.
+#[derive(Clone, Copy)]
+struct Asked<'a> {
+    model: &'a crate::model::Model,
+    params: &'a Params,
+    shape: Shape,
+    caller: &'a Caller,
+    lane: Lane,
+}
+
+/// The events a client has, by the last one's id.
+fn last_seen(last_event: Option<&str>, choices: u32) -> Result<EventId, ApiError> {
+    let bad = || ApiError::invalid("Last-Event-ID", "'Last-Event-ID' is not the id of an event of this stream");
+    match last_event {
+        None => Ok(EventId::start(choices as usize)),
+        Some(text) => EventId::parse(text, choices as usize).ok_or_else(bad),
     }
 }
 
@@ -178,6 +242,30 @@ fn tokens_max(model: &crate::model::Model, params: &Params, shape: Shape, prompt
     }
 }
 
+/// Tokens to generate at most under the tenant's limits: what was asked for is refused beyond them, a default is cut.
+fn within_limits(
+    caller: &Caller,
+    params: &Params,
+    shape: Shape,
+    prompt: usize,
+    tokens_max: u32,
+) -> Result<u32, ApiError> {
+    let (prompt_max, output_max) = (caller.prompt_tokens_max, caller.output_tokens_max);
+    if prompt_max > 0 && prompt as u64 > prompt_max {
+        let message = format!("The prompt has {prompt} tokens; this tenant's may have at most {prompt_max}.");
+        return Err(ApiError::too_long(shape.prompt_param(), message));
+    }
+    if output_max == 0 || u64::from(tokens_max) <= output_max {
+        return Ok(tokens_max);
+    }
+    if params.tokens_max.is_some() {
+        let message =
+            format!("You asked for {tokens_max} tokens; this tenant's answers may have at most {output_max}.");
+        return Err(ApiError::too_long("max_tokens", message));
+    }
+    Ok(u32::try_from(output_max).unwrap_or(tokens_max))
+}
+
 /// Blocks are shared inside a tenant, and inside what the tenant's own salt parts further.
 fn cache_salt(tenant: &str, salt: &str) -> String {
     format!("{:?}", BlockHash::root(&format!("{}:{tenant}:{salt}", tenant.len())))
@@ -207,8 +295,8 @@ async fn whole_reply(mut reply: Reply, mut parts: Parts) -> Result<Response, Api
     Ok(([(header::CONTENT_TYPE, "application/json")], reply.whole()).into_response())
 }
 
-/// Begins when the first part, or an error instead of it, is known.
-async fn stream_reply(mut reply: Reply, mut parts: Parts) -> Result<Response, ApiError> {
+/// Begins when the first part, or an error instead of it, is known. `name`: of a resumable stream.
+async fn stream_reply(mut reply: Reply, mut parts: Parts, name: Option<RequestId>) -> Result<Response, ApiError> {
     let mut first = Vec::new();
     while first.is_empty() {
         match parts.next().await {
@@ -216,6 +304,11 @@ async fn stream_reply(mut reply: Reply, mut parts: Parts) -> Result<Response, Ap
             None => reply.finish(&mut first),
         }
     }
+    Ok(event_stream(first, reply, parts, name))
+}
+
+/// A response of `first` and all that follows.
+fn event_stream(first: Vec<u8>, reply: Reply, parts: Parts, name: Option<RequestId>) -> Response {
     let rest = futures::stream::unfold(Some((reply, parts)), |state| async move {
         let (mut reply, mut parts) = state?;
         let mut out = Vec::new();
@@ -241,5 +334,9 @@ async fn stream_reply(mut reply: Reply, mut parts: Parts) -> Result<Response, Ap
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
     headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
-    Ok(response)
+    if let Some(name) = name {
+        let name = HeaderValue::try_from(name.to_string()).expect("hexadecimal digits are a header value");
+        headers.insert("x-baton-stream", name);
+    }
+    response
 }

@@ -1,4 +1,4 @@
-//! The routes, and what every response has: a request id, OpenAI's error shape, a count.
+//! The routes, and what every response has: a caller who may ask, a request id, OpenAI's error shape, a count.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,17 +11,18 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, he
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use baton_core::{RequestId, limits};
+use baton_core::{Lane, RequestId, limits};
 use bytes::{Bytes, BytesMut};
 use http_body_util::BodyExt;
 use serde_json::{Map, Value, json};
 use tokio::time::{Instant, timeout};
 
+use crate::access::Caller;
 use crate::error::ApiError;
 use crate::generate::{Call, Gateway};
 use crate::measure;
 use crate::model::Model;
-use crate::openai::{Fields, chat, completions, tokens};
+use crate::openai::{Ask, Fields, chat, completions, tokens};
 
 /// How long the rest of a body that is too large is read.
 const DISCARD_TIMEOUT: Duration = Duration::from_secs(2);
@@ -33,6 +34,7 @@ pub(crate) fn router(gateway: Arc<Gateway>) -> Router {
     Router::new()
         .route("/v1/chat/completions", post(chat_completions))
         .route("/v1/completions", post(text_completions))
+        .route("/v1/streams/{name}", get(stream))
         .route("/v1/models", get(models))
         .route("/v1/models/{*id}", get(model))
         .route("/tokenize", post(tokenize))
@@ -55,10 +57,13 @@ const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const REQUEST_ID_BYTES_MAX: usize = 256;
 
 /// Around every request: its id comes back, its answer is counted.
-async fn around(State(gateway): Shared, request: Request, next: Next) -> Response {
+async fn around(State(gateway): Shared, mut request: Request, next: Next) -> Response {
     let given = request.headers().get(REQUEST_ID).filter(|id| id.len() <= REQUEST_ID_BYTES_MAX).cloned();
     let route = route_label(request.uri().path());
-    let mut response = next.run(request).await;
+    let mut response = match admit(&gateway, &mut request) {
+        Ok(()) => next.run(request).await,
+        Err(error) => error.into_response(),
+    };
     let id = given.unwrap_or_else(|| {
         let id = RequestId(gateway.draw_id()).to_string();
         HeaderValue::try_from(id).expect("hexadecimal digits are a header value")
@@ -66,6 +71,46 @@ async fn around(State(gateway): Shared, request: Request, next: Next) -> Respons
     response.headers_mut().insert(REQUEST_ID, id);
     measure::answered(route, response.status().as_u16());
     response
+}
+
+/// Lets a request pass whose key is in force, and notes whose it is. What shows no model and costs nothing needs none.
+fn admit(gateway: &Gateway, request: &mut Request) -> Result<(), ApiError> {
+    let path = request.uri().path();
+    if path.starts_with("/v1/") || ["/tokenize", "/detokenize", "/tokenizer_info"].contains(&path) {
+        let caller = gateway.access.caller(request.headers())?;
+        request.extensions_mut().insert(caller);
+    }
+    Ok(())
+}
+
+/// Who asks; `admit` has let them pass.
+fn caller(request: &mut Request) -> Caller {
+    request.extensions_mut().remove().unwrap_or_default()
+}
+
+const LANE: HeaderName = HeaderName::from_static("x-baton-lane");
+
+/// The lane a header names.
+fn lane(headers: &HeaderMap) -> Result<Option<Lane>, ApiError> {
+    match headers.get(LANE).map(HeaderValue::as_bytes) {
+        None => Ok(None),
+        Some(b"interactive") => Ok(Some(Lane::Interactive)),
+        Some(b"batch") => Ok(Some(Lane::Batch)),
+        Some(_) => Err(ApiError::invalid("x-baton-lane", "the header 'x-baton-lane' must be interactive or batch")),
+    }
+}
+
+const RESUMABLE: HeaderName = HeaderName::from_static("x-baton-resumable");
+const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
+
+/// How long a header asks a request to outlive its gateway.
+fn resumable_ms(headers: &HeaderMap) -> Result<Option<u64>, ApiError> {
+    let Some(value) = headers.get(RESUMABLE) else { return Ok(None) };
+    let seconds = value.to_str().ok().and_then(|text| text.parse::<u64>().ok());
+    let ms = seconds.and_then(|seconds| seconds.checked_mul(1000));
+    let ms = ms.filter(|ms| (1..=limits::RESUMABLE_MS_MAX).contains(ms));
+    let message = || format!("the header 'x-baton-resumable' must be 1 to {} seconds", limits::RESUMABLE_MS_MAX / 1000);
+    ms.map(Some).ok_or_else(|| ApiError::invalid("x-baton-resumable", message()))
 }
 
 fn route_label(path: &str) -> &'static str {
@@ -82,23 +127,45 @@ fn route_label(path: &str) -> &'static str {
         "/version",
         "/metrics",
     ];
-    ROUTES.iter().find(|route| **route == path).copied().unwrap_or("other")
+    let of_stream = path.starts_with("/v1/streams/").then_some("/v1/streams");
+    ROUTES.iter().find(|route| **route == path).copied().or(of_stream).unwrap_or("other")
 }
 
 async fn chat_completions(State(gateway): Shared, request: Request) -> Result<Response, ApiError> {
-    let received = Instant::now();
-    let body = body(request).await?;
-    let (model, model_name) = named_model(&gateway, Fields(&body))?;
-    let ask = chat::read(Fields(&body), model, gateway.clock.clone())?;
-    gateway.answer(Call { ask, model_name, received, parsed: Instant::now() }).await
+    let clock = gateway.clock.clone();
+    generate(&gateway, request, |fields, model| chat::read(fields, model, clock)).await
 }
 
 async fn text_completions(State(gateway): Shared, request: Request) -> Result<Response, ApiError> {
+    generate(&gateway, request, completions::read).await
+}
+
+async fn generate(
+    gateway: &Arc<Gateway>,
+    mut request: Request,
+    read: impl FnOnce(Fields, Arc<Model>) -> Result<Ask, ApiError>,
+) -> Result<Response, ApiError> {
     let received = Instant::now();
+    let (caller, lane) = (caller(&mut request), lane(request.headers())?);
+    let resumable_ms = resumable_ms(request.headers())?;
     let body = body(request).await?;
-    let (model, model_name) = named_model(&gateway, Fields(&body))?;
-    let ask = completions::read(Fields(&body), model)?;
-    gateway.answer(Call { ask, model_name, received, parsed: Instant::now() }).await
+    let (model, model_name) = named_model(gateway, Fields(&body))?;
+    let ask = read(Fields(&body), model)?;
+    let lane = lane.unwrap_or(if ask.params.batch { Lane::Batch } else { Lane::Interactive });
+    gateway.answer(Call { ask, caller, lane, resumable_ms, model_name, received, parsed: Instant::now() }).await
+}
+
+async fn stream(State(gateway): Shared, Path(name): Path<String>, mut request: Request) -> Result<Response, ApiError> {
+    let received = Instant::now();
+    let caller = caller(&mut request);
+    let last_event = match request.headers().get(LAST_EVENT_ID).map(HeaderValue::to_str) {
+        None => None,
+        Some(Ok(id)) => Some(id),
+        Some(Err(_)) => return Err(ApiError::invalid("Last-Event-ID", "'Last-Event-ID' is not the id of an event")),
+    };
+    let resumed = gateway.resume(&caller, &name, last_event, received).await;
+    measure::resumed(resumed.as_ref().map_or_else(|error| error.reason, |_| "resumed"));
+    resumed
 }
 
 async fn tokenize(State(gateway): Shared, request: Request) -> Result<Json<Value>, ApiError> {
@@ -138,7 +205,7 @@ async fn model(State(gateway): Shared, Path(id): Path<String>) -> Result<Json<Va
 }
 
 async fn health(State(gateway): Shared) -> Response {
-    match gateway.cluster.health() {
+    match gateway.cluster.health(gateway.access.is_known()) {
         Ok(summary) => Json(summary).into_response(),
         Err(summary) => (StatusCode::SERVICE_UNAVAILABLE, Json(summary)).into_response(),
     }

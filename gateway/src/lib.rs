@@ -2,11 +2,14 @@
 //! JSON, tokenizers and chat templates, and the only place that retries a request. It never touches a KV block.
 #![forbid(unsafe_code)]
 
+mod access;
 mod answer;
+mod assign;
 mod cluster;
 mod config;
 mod coordinators;
 mod error;
+mod failure;
 mod finish;
 mod generate;
 mod http;
@@ -14,8 +17,10 @@ mod link;
 mod measure;
 mod membership;
 mod model;
+mod note;
 mod openai;
 mod prompt;
+mod resume;
 mod running;
 mod serve;
 mod server;

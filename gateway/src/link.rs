@@ -8,15 +8,16 @@
 //! ```
 
 use std::collections::BTreeMap;
+use std::error::Error;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use baton_core::{Net, Place, limits};
+use baton_core::{Net, Place, RequestId, limits};
 use baton_proto::v1::decode_client::DecodeClient;
 use baton_proto::v1::generate_command::Command;
 use baton_proto::v1::request_output::Output;
-use baton_proto::v1::{Cancel, GenerateCommand, Start, StepOutput};
-use tokio::sync::mpsc;
+use baton_proto::v1::{Cancel, ClusterView, GenerateCommand, Resume, Start, StepOutput};
+use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
 
@@ -38,6 +39,10 @@ struct LinksState {
 /// Why nothing more comes for a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Closed {
+    /// The worker's life ended while the request was there: the connection broke, or the ledger has fenced it.
+    #[error("the worker died")]
+    Died,
+    /// The worker ended the stream in good order, or never had it.
     #[error("the stream to the worker was lost")]
     Lost,
     #[error("the client reads too slowly")]
@@ -47,12 +52,14 @@ pub(crate) enum Closed {
 struct Link {
     commands: mpsc::Sender<GenerateCommand>,
     requests: Mutex<Requests>,
+    /// The worker's life has ended, whatever its connection says.
+    fenced: Notify,
 }
 
 #[derive(Default)]
 struct Requests {
     /// Set when the stream has ended; nothing can be started on it.
-    closed: bool,
+    closed: Option<Closed>,
     last_handle: u32,
     open: BTreeMap<u32, Outlet>,
 }
@@ -78,17 +85,50 @@ impl Links {
 
     /// Starts a request on `worker`, over the stream there is or a new one. `start` is given its handle.
     pub(crate) fn start(&self, worker: &Place, start: Start) -> Result<Inbox, Closed> {
+        self.command(worker, |handle| Command::Start(Start { handle, ..start.clone() }))
+    }
+
+    /// Takes over a tenant's request that goes on at `worker`; what it has said so far comes first.
+    pub(crate) fn resume(&self, worker: &Place, request: RequestId, tenant: &str) -> Result<Inbox, Closed> {
+        let (request, tenant) = (request.to_string(), tenant.to_string());
+        let resume = |handle| Resume { handle, request: request.clone(), tenant: tenant.clone() };
+        self.command(worker, |handle| Command::Resume(resume(handle)))
+    }
+
+    fn command(&self, worker: &Place, command: impl Fn(u32) -> Command) -> Result<Inbox, Closed> {
         let mut state = lock(&self.state);
         while state.tasks.try_join_next().is_some() {}
         if let Some(link) = state.links.get(worker)
-            && let Ok(inbox) = link.start(start.clone())
+            && let Ok(inbox) = link.begin(&command)
         {
             return Ok(inbox);
         }
-        state.links.retain(|_, link| !lock(&link.requests).closed);
+        state.links.retain(|_, link| lock(&link.requests).closed.is_none());
         let link = self.open(worker, &mut state.tasks).ok_or(Closed::Lost)?;
         state.links.insert(worker.clone(), link.clone());
-        link.start(start)
+        link.begin(&command)
+    }
+
+    /// Ends the streams to lives that are over, so that nothing waits for a connection that says nothing any more, and
+    /// nothing that such a life still says is heard.
+    pub(crate) fn fence(&self, view: &ClusterView) {
+        let mut state = lock(&self.state);
+        let is_over = |place: &Place| {
+            let member = view.members.iter().find(|m| m.member.as_ref().is_some_and(|m| m.id == place.worker.0));
+            member.is_some_and(|view| {
+                let incarnation = view.member.as_ref().map_or(0, |member| member.incarnation);
+                incarnation > place.incarnation.0 || incarnation == place.incarnation.0 && !view.live
+            })
+        };
+        state.links.retain(|place, link| {
+            let over = is_over(place);
+            if over {
+                let requests = link.close(Closed::Died);
+                tracing::info!(worker = %place.worker, incarnation = place.incarnation.0, requests, "worker fenced");
+                link.fenced.notify_one();
+            }
+            !over
+        });
     }
 
     /// Requests that wait for events.
@@ -102,11 +142,14 @@ impl Links {
             .max_decoding_message_size(limits::MESSAGE_BYTES_MAX)
             .max_encoding_message_size(limits::MESSAGE_BYTES_MAX);
         let (commands, outgoing) = mpsc::channel(COMMANDS_MAX);
-        let link = Arc::new(Link { commands, requests: Mutex::default() });
+        let link = Arc::new(Link { commands, requests: Mutex::default(), fenced: Notify::new() });
         let (name, shared) = (worker.worker.clone(), link.clone());
         tasks.spawn(async move {
-            let problem = shared.carry(client, outgoing).await;
-            let requests = shared.close();
+            let (closed, problem) = tokio::select! {
+                ended = shared.carry(client, outgoing) => ended,
+                () = shared.fenced.notified() => (Closed::Died, "fenced".to_string()),
+            };
+            let requests = shared.close(closed);
             tracing::info!(worker = %name, requests, problem, "stream to worker ended");
         });
         Some(link)
@@ -114,17 +157,16 @@ impl Links {
 }
 
 impl Link {
-    fn start(self: &Arc<Link>, mut start: Start) -> Result<Inbox, Closed> {
+    fn begin(self: &Arc<Link>, command: &impl Fn(u32) -> Command) -> Result<Inbox, Closed> {
         let (events, receiver) = mpsc::channel(limits::STREAM_BUFFER_EVENTS_MAX);
         let overrun = Arc::new(AtomicBool::new(false));
         let mut requests = lock(&self.requests);
-        if requests.closed {
+        if requests.closed.is_some() {
             return Err(Closed::Lost);
         }
         let handle = requests.next_handle();
-        start.handle = handle;
-        if !self.send(Command::Start(start)) {
-            requests.close();
+        if !self.send(command(handle)) {
+            requests.close(Closed::Lost);
             return Err(Closed::Lost);
         }
         requests.open.insert(handle, Outlet { events, overrun: overrun.clone() });
@@ -137,19 +179,21 @@ impl Link {
         &self,
         mut client: DecodeClient<tonic::transport::Channel>,
         outgoing: mpsc::Receiver<GenerateCommand>,
-    ) -> String {
+    ) -> (Closed, String) {
         let mut steps = match client.generate(ReceiverStream::new(outgoing)).await {
             Ok(response) => response.into_inner(),
-            Err(status) => return status.message().to_string(),
+            Err(status) => return (Closed::Lost, status.message().to_string()),
         };
         loop {
             match steps.message().await {
                 Ok(Some(step)) => self.dispatch(step),
-                Ok(None) => return "the worker closed it".to_string(),
-                Err(status) => return status.message().to_string(),
+                Ok(None) => return (Closed::Lost, "the worker closed it".to_string()),
+                // A status that came from the worker has no cause here; one made of a broken connection has.
+                Err(status) if status.source().is_none() => return (Closed::Lost, status.message().to_string()),
+                Err(status) => return (Closed::Died, status.to_string()),
             }
-            if lock(&self.requests).closed {
-                return "the worker does not read its commands".to_string();
+            if lock(&self.requests).closed.is_some() {
+                return (Closed::Lost, "the worker does not read its commands".to_string());
             }
         }
     }
@@ -168,8 +212,8 @@ impl Link {
     }
 
     /// Ends all requests; returns how many there were.
-    fn close(&self) -> usize {
-        lock(&self.requests).close()
+    fn close(&self, closed: Closed) -> usize {
+        lock(&self.requests).close(closed)
     }
 
     fn send(&self, command: Command) -> bool {
@@ -187,8 +231,9 @@ impl Requests {
         }
     }
 
-    fn close(&mut self) -> usize {
-        self.closed = true;
+    /// The first cause counts.
+    fn close(&mut self, closed: Closed) -> usize {
+        self.closed.get_or_insert(closed);
         std::mem::take(&mut self.open).len()
     }
 }
@@ -199,11 +244,21 @@ impl Inbox {
         match self.events.recv().await {
             Some(event) => Ok(event),
             None if self.overrun.load(Ordering::Relaxed) => Err(Closed::Overrun),
-            None => Err(Closed::Lost),
+            None => Err(lock(&self.link.requests).closed.unwrap_or(Closed::Lost)),
         }
     }
 
-    /// The worker has ended the request: there is nothing to cancel.
+    /// The worker shall generate no more of these choices.
+    pub(crate) fn cancel_choices(&self, choices: Vec<u32>) {
+        let mut requests = lock(&self.link.requests);
+        if requests.open.contains_key(&self.handle)
+            && !self.link.send(Command::Cancel(Cancel { handle: self.handle, choices }))
+        {
+            requests.close(Closed::Lost);
+        }
+    }
+
+    /// The worker has ended the request, or is to go on with it for another gateway: there is nothing to cancel.
     pub(crate) fn ended(self) {
         lock(&self.link.requests).open.remove(&self.handle);
     }
@@ -215,7 +270,7 @@ impl Drop for Inbox {
         if requests.open.remove(&self.handle).is_some()
             && !self.link.send(Command::Cancel(Cancel { handle: self.handle, ..Cancel::default() }))
         {
-            requests.close();
+            requests.close(Closed::Lost);
         }
     }
 }

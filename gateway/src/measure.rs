@@ -68,6 +68,21 @@ pub(crate) fn finish_lost() {
     counter!("baton_gateway_finishes_lost_total").increment(1);
 }
 
+/// A request goes on without being resumable.
+pub(crate) fn unresumable(reason: &'static str) {
+    counter!("baton_gateway_unresumable_total", "reason" => reason).increment(1);
+}
+
+/// A stream was taken over, or not.
+pub(crate) fn resumed(outcome: &'static str) {
+    counter!("baton_gateway_resumes_total", "outcome" => outcome).increment(1);
+}
+
+/// Questions for an assignment that no coordinator answered.
+pub(crate) fn assignments_given_up(count: u64) {
+    counter!("baton_gateway_assignments_given_up_total").increment(count);
+}
+
 /// A metric under Baton's name and vLLM's.
 struct Both<T>(T, T);
 

@@ -1,10 +1,12 @@
 //! This gateway's own place in the cluster's view: it registers and is heard of regularly. Soft: nothing depends on it
 //! but what people see.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use baton_core::{Refused, limits};
-use baton_proto::v1::{HeartbeatRequest, LeaveRequest, Load, Member, RegisterRequest, heartbeat_reply};
+use baton_proto::v1::heartbeat_reply::Outcome;
+use baton_proto::v1::{HeartbeatRequest, LeaveRequest, Load, Member, RegisterRequest};
 use baton_proto::{WIRE_VERSION, convert};
 
 use crate::coordinators::{Coordinators, deadline};
@@ -39,7 +41,8 @@ pub(crate) async fn announce(
 
 /// Says goodbye to every coordinator that listens.
 pub(crate) async fn leave(coordinators: &Coordinators, id: &str) {
-    let clients = coordinators.addresses().iter().filter_map(|address| coordinators.client(address));
+    let addresses = coordinators.addresses();
+    let clients = addresses.iter().filter_map(|address| coordinators.client(address));
     let leave = |mut client: crate::coordinators::Client| async move {
         let request = LeaveRequest { id: id.to_string(), incarnation: 0 };
         deadline(client.leave(request)).await.is_ok()
@@ -47,31 +50,43 @@ pub(crate) async fn leave(coordinators: &Coordinators, id: &str) {
     futures::future::join_all(clients.map(leave)).await;
 }
 
-/// One loop per coordinator, so that a dead one does not slow the others. Returns when any of them asks for a new
-/// registration.
+/// Heartbeats to every coordinator there is, until one of them asks for a new registration.
 async fn beat_all(coordinators: &Coordinators, member: &Member, running: &impl Fn() -> usize) {
-    let loops = coordinators.addresses().iter().map(|address| Box::pin(beat(coordinators, address, member, running)));
-    let loops: Vec<_> = loops.collect();
-    if !loops.is_empty() {
-        futures::future::select_all(loops).await;
+    let mut members = coordinators.watch_members();
+    let sequence = AtomicU64::new(0);
+    loop {
+        members.mark_unchanged();
+        let addresses = coordinators.addresses();
+        // One loop per coordinator, so that a dead one does not slow the others.
+        let loops = addresses.iter().map(|a| Box::pin(beat(coordinators, a, member, &sequence, running)));
+        let loops: Vec<_> = loops.collect();
+        tokio::select! {
+            _ = futures::future::select_all(loops) => return,
+            changed = members.changed() => if changed.is_err() { return },
+        }
     }
 }
 
-async fn beat(coordinators: &Coordinators, address: &str, member: &Member, running: &impl Fn() -> usize) {
+async fn beat(
+    coordinators: &Coordinators,
+    address: &str,
+    member: &Member,
+    sequence: &AtomicU64,
+    running: &impl Fn() -> usize,
+) {
     let Some(mut client) = coordinators.client(address) else { return std::future::pending().await };
-    for sequence in 1.. {
+    loop {
         let request = HeartbeatRequest {
             id: member.id.clone(),
             incarnation: member.incarnation,
-            sequence,
+            sequence: sequence.fetch_add(1, Ordering::Relaxed) + 1,
             load: Some(Load { sequences_running: running() as u32, ..Default::default() }),
             member: Some(member.clone()),
         };
-        if let Ok(reply) = deadline(client.heartbeat(request)).await
-            && let Some(heartbeat_reply::Outcome::Refused(refusal)) = reply.outcome
-            && convert::refused(&refusal) == Refused::Stale
-        {
-            return;
+        match deadline(client.heartbeat(request)).await.ok().and_then(|reply| reply.outcome) {
+            Some(Outcome::Refused(refusal)) if convert::refused(&refusal) == Refused::Stale => return,
+            Some(Outcome::Accepted(accepted)) if accepted.leader => coordinators.learn(accepted.coordinators),
+            _ => {}
         }
         tokio::time::sleep(HEARTBEAT).await;
     }

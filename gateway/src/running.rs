@@ -1,6 +1,7 @@
 //! A gateway from its start to its stop: the socket, the routes and the tasks beside them.
 
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -11,6 +12,7 @@ use tokio::sync::{Semaphore, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
+use crate::access::Access;
 use crate::cluster::Cluster;
 use crate::config::Config;
 use crate::coordinators::Coordinators;
@@ -18,8 +20,11 @@ use crate::generate::Gateway;
 use crate::link::Links;
 use crate::prompt::Encoder;
 use crate::serve::Servers;
-use crate::{finish, http, membership, server};
+use crate::{access, assign, finish, http, membership, server};
 
+/// How long the start waits to hear whether keys are asked for, where others than this machine's can ask. Until it is
+/// known nobody is served.
+const ACCESS_WAIT: Duration = Duration::from_secs(5);
 /// How long open streams may go on after `stop`.
 const DRAIN: Duration = Duration::from_secs(5);
 /// How long the last ends of requests, and the goodbye, may take.
@@ -37,6 +42,11 @@ pub enum StartError {
     Coordinator(#[from] BadAddress),
     #[error("no coordinator address is given")]
     NoCoordinators,
+    #[error(
+        "the cluster has no API keys, and {address} can be reached from other machines; create a key with \
+         `baton key create --tenant NAME`, listen on 127.0.0.1, or allow it with --open"
+    )]
+    Open { address: String },
 }
 
 /// A gateway that ended by itself.
@@ -52,6 +62,7 @@ pub struct Running {
     address: String,
     id: String,
     coordinators: Arc<Coordinators>,
+    servers: Arc<Servers>,
     stop: oneshot::Sender<()>,
     /// The HTTP server.
     server: JoinSet<()>,
@@ -71,12 +82,20 @@ pub async fn start(config: Config, mut env: Env, metrics: RenderMetrics) -> Resu
     let listener = listener.map_err(|error| StartError::Listen { address: config.listen.clone(), error })?;
     let address = listener.address();
     let id = config.id.clone();
-    let cluster = Arc::new(Cluster::new(env.net.clone(), config.aliases.clone()));
     let links = Arc::new(Links::new(env.net.clone()));
+    let cluster = Arc::new(Cluster::new(env.net.clone(), links.clone(), config.aliases.clone()));
+    let access = Arc::new(Access::new(!config.open && !access::is_loopback(&address)));
     let (finishes, queue) = finish::queue();
+    let (assigner, asking) = assign::questions(finishes.clone());
     let process_key = format!("{:032x}", env.rng.u128());
 
     let mut beside = JoinSet::new();
+    let (followed, following) = (access.clone(), coordinators.clone());
+    beside.spawn(async move { followed.watch(&following).await });
+    if access.is_open_to_strangers(ACCESS_WAIT).await == Some(true) {
+        return Err(StartError::Open { address });
+    }
+    beside.spawn(asking.run(coordinators.clone()));
     let (watched, watching) = (cluster.clone(), coordinators.clone());
     beside.spawn(async move { watched.watch(&watching).await });
     let (member, announcer, open) = (member(&config, &address), coordinators.clone(), links.clone());
@@ -87,12 +106,21 @@ pub async fn start(config: Config, mut env: Env, metrics: RenderMetrics) -> Resu
     let mut finisher = JoinSet::new();
     finisher.spawn(queue.run(coordinators.clone()));
 
-    let servers = Servers { coordinators: coordinators.clone(), links, finishes, gateway: id.clone() };
+    let servers = Servers {
+        assigner,
+        coordinators: coordinators.clone(),
+        links,
+        finishes,
+        gateway: id.clone(),
+        leaving: AtomicBool::new(false),
+    };
+    let servers = Arc::new(servers);
     let gateway = Gateway {
         places: Arc::new(Semaphore::new(config.requests_max.min(Semaphore::MAX_PERMITS))),
         config,
         cluster,
-        servers: Arc::new(servers),
+        access,
+        servers: servers.clone(),
         encoder: Encoder::default(),
         clock: env.clock,
         rng: Mutex::new(env.rng),
@@ -102,7 +130,7 @@ pub async fn start(config: Config, mut env: Env, metrics: RenderMetrics) -> Resu
     let mut serving = JoinSet::new();
     let router = http::router(Arc::new(gateway));
     serving.spawn(server::serve(listener, router, async move { drop(stopped.await) }));
-    Ok(Running { address, id, coordinators, stop, server: serving, beside, finisher })
+    Ok(Running { address, id, coordinators, servers, stop, server: serving, beside, finisher })
 }
 
 impl Running {
@@ -125,8 +153,10 @@ impl Running {
         Err(Failed { task, problem })
     }
 
-    /// Takes no new connection, lets open streams end for a while, tells the ledger, and ends.
+    /// Takes no new connection, lets open streams end for a while, tells the ledger, and ends. Resumable streams that have
+    /// not ended go on at their workers.
     pub async fn stop(mut self) {
+        self.servers.leaving.store(true, Ordering::Relaxed);
         drop(self.stop);
         if timeout(DRAIN, self.server.join_next()).await.is_err() {
             self.server.shutdown().await;

@@ -9,37 +9,60 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use baton_core::{Aborted, Assignment, BlockHash, Finish, Refused, Request, SampledToken, TokenId, limits};
+use baton_core::{Aborted, Assignment, BlockHash, Finish, Refused, Request, SampledToken, Sampling, TokenId, limits};
 use baton_proto::v1::request_output::Output;
-use baton_proto::v1::{self, FinishedRequest, WorkerLife};
+use baton_proto::v1::{self, FinishedRequest, WorkerLife, WorkerPair};
 use baton_proto::{BadMessage, convert};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, timeout_at};
 
+use crate::assign::Assigner;
 use crate::coordinators::{Coordinators, Refusal};
 use crate::error::ApiError;
+use crate::failure::{Blame, Failure, aborted, broken, lost, refused};
 use crate::finish::Finishes;
 use crate::link::{Closed, Inbox, Links};
 use crate::measure::{self, Phases};
+use crate::note::{Before, Look, Note};
+use crate::resume::TakenOver;
 
+/// How long a client that already has tokens waits for workers.
 const NO_WORKERS_WAIT: Duration = Duration::from_millis(limits::NO_WORKERS_WAIT_MS);
+/// How long one that has none does: it hears within a second that there is nobody.
+const NO_WORKERS_WAIT_NEW: Duration = Duration::from_millis(700);
 /// How long a request waits for a coordinator that can take it: an election is shorter, a lost quorum is not.
 const COORDINATOR_WAIT: Duration = Duration::from_millis(1_000);
 /// A life that is still assignable after so long without other workers is alive: only the stream to it was lost.
 const EXCLUSION: Duration = Duration::from_millis(2 * limits::WORKER_LEASE_MS);
 /// Tokens hashed on the async thread (some hundred microseconds of work).
 const INLINE_HASHED_TOKENS_MAX: usize = 16 << 10;
+const FINGERPRINT_BYTES: usize = 16;
 const BACKOFF_MIN: Duration = Duration::from_millis(20);
 const BACKOFF_MAX: Duration = Duration::from_millis(320);
 
 /// What serving a request needs of its gateway.
 pub(crate) struct Servers {
+    pub assigner: Assigner,
     pub coordinators: Arc<Coordinators>,
     pub links: Arc<Links>,
     pub finishes: Finishes,
     pub gateway: String,
+    /// The gateway is about to end; what is resumable goes on without it.
+    pub leaving: AtomicBool,
+}
+
+/// What a request is served under, besides what it asks.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Terms {
+    /// Of the model, to name the prompt's blocks.
+    pub block_tokens: usize,
+    /// Id of the API key.
+    pub key: String,
+    /// None: the request ends with its gateway.
+    pub resumable: Option<Arc<Look>>,
 }
 
 /// What happened to a request.
@@ -54,12 +77,19 @@ pub(crate) enum Event {
 pub(crate) struct Serving {
     servers: Arc<Servers>,
     request: Arc<Request>,
-    block_tokens: usize,
+    terms: Terms,
+    fingerprint: bytes::Bytes,
     deadline: Instant,
     choices: Vec<ChoiceState>,
     attempt: u32,
     epoch: u64,
+    /// How long this attempt goes on without a gateway.
+    window_ms: u64,
     exclude: Vec<WorkerLife>,
+    /// Between which a handoff failed; neither is to blame alone.
+    exclude_pairs: Vec<WorkerPair>,
+    /// Lives that ended while they ran this request.
+    killed: Vec<WorkerLife>,
     /// Excluded from the next attempt only: workers that had no room or gave up without fault.
     busy: Vec<WorkerLife>,
     first_error: Option<ApiError>,
@@ -76,6 +106,8 @@ pub(crate) struct Serving {
 struct ChoiceState {
     so_far: Vec<TokenId>,
     ended: bool,
+    /// The same tokens with all that was said of them, and how they ended; kept for another gateway.
+    said: Before,
 }
 
 /// The way of one attempt.
@@ -84,34 +116,27 @@ struct Route {
     inbox: Inbox,
 }
 
-/// Why an attempt failed.
-struct Failure {
-    error: ApiError,
-    reason: &'static str,
-    /// The life to blame; None blames the decode worker, for the next attempt only unless the stream was `lost`.
-    life: Option<WorkerLife>,
-    lost: bool,
-    /// Another attempt would end the same way.
-    last: bool,
-}
-
 impl Serving {
     pub(crate) fn new(
         servers: Arc<Servers>,
         request: Arc<Request>,
-        block_tokens: usize,
+        terms: Terms,
         mut phases: Phases,
         place: OwnedSemaphorePermit,
     ) -> Serving {
         phases.accepted(request.choices);
         Serving {
             servers,
-            block_tokens,
+            terms,
+            fingerprint: fingerprint(&request),
             deadline: Instant::now() + Duration::from_millis(request.deadline_ms),
             choices: vec![ChoiceState::default(); request.choices as usize],
             attempt: 0,
             epoch: 0,
+            window_ms: 0,
             exclude: Vec::new(),
+            exclude_pairs: Vec::new(),
+            killed: Vec::new(),
             busy: Vec::new(),
             first_error: None,
             route: None,
@@ -123,6 +148,66 @@ impl Serving {
             request,
             _place: place,
         }
+    }
+
+    /// A request that another gateway began. What has been said of it comes again as its first events.
+    pub(crate) fn resumed(
+        servers: Arc<Servers>,
+        taken: TakenOver,
+        terms: Terms,
+        phases: Phases,
+        place: OwnedSemaphorePermit,
+    ) -> Serving {
+        let TakenOver { request, assignment, note, said, inbox } = taken;
+        let mut serving = Serving::new(servers, request, terms, phases, place);
+        serving.attempt = assignment.attempt;
+        serving.epoch = assignment.epoch.0;
+        serving.cached_tokens = note.cached_tokens.unwrap_or(0);
+        serving.window_ms = serving.terms.resumable.as_ref().map_or(0, |look| look.window_ms);
+        serving.route = Some(Route { assignment, inbox });
+        for (choice, before) in note.before.into_iter().enumerate() {
+            serving.replay(choice as u32, before);
+        }
+        if let Some(admitted) = said.admitted {
+            serving.note_cached(admitted.cached_tokens);
+        }
+        if let Some(logprobs) = said.prompt_logprobs {
+            serving.take_prompt_logprobs(logprobs);
+        }
+        for tokens in said.tokens {
+            let choice = tokens.choice;
+            let tokens = tokens.tokens.into_iter().map(SampledToken::from).collect();
+            serving.replay(choice, Before { tokens, finish: None });
+        }
+        for finished in said.finished {
+            serving.note_cached(finished.cached_tokens);
+            let finish = convert::finish(&finished.reason, finished.stop_token).ok();
+            serving.replay(finished.choice, Before { tokens: Vec::new(), finish });
+        }
+        if serving.is_complete() {
+            serving.complete();
+        }
+        serving
+    }
+
+    /// What had been said of a choice before this gateway had it.
+    fn replay(&mut self, choice: u32, before: Before) {
+        let Before { tokens, finish } = before;
+        let state = &mut self.choices[choice as usize];
+        state.so_far.extend(tokens.iter().map(|token| token.id));
+        state.said.tokens.extend(tokens.iter().cloned());
+        if !tokens.is_empty() {
+            self.ready.push_back(Event::Tokens { choice, tokens });
+        }
+        if let Some(finish) = finish {
+            state.ended = true;
+            state.said.finish = Some(finish);
+            self.ready.push_back(Event::Finished { choice, finish });
+        }
+    }
+
+    pub(crate) fn is_resumable(&self) -> bool {
+        self.terms.resumable.is_some()
     }
 
     pub(crate) fn request(&self) -> &Request {
@@ -149,14 +234,17 @@ impl Serving {
     /// The gateway needs no more of this choice: its stop string is complete after `generated` tokens.
     pub(crate) fn end_choice(&mut self, choice: u32, generated: usize) {
         let state = &mut self.choices[choice as usize];
+        state.so_far.truncate(generated);
+        state.said.tokens.truncate(generated);
         if std::mem::replace(&mut state.ended, true) {
             return;
         }
-        state.so_far.truncate(generated);
         self.phases.finished("stop");
         if self.is_complete() {
             self.route = None;
             self.outcome = Some("complete".into());
+        } else if let Some(route) = &self.route {
+            route.inbox.cancel_choices(vec![choice]);
         }
     }
 
@@ -187,7 +275,8 @@ impl Serving {
             match route.inbox.next().await {
                 Ok(output) => self.take(output)?,
                 Err(Closed::Overrun) => return Err(ApiError::slow_client()),
-                Err(Closed::Lost) => self.fail(lost())?,
+                Err(Closed::Lost) => self.fail(lost(Blame::Decode))?,
+                Err(Closed::Died) => self.fail(lost(Blame::DecodeDied))?,
             }
         }
     }
@@ -198,22 +287,38 @@ impl Serving {
         if self.attempt > 2 {
             tokio::time::sleep(BACKOFF_MIN * self.attempt).await;
         }
+        let note = self.note();
+        self.window_ms =
+            if note.is_empty() { 0 } else { self.terms.resumable.as_ref().map_or(0, |look| look.window_ms) };
         let assignment = self.assign().await?;
         self.phases.assigned();
         self.epoch = assignment.epoch.0;
         tracing::debug!(request = %self.request.id, attempt = self.attempt, epoch = self.epoch,
             decode = %assignment.decode.worker, explanation = assignment.explanation, "assigned");
-        match self.servers.links.start(&assignment.decode, self.start_message(&assignment)) {
+        match self.servers.links.start(&assignment.decode, self.start_message(&assignment, note)) {
             Ok(inbox) => self.route = Some(Route { assignment, inbox }),
             Err(_) => {
                 self.exclude.push((&assignment.decode).into());
-                self.fail_attempt(lost())?;
+                self.fail_attempt(lost(Blame::Decode))?;
             }
         }
         Ok(())
     }
 
-    fn start_message(&self, assignment: &Assignment) -> v1::Start {
+    /// What another gateway needs to go on with this attempt; empty when the request ends with this one.
+    fn note(&self) -> bytes::Bytes {
+        let Some(look) = &self.terms.resumable else { return bytes::Bytes::new() };
+        let first = self.attempt == 1;
+        let before = if first { Vec::new() } else { self.choices.iter().map(|c| c.said.clone()).collect() };
+        let cached_tokens = (!first).then_some(self.cached_tokens);
+        let note = Note { look: (**look).clone(), cached_tokens, before };
+        note.to_bytes().unwrap_or_else(|| {
+            measure::unresumable("note_too_large");
+            bytes::Bytes::new()
+        })
+    }
+
+    fn start_message(&self, assignment: &Assignment, note: bytes::Bytes) -> v1::Start {
         let choice = |(index, c): (usize, &ChoiceState)| v1::Choice { index: index as u32, so_far: c.so_far.clone() };
         let open = self.choices.iter().enumerate().filter(|(_, c)| !c.ended);
         let request = v1::Request { deadline_ms: self.left_ms(), ..(&*self.request).into() };
@@ -222,7 +327,8 @@ impl Serving {
             assignment: Some(assignment.clone().into()),
             request: Some(request),
             choices: open.map(choice).collect(),
-            ..v1::Start::default()
+            resumable_ms: self.window_ms,
+            note,
         }
     }
 
@@ -234,7 +340,8 @@ impl Serving {
         loop {
             message.deadline_ms = self.left_ms();
             message.exclude = self.exclude.iter().chain(&self.busy).cloned().collect();
-            let refusal = match self.servers.coordinators.assign(message.clone()).await {
+            message.exclude_pairs = self.exclude_pairs.clone();
+            let refusal = match self.servers.assigner.ask(message.clone()).await {
                 Ok(assignment) => match Assignment::try_from(assignment) {
                     Ok(assignment) => return Ok(assignment),
                     Err(bad) => Refusal::unavailable(bad.to_string()),
@@ -242,12 +349,18 @@ impl Serving {
                 Err(refusal) => refusal,
             };
             if started.elapsed() >= self.patience(&refusal) {
-                let error = ApiError::refused(refusal.reason, &refusal.detail, refusal.retry_after_ms);
-                return Err(self.first_error.take().unwrap_or(error));
+                let error = match refusal.reason {
+                    // What the ledger does not know of a request that is asked for is its key.
+                    Refused::Unknown => ApiError::unauthorized("The API key has been revoked."),
+                    reason => ApiError::refused(reason, &refusal.detail, refusal.retry_after_ms),
+                };
+                let first = self.first_error.take().filter(|_| refusal.reason != Refused::Poisoned);
+                return Err(first.unwrap_or(error));
             }
             self.busy.clear();
             if started.elapsed() > EXCLUSION {
                 self.exclude.clear();
+                self.exclude_pairs.clear();
             }
             tokio::time::sleep(backoff).await;
             backoff = (backoff * 2).min(BACKOFF_MAX);
@@ -259,13 +372,11 @@ impl Serving {
         let begun = self.choices.iter().any(|c| !c.so_far.is_empty());
         let full = self.first_error.as_ref().is_some_and(|e| e.reason == Refused::NoCapacity.as_str());
         match refusal.reason {
-            Refused::UnknownModel | Refused::TooLarge | Refused::Incompatible => Duration::ZERO,
+            Refused::UnknownModel | Refused::TooLarge | Refused::Incompatible | Refused::Poisoned => Duration::ZERO,
             _ if begun => NO_WORKERS_WAIT,
-            Refused::NoCapacity | Refused::Quota | Refused::Overloaded | Refused::Poisoned | Refused::Unknown => {
-                Duration::ZERO
-            }
+            Refused::NoCapacity | Refused::Quota | Refused::Overloaded | Refused::Unknown => Duration::ZERO,
             Refused::NoWorkers if full => Duration::ZERO,
-            Refused::NoWorkers | Refused::Draining => NO_WORKERS_WAIT,
+            Refused::NoWorkers | Refused::Draining => NO_WORKERS_WAIT_NEW,
             Refused::Stale | Refused::Fenced | Refused::Expired | Refused::NotLeader | Refused::Unavailable => {
                 COORDINATOR_WAIT
             }
@@ -294,9 +405,11 @@ impl Serving {
             previous_epoch: self.epoch,
             prompt_logprobs: request.prompt_logprobs.is_some(),
             gateway: self.servers.gateway.clone(),
-            block_hashes: block_hashes(request.cache_salt.clone(), shared, self.block_tokens).await,
-            deadline_ms: 0,
-            exclude: Vec::new(),
+            block_hashes: block_hashes(request.cache_salt.clone(), shared, self.terms.block_tokens).await,
+            resumable_ms: self.window_ms,
+            killed: self.killed.clone(),
+            fingerprint: self.fingerprint.clone(),
+            key: self.terms.key.clone(),
             ..v1::AssignRequest::default()
         }
     }
@@ -330,10 +443,14 @@ impl Serving {
     }
 
     fn take_tokens(&mut self, tokens: v1::Tokens) -> Result<(), BadMessage> {
+        let keep = self.terms.resumable.is_some();
         let choice = self.open_choice(tokens.choice)?;
         let Some(state) = choice else { return Ok(()) };
         let news: Vec<SampledToken> = tokens.tokens.into_iter().map(Into::into).collect();
         state.so_far.extend(news.iter().map(|t| t.id));
+        if keep {
+            state.said.tokens.extend(news.iter().cloned());
+        }
         if state.so_far.len() > self.request.tokens_max as usize {
             return Err(BadMessage { field: "tokens", problem: "are more than were asked for" });
         }
@@ -347,15 +464,21 @@ impl Serving {
         self.note_cached(finished.cached_tokens);
         let Some(state) = self.open_choice(finished.choice)? else { return Ok(()) };
         state.ended = true;
+        state.said.finish = Some(finish);
         self.phases.finished(if finish == Finish::Length { "length" } else { "stop" });
         self.ready.push_back(Event::Finished { choice: finished.choice, finish });
         if self.is_complete() {
-            self.outcome = Some("complete".into());
-            if let Some(route) = self.route.take() {
-                route.inbox.ended();
-            }
+            self.complete();
         }
         Ok(())
+    }
+
+    /// The worker has ended every choice by itself.
+    fn complete(&mut self) {
+        self.outcome = Some("complete".into());
+        if let Some(route) = self.route.take() {
+            route.inbox.ended();
+        }
     }
 
     fn take_prompt_logprobs(&mut self, logprobs: v1::PromptLogprobs) {
@@ -382,17 +505,24 @@ impl Serving {
 
     /// The attempt's way has failed: chooses whom the next one avoids, or ends the request.
     fn fail(&mut self, failure: Failure) -> Result<(), ApiError> {
-        let decode = self.route.take().map(|route| {
-            let life = WorkerLife::from(&route.assignment.decode);
-            if !failure.lost {
+        if let Some(route) = self.route.take() {
+            let decode = WorkerLife::from(&route.assignment.decode);
+            match &failure.blame {
+                Blame::Busy => self.busy.push(decode),
+                Blame::Decode => self.exclude.push(decode),
+                Blame::DecodeDied => {
+                    self.killed.push(decode.clone());
+                    self.exclude.push(decode);
+                }
+                Blame::Life { life, died } => {
+                    self.killed.extend(died.then(|| life.clone()));
+                    self.exclude.push(life.clone());
+                }
+                Blame::Pair(pair) => self.exclude_pairs.push(pair.clone()),
+            }
+            if !matches!(failure.blame, Blame::Decode | Blame::DecodeDied) {
                 route.inbox.ended();
             }
-            life
-        });
-        match (&failure.life, decode) {
-            (Some(life), _) => self.exclude.push(life.clone()),
-            (None, Some(decode)) if failure.lost => self.exclude.push(decode),
-            (None, decode) => self.busy.extend(decode),
         }
         self.fail_attempt(failure)
     }
@@ -409,6 +539,16 @@ impl Serving {
 
 impl Drop for Serving {
     fn drop(&mut self) {
+        if self.window_ms > 0
+            && self.servers.leaving.load(Ordering::Relaxed)
+            && let Some(route) = self.route.take()
+        {
+            // Whoever takes it over tells its end.
+            route.inbox.ended();
+            let generated = self.choices.iter().map(|c| c.so_far.len()).sum();
+            self.phases.ended(&self.request, "left", self.attempt, generated, self.cached_tokens);
+            return;
+        }
         self.route = None;
         let outcome = self.outcome.take().unwrap_or_else(|| Aborted::Cancelled.as_str().into());
         let generated: usize = self.choices.iter().map(|c| c.so_far.len()).sum();
@@ -436,26 +576,19 @@ async fn block_hashes(salt: String, tokens: Vec<TokenId>, block_tokens: usize) -
     hashes.into_iter().map(convert::block_hash_bytes).collect()
 }
 
-fn lost() -> Failure {
-    let reason = Aborted::DecodeLost;
-    let error = ApiError::aborted(reason, "the stream to its decode worker was lost");
-    Failure { error, reason: reason.as_str(), life: None, lost: true, last: false }
-}
-
-fn aborted(abort: v1::Abort) -> Failure {
-    let reason = convert::aborted(&abort);
-    let error = ApiError::aborted(reason, &abort.detail);
-    Failure { error, reason: reason.as_str(), life: abort.failed, lost: false, last: reason == Aborted::Deadline }
-}
-
-fn refused(refusal: v1::Refusal) -> Failure {
-    let reason = convert::refused(&refusal);
-    let error = ApiError::refused(reason, &refusal.detail, refusal.retry_after_ms);
-    let last = matches!(reason, Refused::TooLarge | Refused::UnknownModel | Refused::Incompatible);
-    Failure { error, reason: reason.as_str(), life: None, lost: false, last }
-}
-
-fn broken(bad: BadMessage) -> Failure {
-    let error = ApiError::aborted(Aborted::Internal, &bad.to_string());
-    Failure { error, reason: Aborted::Internal.as_str(), life: None, lost: true, last: false }
+/// Names what is asked, so that it is known again whoever asks it: prompt and parameters, without the seed.
+fn fingerprint(request: &Request) -> bytes::Bytes {
+    let Request { model, prompt, sampling, choices, tokens_max, tokens_min, stop_tokens, ignore_eos, .. } = request;
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&(model.len() as u64).to_le_bytes());
+    hasher.update(model.as_bytes());
+    hasher.update(&(prompt.len() as u64).to_le_bytes());
+    for token in prompt.iter() {
+        hasher.update(&token.to_le_bytes());
+    }
+    let parameters =
+        (&Sampling { seed: 0, ..sampling.clone() }, choices, tokens_max, tokens_min, stop_tokens, ignore_eos);
+    let text = format!("{parameters:?} {:?} {:?}", request.logprobs, request.prompt_logprobs);
+    hasher.update(text.as_bytes());
+    bytes::Bytes::copy_from_slice(&hasher.finalize().as_bytes()[..FINGERPRINT_BYTES])
 }

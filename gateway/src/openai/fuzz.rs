@@ -47,6 +47,7 @@ const NAMES: &[&str] = &[
     "return_token_ids",
     "cache_salt",
     "response_format",
+    "service_tier",
     "skip_special_tokens",
     "suffix",
 ];

@@ -16,6 +16,8 @@ pub(crate) use reply::{Envelope, Reply, stream_error};
 
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use crate::model::Model;
 use crate::prompt::Text;
 
@@ -34,7 +36,7 @@ pub(crate) enum Prompt {
 }
 
 /// Whose JSON the answer is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Shape {
     Chat,
     Completions { echo: bool },

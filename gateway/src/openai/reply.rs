@@ -10,6 +10,7 @@ use super::logprobs::{ChatLogprobs, CompletionLogprobs, PromptPosition, prompt_p
 use super::{Params, Shape};
 use crate::answer::{Part, Usage};
 use crate::model::Model;
+use crate::resume::EventId;
 use crate::text::{Delta, Ending};
 
 /// What every object of an answer repeats.
@@ -31,6 +32,22 @@ pub(crate) struct Reply {
     choices: Vec<ChoiceReply>,
     prompt_logprobs: Vec<Vec<Option<SampledToken>>>,
     usage: Usage,
+    /// Of a resumable stream.
+    ids: Option<Ids>,
+}
+
+/// Numbers the events, and leaves out those that the client has.
+struct Ids {
+    told: EventId,
+    has: EventId,
+}
+
+/// What stands before an event's data.
+enum Head {
+    /// The client has this event.
+    Known,
+    Plain,
+    Id(String),
 }
 
 /// One choice so far.
@@ -165,7 +182,25 @@ impl Reply {
             params,
             choices: (0..choices).map(|_| ChoiceReply::default()).collect(),
             usage: Usage::default(),
+            ids: None,
         }
+    }
+
+    /// The reply of a resumable stream whose client has the events up to `has`.
+    pub(crate) fn resumable(self, has: EventId) -> Reply {
+        let told = EventId::start(self.choices.len());
+        Reply { ids: Some(Ids { told, has }), ..self }
+    }
+
+    /// Counts an event of a choice, or of the end.
+    fn head(&mut self, choice: Option<u32>) -> Head {
+        let Some(Ids { told, has }) = &mut self.ids else { return Head::Plain };
+        let (count, known) = match choice {
+            Some(choice) => (&mut told.choices[choice as usize], has.choices[choice as usize]),
+            None => (&mut told.end, has.end),
+        };
+        *count += 1;
+        if *count <= known { Head::Known } else { Head::Id(told.to_string()) }
     }
 
     /// Takes a part of an answer that is given in one piece.
@@ -219,32 +254,40 @@ impl Reply {
     }
 
     /// The last events of a stream that went well.
-    pub(crate) fn finish(&self, out: &mut Vec<u8>) {
+    pub(crate) fn finish(&mut self, out: &mut Vec<u8>) {
         if self.params.include_usage {
+            let head = self.head(None);
             let usage = Some(self.usage.into());
             match self.shape {
-                Shape::Chat => event(out, &Object { usage, ..self.object::<ChatChoice>(CHAT_CHUNK, &[]) }),
+                Shape::Chat => head.event(out, &Object { usage, ..self.object::<ChatChoice>(CHAT_CHUNK, &[]) }),
                 Shape::Completions { .. } => {
-                    event(out, &Object { usage, ..self.object::<CompletionChoice>(COMPLETION_CHUNK, &[]) });
+                    head.event(out, &Object { usage, ..self.object::<CompletionChoice>(COMPLETION_CHUNK, &[]) });
                 }
             }
         }
-        out.extend_from_slice(DONE);
+        if self.head(None).begin(out) {
+            out.extend_from_slice(DONE);
+        }
     }
 
     fn begin(&mut self, prompt: usize, choice: u32, out: &mut Vec<u8>) {
-        let first = !self.choices.iter().any(|c| c.begun);
+        // Told once; by the same choice whichever gateway tells it.
+        let first = match self.ids {
+            Some(_) => choice == 0,
+            None => !self.choices.iter().any(|c| c.begun),
+        };
         if std::mem::replace(&mut self.choices[choice as usize].begun, true) {
             return;
         }
         match self.shape {
             Shape::Chat => {
+                let head = self.head(Some(choice));
                 let delta = Some(Message { role: Some("assistant"), content: Some("") });
                 let end = End::new(None, None);
                 let choice = ChatChoice { index: choice, delta, message: None, logprobs: None, end };
                 let ids = (first && self.params.return_token_ids).then_some(&*self.prompts[prompt]);
                 let object = self.object(CHAT_CHUNK, std::slice::from_ref(&choice));
-                event(out, &Object { prompt_token_ids: ids, usage: self.running_usage(), ..object });
+                head.event(out, &Object { prompt_token_ids: ids, usage: self.running_usage(), ..object });
             }
             Shape::Completions { echo } if echo || self.params.return_token_ids => self.begin_completion(choice, out),
             Shape::Completions { .. } => {}
@@ -253,6 +296,7 @@ impl Reply {
 
     /// The prompt, echoed before the first token of a choice.
     fn begin_completion(&mut self, choice: u32, out: &mut Vec<u8>) {
+        let head = self.head(Some(choice));
         let (text, logprobs, offset) = self.echo(choice as usize);
         self.choices[choice as usize].offset = offset;
         let choice = CompletionChoice {
@@ -264,7 +308,7 @@ impl Reply {
             prompt_logprobs: None,
         };
         let object = self.object(COMPLETION_CHUNK, std::slice::from_ref(&choice));
-        event(out, &Object { usage: self.running_usage(), ..object });
+        head.event(out, &Object { usage: self.running_usage(), ..object });
     }
 
     fn stream_delta(&mut self, choice: u32, delta: &Delta, out: &mut Vec<u8>) {
@@ -286,6 +330,7 @@ impl Reply {
         ending: Option<&Ending>,
         out: &mut Vec<u8>,
     ) {
+        let head = self.head(Some(index));
         let logprobs = self.params.logprobs.is_some() && ending.is_none();
         let ids = || pieces.iter().map(|p| p.id).collect();
         let end = End::new(ending, self.params.return_token_ids.then(ids));
@@ -295,14 +340,14 @@ impl Reply {
             let logprobs = logprobs.then(|| ChatLogprobs::new(&self.model.vocabulary, pieces));
             let delta = Some(Message { role: None, content });
             let choice = ChatChoice { index, delta, message: None, logprobs, end };
-            return event(out, &Object { usage, ..self.object(CHAT_CHUNK, std::slice::from_ref(&choice)) });
+            return head.event(out, &Object { usage, ..self.object(CHAT_CHUNK, std::slice::from_ref(&choice)) });
         }
         let mut offset = self.choices[index as usize].offset;
         let logprobs = logprobs.then(|| self.completion_logprobs(CompletionLogprobs::default(), pieces, &mut offset));
         self.choices[index as usize].offset = offset;
         let (prompt_token_ids, prompt_logprobs) = (None, None);
         let choice = CompletionChoice { index, text: text.into(), logprobs, end, prompt_token_ids, prompt_logprobs };
-        event(out, &Object { usage, ..self.object(COMPLETION_CHUNK, std::slice::from_ref(&choice)) });
+        head.event(out, &Object { usage, ..self.object(COMPLETION_CHUNK, std::slice::from_ref(&choice)) });
     }
 
     fn object<'a, C>(&'a self, object: &'static str, choices: &'a [C]) -> Object<'a, C> {
@@ -398,6 +443,22 @@ impl Reply {
 const CHAT_CHUNK: &str = "chat.completion.chunk";
 const COMPLETION_CHUNK: &str = "text_completion";
 const DONE: &[u8] = b"data: [DONE]\n\n";
+
+impl Head {
+    /// Writes what stands before the data; false when nothing is to be written.
+    fn begin(&self, out: &mut Vec<u8>) -> bool {
+        if let Head::Id(id) = self {
+            out.extend_from_slice(format!("id: {id}\n").as_bytes());
+        }
+        !matches!(self, Head::Known)
+    }
+
+    fn event(&self, out: &mut Vec<u8>, value: &impl Serialize) {
+        if self.begin(out) {
+            event(out, value);
+        }
+    }
+}
 
 /// The last events of a stream that failed after it had begun.
 pub(crate) fn stream_error(body: &serde_json::Value, out: &mut Vec<u8>) {

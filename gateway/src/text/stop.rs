@@ -18,6 +18,10 @@ impl Stops {
         Stops { strings: strings.into_iter().filter(|s| !s.is_empty()).collect(), include }
     }
 
+    pub(crate) fn strings(&self) -> &[String] {
+        &self.strings
+    }
+
     pub(crate) fn include(&self) -> bool {
         self.include
     }

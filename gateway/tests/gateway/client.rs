@@ -48,6 +48,21 @@ pub(crate) async fn post_bytes(address: &str, path: &str, body: Bytes) -> Respon
     send(address, Request::post(path), body).await.whole().await
 }
 
+/// A post with headers of its own.
+pub(crate) async fn post_with(address: &str, path: &str, headers: &[(&str, &str)], body: &Value) -> Response {
+    stream_with(address, path, headers, body).await.whole().await
+}
+
+pub(crate) async fn stream_with(address: &str, path: &str, headers: &[(&str, &str)], body: &Value) -> Stream {
+    let request = headers.iter().fold(Request::post(path), |request, (name, value)| request.header(*name, *value));
+    send(address, request, body.to_string().into()).await
+}
+
+pub(crate) async fn get_with(address: &str, path: &str, headers: &[(&str, &str)]) -> Stream {
+    let request = headers.iter().fold(Request::get(path), |request, (name, value)| request.header(*name, *value));
+    send(address, request, Bytes::new()).await
+}
+
 pub(crate) async fn stream(address: &str, path: &str, body: &Value) -> Stream {
     send(address, Request::post(path), body.to_string().into()).await
 }
@@ -72,13 +87,18 @@ impl Stream {
 
     /// The data of the next event; None at the end of the stream.
     pub(crate) async fn event(&mut self) -> Option<String> {
+        let event = self.raw().await?;
+        Some(event.strip_prefix("data: ").expect("only data").trim_end().to_string())
+    }
+
+    /// The next event as it is sent; None when the stream ends or breaks.
+    pub(crate) async fn raw(&mut self) -> Option<String> {
         loop {
             if let Some(end) = self.buffer.windows(2).position(|w| w == b"\n\n") {
                 let event: Vec<u8> = self.buffer.drain(..end + 2).collect();
-                let event = String::from_utf8(event).expect("an event is whole UTF-8");
-                return Some(event.strip_prefix("data: ").expect("only data events").trim_end().to_string());
+                return Some(String::from_utf8(event).expect("an event is whole UTF-8"));
             }
-            let frame = self.body.frame().await?.unwrap();
+            let frame = self.body.frame().await?.ok()?;
             self.buffer.extend(frame.into_data().unwrap());
         }
     }

@@ -1,5 +1,6 @@
 //! Workers that are lost, full or absent: the client's text stays the same, or the error has its own status.
 
+use baton_proto::v1::{Abort, MemberView, WorkerLife, WorkerPair};
 use serde_json::{Value, json};
 
 use crate::chat::hi;
@@ -55,7 +56,8 @@ async fn workers_that_refuse_or_abort_are_passed_over() {
         (None, Some("transfer_failed")),
         (None, Some("internal")),
     ] {
-        let world = World::new(vec![Script { refuse, abort, ..says("good") }, says("good")]).await;
+        let abort = abort.map(|reason| Script::aborting(reason).abort.unwrap());
+        let world = World::new(vec![Script { refuse, abort: abort.clone(), ..says("good") }, says("good")]).await;
         let whole = post(&world.address(), PATH, &hi(json!({}))).await;
         assert_eq!(whole.json()["choices"][0]["message"]["content"], "good", "{refuse:?} {abort:?}");
     }
@@ -63,7 +65,7 @@ async fn workers_that_refuse_or_abort_are_passed_over() {
 
 #[tokio::test]
 async fn attempts_are_bounded_and_the_first_error_is_kept() {
-    let scripts = vec![Script { abort: Some("internal"), ..says("") }, Script { abort: Some("draining"), ..says("") }];
+    let scripts = vec![Script::aborting("internal"), Script::aborting("draining")];
     let world = World::new(scripts).await;
     let response = post(&world.address(), PATH, &hi(json!({"stream": true}))).await;
     assert_eq!(response.status, 500);
@@ -98,8 +100,10 @@ async fn a_request_waits_for_a_worker_and_for_a_leader() {
 async fn without_workers_a_request_ends_in_503() {
     let world = World::hello().await;
     world.change_view(|view| view.members[0].live = false);
+    let began = tokio::time::Instant::now();
     let response = post(&world.address(), PATH, &hi(json!({}))).await;
     assert_eq!(response.status, 503);
+    assert!(began.elapsed() < std::time::Duration::from_secs(1), "a typed error within a second");
     assert!(response.header("retry-after").is_some());
     assert_eq!(response.header("x-baton-refused"), Some("no_workers"));
 }
@@ -141,4 +145,109 @@ async fn a_client_that_goes_away_before_the_first_token_cancels_too() {
     world.until(|seen| seen.starts.len() == 1).await;
     asking.abort();
     world.until(|seen| seen.cancels.len() == 1 && seen.finishes.len() == 1).await;
+}
+
+/// A worker that the view shows as gone is left at once, though its connection still stands; what it says later is not
+/// heard.
+#[tokio::test]
+async fn a_fenced_worker_is_left_without_waiting_for_its_connection() {
+    for fence in [
+        |view: &mut MemberView| view.live = false,
+        |view: &mut MemberView| {
+            view.member.as_mut().unwrap().incarnation += 1;
+            view.live = false;
+        },
+    ] {
+        let world = World::new(vec![Script { pause_after: Some(4), ..says("Hello world") }, says("Hello world")]).await;
+        let mut response = stream(&world.address(), PATH, &hi(json!({"stream": true}))).await;
+        let mut events = vec![response.event().await.unwrap()];
+        world.until(|seen| seen.generated == 4).await;
+        world.change_view(|view| fence(&mut view.members[0]));
+        world.until(|seen| seen.starts.len() == 2).await;
+        world.set_script(0, says("Hello world"));
+        while let Some(event) = response.event().await {
+            events.push(event);
+        }
+        assert_eq!(events.pop().as_deref(), Some("[DONE]"));
+        let events: Vec<Value> = events.iter().map(|event| serde_json::from_str(event).unwrap()).collect();
+        assert_eq!(text(&events, 0), "Hello world");
+        let seen = world.seen.borrow();
+        let killed = &seen.assigns[1].killed;
+        assert_eq!((killed.len(), killed[0].id.as_str(), killed[0].incarnation), (1, "decode-0", 1));
+    }
+}
+
+/// The ledger is told which lives ended under a request: those whose connection broke, not those that ended it in order.
+#[tokio::test]
+async fn lives_that_ended_under_a_request_are_told() {
+    let pause = |at| Script { pause_after: Some(at), ..says("Hello world") };
+    let lose = Script { lose_after: Some(3), ..says("Hello world") };
+    let world = World::new(vec![pause(3), lose, pause(8), says("Hello world")]).await;
+    let mut response = stream(&world.address(), PATH, &hi(json!({"stream": true}))).await;
+    let mut events = Vec::new();
+    for (shown, dies) in [("Hel", Some(0usize)), ("Hello wo", Some(2)), ("Hello world", None)] {
+        while text(&events, 0) != shown {
+            events.push(serde_json::from_str(&response.event().await.unwrap()).unwrap());
+        }
+        if let Some(worker) = dies {
+            world.workers[worker].died.send_replace(true);
+        }
+    }
+    let seen = world.seen.borrow();
+    let killed = |attempt: usize| seen.assigns[attempt].killed.iter().map(|l| l.id.as_str()).collect::<Vec<_>>();
+    assert_eq!([killed(0), killed(1), killed(2)], [vec![], vec!["decode-0"], vec!["decode-0"]]);
+    assert_eq!(killed(3), ["decode-0", "decode-2"]);
+    assert_eq!(seen.assigns[3].exclude.len(), 3);
+    let prints: Vec<_> = seen.assigns.iter().map(|a| a.fingerprint.clone()).collect();
+    assert!(prints.iter().all(|print| print.len() == 16 && *print == prints[0]));
+}
+
+/// The same prompt and parameters have the same fingerprint, whoever asks; others have another.
+#[tokio::test]
+async fn a_fingerprint_names_prompt_and_parameters() {
+    let world = World::hello().await;
+    for changes in [json!({}), json!({"seed": 5}), json!({"user": "x"}), json!({"temperature": 0.5}), json!({"n": 2})] {
+        post(&world.address(), PATH, &hi(changes)).await;
+    }
+    let prints: Vec<_> = world.seen.borrow().assigns.iter().map(|a| a.fingerprint.clone()).collect();
+    assert!(prints[0] == prints[1] && prints[1] == prints[2], "neither the seed nor the user counts");
+    assert!(prints[0] != prints[3] && prints[0] != prints[4] && prints[3] != prints[4]);
+}
+
+/// A transfer that failed blames the way between two workers, and neither of them.
+#[tokio::test]
+async fn a_failed_transfer_blames_the_pair() {
+    let life = |id: &str| WorkerLife { id: id.into(), incarnation: 1 };
+    let pair = WorkerPair { prefill: Some(life("prefill-0")), decode: Some(life("decode-0")) };
+    let abort = Abort { reason: "transfer_failed".into(), failed_pair: Some(pair.clone()), ..Default::default() };
+    let world = World::new(vec![Script { abort: Some(abort), ..says("") }]).await;
+    world.ledger.holds.send_replace(true);
+    let address = world.address();
+    let asking = tokio::spawn(async move { post(&address, PATH, &hi(json!({}))).await });
+    world.until(|seen| seen.assigns.len() == 1).await;
+    world.ledger.holds.send_replace(false);
+    world.until(|seen| seen.assigns.len() == 2).await;
+    world.set_script(0, says("good"));
+    assert_eq!(asking.await.unwrap().status, 200);
+    let seen = world.seen.borrow();
+    assert_eq!((&seen.assigns[1].exclude_pairs, seen.assigns[1].exclude.len()), (&vec![pair], 0));
+    assert!(seen.assigns[1].killed.is_empty());
+}
+
+/// With n > 1 a choice whose stop string is complete is generated no further, and the others go on.
+#[tokio::test]
+async fn a_stopped_choice_is_cancelled_alone() {
+    let texts = vec![b"one stop and so on".to_vec(), b"and two to the end".to_vec()];
+    let world = World::new(vec![Script { texts: texts.clone(), pause_after: Some(12), ..Script::default() }]).await;
+    let body = hi(json!({"stream": true, "n": 2, "stop": "stop"}));
+    let response = stream(&world.address(), PATH, &body).await;
+    world.until(|seen| seen.cancels.len() == 1).await;
+    world.set_script(0, Script { texts, ..Script::default() });
+    let events = response.events().await;
+    assert_eq!([text(&events, 0), text(&events, 1)], ["one ", "and two to the end"]);
+    world.until(|seen| seen.finishes.len() == 1).await;
+    let seen = world.seen.borrow();
+    assert_eq!(seen.cancels, [("decode-0".to_string(), vec![0])]);
+    assert_eq!(seen.finishes[0].generated_tokens, 8 + 19);
+    assert!(seen.generated < 2 * 19, "{} tokens", seen.generated);
 }

@@ -71,7 +71,7 @@ async fn without_any_worker_ever_seen_nothing_is_served() {
 #[tokio::test]
 async fn the_gateway_registers_and_is_heard_of() {
     let world = World::hello().await;
-    world.until(|seen| !seen.registered.is_empty() && seen.heartbeats > 0).await;
+    world.until(|seen| !seen.registered.is_empty() && !seen.heartbeats.is_empty()).await;
     let member = world.seen.borrow().registered[0].clone();
     assert_eq!((member.id.as_str(), member.address), ("gateway-0", world.address()));
     world.gateway.stop().await;

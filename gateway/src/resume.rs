@@ -1,0 +1,146 @@
+//! A stream whose gateway is gone, taken over from the worker that goes on with it: the same events, from the one after
+//! the last that the client has.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use baton_core::{Assignment, Refused, Request, RequestId, limits};
+use baton_proto::convert::request_id;
+use baton_proto::v1::request_output::Output;
+use baton_proto::v1::{LocateRequest, Resumed};
+use tokio::time::{Instant, timeout};
+
+use crate::access::Caller;
+use crate::error::ApiError;
+use crate::generate::Gateway;
+use crate::link::Inbox;
+use crate::note::Note;
+
+/// How long it is tried to find out where a stream is: an election is shorter.
+const LOCATE_WAIT: Duration = Duration::from_millis(2_000);
+const LOCATE_PAUSE: Duration = Duration::from_millis(50);
+const ANSWER_WAIT: Duration = Duration::from_millis(limits::RPC_TIMEOUT_MS);
+
+/// How many events of each choice, and of the end, a client has: the `id` of an event.
+///
+/// ```text
+/// id: 4.2.0      four events of choice 0 and two of choice 1 up to this one, none of the end
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct EventId {
+    pub choices: Vec<u64>,
+    /// The usage and `[DONE]`.
+    pub end: u64,
+}
+
+impl EventId {
+    pub(crate) fn start(choices: usize) -> EventId {
+        EventId { choices: vec![0; choices], end: 0 }
+    }
+
+    /// None: not the id of an event of a stream with so many choices.
+    pub(crate) fn parse(text: &str, choices: usize) -> Option<EventId> {
+        let counts: Option<Vec<u64>> = text.split('.').map(|count| count.parse().ok()).collect();
+        let mut counts = counts.filter(|counts| counts.len() == choices + 1)?;
+        let end = counts.pop()?;
+        Some(EventId { choices: counts, end })
+    }
+}
+
+impl std::fmt::Display for EventId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        for count in &self.choices {
+            write!(f, "{count}.")?;
+        }
+        write!(f, "{}", self.end)
+    }
+}
+
+/// A request taken over: what it is, how far it is, and what comes next of it.
+pub(crate) struct TakenOver {
+    pub request: Arc<Request>,
+    pub assignment: Assignment,
+    pub note: Note,
+    pub said: Resumed,
+    pub inbox: Inbox,
+}
+
+/// Takes over the stream called `name`, if it is this caller's.
+pub(crate) async fn take_over(gateway: &Gateway, caller: &Caller, name: &str) -> Result<TakenOver, ApiError> {
+    let id: RequestId = request_id(name).map_err(|_| ApiError::stream_unknown())?;
+    let assignment = locate(gateway, caller, id).await?;
+    let place = &assignment.decode;
+    let inbox = gateway.servers.links.resume(place, id, &caller.tenant);
+    let mut inbox = inbox.map_err(|_| ApiError::stream_lost())?;
+    let said = match timeout(ANSWER_WAIT, inbox.next()).await {
+        Ok(Ok(Output::Resumed(said))) => said,
+        Ok(Ok(Output::Refused(refusal))) => {
+            inbox.ended();
+            return Err(match baton_proto::convert::refused(&refusal) {
+                Refused::Unknown => ApiError::stream_unknown(),
+                reason => ApiError::refused(reason, &refusal.detail, refusal.retry_after_ms),
+            });
+        }
+        Ok(_) => return Err(ApiError::stream_lost()),
+        Err(_) => return Err(ApiError::unavailable("no_answer", "The stream's worker does not answer.")),
+    };
+    match read(&said, assignment) {
+        Some((request, assignment, note)) => Ok(TakenOver { request, assignment, note, said, inbox }),
+        None => Err(ApiError::internal("The stream was begun by a gateway of another version.")),
+    }
+}
+
+async fn locate(gateway: &Gateway, caller: &Caller, id: RequestId) -> Result<Assignment, ApiError> {
+    let until = Instant::now() + LOCATE_WAIT;
+    loop {
+        let question = LocateRequest {
+            request: id.to_string(),
+            gateway: gateway.servers.gateway.clone(),
+            tenant: caller.tenant.clone(),
+        };
+        let refusal = match gateway.servers.coordinators.locate(question).await {
+            Ok(assignment) => {
+                return Assignment::try_from(assignment).map_err(|bad| ApiError::internal(bad.to_string()));
+            }
+            Err(refusal) => refusal,
+        };
+        match refusal.reason {
+            Refused::Unknown => return Err(ApiError::stream_unknown()),
+            Refused::NotLeader | Refused::Unavailable if Instant::now() < until => {
+                tokio::time::sleep(LOCATE_PAUSE).await;
+            }
+            reason => return Err(ApiError::refused(reason, &refusal.detail, refusal.retry_after_ms)),
+        }
+    }
+}
+
+/// The parts of what the worker kept, if they fit together.
+fn read(said: &Resumed, located: Assignment) -> Option<(Arc<Request>, Assignment, Note)> {
+    let request = Request::try_from(said.request.clone()?).ok()?;
+    let assignment = match said.assignment.clone() {
+        Some(assignment) => Assignment::try_from(assignment).ok()?,
+        None => located,
+    };
+    let note = Note::from_bytes(&said.note)?;
+    let choices = request.choices as usize;
+    let known = |choice: u32| (choice as usize) < choices;
+    let fits = (note.before.is_empty() || note.before.len() == choices)
+        && said.tokens.iter().all(|tokens| known(tokens.choice))
+        && said.finished.iter().all(|finished| known(finished.choice));
+    fits.then(|| (Arc::new(request), assignment, note))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_event_id_reads_back_for_its_number_of_choices_only() {
+        let id = EventId { choices: vec![4, 2], end: 1 };
+        assert_eq!(id.to_string(), "4.2.1");
+        assert_eq!(EventId::parse("4.2.1", 2), Some(id));
+        for (text, choices) in [("4.2.1", 1), ("4.2.1", 3), ("", 1), ("4", 1), ("4.-1", 1), ("4.x", 1), ("1..2", 2)] {
+            assert_eq!(EventId::parse(text, choices), None, "{text:?} of {choices}");
+        }
+    }
+}
