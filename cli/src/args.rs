@@ -30,6 +30,12 @@ pub(crate) enum Command {
     Drain(crate::order::DrainFlags),
     /// Let a worker serve the other role, without loading its weights again
     Role(crate::order::ChangeFlags),
+    /// Create, show and remove tenants and their limits
+    #[command(subcommand)]
+    Tenant(crate::access::TenantCommand),
+    /// Create, show and revoke API keys
+    #[command(subcommand)]
+    Key(crate::access::KeyCommand),
     /// Talk to a model in the terminal
     Chat(crate::chat::ChatFlags),
     /// Measure an endpoint or this machine's engine
@@ -88,6 +94,12 @@ mod tests {
             ("baton role decode-1 prefill --data d", true),
             ("baton role decode-1 gateway", false),
             ("baton decode-worker --coordinator a:1 --coordinator b:2 --log debug", true),
+            ("baton tenant create a --tokens-per-minute 5 --coordinator a:1", true),
+            ("baton tenant create", false),
+            ("baton key create --tenant a --data d", true),
+            ("baton key create", false),
+            ("baton key revoke 0a --json", false),
+            ("baton gateway --open --listen 0.0.0.0:1", true),
             ("baton", false),
         ];
         for (line, expected) in cases {

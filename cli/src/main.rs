@@ -1,6 +1,8 @@
 //! The binary `baton`. The only reader of flags and environment, the only one that installs signal handlers, logs and
 //! the metrics recorder, and the only one that ends the process.
 
+mod access;
+mod admin;
 mod args;
 mod bench;
 mod chat;
@@ -45,6 +47,8 @@ fn run(Arguments { log, command }: Arguments) -> Result<(), Failure> {
         Command::Scale(flags) => scale::run(flags),
         Command::Drain(flags) => order::drain(flags),
         Command::Role(flags) => order::change(flags),
+        Command::Tenant(command) => access::run_tenant(command),
+        Command::Key(command) => access::run_key(command),
         Command::Chat(flags) => chat::run(flags),
         Command::Bench(bench) => bench::run(bench),
         Command::Doctor => doctor::run(),

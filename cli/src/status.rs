@@ -67,7 +67,8 @@ async fn show(flags: StatusFlags) -> Result<(), Failure> {
     }
 }
 
-fn read(data: &Path) -> Result<ClusterFile, Failure> {
+/// The cluster that a `baton up` runs on a data directory.
+pub(crate) fn read(data: &Path) -> Result<ClusterFile, Failure> {
     let nobody =
         || format!("no cluster runs on {}; start one with `baton up`, or name its --data directory", data.display());
     let file = ClusterFile::read(data).map_err(|error| Failure::refuse(format!("{} ({error})", nobody())))?;

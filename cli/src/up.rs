@@ -57,6 +57,9 @@ pub(crate) struct UpFlags {
     /// Address of the API; 0.0.0.0 serves other machines too
     #[arg(long, default_value_t = INSIDE)]
     host: IpAddr,
+    /// Serve other machines although the cluster has no API keys
+    #[arg(long)]
+    open: bool,
     /// Directory for ledger, logs and the unpacked model; one cluster at a time uses it [default: $HOME/.baton]
     #[arg(long, value_name = "DIR")]
     data: Option<PathBuf>,
@@ -155,6 +158,7 @@ fn topology(
         prefill: flags.prefill as usize,
         decode: flags.decode as usize,
         gateway,
+        open: flags.open,
         data,
         threads: flags.threads.map_or(default_threads, |threads| threads as usize),
         kv_blocks: flags.kv_blocks,

@@ -13,7 +13,10 @@ use crate::exit::Failure;
 /// It serves the OpenAI-compatible API, /health, /live and /metrics on one port, and finds models and workers through the
 /// coordinators.
 ///
-/// Keys of the TOML file, as the flags of these names: id, listen, coordinators (a list). Besides: requests_max (requests
+/// A gateway that others than this machine can reach asks for API keys (see `baton key`); while the cluster has none it
+/// refuses to start there, unless --open is given.
+///
+/// Keys of the TOML file, as the flags of these names: id, listen, coordinators (a list), open. Besides: requests_max (requests
 /// worked on at a time before more are refused with 429, 4096), deadline_ms (milliseconds a request may take, 600000), and
 /// the table [aliases] of further names under which models answer.
 #[derive(Args, Debug)]
@@ -30,6 +33,9 @@ pub(crate) struct GatewayFlags {
     /// A coordinator's address; name each of them [default: 127.0.0.1:7400]
     #[arg(long = "coordinator", value_name = "HOST:PORT")]
     coordinators: Vec<String>,
+    /// Serve other machines although the cluster has no keys: whoever reaches the address may ask
+    #[arg(long)]
+    open: bool,
 }
 
 pub(crate) fn run(flags: GatewayFlags) -> Result<(), Failure> {
@@ -46,6 +52,7 @@ async fn serve(flags: GatewayFlags) -> Result<(), Failure> {
     settings.flag("id", flags.id);
     settings.flag("listen", flags.listen);
     settings.flag("coordinators", texts(&flags.coordinators));
+    settings.flag("open", flags.open.then_some(true));
     settings.fallback("id", "gateway-0");
     settings.fallback("listen", "127.0.0.1:8000");
     settings.fallback("coordinators", vec![super::coordinator::LISTEN]);

@@ -16,6 +16,8 @@ pub(crate) struct Topology {
     pub(crate) coordinators: Vec<SocketAddr>,
     /// Where the gateway listens.
     pub(crate) gateway: SocketAddr,
+    /// The gateway serves other machines without keys.
+    pub(crate) open: bool,
     pub(crate) data: PathBuf,
     /// Per worker.
     pub(crate) threads: usize,
@@ -112,6 +114,7 @@ impl Topology {
         let mut arguments = vec!["gateway".to_string()];
         arguments.extend(flag("--id", &id));
         arguments.extend(flag("--listen", self.gateway));
+        arguments.extend(self.open.then(|| "--open".to_string()));
         arguments.extend(self.coordinator_flags());
         Plan { role: Role::Gateway, id, arguments }
     }
@@ -138,6 +141,7 @@ mod tests {
             decode,
             coordinators: (0..coordinators).map(|n| SocketAddr::from(([127, 0, 0, 1], 100 + n))).collect(),
             gateway: SocketAddr::from(([127, 0, 0, 1], 8000)),
+            open: true,
             data: "/d".into(),
             threads: 2,
             kv_blocks: Some(64),
