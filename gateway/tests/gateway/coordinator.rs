@@ -81,8 +81,8 @@ impl FakeLedger {
 
     fn locate(&self, request: &LocateRequest) -> locate_reply::Outcome {
         let assigned = self.assigned.lock().unwrap();
-        let of_request = assigned.iter().filter(|((name, _), _)| *name == request.request);
-        match of_request.last() {
+        let mut of_request = assigned.iter().filter(|((name, _), _)| *name == request.request);
+        match of_request.next_back() {
             Some((_, assignment)) => locate_reply::Outcome::Assignment(assignment.clone()),
             None => locate_reply::Outcome::Refused(Refusal { reason: "unknown".into(), ..Default::default() }),
         }
