@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use baton_core::Role;
 use baton_proto::v1::coordinator_client::CoordinatorClient;
-use baton_proto::v1::{ClusterView, Load, Member, MemberView, WatchRequest};
+use baton_proto::v1::{ClusterView, CoordinatorNode, Load, Member, MemberView, Order, PairView, WatchRequest};
 use baton_proto::{TcpNet, channel};
 use clap::Args;
 use serde::Serialize;
@@ -18,7 +18,7 @@ use crate::up::cluster_file::{ClusterFile, Process};
 /// Longest wait for one coordinator's view.
 const VIEW_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Show every process, worker, pool and request of a cluster.
+/// Show every process, worker, pool and broken pair of a cluster, and its requests.
 ///
 /// Reads the data directory of a `baton up` on this machine, or asks any coordinator with --coordinator.
 #[derive(Args, Debug)]
@@ -26,7 +26,7 @@ const VIEW_TIMEOUT: Duration = Duration::from_secs(2);
     after_help = "Exit codes:\n  0  the cluster answered\n  1  processes are there, but no coordinator answered\n  2  there is no cluster"
 )]
 pub(crate) struct StatusFlags {
-    /// Print one JSON object: processes, workers, pools, leader, requests_open
+    /// Print one JSON object: processes, workers, pools, pairs, leader, headroom, requests_open, requests_queued
     #[arg(long)]
     json: bool,
     /// Data directory of the `baton up` to show [default: $HOME/.baton]
@@ -51,7 +51,10 @@ async fn show(flags: StatusFlags) -> Result<(), Failure> {
             (Some(file), coordinators)
         }
     };
-    let view = view(&coordinators).await;
+    let view = match view(&coordinators).await {
+        Some(view) => Some(with_others(view).await),
+        None => None,
+    };
     if view.is_none() && file.is_none() {
         return Err(Failure::refuse(format!("no coordinator answers at {}", coordinators.join(", "))));
     }
@@ -91,6 +94,22 @@ async fn view(coordinators: &[String]) -> Option<ClusterView> {
     None
 }
 
+/// The view with what each of the other coordinators says of itself: its process and its storage.
+async fn with_others(mut view: ClusterView) -> ClusterView {
+    let own = view.node;
+    let ask = |node: CoordinatorNode| async move {
+        if node.id == own {
+            return node;
+        }
+        let asked = tokio::time::timeout(VIEW_TIMEOUT, watch_once(&node.address)).await;
+        let said = asked.ok().and_then(Result::ok);
+        let themselves = said.and_then(|said| said.coordinators.into_iter().find(|n| n.id == node.id && n.pid != 0));
+        themselves.map_or(node.clone(), |said| CoordinatorNode { pid: said.pid, version: said.version, ..node })
+    };
+    view.coordinators = futures::future::join_all(std::mem::take(&mut view.coordinators).into_iter().map(ask)).await;
+    view
+}
+
 async fn watch_once(address: &str) -> anyhow::Result<ClusterView> {
     let channel = channel(Arc::new(TcpNet), address)?;
     let mut views = CoordinatorClient::new(channel).watch(WatchRequest {}).await?.into_inner();
@@ -108,7 +127,44 @@ struct Status {
     /// Id of the coordinator node that leads; null when nobody does.
     leader: Option<u64>,
     requests_open: u64,
+    /// Waiting at the leader for a worker.
+    requests_queued: u64,
     ledger_index: u64,
+    pairs: Vec<PairRow>,
+    /// Whether each pool could lose its largest worker, in one line.
+    headroom: String,
+    /// Of the coordinator that answered: ok, full.
+    storage: String,
+    /// Since the last canary came back; null before the first.
+    canary_age_ms: Option<u64>,
+    /// Decode workers there are, and none of them works.
+    broken: bool,
+}
+
+/// A prefill worker and a decode worker, by the last canary or handoff between them.
+#[derive(Debug, Serialize)]
+struct PairRow {
+    /// Null: the decode worker by itself.
+    prefill: Option<String>,
+    decode: String,
+    /// unknown, good or broken.
+    state: String,
+    reason: String,
+    since_ms: u64,
+    seen_ms: u64,
+}
+
+impl PairRow {
+    fn of(pair: PairView) -> PairRow {
+        PairRow {
+            prefill: (!pair.prefill.is_empty()).then_some(pair.prefill),
+            decode: pair.decode,
+            state: pair.state,
+            reason: pair.reason,
+            since_ms: pair.since_ms,
+            seen_ms: pair.seen_ms,
+        }
+    }
 }
 
 #[derive(Debug, Serialize)]
@@ -134,6 +190,10 @@ struct WorkerRow {
     live: bool,
     silent_ms: u64,
     draining: bool,
+    /// What the ledger wants of it: serve, drain, become_prefill or become_decode.
+    order: String,
+    /// Why it takes no requests although it is live; empty: it does.
+    trouble: String,
     #[serde(flatten)]
     work: Work,
 }
@@ -195,7 +255,27 @@ fn role_word(member: &Member) -> String {
     Role::try_from(member.role()).map_or("unknown".to_string(), |role| role.to_string())
 }
 
+fn order_word(order: Order) -> &'static str {
+    match order {
+        Order::Serve => "serve",
+        Order::Drain => "drain",
+        Order::BecomePrefill => "become_prefill",
+        Order::BecomeDecode => "become_decode",
+    }
+}
+
 impl WorkerRow {
+    /// What it does, in a few words.
+    fn state(&self) -> String {
+        match () {
+            () if !self.live => format!("silent for {} ms", self.silent_ms),
+            () if self.order != "serve" => format!("{} ordered", self.order.replace('_', " ")),
+            () if self.draining => "draining".to_string(),
+            () if !self.trouble.is_empty() => self.trouble.clone(),
+            () => "live".to_string(),
+        }
+    }
+
     fn of(view: &MemberView) -> Option<WorkerRow> {
         let member = view.member.as_ref()?;
         let worker = matches!(Role::try_from(member.role()), Ok(Role::Prefill | Role::Decode));
@@ -208,6 +288,8 @@ impl WorkerRow {
             live: view.live,
             silent_ms: view.silent_ms,
             draining: view.load.as_ref().is_some_and(|load| load.draining),
+            order: order_word(view.order()).into(),
+            trouble: view.trouble.clone(),
             work: view.load.as_ref().map(Work::of).unwrap_or_default(),
         })
     }
@@ -254,18 +336,50 @@ impl Status {
             workers,
             leader: (view.leader != 0).then_some(view.leader),
             requests_open: view.requests_open,
+            requests_queued: view.requests_queued,
             ledger_index: view.ledger_index,
+            pairs: view.pairs.into_iter().map(PairRow::of).collect(),
+            headroom: view.headroom,
+            storage: view.storage,
+            canary_age_ms: view.canary_age_ms,
+            broken: view.broken,
         }
     }
 
     fn text(&self) -> String {
         let mut text = self.processes_text() + "\n" + &self.workers_text() + "\n" + &self.pools_text();
         let leader = self.leader.map_or("nobody leads".to_string(), |id| format!("coordinator {id} leads"));
-        text += &format!("\n{leader}; {} requests open; ledger at {}\n", self.requests_open, self.ledger_index);
+        let (open, queued, index) = (self.requests_open, self.requests_queued, self.ledger_index);
+        text += &format!("\n{leader}; {open} requests open, {queued} queued; ledger at {index}\n");
+        text += &self.health_text();
         if let Some(url) = &self.url {
             text += &format!("API: {url}/v1\n");
         }
         text
+    }
+
+    /// What an operator should know before anything breaks, and what has.
+    fn health_text(&self) -> String {
+        let mut lines = Vec::new();
+        if !self.headroom.is_empty() {
+            lines.push(format!("headroom: {}", self.headroom));
+        }
+        if !matches!(self.storage.as_str(), "" | "ok") {
+            lines.push(format!("storage: {}", self.storage));
+        }
+        if let Some(ms) = self.canary_age_ms {
+            let good = self.pairs.iter().filter(|pair| pair.state == "good").count();
+            lines.push(format!("canary: the last one {ms} ms ago, {good} of {} pairs good", self.pairs.len()));
+        }
+        let broken = self.pairs.iter().filter(|pair| pair.state == "broken");
+        lines.extend(broken.map(|pair| {
+            let prefill = pair.prefill.as_deref().unwrap_or("(by itself)");
+            format!("broken for {} ms: {prefill} {}: {}", pair.since_ms, pair.decode, pair.reason)
+        }));
+        if self.broken {
+            lines.push("no decode worker works: requests are refused".into());
+        }
+        lines.iter().map(|line| format!("{line}\n")).collect()
     }
 
     fn processes_text(&self) -> String {
@@ -280,12 +394,7 @@ impl Status {
 
     fn workers_text(&self) -> String {
         let row = |w: &WorkerRow| {
-            let life = match (w.live, w.draining) {
-                (true, false) => "live".to_string(),
-                (true, true) => "draining".to_string(),
-                (false, _) => format!("silent for {} ms", w.silent_ms),
-            };
-            let mut cells = vec![w.id.clone(), w.model.clone(), life];
+            let mut cells = vec![w.id.clone(), w.model.clone(), w.state()];
             cells.extend(work_cells(&w.work));
             cells
         };
@@ -355,7 +464,7 @@ mod tests {
     fn member(id: &str, role: v1::Role, live: bool, free: u64) -> MemberView {
         let member = Member { id: id.into(), role: role.into(), pid: 7, address: "a:1".into(), ..Default::default() };
         let load = Load { blocks_total: 10, blocks_free: free, blocks_used: 10 - free, ..Default::default() };
-        MemberView { member: Some(member), live, silent_ms: 3, load: Some(load) }
+        MemberView { member: Some(member), live, silent_ms: 3, load: Some(load), ..Default::default() }
     }
 
     #[test]
@@ -375,5 +484,51 @@ mod tests {
         let json = serde_json::to_value(&status).unwrap();
         assert_eq!((&json["leader"], &json["workers"][1]["blocks_used"]), (&1.into(), &6.into()));
         assert!(status.text().contains("silent for 3 ms"));
+    }
+
+    #[test]
+    fn what_is_wrong_is_told() {
+        let mut stuck = member("decode-0", v1::Role::Decode, true, 4);
+        stuck.trouble = "has work and makes no step".into();
+        let mut leaves = member("prefill-0", v1::Role::Prefill, true, 4);
+        leaves.order = v1::Order::BecomeDecode.into();
+        let pair = |prefill: &str, state: &str| v1::PairView {
+            prefill: prefill.into(),
+            decode: "decode-0".into(),
+            state: state.into(),
+            reason: "canary wrong".into(),
+            since_ms: 7,
+            ..Default::default()
+        };
+        let status = Status::new(
+            None,
+            ClusterView {
+                members: vec![stuck, leaves],
+                pairs: vec![pair("prefill-0", "broken"), pair("", "broken"), pair("prefill-1", "good")],
+                headroom: "decode m: 1 workers, cannot lose one".into(),
+                storage: "full".into(),
+                canary_age_ms: Some(12),
+                broken: true,
+                ..Default::default()
+            },
+        );
+        let text = status.text();
+        for told in [
+            "has work and makes no step",
+            "become decode ordered",
+            "headroom: decode m: 1 workers, cannot lose one",
+            "storage: full",
+            "canary: the last one 12 ms ago, 1 of 3 pairs good",
+            "broken for 7 ms: prefill-0 decode-0: canary wrong",
+            "broken for 7 ms: (by itself) decode-0: canary wrong",
+            "no decode worker works",
+        ] {
+            assert!(text.contains(told), "{told:?} is not in\n{text}");
+        }
+        let json = serde_json::to_value(&status).unwrap();
+        assert_eq!(
+            (&json["pairs"][1]["prefill"], &json["workers"][0]["order"]),
+            (&serde_json::Value::Null, &"serve".into())
+        );
     }
 }

@@ -248,8 +248,15 @@ impl Home {
         };
         let node = Arc::new(Box::pin(Node::start(parts)).await?);
         let cluster = self.cluster.clone().unwrap_or_else(|| self.cluster_drawn.clone());
-        let parts =
-            crate::stack::Parts { node, identity, disk: self.room.clone(), cluster, policy: self.policy.clone() };
+        let parts = crate::stack::Parts {
+            node,
+            identity,
+            disk: self.room.clone(),
+            cluster,
+            policy: self.policy.clone(),
+            net: self.net.clone(),
+            rng: self.rng.fork(),
+        };
         Ok(Begun::Takes(Stack::serve(Box::new(self.listener.clone()), parts)))
     }
 

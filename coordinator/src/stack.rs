@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use baton_core::limits::MESSAGE_BYTES_MAX;
-use baton_core::{Listener, Net};
+use baton_core::{Listener, Net, Rng};
 use baton_proto::v1;
 use baton_proto::v1::admin_server::AdminServer;
 use baton_proto::v1::coordinator_server::CoordinatorServer;
@@ -31,6 +31,8 @@ pub(crate) struct Parts {
     /// Name for a cluster that has none.
     pub(crate) cluster: String,
     pub(crate) policy: crate::placement::Policy,
+    pub(crate) net: Arc<dyn Net>,
+    pub(crate) rng: Rng,
 }
 
 /// A server and what runs beside it.
@@ -58,6 +60,8 @@ impl Stack {
             disk: parts.disk,
             identity: parts.identity,
             cluster_proposed: parts.cluster,
+            net: parts.net,
+            rng: parts.rng,
             stopping: stopping.clone(),
         });
         let raft = RaftServer::new(node.service()).max_decoding_message_size(MESSAGE_BYTES_MAX);

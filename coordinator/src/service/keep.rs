@@ -5,12 +5,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use baton_core::limits::WORKER_LEASE_MS;
-use baton_core::{Incarnation, WorkerId};
+use baton_core::{Incarnation, Role, WorkerId};
 use tokio::time::{Instant, MissedTickBehavior};
 
 use super::lead::Leading;
+use super::roster::Heard;
 use super::{Shared, stopped};
 use crate::log::Identity;
+use crate::placement::headroom;
 use crate::state::Command;
 
 const ROUND: Duration = Duration::from_millis(100);
@@ -50,10 +52,16 @@ async fn round(shared: &Shared) {
     let Some(leading) = shared.lead.now() else { return };
     for (worker, incarnation) in silent(shared, &leading, now) {
         tracing::warn!(%worker, %incarnation, "silent for a whole lease: fenced");
-        metrics::counter!("baton_coordinator_fenced_total").increment(1);
+        metrics::counter!("baton_coordinator_fenced_total", "reason" => "silent").increment(1);
         shared.proposer.submit_unheard(Command::Fence { worker, incarnation });
     }
     shared.end_orphans(&leading, now);
+    for (worker, incarnation) in stuck(shared) {
+        tracing::warn!(%worker, %incarnation, "has work and made no step for a whole lease: fenced");
+        metrics::counter!("baton_coordinator_fenced_total", "reason" => "stuck").increment(1);
+        shared.proposer.submit_unheard(Command::Fence { worker, incarnation });
+    }
+    tell_headroom(shared, now);
     let due = shared.node.ledger().deadline_next();
     if due.is_some_and(|due| shared.lead.stamp().is_some_and(|now| due <= now)) {
         shared.proposer.submit_unheard(Command::Expire);
@@ -71,6 +79,31 @@ fn silent(shared: &Shared, leading: &Leading, now: Instant) -> Vec<(WorkerId, In
         now - heard.max(leading.since) > lease
     });
     overdue.map(|(id, worker)| (id.clone(), worker.incarnation)).collect()
+}
+
+/// Live workers that answer and have not made a step for a lease beyond what a step may take.
+fn stuck(shared: &Shared) -> Vec<(WorkerId, Incarnation)> {
+    let lease = Duration::from_millis(WORKER_LEASE_MS);
+    let ledger = shared.node.ledger();
+    let roster = shared.roster();
+    let live = ledger.workers().filter(|(_, worker)| worker.live);
+    let stuck = live.filter(|(id, worker)| {
+        let heard = roster.worker(id, worker.incarnation);
+        heard.and_then(Heard::stuck).is_some_and(|stuck| stuck >= lease)
+    });
+    stuck.map(|(id, worker)| (id.clone(), worker.incarnation)).collect()
+}
+
+/// 1 for a role whose pools could each lose their largest worker.
+fn tell_headroom(shared: &Shared, now: Instant) {
+    let ledger = shared.node.ledger();
+    let roster = shared.roster();
+    let pools = headroom(&roster.pools(&ledger, &[], now).candidates, &shared.policy);
+    for role in [Role::Prefill, Role::Decode] {
+        let mut of_role = pools.iter().filter(|pool| pool.role == role);
+        let holds = of_role.all(|pool| pool.holds);
+        metrics::gauge!("baton_coordinator_headroom", "role" => role.as_str()).set(if holds { 1.0 } else { 0.0 });
+    }
 }
 
 fn remember_cluster(shared: &Shared) {

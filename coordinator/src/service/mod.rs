@@ -5,13 +5,15 @@ mod admin;
 mod admission;
 mod ask;
 mod assign;
+mod canary;
 mod explain;
+mod follow;
 mod gateways;
 mod keep;
 mod lead;
 mod membership;
-#[allow(dead_code)] // the canary comes with the next commit
 mod pairs;
+mod probes;
 mod progress;
 mod promises;
 mod propose;
@@ -26,7 +28,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use baton_core::limits::{HEARTBEAT_MS, WORKER_LEASE_MS};
-use baton_core::{Incarnation, NodeId, Refused, Role, WorkerId};
+use baton_core::{Incarnation, Net, NodeId, Refused, Rng, Role, WorkerId};
 use baton_proto::convert::refusal;
 use baton_proto::{WIRE_VERSION, v1};
 use futures::Stream;
@@ -80,6 +82,8 @@ pub(crate) struct Parts {
     pub(crate) disk: Arc<dyn Disk>,
     pub(crate) identity: Identity,
     pub(crate) cluster_proposed: String,
+    pub(crate) net: Arc<dyn Net>,
+    pub(crate) rng: Rng,
     pub(crate) stopping: watch::Sender<bool>,
 }
 
@@ -117,12 +121,16 @@ impl Service {
         let keeping = keep::keep(shared.clone());
         let membership = membership::keep(shared.clone());
         let attending = queue::attend(shared.clone());
+        let canary = canary::keep(shared.clone(), parts.net.clone(), parts.rng);
+        let following = follow::keep(shared.clone(), parts.net);
         let both = async move {
             tokio::select! {
                 biased;
                 () = keeping => {}
                 () = membership => {}
                 () = attending => {}
+                () = canary => {}
+                () = following => {}
                 () = proposing => {}
             }
         };

@@ -4,12 +4,16 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use baton_core::Role;
+use baton_proto::v1;
 use tokio::time::Instant;
 
-use crate::placement::{ALONE, BrokenPairs, WorkerIndex};
+use crate::placement::{ALONE, BrokenPairs, Candidate, WorkerIndex, can_pair};
 
 /// Pairs remembered; a pair that is not is `unknown`, which is as good as good.
 const PAIRS_MAX: usize = 16_384;
+/// Pairs in a view.
+const PAIRS_TOLD_MAX: usize = 256;
 /// A broken pair that no canary has looked at for so long is tried again.
 const BROKEN_FORGET: Duration = Duration::from_secs(10);
 
@@ -47,8 +51,9 @@ impl Pairs {
         self.known.get(&pair)
     }
 
-    pub(super) fn iter(&self) -> impl Iterator<Item = (&PairIndex, &Pair)> {
-        self.known.iter()
+    /// When any pair was last looked at.
+    pub(super) fn seen(&self) -> Option<Instant> {
+        self.known.values().map(|pair| pair.seen).max()
     }
 
     /// Takes a verdict in. True: the pair was in placement and is not any more, or the other way round.
@@ -106,6 +111,37 @@ impl Pairs {
     }
 }
 
+/// For a view: broken pairs first, then the others of live workers that can pair, and decode workers by themselves
+/// where that is known.
+pub(super) fn told(candidates: &[Candidate], pairs: &Pairs, now: Instant) -> Vec<v1::PairView> {
+    let decodes = || candidates.iter().filter(|c| c.role == Role::Decode);
+    let prefills = || candidates.iter().filter(|c| c.role == Role::Prefill);
+    let name = |c: Option<&Candidate>| c.map_or(String::new(), |c| c.worker.0.clone());
+    let tell = |prefill: Option<&Candidate>, decode: &Candidate| {
+        let known = pairs.get((prefill.map_or(ALONE, |p| p.index), decode.index));
+        let (state, reason) = match known.map(|pair| &pair.health) {
+            None => ("unknown", String::new()),
+            Some(Health::Good) => ("good", String::new()),
+            Some(Health::Broken(why)) => ("broken", why.clone()),
+        };
+        let ms = |at: fn(&Pair) -> Instant| known.map_or(0, |pair| (now - at(pair)).as_millis() as u64);
+        v1::PairView {
+            prefill: name(prefill),
+            decode: decode.worker.0.clone(),
+            state: state.into(),
+            reason,
+            since_ms: ms(|pair| pair.since),
+            seen_ms: ms(|pair| pair.seen),
+        }
+    };
+    let of_index = |index| candidates.iter().find(|c| index != ALONE && c.index == index);
+    let broken = pairs.broken.iter().filter_map(|(prefill, decode)| Some(tell(of_index(*prefill), of_index(*decode)?)));
+    let alone = decodes().filter(|d| pairs.known.contains_key(&(ALONE, d.index))).map(|d| tell(None, d));
+    let paired = decodes().flat_map(|d| prefills().filter(|p| can_pair(p.model, d.model)).map(move |p| (p, d)));
+    let others = alone.chain(paired.map(|(p, d)| tell(Some(p), d))).filter(|told| told.state != "broken");
+    broken.chain(others).take(PAIRS_TOLD_MAX).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -148,7 +184,7 @@ mod tests {
         for at in 0..=PAIRS_MAX as u32 {
             pairs.judge((1, at + 2), broken(), now + Duration::from_millis(at.into()));
         }
-        assert_eq!((pairs.iter().count(), pairs.broken().len()), (PAIRS_MAX, PAIRS_MAX));
+        assert_eq!((pairs.known.len(), pairs.broken().len()), (PAIRS_MAX, PAIRS_MAX));
         assert!(pairs.get((1, 2)).is_none() && pairs.get((1, 3)).is_some());
     }
 

@@ -23,11 +23,18 @@ pub(super) struct Progress {
     /// Smoothed; 0 is unknown.
     step_us: u64,
     prefill_rate: u64,
+    /// The life before was stuck, and this one of the same process has made no step yet.
+    was_stuck: bool,
 }
 
 impl Progress {
     pub(super) fn new(now: Instant) -> Progress {
-        Progress { steps: 0, working: false, moved: now, at: now, step_us: 0, prefill_rate: 0 }
+        Progress { steps: 0, working: false, moved: now, at: now, step_us: 0, prefill_rate: 0, was_stuck: false }
+    }
+
+    /// The next life of a process that was stuck in the one before.
+    pub(super) fn go_on(self, now: Instant) -> Progress {
+        Progress { moved: now, at: now, was_stuck: true, ..self }
     }
 
     pub(super) fn step_us(&self) -> u64 {
@@ -43,14 +50,16 @@ impl Progress {
         if load.steps != self.steps || !self.working || !working {
             self.moved = now;
         }
+        self.was_stuck &= load.steps == self.steps;
         (self.steps, self.working, self.at, self.prefill_rate) = (load.steps, working, now, load.prefill_tokens_per_s);
     }
 
-    /// How long it has been stuck, as of its last report.
+    /// How long it has been stuck in this life, as of its last report. None: it works, or has nothing to do.
     pub(super) fn stuck(&self) -> Option<Duration> {
         let prefill_us = (STEP_TOKENS_MAX * 1_000_000).checked_div(self.prefill_rate).unwrap_or(0);
         let patience = Duration::from_micros(prefill_us.max(STUCK_STEPS.saturating_mul(self.step_us))).max(STUCK);
-        (self.at - self.moved).checked_sub(patience)
+        let stuck = (self.at - self.moved).checked_sub(patience);
+        if self.was_stuck { Some(stuck.unwrap_or_default()) } else { stuck }
     }
 }
 
@@ -80,6 +89,21 @@ mod tests {
         check(0, &[(0, 5, 0), (9000, 5, 1)], None);
         check(0, &[(0, 5, 1), (1300, 5, 1), (1400, 6, 1)], None);
         check(0, &[(0, 5, 1), (1300, 5, 0)], None);
+    }
+
+    #[tokio::test]
+    async fn a_stuck_process_stays_so_in_its_next_life_until_it_steps() {
+        let start = Instant::now();
+        let mut progress = Progress::new(start);
+        for at in [0, 0, 1300] {
+            progress.report(&load(5, 1, 0), start + Duration::from_millis(at));
+        }
+        let mut progress = progress.go_on(start + Duration::from_millis(2_000));
+        assert_eq!(progress.stuck(), Some(Duration::ZERO));
+        progress.report(&load(5, 0, 0), start + Duration::from_millis(2_100));
+        assert_eq!(progress.stuck(), Some(Duration::ZERO));
+        progress.report(&load(6, 1, 0), start + Duration::from_millis(2_200));
+        assert_eq!(progress.stuck(), None);
     }
 
     #[tokio::test]

@@ -9,7 +9,7 @@ use baton_core::{BlockHash, Incarnation, RequestId, WorkerId};
 use baton_proto::v1;
 use tokio::time::Instant;
 
-use super::pairs::{Health, Pairs};
+use super::pairs::{Health, Pair, PairIndex, Pairs};
 use super::progress::Progress;
 use super::promises::{Promise, Promises};
 use crate::placement::{ALONE, Candidate, Decision, Load, Pools, PrefixIndex, WorkerIndex};
@@ -19,6 +19,8 @@ use crate::state::{Ledger, Life, Order, Worker};
 const PREFIX_INDEX_MAX: usize = 200_000;
 /// Gateways known at a time.
 pub(crate) const GATEWAYS_MAX: usize = 1024;
+/// Stuck processes remembered between two of their lives.
+const LEFT_STUCK_MAX: usize = 256;
 /// A gateway silent for so long is forgotten.
 const GATEWAY_FORGET: Duration = Duration::from_millis(10 * WORKER_LEASE_MS);
 
@@ -30,6 +32,8 @@ pub(crate) struct Roster {
     /// The last index given to a life.
     indexes: WorkerIndex,
     pairs: Pairs,
+    /// Processes whose last life was stuck, with its steps: their next life is so too until it makes one.
+    left_stuck: BTreeMap<WorkerId, (u32, Progress)>,
 }
 
 /// One life of a worker.
@@ -70,7 +74,7 @@ impl Roster {
     pub(crate) fn new() -> Roster {
         let prefix = PrefixIndex::new(PREFIX_INDEX_MAX);
         let (workers, gateways) = (BTreeMap::new(), BTreeMap::new());
-        Roster { workers, gateways, prefix, indexes: ALONE, pairs: Pairs::default() }
+        Roster { workers, gateways, prefix, indexes: ALONE, pairs: Pairs::default(), left_stuck: BTreeMap::new() }
     }
 
     /// The worker as last heard in this life.
@@ -127,6 +131,8 @@ impl Roster {
     fn begin(&mut self, beat: &Beat, now: Instant) -> &mut Heard {
         self.forget(&beat.worker);
         self.indexes += 1;
+        let before = self.left_stuck.remove(&beat.worker).filter(|(pid, _)| *pid == beat.member.pid);
+        let progress = before.map_or(Progress::new(now), |(_, progress)| progress.go_on(now));
         let heard = Heard {
             incarnation: beat.incarnation,
             sequence: 0,
@@ -135,7 +141,7 @@ impl Roster {
             at: now,
             index: self.indexes,
             suspect: false,
-            progress: Progress::new(now),
+            progress,
             promises: Promises::default(),
         };
         self.workers.entry(beat.worker.clone()).insert_entry(heard).into_mut()
@@ -145,6 +151,9 @@ impl Roster {
         if let Some(heard) = self.workers.remove(worker) {
             self.prefix.clear(heard.index);
             self.pairs.forget(heard.index);
+            if heard.progress.stuck().is_some() && self.left_stuck.len() < LEFT_STUCK_MAX {
+                self.left_stuck.insert(worker.clone(), (heard.member.pid, heard.progress));
+            }
         }
     }
 
@@ -226,6 +235,15 @@ impl Roster {
         }
     }
 
+    pub(super) fn pairs(&self) -> &Pairs {
+        &self.pairs
+    }
+
+    /// Takes over what the leader knows of pairs. True: placement would change by it.
+    pub(super) fn adopt(&mut self, told: Vec<(PairIndex, Pair)>) -> bool {
+        self.pairs.adopt(told)
+    }
+
     /// The ledger's live workers with what was heard of them, for placement. Both are in the order of their ids.
     pub(crate) fn pools<'a>(&'a self, ledger: &'a Ledger, chain: &[BlockHash], now: Instant) -> Pools<'a> {
         let hits = self.prefix.hits(chain);
@@ -248,6 +266,25 @@ impl Heard {
     /// How long it has had work and made no step.
     pub(crate) fn stuck(&self) -> Option<Duration> {
         self.progress.stuck()
+    }
+
+    /// Why it takes no requests, for a person; empty: it does.
+    pub(super) fn trouble(&self, pairs: &Pairs) -> String {
+        match () {
+            () if self.stuck().is_some() => "has work and makes no step".into(),
+            () if pairs.is_alone_broken(self.index) => "its canary fails".into(),
+            () if self.suspect => "a request could not reach it".into(),
+            () => String::new(),
+        }
+    }
+
+    /// Whether requests wait there for others.
+    pub(super) fn has_queue(&self) -> bool {
+        self.load.sequences_waiting > 0 || self.load.tokens_waiting > 0
+    }
+
+    pub(super) fn index(&self) -> WorkerIndex {
+        self.index
     }
 
     fn candidate<'a>(&self, id: &'a WorkerId, worker: &'a Worker, hits: u64, now: Instant) -> Candidate<'a> {

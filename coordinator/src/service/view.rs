@@ -11,7 +11,8 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use tonic::Status;
 
-use super::{Shared, stopped};
+use super::{Shared, pairs, stopped};
+use crate::placement::{ALONE, Pools, headroom};
 use crate::state::{Model, Order, Worker};
 
 /// Load alone is told this often at most; changes of members, liveness and leader at once.
@@ -92,13 +93,16 @@ pub(super) fn view(shared: &Shared) -> v1::ClusterView {
     let now = Instant::now();
     let ledger = shared.node.ledger();
     let roster = shared.roster();
+    let pools = roster.pools(&ledger, &[], now);
     let workers = ledger.workers().map(|(id, worker)| {
         let heard = roster.worker(id, worker.incarnation);
         v1::MemberView {
             member: Some(member(&id.0, worker)),
             live: worker.live,
             silent_ms: heard.map_or(0, |heard| (now - heard.at).as_millis() as u64),
-            load: heard.map(|heard| heard.load.clone()),
+            load: Some(heard.map_or_else(|| unheard(worker), |heard| heard.load.clone())),
+            order: order(worker.order).into(),
+            trouble: heard.map_or_else(String::new, |heard| heard.trouble(roster.pairs())),
         }
     });
     let lease = Duration::from_millis(WORKER_LEASE_MS);
@@ -106,7 +110,7 @@ pub(super) fn view(shared: &Shared) -> v1::ClusterView {
         member: Some(gateway.member.clone()),
         live: now - gateway.at < lease,
         silent_ms: (now - gateway.at).as_millis() as u64,
-        load: None,
+        ..v1::MemberView::default()
     });
     v1::ClusterView {
         cluster: ledger.cluster().to_string(),
@@ -118,8 +122,28 @@ pub(super) fn view(shared: &Shared) -> v1::ClusterView {
         requests_queued: shared.admission.waiting() as u64,
         ledger_index: ledger.index(),
         storage: "ok".into(),
+        pairs: pairs::told(&pools.candidates, roster.pairs(), now),
+        headroom: headroom(&pools.candidates, &shared.policy)
+            .into_iter()
+            .map(|pool| pool.line)
+            .collect::<Vec<_>>()
+            .join("; "),
+        canary_age_ms: roster.pairs().seen().map(|seen| (now - seen).as_millis() as u64),
+        broken: broken(&pools),
         ..v1::ClusterView::default()
     }
+}
+
+/// Whether there are live decode workers of which none works.
+fn broken(pools: &Pools) -> bool {
+    let mut decodes = pools.candidates.iter().filter(|c| c.role == Role::Decode && !c.load.draining).peekable();
+    decodes.peek().is_some() && decodes.all(|c| c.stuck || pools.broken.contains(&(ALONE, c.index)))
+}
+
+/// The load of a worker that this node has not heard of yet.
+fn unheard(worker: &Worker) -> v1::Load {
+    let blocks_total = worker.model.blocks_total;
+    v1::Load { blocks_total, blocks_free: blocks_total, ..v1::Load::default() }
 }
 
 /// The group as this node knows it.

@@ -228,6 +228,22 @@ impl Client {
         }
     }
 
+    /// A heartbeat to a node that may be gone.
+    pub(crate) async fn try_beat(
+        &mut self,
+        id: &str,
+        incarnation: u64,
+        sequence: u64,
+        load: v1::Load,
+    ) -> Result<(), tonic::Status> {
+        let member = Some(member(id));
+        let request = v1::HeartbeatRequest { id: id.into(), incarnation, sequence, load: Some(load), member };
+        match self.0.heartbeat(request).await?.into_inner().outcome {
+            Some(v1::heartbeat_reply::Outcome::Accepted(_)) => Ok(()),
+            refused => Err(tonic::Status::failed_precondition(format!("{refused:?}"))),
+        }
+    }
+
     pub(crate) async fn watch(&mut self) -> tonic::Streaming<v1::ClusterView> {
         self.0.watch(v1::WatchRequest {}).await.unwrap().into_inner()
     }

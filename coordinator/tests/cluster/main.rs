@@ -3,6 +3,7 @@
 mod admin;
 mod gateways;
 mod group;
+mod health;
 mod one;
 mod stream;
 mod three;
