@@ -23,8 +23,9 @@ fn main() {
     };
     let mut rng = Rng::new(1);
     let ids: Vec<WorkerId> = (0..WORKERS).map(|nth| WorkerId(format!("worker-{nth:02}"))).collect();
-    let prompts: Vec<Vec<BlockHash>> =
-        (0..3_000).map(|nth| BlockHash::chain("", &(nth * 2_000..nth * 2_000 + 1_024).collect::<Vec<u32>>(), 16)).collect();
+    let prompts: Vec<Vec<BlockHash>> = (0..3_000)
+        .map(|nth| BlockHash::chain("", &(nth * 2_000..nth * 2_000 + 1_024).collect::<Vec<u32>>(), 16))
+        .collect();
     let mut index = PrefixIndex::new(200_000);
     for (nth, prompt) in (0..).zip(&prompts) {
         let half = if nth % 2 == 0 { 0 } else { prompt.len() };
@@ -69,7 +70,12 @@ fn main() {
         assert!(decision.is_ok());
     }
     let us = |nanos: u128| nanos as f64 / f64::from(ROUNDS) / 1e3;
-    println!("{} blocks in the index; prefix look-up {:.2} us, placement {:.2} us", index.len(), us(looked), us(placed));
+    println!(
+        "{} blocks in the index; prefix look-up {:.2} us, placement {:.2} us",
+        index.len(),
+        us(looked),
+        us(placed)
+    );
 }
 
 fn load(rng: &mut Rng) -> Load {

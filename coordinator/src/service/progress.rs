@@ -25,16 +25,27 @@ pub(super) struct Progress {
     prefill_rate: u64,
     /// The life before was stuck, and this one of the same process has made no step yet.
     was_stuck: bool,
+    /// What the worker itself says of the step it is in.
+    said: Duration,
 }
 
 impl Progress {
     pub(super) fn new(now: Instant) -> Progress {
-        Progress { steps: 0, working: false, moved: now, at: now, step_us: 0, prefill_rate: 0, was_stuck: false }
+        Progress {
+            steps: 0,
+            working: false,
+            moved: now,
+            at: now,
+            step_us: 0,
+            prefill_rate: 0,
+            was_stuck: false,
+            said: Duration::ZERO,
+        }
     }
 
     /// The next life of a process that was stuck in the one before.
     pub(super) fn go_on(self, now: Instant) -> Progress {
-        Progress { moved: now, at: now, was_stuck: true, ..self }
+        Progress { moved: now, at: now, was_stuck: true, said: Duration::ZERO, ..self }
     }
 
     pub(super) fn step_us(&self) -> u64 {
@@ -51,6 +62,7 @@ impl Progress {
             self.moved = now;
         }
         self.was_stuck &= load.steps == self.steps;
+        self.said = Duration::from_millis(load.stuck_ms);
         (self.steps, self.working, self.at, self.prefill_rate) = (load.steps, working, now, load.prefill_tokens_per_s);
     }
 
@@ -58,7 +70,9 @@ impl Progress {
     pub(super) fn stuck(&self) -> Option<Duration> {
         let prefill_us = (STEP_TOKENS_MAX * 1_000_000).checked_div(self.prefill_rate).unwrap_or(0);
         let patience = Duration::from_micros(prefill_us.max(STUCK_STEPS.saturating_mul(self.step_us))).max(STUCK);
-        let stuck = (self.at - self.moved).checked_sub(patience);
+        let counted = (self.at - self.moved).checked_sub(patience);
+        let said = Some(self.said).filter(|said| !said.is_zero());
+        let stuck = counted.max(said);
         if self.was_stuck { Some(stuck.unwrap_or_default()) } else { stuck }
     }
 }
@@ -103,6 +117,16 @@ mod tests {
         progress.report(&load(5, 0, 0), start + Duration::from_millis(2_100));
         assert_eq!(progress.stuck(), Some(Duration::ZERO));
         progress.report(&load(6, 1, 0), start + Duration::from_millis(2_200));
+        assert_eq!(progress.stuck(), None);
+    }
+
+    #[tokio::test]
+    async fn a_worker_that_says_so_is_stuck() {
+        let start = Instant::now();
+        let mut progress = Progress::new(start);
+        progress.report(&v1::Load { stuck_ms: 40, ..load(5, 1, 0) }, start);
+        assert_eq!(progress.stuck(), Some(Duration::from_millis(40)));
+        progress.report(&load(6, 1, 0), start);
         assert_eq!(progress.stuck(), None);
     }
 
