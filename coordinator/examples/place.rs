@@ -87,6 +87,6 @@ fn load(rng: &mut Rng) -> Load {
         prefill_rate: 20_000 + rng.below(20_000),
         step_us: 10_000 + rng.below(20_000),
         age_ms: rng.below(250),
-        draining: false,
+        ..Load::default()
     }
 }
