@@ -83,11 +83,10 @@ fn load(rng: &mut Rng) -> Load {
         blocks_available: 4_000 + rng.below(4_000),
         running: rng.below(64),
         waiting: rng.below(4),
-        over: 0,
         tokens_waiting: rng.below(8_000),
         prefill_rate: 20_000 + rng.below(20_000),
         step_us: 10_000 + rng.below(20_000),
         age_ms: rng.below(250),
-        draining: false,
+        ..Load::default()
     }
 }

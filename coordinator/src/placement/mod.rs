@@ -394,7 +394,7 @@ fn blocks_now(question: &Question, c: &Candidate) -> u64 {
 fn has_room(question: &Question, c: &Candidate, policy: &Policy) -> bool {
     let short = c.load.blocks_available < blocks_now(question, c);
     let before = if short { c.load.waiting } else { c.load.over };
-    before < policy.decode_waiting_max && c.load.waiting < policy.queue_max
+    before < policy.decode_waiting_max.min(policy.queue_max)
 }
 
 /// Whether the worker could ever hold it: in its model's length and, alone, in all of its blocks.

@@ -167,7 +167,7 @@ fn refusals_say_why() {
     check_declined(&Question { model: "x", ..question() }, &c, Refused::UnknownModel);
     check_declined(&Question { tokens_max: 4000, ..question() }, &c, Refused::TooLarge);
     check_declined(&Question { tokens_max: 2000, choices: 8, ..question() }, &c, Refused::TooLarge);
-    c[0].load.waiting = Policy::default().queue_max;
+    c[0].load.over = Policy::default().decode_waiting_max;
     check_declined(&question(), &c, Refused::NoCapacity);
 }
 
@@ -333,6 +333,7 @@ fn load() -> impl Strategy<Value = (Load, u64, bool)> {
         blocks_available,
         running,
         waiting,
+        over: waiting,
         tokens_waiting,
         prefill_rate,
         step_us: running * 1_000,
