@@ -45,7 +45,7 @@ pub(crate) fn aborted(abort: v1::Abort) -> Failure {
         (None, Some(life)) => Blame::Life { life, died: reason == Aborted::PrefillLost },
         (None, None) => Blame::Busy,
     };
-    Failure { error, reason: reason.as_str(), blame, last: reason == Aborted::Deadline }
+    Failure { error, reason: reason.as_str(), blame, last: matches!(reason, Aborted::Deadline | Aborted::Superseded) }
 }
 
 /// A worker did not begin.

@@ -553,7 +553,8 @@ impl Drop for Serving {
         let outcome = self.outcome.take().unwrap_or_else(|| Aborted::Cancelled.as_str().into());
         let generated: usize = self.choices.iter().map(|c| c.so_far.len()).sum();
         self.phases.ended(&self.request, &outcome, self.attempt, generated, self.cached_tokens);
-        if self.epoch == 0 {
+        // Another gateway has taken a superseded request over, and tells its end.
+        if self.epoch == 0 || outcome == Aborted::Superseded.as_str() {
             return;
         }
         self.servers.finishes.send(FinishedRequest {
