@@ -24,6 +24,10 @@ const ROOM_EVERY: Duration = Duration::from_millis(500);
 const QUIET_MAX: Duration = Duration::from_secs(2);
 /// How often the others are asked after a node with an empty directory.
 const ASK_EVERY: Duration = Duration::from_millis(100);
+/// How long the others may take to answer before this node serves at all: they may wait for its answer.
+const ASK_FIRST: Duration = Duration::from_millis(150);
+/// And afterwards.
+const ASK_LATER: Duration = Duration::from_millis(1_000);
 
 /// Why a coordinator did not start. Nothing is left running.
 #[derive(Debug, thiserror::Error)]
@@ -140,7 +144,7 @@ pub(crate) async fn start_with(
         room: Arc::new(Room::new(disk)),
         listener: Shared(Arc::new(Mutex::new(listener))),
     };
-    let begun = home.begin().await?;
+    let begun = home.begin(false).await?;
     let stopping = watch::Sender::new(false);
     let node = home.node;
     let ended = tokio::spawn(home.keep(begun, stopping.subscribe()));
@@ -195,14 +199,15 @@ impl Home {
                         }
                         End::Stopped(stopped) => return Err(stopped),
                     }
-                    self.again().await?
+                    self.again(Cause::Full).await?
                 }
                 Begun::Aside(cause, stack) => {
-                    let go_on = self.until_better(cause, &mut asked).await;
+                    let better = self.until_better(cause, &mut asked).await;
                     stack.stop().await;
-                    match go_on {
-                        true => self.again().await?,
-                        false => return Ok(()),
+                    match better {
+                        Ok(true) => self.again(cause).await?,
+                        Ok(false) => return Ok(()),
+                        Err(error) => return Err(ended(error)),
                     }
                 }
             };
@@ -222,18 +227,14 @@ impl Home {
         }
     }
 
-    async fn again(&mut self) -> Result<Begun, Stopped> {
-        self.begin().await.map_err(|error| match error {
-            error if error.is_damage() => Stopped::Damaged(error.to_string()),
-            StartError::Removed(node) => Stopped::Removed(node),
-            error @ StartError::Lost { .. } => Stopped::Refused(error.to_string()),
-            error => Stopped::Node(error.to_string()),
-        })
+    /// `before`: why it stood aside, which is over.
+    async fn again(&mut self, before: Cause) -> Result<Begun, Stopped> {
+        self.begin(before == Cause::Empty).await.map_err(ended)
     }
 
     /// Takes part, or stands aside where it cannot yet.
-    async fn begin(&mut self) -> Result<Begun, StartError> {
-        match self.try_begin().await {
+    async fn begin(&mut self, may_be_empty: bool) -> Result<Begun, StartError> {
+        match self.try_begin(may_be_empty).await {
             Err(error) if self.room.is_full() => {
                 tracing::warn!(%error, "no room on the disk");
                 Ok(self.stand_aside(Cause::Full))
@@ -242,14 +243,16 @@ impl Home {
         }
     }
 
-    async fn try_begin(&mut self) -> Result<Begun, StartError> {
+    /// `may_be_empty`: the others have said so already.
+    async fn try_begin(&mut self, may_be_empty: bool) -> Result<Begun, StartError> {
         if self.room.is_full() && !self.room.has_room() {
             return Ok(self.stand_aside(Cause::Full));
         }
         metrics::gauge!("baton_coordinator_storage_full").set(0.0);
         let cluster = self.cluster.clone().unwrap_or_default();
         let identity = Identity::claim(&*self.room, Identity { node: self.node, cluster, joined: false })?;
-        if log::is_empty(&*self.room)? && !identity.joined && self.must_wait().await? {
+        let ask = !may_be_empty && !identity.joined;
+        if ask && log::is_empty(&*self.room)? && self.must_wait(ASK_FIRST).await? {
             return Ok(self.stand_aside(Cause::Empty));
         }
         let envelope = Envelope::new(self.node.0, &identity.cluster);
@@ -280,14 +283,14 @@ impl Home {
     }
 
     /// Whether a node without data has to wait before it takes part: the others know whether it ever did.
-    async fn must_wait(&self) -> Result<bool, StartError> {
+    async fn must_wait(&self, patience: Duration) -> Result<bool, StartError> {
         let mut others = self.group.clone();
         others.remove(&self.node.0);
         if others.is_empty() {
             return if self.node == NodeId(1) { Ok(false) } else { Err(StartError::NoPeers(self.node)) };
         }
         let envelope = Envelope::new(self.node.0, &self.cluster.clone().unwrap_or_default());
-        let answers = raft::ask(&self.net, &envelope, &others, self.node.0).await;
+        let answers = raft::ask(&self.net, &envelope, &others, self.node.0, patience).await;
         match raft::judge(&answers) {
             Verdict::Begin => Ok(false),
             Verdict::Wait => Ok(true),
@@ -321,25 +324,35 @@ impl Home {
     }
 
     /// Resolves when it is worth trying to take part again. False: it was asked to stop.
-    async fn until_better(&self, cause: Cause, asked: &mut watch::Receiver<bool>) -> bool {
+    async fn until_better(&self, cause: Cause, asked: &mut watch::Receiver<bool>) -> Result<bool, StartError> {
         let better = async {
             let every = if cause == Cause::Full { ROOM_EVERY } else { ASK_EVERY };
             loop {
                 tokio::time::sleep(every).await;
                 let wait = match cause {
                     Cause::Full => !self.room.has_room(),
-                    Cause::Empty => matches!(self.must_wait().await, Ok(true)),
+                    Cause::Empty => self.must_wait(ASK_LATER).await?,
                 };
                 if !wait {
-                    return;
+                    return Ok(true);
                 }
             }
         };
         tokio::select! {
             biased;
-            _ = asked.wait_for(|asked| *asked) => false,
-            () = better => true,
+            _ = asked.wait_for(|asked| *asked) => Ok(false),
+            better = better => better,
         }
+    }
+}
+
+/// How a coordinator that could not begin again ends.
+fn ended(error: StartError) -> Stopped {
+    match error {
+        error if error.is_damage() => Stopped::Damaged(error.to_string()),
+        StartError::Removed(node) => Stopped::Removed(node),
+        error @ StartError::Lost { .. } => Stopped::Refused(error.to_string()),
+        error => Stopped::Node(error.to_string()),
     }
 }
 

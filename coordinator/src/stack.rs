@@ -139,7 +139,7 @@ async fn removed(node: &Node, net: &Arc<dyn Net>) {
         if !own && node.ledger().nodes().has_removed(id.0) {
             return;
         }
-        let answers = raft::ask(net, node.envelope(), &others, id.0).await;
+        let answers = raft::ask(net, node.envelope(), &others, id.0, REMOVED_EVERY).await;
         if answers.into_iter().flatten().any(|known| known.removed) {
             return;
         }

@@ -18,6 +18,12 @@ pub type Stream = Box<dyn Io>;
 pub trait Net: Send + Sync + 'static {
     fn connect<'a>(&'a self, address: &'a str) -> BoxFuture<'a, io::Result<Stream>>;
     fn listen<'a>(&'a self, address: &'a str) -> BoxFuture<'a, io::Result<Box<dyn Listener>>>;
+
+    /// Whether two processes that reach each other may be processes of one machine, which can share memory. The hosts of
+    /// a simulated network cannot.
+    fn shares_memory(&self) -> bool {
+        false
+    }
 }
 
 /// A bound socket that accepts connections.

@@ -79,12 +79,18 @@ struct Places {
 impl Cache {
     /// A cache of `blocks` zeroed blocks.
     pub fn new(layout: BlockLayout, blocks: usize) -> Cache {
+        Cache::of(Arena::new(layout, blocks))
+    }
+
+    /// A cache of an arena's blocks.
+    pub fn of(arena: Arena) -> Cache {
+        let blocks = arena.blocks();
         let all = (0..blocks).map(|_| Place { generation: 0, state: State::Free }).collect();
         let free = (0..blocks as u32).rev().collect();
         let (index, lru) = (BTreeMap::new(), BTreeMap::new());
         let (moment, in_flight, evictions, journal) = Default::default();
         let places = Mutex::new(Places { all, free, index, lru, moment, in_flight, evictions, journal });
-        let arena = Arc::new(Arena::new(layout, blocks));
+        let arena = Arc::new(arena);
         Cache { inner: Arc::new(Inner { arena, places, freed: Mutex::new(None) }) }
     }
 

@@ -39,12 +39,23 @@ impl Engine {
     /// # Panics
     /// If a size in `config` is zero.
     pub fn new(spec: ModelSpec, config: EngineConfig) -> Engine {
+        let cache = Cache::new(spec.layout, config.blocks);
+        Engine::over(cache, spec, config)
+    }
+
+    /// An engine over a cache of `config.blocks` blocks that somebody else has made the memory for.
+    ///
+    /// # Panics
+    /// If a size in `config` is zero, or the cache is another one.
+    pub fn over(cache: Cache, spec: ModelSpec, config: EngineConfig) -> Engine {
+        let arena = cache.arena();
+        assert!(*arena.layout() == spec.layout && arena.blocks() == config.blocks, "a cache for this model and config");
         let EngineConfig { blocks, batch_tokens_max, sequences_max, queue_max, .. } = config;
         assert!(blocks.min(batch_tokens_max).min(sequences_max).min(queue_max) > 0, "an engine needs room: {config:?}");
         // Every running sequence decodes in every step, with room left for a prefill.
         let config = EngineConfig { sequences_max: sequences_max.min(batch_tokens_max), ..config };
         Engine {
-            cache: Cache::new(spec.layout, config.blocks),
+            cache,
             spec,
             config,
             waiting: BTreeMap::new(),

@@ -108,6 +108,9 @@ impl Cluster {
         if decode.is_empty() {
             return Err(summary("no live decode worker"));
         }
+        if state.view.broken {
+            return Err(summary("no decode worker passes its canary"));
+        }
         if !decode.iter().any(|hash| state.models.contains_key(*hash)) {
             return Err(summary("the model's card is not loaded yet"));
         }

@@ -98,6 +98,8 @@ pub enum Fallback {
     NotShared,
     /// The other end does not offer shared memory: an older release, or another system.
     NotOffered,
+    /// Something stands between the two ends (a proxy, a mapped port), and is meant to see the bytes.
+    Relayed,
     /// The other end is not on this host, or is another user's.
     Unreachable,
     /// The other end could not map the arena.
@@ -105,13 +107,14 @@ pub enum Fallback {
 }
 
 impl Fallback {
-    pub const ALL: [Fallback; 4] =
-        [Fallback::NotShared, Fallback::NotOffered, Fallback::Unreachable, Fallback::Refused];
+    pub const ALL: [Fallback; 5] =
+        [Fallback::NotShared, Fallback::NotOffered, Fallback::Relayed, Fallback::Unreachable, Fallback::Refused];
 
     pub fn as_str(self) -> &'static str {
         match self {
             Fallback::NotShared => "not_shared",
             Fallback::NotOffered => "not_offered",
+            Fallback::Relayed => "relayed",
             Fallback::Unreachable => "unreachable",
             Fallback::Refused => "refused",
         }

@@ -19,6 +19,7 @@ mod loan;
 mod outbox;
 mod outgoing;
 mod receiver;
+pub mod reslice;
 mod sending;
 #[cfg(target_os = "linux")]
 mod shm;

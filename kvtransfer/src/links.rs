@@ -216,7 +216,11 @@ impl Keeper {
         if !is_shared(&self.arena) {
             return Err((Fallback::NotShared, String::new()));
         }
-        let Some(name) = &greeted.offer else { return Err((Fallback::NotOffered, String::new())) };
+        let Some(offer) = &greeted.offer else { return Err((Fallback::NotOffered, String::new())) };
+        let (name, port) = offer.split_once(' ').unwrap_or((offer, ""));
+        if self.address.rsplit(':').next() != Some(port) {
+            return Err((Fallback::Relayed, format!("it listens on port {port}")));
+        }
         let stream = crate::shm::connect(name, &self.arena).await;
         let stream = stream.map_err(|error| (Fallback::Unreachable, error.to_string()))?;
         let greeting = greet(Box::new(stream), &self.address, &self.compatibility, FEATURE_RESEND);

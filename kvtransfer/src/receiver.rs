@@ -555,7 +555,8 @@ impl Shared {
             let made = crate::shm::Porch::open(self);
             *porch = made.inspect_err(|error| tracing::warn!(%error, "no socket for senders of this host")).ok();
         }
-        porch.as_ref().map(|porch| porch.name().to_string())
+        let port = self.address.rsplit(':').next().unwrap_or_default();
+        porch.as_ref().map(|porch| format!("{} {port}", porch.name()))
     }
 
     #[cfg(not(target_os = "linux"))]

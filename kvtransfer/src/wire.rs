@@ -212,7 +212,8 @@ pub enum Body {
     Ping,
     /// The answer to a COMMIT when extents arrived damaged: (layer, position) of those to send again before the next.
     Resend(Vec<(u32, u32)>),
-    /// After the receiver's HELLO, when both ends can share memory: the name of its socket on this host.
+    /// After the receiver's HELLO, when both ends can share memory: the name of its socket on this host, a blank, and
+    /// the port that it listens on, so that a sender knows whether it came straight to it.
     Offer(String),
 }
 

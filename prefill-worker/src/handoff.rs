@@ -50,6 +50,7 @@ pub(crate) async fn run(
     let computed_at = Instant::now();
     let began = sending.began.unwrap_or(computed_at);
     sending.outgoing.commit().await?;
+    metrics::record_links(&links.counters());
     drop((computed.blocks, admission));
     let phases = [began - started, computed_at - began, computed_at.elapsed()].map(us);
     metrics::record_prefill(phases.map(Duration::from_micros));

@@ -26,6 +26,10 @@ impl Net for TcpNet {
             Ok(Box::new(TcpListener { listener, address }) as Box<dyn Listener>)
         })
     }
+
+    fn shares_memory(&self) -> bool {
+        true
+    }
 }
 
 struct TcpListener {

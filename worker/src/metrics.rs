@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use baton_core::{Aborted, Refused, Role};
 use baton_engine::{CacheStats, EngineConfig, Event, Load, ModelSpec};
-use baton_kvtransfer::{Counters, Dropped};
+use baton_kvtransfer::{Counters, Dropped, Fallback, LinkCounters};
 use metrics::{Counter, Gauge, Histogram, Label, counter, gauge, histogram};
 
 /// Handles of the engine thread, made once.
@@ -156,11 +156,24 @@ pub fn record_transfers(counters: &Counters) {
     counter!("baton_worker_transfers_total", "outcome" => "completed").absolute(counters.completed);
     counter!("baton_worker_transfers_total", "outcome" => "failed").absolute(counters.failed);
     counter!("baton_worker_transfer_bytes_total").absolute(counters.bytes);
+    counter!("baton_worker_transfer_again_total").absolute(counters.again);
     gauge!("baton_worker_transfers_held").set(counters.held as f64);
     for reason in Dropped::ALL {
         let dropped = counter!("baton_worker_transfer_dropped_total", "reason" => reason.as_str());
         dropped.absolute(counters.dropped(reason));
     }
+}
+
+/// What a prefill worker's links have counted since its start.
+pub fn record_links(counters: &LinkCounters) {
+    for (link, begun) in [("tcp", counters.tcp), ("shm", counters.shm), ("local", counters.local)] {
+        counter!("baton_worker_link_transfers_total", "link" => link).absolute(begun);
+    }
+    for reason in Fallback::ALL {
+        let fallbacks = counter!("baton_worker_link_fallbacks_total", "reason" => reason.as_str());
+        fallbacks.absolute(counters.fallbacks(reason));
+    }
+    counter!("baton_worker_link_resent_total").absolute(counters.resent);
 }
 
 /// From a request's arrival at a decode worker to its submission to the engine.

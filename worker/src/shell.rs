@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use baton_core::net::Listener;
-use baton_core::{Env, Incarnation, Net, Place, Refused, Role, TokenId, WorkerId};
-use baton_engine::{Backend, Engine, EngineConfig, ModelSpec};
+use baton_core::{Arena, Env, Incarnation, Net, Place, Refused, Role, TokenId, WorkerId};
+use baton_engine::{Backend, Cache, Engine, EngineConfig, ModelSpec};
 use baton_proto::convert::refusal;
 use baton_proto::v1::worker_server::{Worker, WorkerServer};
 use baton_proto::v1::{CardRequest, Member, ModelCard, ModelSummary, Refusal};
@@ -70,9 +70,21 @@ pub async fn open(role: Role, config: Config, model: LoadedModel, env: Env) -> R
     let listener = listen.map_err(|source| StartError::Listen { address: config.listen.clone(), source })?;
     let (golden, backend) = golden(&spec, backend).await?;
     metrics::describe(role, &spec, &config.engine);
-    let engine = Engine::new(spec.clone(), config.engine);
+    let engine = Engine::over(cache(role, &*net, &spec, &config.engine), spec.clone(), config.engine);
     let engine = EngineThread::start(engine, backend).map_err(StartError::Thread)?;
     Ok(Opened { config, net, spec, engine, listener, card, role, rng, golden })
+}
+
+/// The cache. A prefill worker's is in memory that decode workers of its host can read, where there is such memory;
+/// without it they take the blocks over the network, which the links count.
+fn cache(role: Role, net: &dyn Net, spec: &ModelSpec, config: &EngineConfig) -> Cache {
+    if role == Role::Prefill && net.shares_memory() {
+        match Arena::shared(spec.layout, config.blocks) {
+            Ok(arena) => return Cache::of(arena),
+            Err(error) => tracing::warn!(%error, "no shared memory for the cache: handoffs on this host go by tcp"),
+        }
+    }
+    Cache::new(spec.layout, config.blocks)
 }
 
 /// The golden tokens, computed beside the runtime.

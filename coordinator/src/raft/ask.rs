@@ -13,9 +13,6 @@ use serde::{Deserialize, Serialize};
 use super::envelope::Envelope;
 use super::wire::decode;
 
-/// For one answer.
-const ASK_TIMEOUT: Duration = Duration::from_millis(1_000);
-
 /// Asks after a node.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Question {
@@ -71,18 +68,19 @@ pub(crate) fn judge(answers: &[Option<Known>]) -> Verdict {
     if all_fresh || known().any(|known| known.leads) { Verdict::Begin } else { Verdict::Wait }
 }
 
-/// Asks the nodes at these addresses after `node`, all at once.
+/// Asks the nodes at these addresses after `node`, all at once, and waits so long for each.
 pub(crate) async fn ask(
     net: &Arc<dyn Net>,
     envelope: &Envelope,
     addresses: &BTreeMap<u64, String>,
     node: u64,
+    patience: Duration,
 ) -> Vec<Option<Known>> {
     let asked = addresses.iter().map(|(to, address)| async move {
         let channel = baton_proto::channel(net.clone(), address).ok()?;
         let mut client = RaftClient::new(channel);
         let blob = envelope.seal(*to, &Question { node });
-        let reply = tokio::time::timeout(ASK_TIMEOUT, client.ask(blob)).await.ok()?.ok()?;
+        let reply = tokio::time::timeout(patience, client.ask(blob)).await.ok()?.ok()?;
         decode(&reply.into_inner().data).ok()
     });
     futures::future::join_all(asked).await

@@ -130,7 +130,6 @@ pub(super) fn view(shared: &Shared) -> v1::ClusterView {
             .join("; "),
         canary_age_ms: roster.pairs().seen().map(|seen| (now - seen).as_millis() as u64),
         broken: broken(&pools),
-        ..v1::ClusterView::default()
     }
 }
 

@@ -46,14 +46,18 @@ async fn health_follows_the_decode_workers() {
     let world = World::hello().await;
     let healthy = get(&world.address(), "/health").await;
     assert_eq!((healthy.status, &healthy.json()["decode_workers"]), (200, &json!(1)));
-    world.change_view(|view| view.members[0].live = false);
-    loop {
+    let becomes = async |status: u16| loop {
         let response = get(&world.address(), "/health").await;
-        if response.status == 503 {
-            assert_eq!(response.json()["status"], "no live decode worker");
-            break;
+        if response.status == status {
+            break response.json()["status"].clone();
         }
-    }
+    };
+    world.change_view(|view| view.broken = true);
+    assert_eq!(becomes(503).await, "no decode worker passes its canary");
+    world.change_view(|view| view.broken = false);
+    assert_eq!(becomes(200).await, "ok");
+    world.change_view(|view| view.members[0].live = false);
+    assert_eq!(becomes(503).await, "no live decode worker");
     for path in ["/live", "/ping", "/version"] {
         assert_eq!(get(&world.address(), path).await.status, 200);
     }

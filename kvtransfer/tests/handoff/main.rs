@@ -2,6 +2,7 @@
 //! memory.
 
 mod aborts;
+mod fuzz;
 mod happy;
 mod links;
 mod memory;
