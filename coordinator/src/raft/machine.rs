@@ -1,5 +1,6 @@
 //! The ledger as openraft wants it: applies entries, makes and installs snapshots.
 
+use std::collections::VecDeque;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
@@ -13,12 +14,15 @@ use tokio::sync::watch;
 use super::types::{Proposal, Reply, Types};
 use super::wire::{decode, encode};
 use crate::log::{Disk, LogError, Saved, load_snapshot, save_snapshot};
-use crate::state::{self, Ledger, Outcome};
+use crate::state::{self, Check, Command, Ledger, Outcome};
 
 /// Entries between two hashes of the state, which is compared across nodes by its metric.
 const HASH_EVERY: u64 = 1024;
 
 type Meta = SnapshotMetaOf<Types>;
+
+/// Hashes remembered, to compare with the leader's; the oldest is forgotten first.
+const HASHES_MAX: usize = 16;
 
 /// Clones share one ledger.
 #[derive(Clone)]
@@ -30,6 +34,8 @@ pub(crate) struct Machine {
     open: Arc<Mutex<bool>>,
     /// Bytes of entries applied since the ledger was saved.
     log_bytes: Arc<AtomicU64>,
+    /// (index, hash) of this node's ledger, latest last.
+    hashes: Arc<Mutex<VecDeque<(u64, u64)>>>,
     /// Index of the last entry that changed the cluster's name, its workers, tenants or keys.
     changed: Arc<watch::Sender<u64>>,
 }
@@ -60,6 +66,7 @@ impl Machine {
             applied: Arc::new(Mutex::new(applied)),
             open: Arc::new(Mutex::new(true)),
             log_bytes: Arc::default(),
+            hashes: Arc::default(),
             changed: Arc::new(watch::Sender::new(0)),
         })
     }
@@ -84,17 +91,51 @@ impl Machine {
     fn apply_one(&self, index: u64, proposal: &Proposal) -> io::Result<Vec<Outcome>> {
         let invalid = |error| io::Error::new(io::ErrorKind::InvalidData, error);
         let batch = state::decode_batch(&proposal.0).map_err(invalid)?;
+        batch.commands.iter().try_for_each(|command| self.compare(command))?;
         let mut ledger = self.ledger.write().expect("ledger lock");
         let outcomes = ledger.apply(index, batch);
         self.log_bytes.fetch_add(proposal.0.len() as u64, Ordering::Relaxed);
         if index.is_multiple_of(HASH_EVERY) {
-            report_hash(&ledger);
+            self.remember_hash(&ledger);
         }
         drop(ledger);
         if outcomes.iter().any(changes_cluster) {
             self.changed.send_replace(index);
         }
         Ok(outcomes)
+    }
+
+    /// This node's own hashes, to be told to the others.
+    pub(super) fn hashes(&self) -> Arc<Mutex<VecDeque<(u64, u64)>>> {
+        self.hashes.clone()
+    }
+
+    /// The low 52 bits survive a float.
+    fn remember_hash(&self, ledger: &Ledger) {
+        let (index, hash) = (ledger.index(), state::hash(ledger));
+        metrics::gauge!("baton_coordinator_state_hash").set((hash & ((1 << 52) - 1)) as f64);
+        metrics::gauge!("baton_coordinator_state_hash_index").set(index as f64);
+        tracing::debug!(index, hash, "state hash");
+        let mut hashes = self.hashes.lock().expect("hashes lock");
+        hashes.push_back((index, hash));
+        if hashes.len() > HASHES_MAX {
+            hashes.pop_front();
+        }
+    }
+
+    /// Refuses to go on where the leader's ledger was another one at the same index. A binary that writes other bytes
+    /// for the same ledger, and a node that has no hash of that index, have nothing to say.
+    fn compare(&self, command: &Command) -> io::Result<()> {
+        let Command::Check(Check { version, index, hash }) = command else { return Ok(()) };
+        let hashes = self.hashes.lock().expect("hashes lock");
+        let own = hashes.iter().find(|(at, _)| at == index && *version == state::VERSION);
+        let Some((_, own)) = own.filter(|(_, own)| own != hash) else { return Ok(()) };
+        metrics::counter!("baton_coordinator_state_mismatch_total").increment(1);
+        tracing::error!(index, own, leader = hash, "this node's ledger is not the leader's");
+        let problem = format!(
+            "the ledger at index {index} hashes to {own:016x} here and to {hash:016x} on the leader: stop this node, keep its directory for a report, and replace it"
+        );
+        Err(io::Error::new(io::ErrorKind::InvalidData, problem))
     }
 
     /// Saves without holding up the runtime where the disk blocks.
@@ -120,14 +161,6 @@ impl Machine {
 
 fn changes_cluster(outcome: &Outcome) -> bool {
     matches!(outcome, Outcome::Founded { .. } | Outcome::Registered { .. } | Outcome::Gone | Outcome::Done)
-}
-
-/// Two nodes with equal `index` and unequal `hash` have diverged. The low 52 bits survive a float.
-fn report_hash(ledger: &Ledger) {
-    let hash = state::hash(ledger);
-    metrics::gauge!("baton_coordinator_state_hash").set((hash & ((1 << 52) - 1)) as f64);
-    metrics::gauge!("baton_coordinator_state_hash_index").set(ledger.index() as f64);
-    tracing::debug!(index = ledger.index(), hash, "state hash");
 }
 
 impl RaftStateMachine<Types> for Machine {
@@ -171,6 +204,7 @@ impl RaftStateMachine<Types> for Machine {
             applied: Arc::new(Mutex::new(applied)),
             open: self.open.clone(),
             log_bytes: self.log_bytes.clone(),
+            hashes: self.hashes.clone(),
             changed: self.changed.clone(),
         }
     }
@@ -216,7 +250,7 @@ mod tests {
 
     use super::*;
     use crate::log::MemoryDisk;
-    use crate::state::{Batch, Command, encode_batch};
+    use crate::state::{Batch, encode_batch};
 
     fn named(cluster: &str) -> Proposal {
         let commands = vec![Command::Found { cluster: cluster.into() }];
@@ -242,6 +276,26 @@ mod tests {
             let ledger = ledger.read().unwrap();
             assert_eq!((ledger.cluster(), ledger.index(), ledger.time_ms()), ("c", 1, 7));
         }
+    }
+
+    /// Goal: a node whose ledger is not the leader's stops. Method: two machines, one of which was given another entry.
+    #[tokio::test]
+    async fn a_ledger_that_is_not_the_leaders_stops_the_node() {
+        let open = || Machine::open(Arc::new(MemoryDisk::new(Duration::ZERO))).unwrap();
+        let (leader, same, other) = (open(), open(), open());
+        leader.apply_one(HASH_EVERY, &named("c")).unwrap();
+        same.apply_one(HASH_EVERY, &named("c")).unwrap();
+        other.apply_one(HASH_EVERY, &named("d")).unwrap();
+        let (index, hash) = leader.hashes().lock().unwrap().back().copied().unwrap();
+        let check = |version| {
+            let commands = vec![Command::Check(Check { version, index, hash })];
+            Proposal(encode_batch(&Batch { time_ms: 8, commands }).into())
+        };
+        assert!(same.apply_one(HASH_EVERY + 1, &check(state::VERSION)).is_ok());
+        assert!(other.apply_one(HASH_EVERY + 1, &check(state::VERSION - 1)).is_ok(), "other bytes, no verdict");
+        let error = other.apply_one(HASH_EVERY + 1, &check(state::VERSION)).unwrap_err();
+        assert!(error.to_string().contains("on the leader"), "{error}");
+        assert!(open().apply_one(HASH_EVERY + 1, &check(state::VERSION)).is_ok(), "no hash of its own");
     }
 
     #[tokio::test]

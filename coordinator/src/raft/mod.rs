@@ -14,7 +14,7 @@ mod tests;
 mod types;
 mod wire;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock, RwLockReadGuard};
 use std::time::Duration;
@@ -27,7 +27,7 @@ use openraft::{BasicNode, Config, Instant, SnapshotPolicy};
 use tokio::sync::watch;
 
 use crate::log::{Disk, Log, LogError, LogOptions};
-use crate::state::{Batch, Ledger, Outcome, encode_batch};
+use crate::state::{Batch, Check, Ledger, Outcome, VERSION, encode_batch};
 pub(crate) use ask::{Known, Question, Verdict, ask, judge};
 pub(crate) use envelope::Envelope;
 pub(crate) use inbound::RaftService;
@@ -108,6 +108,7 @@ pub(crate) struct Node {
     ledger: Arc<RwLock<Ledger>>,
     log_bytes: Arc<AtomicU64>,
     machine_open: Arc<Mutex<bool>>,
+    hashes: Arc<Mutex<VecDeque<(u64, u64)>>>,
     changes: watch::Receiver<u64>,
     standing: watch::Receiver<Standing>,
     stopping: watch::Sender<bool>,
@@ -123,6 +124,7 @@ impl Node {
         let mut machine = Machine::open(disk)?;
         let machine_open = machine.open_mark();
         let (ledger, changes, log_bytes) = (machine.ledger(), machine.changes(), machine.log_bytes());
+        let hashes = machine.hashes();
         envelope.name(ledger.read().expect("ledger lock").cluster());
         let addresses = peers.clone();
         let config = Arc::new(config(members::voters_on_disk(&mut Store(log.clone()), &mut machine, &peers).await?));
@@ -145,6 +147,7 @@ impl Node {
             ledger,
             log_bytes,
             machine_open,
+            hashes,
             changes,
             standing,
             stopping: watch::Sender::new(false),
@@ -190,6 +193,12 @@ impl Node {
         let acked = self.raft.metrics().borrow_watched().last_quorum_acked;
         let alone = self.standing.borrow().members.is_alone(self.id);
         alone || acked.is_some_and(|acked| acked.elapsed() < QUORUM_SILENCE_MAX)
+    }
+
+    /// The latest hash of this node's ledger, to be compared by the others.
+    pub(crate) fn check(&self) -> Option<Check> {
+        let (index, hash) = self.hashes.lock().expect("hashes lock").back().copied()?;
+        Some(Check { version: VERSION, index, hash })
     }
 
     /// Saves the ledger and drops the log before it when the entries since the last time are many bytes.

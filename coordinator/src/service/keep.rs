@@ -62,6 +62,7 @@ async fn round(shared: &Shared) {
         shared.proposer.submit_unheard(Command::Fence { worker, incarnation });
     }
     tell_headroom(shared, now);
+    shared.tell_check();
     let due = shared.node.ledger().deadline_next();
     if due.is_some_and(|due| shared.lead.stamp().is_some_and(|now| due <= now)) {
         shared.proposer.submit_unheard(Command::Expire);

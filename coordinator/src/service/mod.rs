@@ -24,6 +24,7 @@ mod view;
 
 use std::collections::BTreeMap;
 use std::pin::Pin;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -39,7 +40,7 @@ use tonic::{Request, Response, Status};
 use crate::log::{Disk, Identity};
 use crate::placement::Policy;
 use crate::raft::{Node, ProposeError};
-use crate::state::{Command, Finished, Order, Outcome};
+use crate::state::{Command, Finished, Order, Outcome, Registration};
 use ask::Ask;
 use explain::Decisions;
 use lead::{Elsewhere, Lead};
@@ -49,6 +50,8 @@ use roster::{Old, Roster};
 
 /// How long a call waits for a leader to be known.
 const LEADER_PATIENCE: Duration = Duration::from_millis(900);
+/// A worker that was heard of within this time is alive.
+const DUPLICATE_SILENCE: Duration = Duration::from_millis(2 * HEARTBEAT_MS);
 /// When a command's fate is unknown, or nobody leads.
 const RETRY_UNKNOWN_MS: u64 = 300;
 /// Ends of requests in one call.
@@ -63,6 +66,8 @@ pub(crate) struct Shared {
     decisions: Mutex<Decisions>,
     admission: Arc<Admission>,
     asking: gateways::Asking,
+    /// Index up to which the others have been told of this node's ledger.
+    checked: AtomicU64,
     policy: Policy,
     /// For requests that have been accepted already: they wait on workers rather than not at all.
     policy_accepted: Policy,
@@ -109,6 +114,7 @@ impl Service {
             decisions: Mutex::new(Decisions::new()),
             admission: Arc::new(Admission::new()),
             asking: gateways::Asking::default(),
+            checked: AtomicU64::new(0),
             policy_accepted: Policy { decode_waiting_max: u64::MAX, ..parts.policy.clone() },
             policy: parts.policy,
             disk: parts.disk,
@@ -195,7 +201,7 @@ impl Shared {
         let member = baton_proto::convert::required("member", request.member)?;
         if request.wire_version != WIRE_VERSION {
             let detail = format!("wire version {}, this cluster speaks {WIRE_VERSION}", request.wire_version);
-            return Ok(Err(refusal(Refused::Incompatible, detail)));
+            return Ok(Err(not_registered("wire_version", Refused::Incompatible, detail)));
         }
         match Role::try_from(member.role())? {
             Role::Gateway => {
@@ -215,12 +221,13 @@ impl Shared {
 
     async fn register_worker(
         &self,
-        registration: crate::state::Registration,
+        registration: Registration,
         member: v1::Member,
         cluster: &str,
     ) -> Result<v1::Registered, Refusal> {
         self.leading().await?;
         self.same_cluster(cluster)?;
+        self.not_alive_elsewhere(&registration)?;
         let worker = registration.worker.clone();
         match self.submit(Command::Register(registration)).await? {
             Outcome::Registered { incarnation } => {
@@ -231,14 +238,28 @@ impl Shared {
                 Ok(self.registered(incarnation))
             }
             Outcome::Refused(Refused::Incompatible) => {
-                metrics::counter!("baton_coordinator_registrations_refused_total", "reason" => "golden_tokens")
-                    .increment(1);
                 let detail = "its canary tokens are not those of the live workers of its numerics class";
-                Err(refusal(Refused::Incompatible, detail))
+                Err(not_registered("golden_tokens", Refused::Incompatible, detail))
             }
             Outcome::Refused(reason) => Err(refusal(reason, "the ledger takes no further worker")),
             other => Err(unexpected(&other)),
         }
+    }
+
+    /// Refuses a second process under the name of one that is heard of. A process that listens where that one did has
+    /// followed it, and one that has been silent for two heartbeats may be over.
+    fn not_alive_elsewhere(&self, registration: &Registration) -> Result<(), Refusal> {
+        let ledger = self.node.ledger();
+        let Some(known) = ledger.worker(&registration.worker).filter(|known| known.live) else { return Ok(()) };
+        if known.process_key == registration.process_key || known.address == registration.address {
+            return Ok(());
+        }
+        let heard = self.roster().worker(&registration.worker, known.incarnation).map(|heard| heard.at);
+        if heard.is_none_or(|at| at.elapsed() > DUPLICATE_SILENCE) {
+            return Ok(());
+        }
+        let detail = format!("{} is alive at {}: give this one another id", registration.worker, known.address);
+        Err(not_registered("duplicate_id", Refused::Unavailable, detail))
     }
 
     /// Refuses whoever belongs to another cluster.
@@ -247,7 +268,8 @@ impl Shared {
         if cluster.is_empty() || own.is_empty() || cluster == own {
             return Ok(());
         }
-        Err(refusal(Refused::Incompatible, format!("this is cluster {own:?}, not {cluster:?}")))
+        let detail = format!("this is cluster {own:?}, not {cluster:?}");
+        Err(not_registered("cluster", Refused::Incompatible, detail))
     }
 
     fn registered(&self, incarnation: Incarnation) -> v1::Registered {
@@ -371,6 +393,11 @@ impl Shared {
 /// Resolves when this node stops.
 async fn stopped(stopping: &mut watch::Receiver<bool>) {
     drop(stopping.wait_for(|stopping| *stopping).await);
+}
+
+fn not_registered(why: &'static str, reason: Refused, detail: impl Into<String>) -> Refusal {
+    metrics::counter!("baton_coordinator_registrations_refused_total", "reason" => why).increment(1);
+    refusal(reason, detail)
 }
 
 fn unavailable(why: &str) -> Refusal {

@@ -7,6 +7,7 @@ use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use tokio::sync::{mpsc, oneshot};
 
+use super::Shared;
 use super::lead::Lead;
 use crate::raft::{Node, ProposeError};
 use crate::state::{Batch, COMMANDS_MAX, Command, Outcome};
@@ -99,6 +100,16 @@ impl Proposer {
 
 fn stopping() -> SubmitError {
     ProposeError::Unknown("stopping".into()).into()
+}
+
+impl Shared {
+    /// Tells the others what this leader's ledger was, once for every hash of it.
+    pub(super) fn tell_check(&self) {
+        let Some(check) = self.node.check() else { return };
+        if self.checked.fetch_max(check.index, Ordering::Relaxed) < check.index {
+            self.proposer.submit_unheard(Command::Check(check));
+        }
+    }
 }
 
 /// The other end of the queue.

@@ -64,8 +64,18 @@ pub enum Command {
         request: RequestId,
         gateway: String,
     },
+    /// What the leader's ledger was at an index; a node whose own was something else stops.
+    Check(Check),
     /// Of coordinators, not of workers.
     Node(NodeCommand),
+}
+
+/// The hash of a ledger at an index, as bytes of one version.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Check {
+    pub version: u16,
+    pub index: u64,
+    pub hash: u64,
 }
 
 /// What the cluster wants of a worker.
@@ -174,6 +184,8 @@ pub enum Outcome {
     OverLimit(OverLimit),
     /// It is as the command says.
     Done,
+    /// The node that applied it has found nothing wrong.
+    Checked,
     /// The request has ended, now or before.
     Ended,
     Expired {

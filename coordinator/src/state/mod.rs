@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 
 pub use access::{KEYS_MAX, Key, Keys, Limits, TENANTS_MAX};
 pub use codec::{CodecError, VERSION, decode_batch, decode_ledger, encode_batch, encode_ledger, hash};
-pub use command::{Assigned, Batch, Command, Finished, Model, Order, Outcome, Proposed, Registration};
+pub use command::{Assigned, Batch, Check, Command, Finished, Model, Order, Outcome, Proposed, Registration};
 pub use nodes::{JOINS_REMEMBERED_MAX, Join, NODES_JOINING_MAX, NODES_REMOVED_MAX, NodeCommand, Nodes};
 pub use poison::{Apart, BLAME_MS, Life, POISON_STRIKES, POISON_STRIKES_CROWDED, QUARANTINE_MS, SUSPECT_STRIKES};
 pub use request::{EndedRequests, OpenRequest};
@@ -147,6 +147,8 @@ impl Ledger {
             Command::CreateKey { id, key } => self.create_key(id, key),
             Command::RevokeKey { id } => self.revoke_key(&id),
             Command::Adopt { request, gateway } => self.adopt(request, gateway),
+            // Whoever applies entries compares; the ledger itself has nothing to compare with.
+            Command::Check(_) => Outcome::Checked,
             Command::Node(command) => self.nodes.apply(command),
         }
     }

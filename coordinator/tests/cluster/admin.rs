@@ -6,7 +6,8 @@ use baton_proto::v1::admin_client::AdminClient;
 use baton_proto::{TcpNet, v1};
 use tonic::transport::Channel;
 
-use crate::group::{Client, Directory, config, request, start};
+use crate::group::{Client, Directory, config, member, request, start};
+use crate::wait_for;
 
 fn admin(address: &str) -> AdminClient<Channel> {
     AdminClient::new(baton_proto::channel(Arc::new(TcpNet), address).unwrap())
@@ -109,5 +110,28 @@ async fn golden_tokens_that_differ_are_refused() {
     client.register_golden("decode-0", &[1, 2, 3, 4]).await.unwrap();
     assert_eq!(client.register_golden("prefill-0", &[1, 2, 3, 5]).await.unwrap_err().reason, "incompatible");
     client.register_golden("prefill-0", &[1, 2, 3, 4]).await.unwrap();
+    running.stop().await;
+}
+
+/// Goal: a second process does not take the name of a worker that is alive; one that follows it where it listened does.
+#[tokio::test]
+async fn a_name_in_use_is_refused() {
+    let directory = Directory::new();
+    let running = start(config(1, directory.path(), &[])).await;
+    let mut client = Client::new(&running.address());
+    let first = client.register("decode-0", "k").await.unwrap();
+    client.beat("decode-0", first, 1).await.unwrap();
+    let elsewhere = || v1::Member { address: "decode-0:2".into(), ..member("decode-0") };
+    let refused = client.register_as(elsewhere(), "other").await.unwrap_err();
+    assert_eq!(refused.reason, "unavailable");
+    assert!(refused.detail.contains("alive at decode-0:1"), "{refused:?}");
+    client.beat("decode-0", first, 2).await.unwrap();
+    let second = client.register("decode-0", "restarted").await.unwrap();
+    assert!(second > first);
+    let silent = wait_for("the one that lives falls silent", || {
+        let mut client = client.clone();
+        async move { client.register_as(elsewhere(), "other").await.ok() }
+    });
+    assert!(silent.await > second);
     running.stop().await;
 }
