@@ -42,6 +42,8 @@ const INLINE_HASHED_TOKENS_MAX: usize = 16 << 10;
 const FINGERPRINT_BYTES: usize = 16;
 const BACKOFF_MIN: Duration = Duration::from_millis(20);
 const BACKOFF_MAX: Duration = Duration::from_millis(320);
+/// The longest pause while no coordinator leads.
+const BACKOFF_COORDINATOR: Duration = Duration::from_millis(40);
 
 /// What serving a request needs of its gateway.
 pub(crate) struct Servers {
@@ -83,6 +85,8 @@ pub(crate) struct Serving {
     choices: Vec<ChoiceState>,
     attempt: u32,
     epoch: u64,
+    /// An assignment was asked for whose fate is not known: it may stand in the ledger.
+    asking: bool,
     /// How long this attempt goes on without a gateway.
     window_ms: u64,
     exclude: Vec<WorkerLife>,
@@ -133,6 +137,7 @@ impl Serving {
             choices: vec![ChoiceState::default(); request.choices as usize],
             attempt: 0,
             epoch: 0,
+            asking: false,
             window_ms: 0,
             exclude: Vec::new(),
             exclude_pairs: Vec::new(),
@@ -341,13 +346,19 @@ impl Serving {
             message.deadline_ms = self.left_ms();
             message.exclude = self.exclude.iter().chain(&self.busy).cloned().collect();
             message.exclude_pairs = self.exclude_pairs.clone();
+            self.asking = true;
             let refusal = match self.servers.assigner.ask(message.clone()).await {
                 Ok(assignment) => match Assignment::try_from(assignment) {
-                    Ok(assignment) => return Ok(assignment),
+                    Ok(assignment) => {
+                        self.asking = false;
+                        return Ok(assignment);
+                    }
                     Err(bad) => Refusal::unavailable(bad.to_string()),
                 },
                 Err(refusal) => refusal,
             };
+            let unknown = matches!(refusal.reason, Refused::Unavailable | Refused::NotLeader);
+            self.asking = unknown;
             if started.elapsed() >= self.patience(&refusal) {
                 let error = match refusal.reason {
                     // What the ledger does not know of a request that is asked for is its key.
@@ -362,7 +373,8 @@ impl Serving {
                 self.exclude.clear();
                 self.exclude_pairs.clear();
             }
-            tokio::time::sleep(backoff).await;
+            // The next leader is there within a few hundred milliseconds, and a question costs it nothing.
+            tokio::time::sleep(if unknown { backoff.min(BACKOFF_COORDINATOR) } else { backoff }).await;
             backoff = (backoff * 2).min(BACKOFF_MAX);
         }
     }
@@ -553,13 +565,15 @@ impl Drop for Serving {
         let outcome = self.outcome.take().unwrap_or_else(|| Aborted::Cancelled.as_str().into());
         let generated: usize = self.choices.iter().map(|c| c.so_far.len()).sum();
         self.phases.ended(&self.request, &outcome, self.attempt, generated, self.cached_tokens);
+        // Epoch 0 ends the request whatever the ledger has made of it.
+        let epoch = if self.asking { 0 } else { self.epoch };
         // Another gateway has taken a superseded request over, and tells its end.
-        if self.epoch == 0 || outcome == Aborted::Superseded.as_str() {
+        if (epoch == 0 && !self.asking) || outcome == Aborted::Superseded.as_str() {
             return;
         }
         self.servers.finishes.send(FinishedRequest {
             request: self.request.id.to_string(),
-            epoch: self.epoch,
+            epoch,
             outcome,
             prompt_tokens: self.request.prompt.len() as u64,
             cached_tokens: self.cached_tokens,

@@ -147,6 +147,22 @@ async fn a_client_that_goes_away_before_the_first_token_cancels_too() {
     world.until(|seen| seen.cancels.len() == 1 && seen.finishes.len() == 1).await;
 }
 
+/// An assignment whose fate is unknown may stand in the ledger: a client that leaves then ends it there all the same.
+#[tokio::test]
+async fn a_client_that_goes_away_while_an_assignment_is_asked_for_ends_it_in_the_ledger() {
+    let world = World::new(vec![says("Hello")]).await;
+    world.refuse_assigns(&["unavailable"; 64]);
+    let address = world.address();
+    let body = hi(json!({"stream": true}));
+    let asking = tokio::spawn(async move { stream(&address, PATH, &body).await.status });
+    world.until(|seen| !seen.assigns.is_empty()).await;
+    asking.abort();
+    world.until(|seen| seen.finishes.len() == 1).await;
+    let seen = world.seen.borrow();
+    let (asked, ended) = (&seen.assigns[0], &seen.finishes[0]);
+    assert_eq!((&ended.request, ended.epoch, ended.outcome.as_str()), (&asked.request, 0, "cancelled"));
+}
+
 /// A worker that the view shows as gone is left at once, though its connection still stands; what it says later is not
 /// heard.
 #[tokio::test]
