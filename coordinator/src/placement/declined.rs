@@ -16,12 +16,12 @@ pub struct Declined {
     pub detail: String,
     /// When it is worth another try; 0 if waiting does not help.
     pub retry_after_ms: u64,
-    pub trace: Trace,
+    pub trace: Box<Trace>,
 }
 
 impl Declined {
     fn new(reason: Refused, detail: String, retry_after_ms: u64, aside: Trace) -> Declined {
-        let trace = Trace { verdict: detail.clone(), ..aside };
+        let trace = Box::new(Trace { verdict: detail.clone(), ..aside });
         Declined { reason, detail, retry_after_ms, trace }
     }
 

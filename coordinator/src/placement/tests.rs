@@ -339,7 +339,6 @@ fn load() -> impl Strategy<Value = (Load, u64, bool)> {
         step_us: running * 1_000,
         age_ms: waiting * 7,
         draining,
-        ..Load::default()
     });
     (load, 0u64..12, any::<bool>())
 }

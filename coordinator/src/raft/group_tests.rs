@@ -185,20 +185,24 @@ impl Group {
     /// Commits commands, at whichever of these nodes leads.
     async fn commit(&self, of: &[u64], times: std::ops::Range<u64>) {
         for time_ms in times {
-            let batch = Batch { time_ms, commands: vec![Command::Expire] };
-            while self.node(self.leader(of).await).propose(&batch).await.is_err() {}
+            self.commit_one(of, Batch { time_ms, commands: vec![Command::Expire] }).await;
         }
+    }
+
+    async fn commit_one(&self, of: &[u64], batch: Batch) {
+        while self.node(self.leader(of).await).propose(&batch).await.is_err() {}
     }
 
     /// Waits until these nodes hold the same ledger up to this time.
     async fn agree(&self, of: &[u64], time_ms: u64) {
-        let seen = || {
-            of.iter()
-                .map(|id| self.node(*id))
-                .map(|node| (node.ledger().index(), state::hash(&node.ledger()), node.ledger().time_ms()))
+        // One look at each ledger: a second one while an entry waits to be applied would wait for ever.
+        let seen = |id: &u64| {
+            let node = self.node(*id);
+            let ledger = node.ledger();
+            (ledger.index(), state::hash(&ledger), ledger.time_ms())
         };
         wait(|| {
-            let seen: Vec<_> = seen().collect();
+            let seen: Vec<_> = of.iter().map(seen).collect();
             (seen.iter().all(|one| *one == seen[0]) && seen[0].2 >= time_ms).then_some(())
         })
         .await;
@@ -237,6 +241,59 @@ async fn save_and_purge(node: &Node) {
     node.raft.wait(None).metrics(saved, "a snapshot").await.unwrap();
     node.raft.trigger().purge_log(applied).await.unwrap();
     node.raft.wait(None).metrics(|m| m.purged.is_some_and(|p| p.index >= applied), "a purge").await.unwrap();
+}
+
+/// Ends of requests that nobody has heard of: they make the ledger, and its snapshot, large.
+fn ends(nth: u64) -> Batch {
+    let end = |id: u64| {
+        Command::Finish(state::Finished {
+            request: baton_core::RequestId(u128::MAX - u128::from(id)),
+            epoch: baton_core::Epoch(0),
+            outcome: "cancelled".into(),
+            prompt_tokens: 0,
+            cached_tokens: 0,
+            generated_tokens: 0,
+        })
+    };
+    let count = state::COMMANDS_MAX as u64;
+    Batch { time_ms: 0, commands: (nth * count..(nth + 1) * count).map(end).collect() }
+}
+
+/// Goal: a node for which the others no longer have entries catches up by snapshot, of more parts than one, and goes on by
+/// the log.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_far_behind_catches_up_by_snapshot() {
+    let mut group = Group::start().await;
+    group.commit(&ALL, 1..10).await;
+    let away = others(group.leader(&ALL).await)[0];
+    let present = others(away);
+    group.stop(away).await;
+    group.commit(&present, 10..200).await;
+    for nth in 0..8 {
+        group.commit_one(&present, ends(nth)).await;
+    }
+    let bytes = state::encode_ledger(&group.node(present[0]).ledger()).len();
+    assert!(bytes > 1 << 20, "{bytes} bytes are one part");
+    // A leader keeps what it still tries to send to a node that is down: one that has dropped it shall lead.
+    let leader = group.leader(&present).await;
+    let next = *present.iter().find(|id| **id != leader).unwrap();
+    save_and_purge(&group.node(next)).await;
+    while group.leader(&present).await != next {
+        group.node(group.leader(&present).await).hand_over(next).await.unwrap();
+        wait(|| group.node(next).standing().borrow().leader).await;
+    }
+    save_and_purge(&group.node(leader)).await;
+    group.commit(&present, 200..210).await;
+    group.restart(away).await;
+    group.agree(&ALL, 209).await;
+    let metrics = group.node(away).raft.metrics().borrow_watched().clone();
+    assert!(metrics.snapshot.is_some_and(|saved| saved.index >= 190), "{:?}", metrics.snapshot);
+    group.commit(&ALL, 210..220).await;
+    group.agree(&ALL, 219).await;
+    group.stop(away).await;
+    group.restart(away).await;
+    group.agree(&ALL, 219).await;
+    group.stop_all().await;
 }
 
 /// Goal: saving the ledger and dropping the log while entries stream in loses and reorders nothing, on any node, over a

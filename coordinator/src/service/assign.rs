@@ -37,7 +37,7 @@ pub(super) struct Placed {
 }
 
 enum Looked {
-    Fate(Fate),
+    Fate(Box<Fate>),
     Placed(Box<Placed>),
 }
 
@@ -61,7 +61,7 @@ impl Shared {
         let mut placed = Vec::new();
         for looked in looked {
             match looked {
-                Looked::Fate(fate) => fates.push(Some(fate)),
+                Looked::Fate(fate) => fates.push(Some(*fate)),
                 Looked::Placed(one) => {
                     placed.push(*one);
                     fates.push(None);
@@ -105,23 +105,23 @@ impl Shared {
     fn look_at(&self, ask: Ask, ledger: &Ledger, roster: &mut Roster, now: Instant) -> Looked {
         let now_ms = self.lead.stamp().unwrap_or(ledger.time_ms());
         if let Some(assigned) = ledger.assignment(ask.request, ask.attempt, now_ms) {
-            return Looked::Fate(Fate::Answered(Ok(granted(assigned, String::new()))));
+            return Looked::Fate(Box::new(Fate::Answered(Ok(granted(assigned, String::new())))));
         }
         let accepted = ledger.request(ask.request).is_some();
         if let Err(refused) = acceptable(&ask, ledger, accepted, now_ms) {
-            return Looked::Fate(Fate::Answered(Err(self.refused(&ask, refused, None))));
+            return Looked::Fate(Box::new(Fate::Answered(Err(self.refused(&ask, refused, None)))));
         }
         if !accepted && self.admission.is_behind(&ask) {
-            return Looked::Fate(self.park(ask, ledger));
+            return Looked::Fate(Box::new(self.park(ask, ledger)));
         }
         self.suspect(&ask, roster, now);
         match self.place(&ask, ledger, roster, now) {
             Ok(decision) => Looked::Placed(Box::new(Placed { ask, decision })),
             // What has been accepted is not refused for want of room; its gateway asks again.
             Err(declined) if declined.reason == Refused::NoCapacity && !accepted => {
-                Looked::Fate(self.park(ask, ledger))
+                Looked::Fate(Box::new(self.park(ask, ledger)))
             }
-            Err(declined) => Looked::Fate(Fate::Answered(Err(self.declined(&ask, declined)))),
+            Err(declined) => Looked::Fate(Box::new(Fate::Answered(Err(self.declined(&ask, declined))))),
         }
     }
 
@@ -208,7 +208,7 @@ impl Shared {
 
     pub(super) fn declined(&self, ask: &Ask, declined: Declined) -> Refusal {
         let Declined { reason, detail, retry_after_ms, trace } = declined;
-        self.remember(ask, Word::Refused(reason), trace);
+        self.remember(ask, Word::Refused(reason), *trace);
         Refusal { retry_after_ms, ..refusal(reason, detail) }
     }
 

@@ -226,6 +226,11 @@ async fn an_emptied_node_is_refused_and_replaced() {
     let number = lost as u64 + 1;
     let others: Vec<String> = (0..3).filter(|at| *at != lost).map(|at| group.peers[at].1.clone()).collect();
     let load = Load::start(&others).await;
+    // A node that holds nothing yet has nothing to lose and may begin anew.
+    wait_for("the node holds a part of the ledger", || async {
+        (group.client(lost).view().await?.ledger_index > 0).then_some(())
+    })
+    .await;
     group.stop(lost).await;
     let emptied = config(number, group.directory.path(), &group.peers);
     std::fs::remove_dir_all(&emptied.data).unwrap();

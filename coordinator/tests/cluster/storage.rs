@@ -169,6 +169,7 @@ impl Appender for SlowEnd {
     fn sync(&mut self) -> io::Result<()> {
         if self.slow.load(Ordering::Relaxed) {
             // The log's own thread: this is what a slow disk does to it.
+            #[allow(clippy::disallowed_methods)]
             std::thread::sleep(Duration::from_millis(300));
         }
         self.end.sync()
