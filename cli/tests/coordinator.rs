@@ -73,15 +73,28 @@ fn said(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
+/// Polls until it is so; what never comes is a failure.
+fn wait_for(mut check: impl FnMut() -> bool) {
+    for _ in 0..4_000 {
+        if check() {
+            return;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    panic!("it does not come within 20 s");
+}
+
 /// Goal: a coordinator whose log is damaged in its middle ends with code 78 and names file and offset.
 #[test]
 fn a_damaged_log_ends_the_process_with_its_place() {
     let directory = Directory::new("damaged");
     let data = directory.join("data");
-    drop(Node::start(&["--data", &data]));
-    drop(Node::start(&["--data", &data]));
+    let node = Node::start(&["--data", &data]);
     let log = std::fs::read_dir(&data).unwrap().map(|entry| entry.unwrap().path());
     let log = log.filter(|path| path.extension().is_some_and(|extension| extension == "log")).min().unwrap();
+    // Damage in the very last frame would be a torn tail: several have to be there.
+    wait_for(|| std::fs::metadata(&log).unwrap().len() > 200);
+    drop(node);
     let mut bytes = std::fs::read(&log).unwrap();
     bytes[60] ^= 4;
     std::fs::write(&log, bytes).unwrap();
