@@ -74,6 +74,7 @@ fn said(output: &Output) -> String {
 }
 
 /// Polls until it is so; what never comes is a failure.
+#[allow(clippy::disallowed_methods)] // Between two looks at another process.
 fn wait_for(mut check: impl FnMut() -> bool) {
     for _ in 0..4_000 {
         if check() {
