@@ -32,14 +32,18 @@ impl Answers {
         Answers { inlet, ends, following, ended: None, over: false }
     }
 
-    /// How the stream ends. An error ends it once everything that has come is read, though an engine that is stuck may
-    /// hold the other end; else it ends when nothing more can come.
-    fn poll_end(&mut self, all_read: bool, cx: &mut Context<'_>) -> Poll<Option<Result<StepOutput, Status>>> {
+    /// Learns how `following` ended. Asked before what has come is read: what was said before it ended is then there.
+    fn learn_end(&mut self, cx: &mut Context<'_>) {
         if self.ended.is_none()
             && let Poll::Ready(ended) = Pin::new(&mut self.following).poll(cx)
         {
             self.ended = Some(ended.unwrap_or_else(|_| Err(Status::internal("the stream's task panicked"))));
         }
+    }
+
+    /// How the stream ends once everything that has come is read: with an error at once, because an engine that is stuck
+    /// may hold the other end; else when nothing more can come.
+    fn end(&mut self, all_read: bool) -> Poll<Option<Result<StepOutput, Status>>> {
         match &self.ended {
             Some(Err(status)) => {
                 self.over = true;
@@ -61,6 +65,7 @@ impl futures::Stream for Answers {
         if self.over {
             return Poll::Ready(None);
         }
+        self.learn_end(cx);
         let mut closed = 0;
         match self.ends.poll_recv(cx) {
             Poll::Ready(Some(output)) => return Poll::Ready(Some(Ok(StepOutput { outputs: vec![output] }))),
@@ -72,7 +77,7 @@ impl futures::Stream for Answers {
             Poll::Ready(None) => closed += 1,
             Poll::Pending => {}
         }
-        self.poll_end(closed == 2, cx)
+        self.end(closed == 2)
     }
 }
 

@@ -64,7 +64,9 @@ impl Cluster {
             return Ok(model);
         }
         let announced = state.live().any(|m| m.model.as_ref().is_some_and(|model| model.name == name));
-        if announced || state.view.members.is_empty() {
+        // Gateways are members too: without any worker nobody knows which models there are.
+        let workers = state.view.members.iter().filter_map(|view| view.member.as_ref()).any(|m| m.model.is_some());
+        if announced || !workers {
             return Err(nobody());
         }
         Err(ApiError::model_not_found(name))
