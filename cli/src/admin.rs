@@ -43,14 +43,23 @@ impl ClusterFlags {
         if !self.coordinators.is_empty() {
             return Ok(self.coordinators.clone());
         }
-        let data = self.data.clone().unwrap_or_else(crate::surroundings::default_data);
-        match ClusterFile::read(&data) {
-            Ok(file) if file.runs() => Ok(file.addresses(Role::Coordinator)),
-            _ => Err(Failure::refuse(format!(
+        match self.up() {
+            Some(file) => Ok(file.addresses(Role::Coordinator)),
+            None => Err(Failure::refuse(format!(
                 "no cluster runs on {}: name a coordinator with --coordinator, or the directory with --data",
-                data.display()
+                self.data().display()
             ))),
         }
+    }
+
+    /// The running `baton up` that is meant, unless coordinators are named.
+    pub(crate) fn up(&self) -> Option<ClusterFile> {
+        let file = self.coordinators.is_empty().then(|| ClusterFile::read(&self.data()).ok())?;
+        file.filter(ClusterFile::runs)
+    }
+
+    fn data(&self) -> PathBuf {
+        self.data.clone().unwrap_or_else(crate::surroundings::default_data)
     }
 }
 

@@ -91,6 +91,7 @@ pub(crate) fn drain(flags: DrainFlags) -> Result<(), Failure> {
             return Ok(());
         }
         until(&coordinators, worker, |view| view.is_none_or(|view| !view.live || incarnation(view) != life)).await?;
+        until_ended(&flags.cluster, worker).await?;
         println!("{worker} is gone after {:.2} s", since.elapsed().as_secs_f64());
         Ok(())
     })
@@ -167,6 +168,19 @@ async fn until(
         sleep(RETRY).await;
     }
     Err(anyhow::anyhow!("{worker} has not done as ordered within {} s", DONE_MAX.as_secs()).into())
+}
+
+/// Waits until the process of a worker that has left the cluster is gone too, where a `baton up` on this machine says so.
+async fn until_ended(cluster: &ClusterFlags, worker: &str) -> Result<(), Failure> {
+    let deadline = Instant::now() + DONE_MAX;
+    while cluster.up().is_some_and(|file| file.processes.iter().any(|process| process.id == worker)) {
+        if Instant::now() >= deadline {
+            let after = DONE_MAX.as_secs();
+            return Err(anyhow::anyhow!("{worker} has left the cluster, but its process runs after {after} s").into());
+        }
+        sleep(RETRY).await;
+    }
+    Ok(())
 }
 
 fn progress(view: &MemberView) -> String {

@@ -77,6 +77,10 @@ impl futures::Stream for Answers {
             Poll::Ready(None) => closed += 1,
             Poll::Pending => {}
         }
+        // tokio lets a task that has read much pause, and says Pending although more is there.
+        if !self.ends.is_empty() || !(self.inlet.is_empty() || self.inlet.is_overrun()) {
+            return Poll::Pending;
+        }
         self.end(closed == 2)
     }
 }
@@ -133,5 +137,32 @@ fn finished(choice: u32, finish: baton_core::Finish, usage: Usage) -> ChoiceFini
         prompt_tokens: usage.prompt_tokens as u64,
         cached_tokens: usage.cached_tokens as u64,
         generated_tokens: usage.generated_tokens as u64,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use baton_worker::outlet::outlet;
+    use futures::StreamExt;
+
+    use super::*;
+
+    /// More than tokio lets a task read in one go waits when the stream ends with an error: all of it comes first.
+    #[tokio::test]
+    async fn what_was_said_before_the_end_comes_first() {
+        const SAID: usize = 1_000;
+        let (_outlet, inlet) = outlet(1);
+        let (said, ends) = mpsc::channel(SAID);
+        for handle in 0..SAID as u32 {
+            said.try_send(RequestOutput { handle, output: None }).unwrap();
+        }
+        let following = tokio::spawn(async { Err(Status::unavailable("the worker is stopping")) });
+        while !following.is_finished() {
+            tokio::task::yield_now().await;
+        }
+        let answers = Answers::new(inlet, ends, following);
+        let read: Vec<_> = tokio::spawn(answers.collect()).await.unwrap();
+        assert_eq!(read.iter().filter(|answer| answer.is_ok()).count(), SAID);
+        assert!(read.last().unwrap().is_err());
     }
 }

@@ -131,6 +131,11 @@ impl Inlet {
         }
     }
 
+    /// Whether nothing waits to be read.
+    pub fn is_empty(&self) -> bool {
+        self.receiver.is_empty()
+    }
+
     pub fn is_overrun(&self) -> bool {
         self.state.overrun.load(Ordering::Acquire)
     }

@@ -40,8 +40,7 @@ struct Route {
     cached_tokens: u64,
     /// Choices that have not ended; a prefill counts as one.
     open: Vec<u32>,
-    /// Only its drop matters: it tells the task that the work has ended.
-    _end: oneshot::Sender<()>,
+    end: oneshot::Sender<()>,
 }
 
 pub(crate) struct Steps {
@@ -49,6 +48,8 @@ pub(crate) struct Steps {
     backend: Box<dyn Backend>,
     routes: BTreeMap<RequestId, Route>,
     requests: BTreeMap<Key, RequestId>,
+    /// Of work that has ended; only their drop matters: it tells the task so.
+    over: Vec<oneshot::Sender<()>>,
     /// What the current step has for each outlet.
     notes: BTreeMap<u64, (Outlet, Notes)>,
     events: Vec<Event>,
@@ -65,6 +66,7 @@ impl Steps {
             backend,
             routes: BTreeMap::new(),
             requests: BTreeMap::new(),
+            over: Vec::new(),
             notes: BTreeMap::new(),
             events: Vec::new(),
             published,
@@ -142,13 +144,16 @@ impl Steps {
             Goal::Prefill { .. } => vec![0],
         };
         match self.engine.admit(work) {
-            Err(reason) => self.note(outlet, tag, Note::Refused(reason)),
+            Err(reason) => {
+                self.note(outlet, tag, Note::Refused(reason));
+                self.over.push(end);
+            }
             Ok(()) => {
                 self.metrics.prompt(prompt_tokens);
                 phases.handoff = started.elapsed();
                 self.note(outlet.clone(), tag, Note::Admitted(phases));
                 let cached_tokens = phases.cached_tokens;
-                self.routes.insert(request, Route { key, outlet, tag, cached_tokens, open, _end: end });
+                self.routes.insert(request, Route { key, outlet, tag, cached_tokens, open, end });
                 self.requests.insert(key, request);
             }
         }
@@ -157,7 +162,7 @@ impl Steps {
     fn cancel(&mut self, key: Key) {
         if let Some(request) = self.requests.remove(&key) {
             // Without a route nothing more is said about it, not even by what the engine still has to say.
-            self.routes.remove(&request);
+            self.drop_route(request);
             self.engine.cancel(request);
             self.deliver_ready();
         }
@@ -211,22 +216,28 @@ impl Steps {
         let (outlet, tag, key, over) = (route.outlet.clone(), route.tag, route.key, route.open.is_empty());
         self.note(outlet, tag, Note::Event(event));
         if over {
-            self.routes.remove(&request);
+            self.drop_route(request);
             self.requests.remove(&key);
         }
+    }
+
+    fn drop_route(&mut self, request: RequestId) {
+        self.over.extend(self.routes.remove(&request).map(|route| route.end));
     }
 
     fn note(&mut self, outlet: Outlet, tag: u32, note: Note) {
         self.notes.entry(outlet.id()).or_insert_with(|| (outlet, Notes::new())).1.push((tag, note));
     }
 
-    /// One message per outlet. What belongs to a broken outlet is cancelled.
+    /// One message per outlet. What belongs to a broken outlet is cancelled. Whoever waits for the end of a request learns
+    /// of it after its last note is there to be read: a worker that stops closes its streams as soon as nothing is left.
     fn flush(&mut self) {
-        for (_, (outlet, notes)) in std::mem::take(&mut self.notes) {
+        while let Some((_, (outlet, notes))) = self.notes.pop_first() {
             if let Err(broken) = outlet.try_send(notes) {
                 self.cancel_all(&outlet, broken);
             }
         }
+        self.over.clear();
     }
 
     fn cancel_all(&mut self, outlet: &Outlet, broken: Broken) {
