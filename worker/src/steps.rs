@@ -295,3 +295,55 @@ impl Rate {
         if self.seconds > 0.0 { (self.tokens / self.seconds) as u64 } else { 0 }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::pin::pin;
+    use std::task::{Context, Wake, Waker};
+
+    use baton_core::Arena;
+    use baton_engine::testing::{request, work};
+    use baton_engine::{Cache, EngineConfig};
+
+    use super::*;
+    use crate::outlet::{Inlet, Phases, outlet};
+    use crate::testing::hash_model;
+
+    /// Counts the notes that can be read at the moment it is woken.
+    struct Listening {
+        inlet: Mutex<Inlet>,
+        heard: Mutex<Vec<Note>>,
+    }
+
+    impl Wake for Listening {
+        fn wake(self: Arc<Self>) {
+            let mut cx = Context::from_waker(Waker::noop());
+            while let std::task::Poll::Ready(Some(notes)) = self.inlet.lock().unwrap().poll_next(&mut cx) {
+                self.heard.lock().unwrap().extend(notes.into_iter().map(|(_, note)| note));
+            }
+        }
+    }
+
+    /// Whoever hears that work has ended finds its last note there: a stream that is closed then loses nothing.
+    #[test]
+    fn the_last_note_is_there_when_work_ends() {
+        let model = hash_model();
+        let config =
+            EngineConfig { blocks: 16, batch_tokens_max: 64, sequences_max: 4, queue_max: 4, prefix_cache: true };
+        let cache = Cache::of(Arena::new(model.spec.layout, config.blocks));
+        let engine = Engine::over(cache, model.spec, config);
+        let mut steps = Steps::new(engine, model.backend, Arc::default());
+        let (outlet, inlet) = outlet(16);
+        let (end, ended) = oneshot::channel();
+        let listening = Arc::new(Listening { inlet: Mutex::new(inlet), heard: Mutex::default() });
+        let waker = Waker::from(listening.clone());
+        let mut ended = pin!(ended);
+        assert!(ended.as_mut().poll(&mut Context::from_waker(&waker)).is_pending());
+        let (work, started) = (work(&request(1, &[1, 2, 3], 2)), Instant::now());
+        let admit = Admit { key: Key(1), work, outlet, tag: 0, phases: Phases::default(), started, end };
+        steps.apply([Command::Admit(Box::new(admit))]);
+        while steps.step() {}
+        let heard = listening.heard.lock().unwrap();
+        assert!(matches!(heard.last(), Some(Note::Event(Event::Finished { .. }))), "{heard:?}");
+    }
+}

@@ -3,15 +3,13 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 
+use crate::{config, eventually, net, start, start_with};
 use baton_core::Refused;
 use baton_engine::testing::{request, work};
 use baton_engine::{Backend, Batch, Event, Goal, Output, Work};
 use baton_worker::outlet::{Note, Outlet, Phases, outlet};
 use baton_worker::testing::{FakeCoordinator, hash_model};
 use baton_worker::{Admission, Error, LoadedModel, Running, StartError, Submission};
-use futures::FutureExt;
-
-use crate::{config, eventually, net, start, start_with};
 
 async fn worker() -> (FakeCoordinator, Running) {
     let coordinator = FakeCoordinator::start(&net()).await.unwrap();
@@ -52,27 +50,6 @@ async fn notes_come_in_order_one_message_a_step() {
     }
     assert_eq!(told, "a|t|t|t|tf|");
     eventually("its blocks are free", || is_free(&worker)).await;
-}
-
-/// Whoever hears that work has ended finds its last note there: a stream that is closed then loses nothing. Watches the end
-/// from another thread than the engine's, without a pause, many times.
-#[tokio::test]
-async fn the_last_note_is_there_when_work_ends() {
-    let (_coordinator, worker) = worker().await;
-    for number in 1..=500 {
-        // What tokio lets a task read in one go begins anew.
-        tokio::task::yield_now().await;
-        let (outlet, mut inlet) = outlet(64);
-        let mut admission = submit(&worker, work(&request(number, &[1, 2, 3], 1)), &outlet).unwrap();
-        while admission.ended().now_or_never().is_none() {
-            std::hint::spin_loop();
-        }
-        let mut finished = false;
-        while let Some(Some(notes)) = inlet.next().now_or_never() {
-            finished |= notes.iter().any(|(_, note)| matches!(note, Note::Event(Event::Finished { .. })));
-        }
-        assert!(finished, "request {number}");
-    }
 }
 
 /// Each layer of each block is announced once, in order, and the blocks are held until the notes are dropped.
