@@ -10,7 +10,7 @@ use std::fmt::Display;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use baton_core::{Env, Role, SystemClock};
+use baton_core::{Env, Process, Role, SystemClock};
 use baton_proto::TcpNet;
 use clap::Args;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -55,7 +55,7 @@ impl RoleFlags {
     /// The world this process lives in.
     fn env(&self) -> anyhow::Result<Env> {
         let rng = crate::seed::rng(self.seed)?;
-        Ok(Env { net: std::sync::Arc::new(TcpNet), clock: std::sync::Arc::new(SystemClock), rng })
+        Ok(Env { net: std::sync::Arc::new(TcpNet), clock: std::sync::Arc::new(SystemClock), rng, process: Process::own() })
     }
 }
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use baton_coordinator::placement::Policy;
 use baton_coordinator::{Config, Running};
-use baton_core::{Env, NodeId, Rng, SystemClock};
+use baton_core::{Env, NodeId, Process, Rng, SystemClock};
 use baton_proto::v1::coordinator_client::CoordinatorClient;
 use baton_proto::{TcpNet, WIRE_VERSION, v1};
 use tokio::time::Instant;
@@ -91,7 +91,7 @@ async fn start(nodes: u64, directory: &std::path::Path) -> Vec<Running> {
             cluster: None,
             policy: Policy { queue_max: u64::MAX, decode_waiting_max: u64::MAX, ..Policy::default() },
         };
-        let env = Env { net: Arc::new(TcpNet), clock: Arc::new(SystemClock), rng: Rng::new(node.0) };
+        let env = Env { net: Arc::new(TcpNet), clock: Arc::new(SystemClock), rng: Rng::new(node.0), process: Process::own() };
         running.push(baton_coordinator::start(config, env).await.expect("a coordinator"));
     }
     running

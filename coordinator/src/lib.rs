@@ -6,6 +6,7 @@ mod aside;
 mod config;
 mod join;
 pub mod log;
+mod observe;
 pub mod placement;
 mod raft;
 mod running;
@@ -15,5 +16,6 @@ pub mod state;
 
 pub use config::{Config, ConfigError};
 pub use join::{Join, join, join_on};
+pub use observe::{Observed, Observer};
 pub use raft::NodeError;
 pub use running::{Running, StartError, Stopped, start, start_on};

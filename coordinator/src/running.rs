@@ -14,6 +14,7 @@ use tokio::task::JoinHandle;
 use crate::aside::Cause;
 use crate::config::{Config, ConfigError};
 use crate::log::{self, Directory, DirectoryError, Disk, Identity, IdentityError, LogError, Room};
+use crate::observe::Observer;
 use crate::raft::{self, Envelope, Node, NodeError, Verdict};
 use crate::service::cluster_name;
 use crate::stack::{End, Stack};
@@ -94,6 +95,7 @@ pub enum Stopped {
 pub struct Running {
     address: String,
     node: NodeId,
+    observer: Observer,
     stopping: watch::Sender<bool>,
     ended: JoinHandle<Result<(), Stopped>>,
 }
@@ -141,14 +143,16 @@ pub(crate) async fn start_with(
         policy: config.policy,
         net: env.net,
         rng: env.rng,
+        pid: env.process.id,
+        observer: Observer::default(),
         room: Arc::new(Room::new(disk)),
         listener: Shared(Arc::new(Mutex::new(listener))),
     };
     let begun = home.begin(false).await?;
     let stopping = watch::Sender::new(false);
-    let node = home.node;
+    let (node, observer) = (home.node, home.observer.clone());
     let ended = tokio::spawn(home.keep(begun, stopping.subscribe()));
-    Ok(Running { address, node, stopping, ended })
+    Ok(Running { address, node, observer, stopping, ended })
 }
 
 /// The address under which the others reach this node.
@@ -173,6 +177,8 @@ struct Home {
     policy: crate::placement::Policy,
     net: Arc<dyn Net>,
     rng: Rng,
+    pid: u32,
+    observer: Observer,
     room: Arc<Room>,
     listener: Shared,
 }
@@ -269,6 +275,7 @@ impl Home {
             seed: self.rng.u64(),
         };
         let node = Arc::new(Box::pin(Node::start(parts)).await?);
+        self.observer.follow(&node);
         let cluster = self.cluster.clone().unwrap_or_else(|| self.cluster_drawn.clone());
         let parts = crate::stack::Parts {
             node,
@@ -278,6 +285,7 @@ impl Home {
             policy: self.policy.clone(),
             net: self.net.clone(),
             rng: self.rng.fork(),
+            pid: self.pid,
         };
         Ok(Begun::Takes(Stack::serve(Box::new(self.listener.clone()), parts)))
     }
@@ -307,7 +315,7 @@ impl Home {
         let mut addresses = self.group.clone();
         addresses.insert(self.node.0, self.address.clone());
         let coordinator = |(id, address): (u64, String)| v1::CoordinatorNode {
-            pid: if id == self.node.0 { std::process::id() } else { 0 },
+            pid: if id == self.node.0 { self.pid } else { 0 },
             id,
             address,
             ..Default::default()
@@ -379,6 +387,11 @@ impl Running {
     /// Its number in the group.
     pub fn node(&self) -> NodeId {
         self.node
+    }
+
+    /// Looks at it from now on, through all its starts.
+    pub fn observer(&self) -> Observer {
+        self.observer.clone()
     }
 
     /// Resolves when it has ended by itself: its disk or its server failed, or it was removed.

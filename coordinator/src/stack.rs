@@ -33,6 +33,7 @@ pub(crate) struct Parts {
     pub(crate) policy: crate::placement::Policy,
     pub(crate) net: Arc<dyn Net>,
     pub(crate) rng: Rng,
+    pub(crate) pid: u32,
 }
 
 /// A server and what runs beside it.
@@ -62,6 +63,7 @@ impl Stack {
             cluster_proposed: parts.cluster,
             net: parts.net,
             rng: parts.rng,
+            pid: parts.pid,
             stopping: stopping.clone(),
         });
         let raft = RaftServer::new(node.service()).max_decoding_message_size(MESSAGE_BYTES_MAX);

@@ -20,7 +20,7 @@ pub use arena::{Arena, BlockLayout, KvDtype};
 pub use assignment::{Assignment, Place};
 pub use block::{BlockHash, BlockId};
 pub use clock::{Clock, SystemClock};
-pub use env::Env;
+pub use env::{Env, Process};
 pub use id::{Epoch, Incarnation, NodeId, RequestId, Role, TokenId, TransferId, WorkerId};
 pub use net::{Listener, Net, Stream};
 pub use numerics::NumericsClass;

@@ -4,6 +4,8 @@ pub mod hash;
 
 pub use hash::HashBackend;
 
+use std::time::Duration;
+
 use crate::batch::{Batch, Output};
 
 /// Computes batches: a model on a device, or the hash that stands in for one in tests and simulations.
@@ -11,4 +13,10 @@ pub trait Backend: Send {
     /// Writes the KV of every row into its block and reads off the draws. Calls `layers(layer)` as soon as a layer's KV
     /// of the whole batch is in the arena, layer by layer.
     fn run(&mut self, batch: &Batch, layers: &mut dyn FnMut(usize)) -> Output;
+
+    /// None: `run` blocks, and its worker gives it a thread. Some: its worker runs it inline, once so much time has
+    /// passed; a step of `rows` rows takes that long where time is simulated.
+    fn inline_delay(&self, _rows: usize) -> Option<Duration> {
+        None
+    }
 }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use baton_core::{Net, limits};
+use baton_core::{Env, Net, Process, limits};
 use baton_proto::v1::worker_client::WorkerClient;
 use baton_proto::v1::{CardRequest, ClusterView, Member, ModelCard, Role, WatchRequest};
 use serde_json::{Value, json};
@@ -26,6 +26,7 @@ const MODELS_MAX: usize = 64;
 /// What is known of the cluster.
 pub(crate) struct Cluster {
     net: Arc<dyn Net>,
+    process: Process,
     /// Streams to workers end when the view shows that their lives have.
     links: Arc<Links>,
     aliases: BTreeMap<String, String>,
@@ -41,10 +42,11 @@ struct State {
 }
 
 impl Cluster {
-    pub(crate) fn new(net: Arc<dyn Net>, links: Arc<Links>, aliases: BTreeMap<String, String>) -> Cluster {
+    pub(crate) fn new(env: &Env, links: Arc<Links>, aliases: BTreeMap<String, String>) -> Cluster {
         let silent_since = Some(Instant::now());
         let (view, models, fetching) = Default::default();
-        Cluster { net, links, aliases, state: Mutex::new(State { view, silent_since, models, fetching }) }
+        let state = Mutex::new(State { view, silent_since, models, fetching });
+        Cluster { net: env.net.clone(), process: env.process, links, aliases, state }
     }
 
     /// The model a client names; with one model served the name may be left out.
@@ -166,7 +168,7 @@ impl Cluster {
         let mut state = self.lock();
         for (hash, addresses) in state.missing() {
             state.fetching.insert(hash.clone());
-            cards.spawn(fetch(self.net.clone(), hash, addresses));
+            cards.spawn(fetch(self.net.clone(), self.process, hash, addresses));
         }
     }
 
@@ -240,9 +242,9 @@ fn nobody() -> ApiError {
 /// A card's hash and what became of it.
 type Fetched = (String, Option<Arc<Model>>);
 
-async fn fetch(net: Arc<dyn Net>, hash: String, addresses: Vec<String>) -> Fetched {
+async fn fetch(net: Arc<dyn Net>, process: Process, hash: String, addresses: Vec<String>) -> Fetched {
     for address in addresses {
-        match fetch_from(&net, &address).await {
+        match fetch_from(&net, process, &address).await {
             Ok(model) => return (hash, Some(Arc::new(model))),
             Err(problem) => tracing::warn!(worker = %address, problem, "no model card"),
         }
@@ -251,10 +253,13 @@ async fn fetch(net: Arc<dyn Net>, hash: String, addresses: Vec<String>) -> Fetch
     (hash, None)
 }
 
-async fn fetch_from(net: &Arc<dyn Net>, address: &str) -> Result<Model, String> {
+async fn fetch_from(net: &Arc<dyn Net>, process: Process, address: &str) -> Result<Model, String> {
     let channel = baton_proto::channel(net.clone(), address).map_err(|e| e.to_string())?;
     let mut client = WorkerClient::new(channel).max_decoding_message_size(limits::MESSAGE_BYTES_MAX);
     let card: ModelCard = deadline(client.card(CardRequest {})).await.map_err(|s| s.message().to_string())?;
+    if !process.threads {
+        return Model::from_card(card).map_err(|e| e.to_string());
+    }
     let parsed = tokio::task::spawn_blocking(move || Model::from_card(card)).await;
     parsed.map_err(|_| "the card's tokenizer cannot be read".to_string())?.map_err(|e| e.to_string())
 }

@@ -83,7 +83,7 @@ pub async fn start(config: Config, mut env: Env, metrics: RenderMetrics) -> Resu
     let address = listener.address();
     let id = config.id.clone();
     let links = Arc::new(Links::new(env.net.clone()));
-    let cluster = Arc::new(Cluster::new(env.net.clone(), links.clone(), config.aliases.clone()));
+    let cluster = Arc::new(Cluster::new(&env, links.clone(), config.aliases.clone()));
     let access = Arc::new(Access::new(!config.open && !access::is_loopback(&address)));
     let (finishes, queue) = finish::queue();
     let (assigner, asking) = assign::questions(finishes.clone());
@@ -98,7 +98,7 @@ pub async fn start(config: Config, mut env: Env, metrics: RenderMetrics) -> Resu
     beside.spawn(asking.run(coordinators.clone()));
     let (watched, watching) = (cluster.clone(), coordinators.clone());
     beside.spawn(async move { watched.watch(&watching).await });
-    let (member, announcer, open) = (member(&config, &address), coordinators.clone(), links.clone());
+    let (member, announcer, open) = (member(&config, &address, env.process.id), coordinators.clone(), links.clone());
     beside.spawn(async move {
         membership::announce(&announcer, member, process_key, || open.open_requests()).await;
     });
@@ -167,12 +167,12 @@ impl Running {
     }
 }
 
-fn member(config: &Config, address: &str) -> Member {
+fn member(config: &Config, address: &str, pid: u32) -> Member {
     Member {
         id: config.id.clone(),
         role: Role::Gateway.into(),
         address: address.to_string(),
-        pid: std::process::id(),
+        pid,
         incarnation: 0,
         version: env!("CARGO_PKG_VERSION").into(),
         model: None,

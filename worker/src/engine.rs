@@ -10,6 +10,7 @@ use std::time::Duration;
 use baton_core::{Aborted, Refused};
 use baton_engine::{Backend, Cache, Engine, Load, Work};
 use tokio::sync::{oneshot, watch};
+use tokio::task::AbortHandle;
 use tokio::time::{Instant, timeout};
 
 use crate::error::Error;
@@ -132,10 +133,16 @@ impl Drop for Admission {
     }
 }
 
-/// Owns the thread; dropping it stops and joins.
+/// What drives the engine: a thread where steps block, a task where their time is simulated.
+enum Driver {
+    Thread(JoinHandle<Box<dyn Backend>>),
+    Task(tokio::task::JoinHandle<Box<dyn Backend>>),
+}
+
+/// Owns the driver; dropping it stops and joins.
 pub(crate) struct EngineThread {
     handle: EngineHandle,
-    thread: Option<JoinHandle<Box<dyn Backend>>>,
+    driver: Option<Driver>,
     died: oneshot::Receiver<()>,
 }
 
@@ -160,11 +167,20 @@ impl EngineThread {
             }
         });
         let (alive, died) = oneshot::channel();
-        let thread = thread::Builder::new().name("engine".into()).spawn(move || {
-            let _alive = Alive { inbox: inbox.clone(), _end: alive };
-            drive(Steps::new(engine, backend, published.clone()), &inbox, &published.pulse)
-        })?;
-        Ok(EngineThread { handle, thread: Some(thread), died })
+        let alive = Alive { inbox: inbox.clone(), _end: alive };
+        let inline = backend.inline_delay(0).is_some();
+        let steps = Steps::new(engine, backend, published.clone());
+        let driver = match inline {
+            true => Driver::Task(tokio::spawn(async move {
+                let _alive = alive;
+                drive_inline(steps, &inbox, &published.pulse).await
+            })),
+            false => Driver::Thread(thread::Builder::new().name("engine".into()).spawn(move || {
+                let _alive = alive;
+                drive(steps, &inbox, &published.pulse)
+            })?),
+        };
+        Ok(EngineThread { handle, driver: Some(driver), died })
     }
 
     pub(crate) fn handle(&self) -> &EngineHandle {
@@ -181,20 +197,31 @@ impl EngineThread {
     /// to the end of the process, one that panicked has lost its backend.
     pub(crate) async fn finish(mut self) -> Result<Box<dyn Backend>, Error> {
         self.handle.inbox.stop();
-        let Some(thread) = self.thread.take() else { return Err(Error::EngineDied) };
-        let joining = tokio::task::spawn_blocking(move || thread.join());
+        let Some(driver) = self.driver.take() else { return Err(Error::EngineDied) };
+        // A task that is stuck is ended, a thread is left to the end of the process.
+        let _ended = match &driver {
+            Driver::Task(task) => Some(Ended(task.abort_handle())),
+            Driver::Thread(_) => None,
+        };
+        let joining = async {
+            match driver {
+                Driver::Thread(thread) => tokio::task::spawn_blocking(move || thread.join()).await.ok()?.ok(),
+                Driver::Task(task) => task.await.ok(),
+            }
+        };
         match timeout(JOIN, joining).await {
-            Ok(Ok(Ok(backend))) => Ok(backend),
-            Ok(_) => Err(Error::EngineDied),
+            Ok(backend) => backend.ok_or(Error::EngineDied),
             Err(_) => Err(Error::EngineStuck),
         }
     }
 
     fn join(&mut self) {
         self.handle.inbox.stop();
-        if let Some(thread) = self.thread.take() {
+        match self.driver.take() {
             // A panic has been reported by its own message and by `died`.
-            let _ = thread.join();
+            Some(Driver::Thread(thread)) => drop(thread.join()),
+            Some(Driver::Task(task)) => task.abort(),
+            None => {}
         }
     }
 }
@@ -202,6 +229,15 @@ impl EngineThread {
 impl Drop for EngineThread {
     fn drop(&mut self) {
         self.join();
+    }
+}
+
+/// Ends a task when dropped.
+struct Ended(AbortHandle);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        self.0.abort();
     }
 }
 
@@ -230,6 +266,24 @@ fn drive(mut steps: Steps, inbox: &Inbox, pulse: &Pulse) -> Box<dyn Backend> {
             steps.apply(commands);
         }
         busy = steps.step();
+    }
+    pulse.rest(Instant::now());
+    steps.into_backend()
+}
+
+/// The same as a task: a step is planned, takes its time, and is computed at the end of it.
+async fn drive_inline(mut steps: Steps, inbox: &Inbox, pulse: &Pulse) -> Box<dyn Backend> {
+    let mut busy = true;
+    loop {
+        if !busy {
+            pulse.rest(Instant::now());
+        }
+        let Some(commands) = (if busy { inbox.take() } else { inbox.come().await }) else { break };
+        pulse.begin(Instant::now());
+        if !commands.is_empty() {
+            steps.apply(commands);
+        }
+        busy = steps.step_inline().await;
     }
     pulse.rest(Instant::now());
     steps.into_backend()

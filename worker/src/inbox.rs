@@ -7,7 +7,7 @@ use std::sync::{Condvar, Mutex, MutexGuard};
 use baton_core::limits::WORKER_QUEUE_MAX;
 use baton_core::{Aborted, Refused};
 use baton_engine::Work;
-use tokio::sync::oneshot;
+use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
 
 use crate::outlet::{Outlet, Phases};
@@ -47,10 +47,19 @@ struct Queue {
     stopped: bool,
 }
 
+impl Queue {
+    fn is_idle(&self) -> bool {
+        !self.stopped && !self.woken && self.commands.is_empty()
+    }
+}
+
 #[derive(Default)]
 pub(crate) struct Inbox {
     queue: Mutex<Queue>,
+    /// Wakes an engine that has a thread.
     wake: Condvar,
+    /// Wakes an engine that is a task.
+    notify: Notify,
 }
 
 impl Inbox {
@@ -64,7 +73,7 @@ impl Inbox {
         }
         queue.admits += 1;
         queue.commands.push_back(Command::Admit(Box::new(admit)));
-        self.wake.notify_one();
+        self.notify();
         Ok(())
     }
 
@@ -73,13 +82,13 @@ impl Inbox {
         let mut queue = self.lock();
         if !queue.stopped {
             queue.commands.push_back(command);
-            self.wake.notify_one();
+            self.notify();
         }
     }
 
     pub(crate) fn wake(&self) {
         self.lock().woken = true;
-        self.wake.notify_one();
+        self.notify();
     }
 
     /// Ends the engine thread and refuses everything from now on.
@@ -89,7 +98,7 @@ impl Inbox {
             queue.stopped = true;
             std::mem::take(&mut queue.commands)
         };
-        self.wake.notify_one();
+        self.notify();
         // Dropped without the lock: guards in the work give blocks back, which wakes this inbox.
         drop(refused);
     }
@@ -101,9 +110,27 @@ impl Inbox {
 
     /// What has come, as soon as there is something; None after `stop`.
     pub(crate) fn wait(&self) -> Option<VecDeque<Command>> {
-        let idle = |queue: &mut Queue| !queue.stopped && !queue.woken && queue.commands.is_empty();
+        let idle = |queue: &mut Queue| queue.is_idle();
         let mut queue = self.wake.wait_while(self.lock(), idle).unwrap_or_else(|poisoned| poisoned.into_inner());
         taken(&mut queue)
+    }
+
+    /// As `wait`, for an engine that is a task.
+    pub(crate) async fn come(&self) -> Option<VecDeque<Command>> {
+        loop {
+            {
+                let mut queue = self.lock();
+                if !queue.is_idle() {
+                    return taken(&mut queue);
+                }
+            }
+            self.notify.notified().await;
+        }
+    }
+
+    fn notify(&self) {
+        self.wake.notify_one();
+        self.notify.notify_one();
     }
 
     /// A poisoned lock means that a thread panicked between two consistent states; going on is safe.

@@ -35,6 +35,7 @@ pub struct Opened {
     card: ModelCard,
     role: Role,
     rng: baton_core::Rng,
+    pid: u32,
     golden: Vec<TokenId>,
 }
 
@@ -64,7 +65,7 @@ pub struct Shell {
 /// thread.
 pub async fn open(role: Role, config: Config, model: LoadedModel, env: Env) -> Result<Opened, StartError> {
     check(role, &config)?;
-    let Env { net, rng, .. } = env;
+    let Env { net, rng, process, .. } = env;
     let LoadedModel { spec, backend, card } = model;
     let listen = net.listen(&config.listen).await;
     let listener = listen.map_err(|source| StartError::Listen { address: config.listen.clone(), source })?;
@@ -72,7 +73,7 @@ pub async fn open(role: Role, config: Config, model: LoadedModel, env: Env) -> R
     metrics::describe(role, &spec, &config.engine);
     let engine = Engine::over(cache(role, &*net, &spec, &config.engine), spec.clone(), config.engine);
     let engine = EngineThread::start(engine, backend).map_err(StartError::Thread)?;
-    Ok(Opened { config, net, spec, engine, listener, card, role, rng, golden })
+    Ok(Opened { config, net, spec, engine, listener, card, role, rng, pid: process.id, golden })
 }
 
 /// The cache. A prefill worker's is in memory that decode workers of its host can read, where there is such memory;
@@ -87,11 +88,14 @@ fn cache(role: Role, net: &dyn Net, spec: &ModelSpec, config: &EngineConfig) -> 
     Cache::new(spec.layout, config.blocks)
 }
 
-/// The golden tokens, computed beside the runtime.
+/// The golden tokens, computed beside the runtime where that takes long.
 async fn golden(
     spec: &ModelSpec,
     mut backend: Box<dyn Backend>,
 ) -> Result<(Vec<TokenId>, Box<dyn Backend>), StartError> {
+    if backend.inline_delay(0).is_some() {
+        return Ok((canary::golden(spec, &mut *backend)?, backend));
+    }
     let spec = spec.clone();
     let answering = tokio::task::spawn_blocking(move || (canary::golden(&spec, &mut *backend), backend));
     let (golden, backend) = answering.await.map_err(|_| StartError::CanaryPanicked)?;
@@ -163,7 +167,7 @@ impl Opened {
             id: self.config.id.0.clone(),
             role: baton_proto::v1::Role::from(self.role).into(),
             address: self.address(),
-            pid: std::process::id(),
+            pid: self.pid,
             incarnation: 0,
             version: env!("CARGO_PKG_VERSION").into(),
             model: Some(ModelSummary {

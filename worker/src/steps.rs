@@ -97,7 +97,20 @@ impl Steps {
     /// One step; false when there is nothing to do.
     pub(crate) fn step(&mut self) -> bool {
         let Some(batch) = self.engine.plan() else { return false };
+        self.compute(batch, Instant::now());
+        true
+    }
+
+    /// One step of a backend whose time is simulated.
+    pub(crate) async fn step_inline(&mut self) -> bool {
+        let Some(batch) = self.engine.plan() else { return false };
         let began = Instant::now();
+        tokio::time::sleep(self.backend.inline_delay(batch.tokens.len()).unwrap_or_default()).await;
+        self.compute(batch, began);
+        true
+    }
+
+    fn compute(&mut self, batch: Batch, began: Instant) {
         let (rows, prompt_rows) = (batch.tokens.len(), prompt_rows(&batch));
         let output = self.run(&batch, began);
         self.engine.commit(batch, output, &mut self.events);
@@ -106,7 +119,6 @@ impl Steps {
         self.deliver();
         self.flush();
         self.publish();
-        true
     }
 
     /// Layers are announced from inside the backend, so that a layer's blocks leave while the next layer computes.

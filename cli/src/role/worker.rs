@@ -132,7 +132,8 @@ impl Lives {
     ) -> Result<(), Failure> {
         let mut before: Option<Instant> = None;
         loop {
-            let life = Env { net: env.net.clone(), clock: env.clock.clone(), rng: Rng::new(env.rng.u64()) };
+            let (net, clock, process) = (env.net.clone(), env.clock.clone(), env.process);
+            let life = Env { net, clock, rng: Rng::new(env.rng.u64()), process };
             let started = tokio::select! {
                 started = start(role, config.clone(), model, life) => started,
                 () = self.asked.come() => return Ok(()),

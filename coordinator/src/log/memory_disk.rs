@@ -22,6 +22,8 @@ struct Files {
     files: BTreeMap<String, File>,
     /// Bytes that all files may take together.
     capacity: Option<usize>,
+    /// Virtual time that a write takes.
+    delay: Duration,
     /// Syncs done; a test can read how often the log waited.
     syncs: u64,
 }
@@ -30,13 +32,12 @@ struct Files {
 #[derive(Clone, Debug)]
 pub struct MemoryDisk {
     files: Arc<Mutex<Files>>,
-    delay: Duration,
 }
 
 impl MemoryDisk {
     /// `delay`: virtual time that a write takes.
     pub fn new(delay: Duration) -> MemoryDisk {
-        MemoryDisk { files: Arc::default(), delay }
+        MemoryDisk { files: Arc::new(Mutex::new(Files { delay, ..Files::default() })) }
     }
 
     /// Power is lost: of each file's unsynced bytes the first `kept` survive, and files never made durable go.
@@ -54,6 +55,11 @@ impl MemoryDisk {
         self.lock().capacity = capacity;
     }
 
+    /// Changes the virtual time that a write takes.
+    pub fn slow(&self, delay: Duration) {
+        self.lock().delay = delay;
+    }
+
     /// A file's bytes, to change them behind the log's back.
     pub fn edit(&self, name: &str, change: impl FnOnce(&mut Vec<u8>)) {
         let mut disk = self.lock();
@@ -65,8 +71,8 @@ impl MemoryDisk {
     /// An independent disk with the same content.
     pub fn copy(&self) -> MemoryDisk {
         let disk = self.lock();
-        let files = Files { files: disk.files.clone(), capacity: disk.capacity, syncs: 0 };
-        MemoryDisk { files: Arc::new(Mutex::new(files)), delay: self.delay }
+        let files = Files { files: disk.files.clone(), capacity: disk.capacity, delay: disk.delay, syncs: 0 };
+        MemoryDisk { files: Arc::new(Mutex::new(files)) }
     }
 
     /// Bytes that a crash may lose, of the file with most of them.
@@ -153,7 +159,7 @@ impl Disk for MemoryDisk {
     }
 
     fn inline_delay(&self) -> Option<Duration> {
-        Some(self.delay)
+        Some(self.lock().delay)
     }
 }
 

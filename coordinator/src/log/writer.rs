@@ -121,7 +121,7 @@ impl Writer {
     pub(super) fn run(self) -> io::Result<(Sender<Append>, Running)> {
         let (appends, queue) = channel(QUEUE_MAX);
         let running = match self.disk.inline_delay() {
-            Some(delay) => Running::Task(tokio::spawn(self.run_inline(queue, delay))),
+            Some(_) => Running::Task(tokio::spawn(self.run_inline(queue))),
             None => {
                 let thread = std::thread::Builder::new().name("baton-log".into());
                 Running::Thread(thread.spawn(move || self.run_thread(queue))?)
@@ -137,10 +137,10 @@ impl Writer {
         }
     }
 
-    async fn run_inline(mut self, mut queue: Receiver<Append>, delay: Duration) {
+    async fn run_inline(mut self, mut queue: Receiver<Append>) {
         while let Some(append) = queue.recv().await {
             self.began = Instant::now();
-            tokio::time::sleep(delay).await;
+            tokio::time::sleep(self.disk.inline_delay().unwrap_or_default()).await;
             self.round(append, &mut queue);
         }
     }

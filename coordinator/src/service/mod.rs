@@ -78,6 +78,7 @@ pub(crate) struct Shared {
     members_changed: watch::Sender<u64>,
     loads_changed: watch::Sender<u64>,
     stopping: watch::Sender<bool>,
+    pid: u32,
 }
 
 /// What a service starts from.
@@ -89,6 +90,7 @@ pub(crate) struct Parts {
     pub(crate) cluster_proposed: String,
     pub(crate) net: Arc<dyn Net>,
     pub(crate) rng: Rng,
+    pub(crate) pid: u32,
     pub(crate) stopping: watch::Sender<bool>,
 }
 
@@ -123,6 +125,7 @@ impl Service {
             members_changed: watch::Sender::new(0),
             loads_changed: watch::Sender::new(0),
             stopping: parts.stopping,
+            pid: parts.pid,
         });
         let keeping = keep::keep(shared.clone());
         let membership = membership::keep(shared.clone());

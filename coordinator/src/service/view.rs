@@ -155,7 +155,7 @@ pub(super) fn coordinators(shared: &Shared) -> Vec<v1::CoordinatorNode> {
 
 fn coordinator(shared: &Shared, id: u64, member: &crate::raft::Member, silent_ms: u64) -> v1::CoordinatorNode {
     let own = id == shared.node.id().0;
-    let pid = if own { std::process::id() } else { 0 };
+    let pid = if own { shared.pid } else { 0 };
     let version = if own { env!("CARGO_PKG_VERSION") } else { "" };
     v1::CoordinatorNode {
         id,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use baton_coordinator::{Config, Running, placement::Policy};
-use baton_core::{Env, Net, NodeId, Rng, SystemClock};
+use baton_core::{Env, Net, NodeId, Process, Rng, SystemClock};
 use baton_proto::v1::coordinator_client::CoordinatorClient;
 use baton_proto::{TcpNet, WIRE_VERSION, v1};
 use tonic::transport::Channel;
@@ -36,7 +36,7 @@ impl Drop for Directory {
 }
 
 pub(crate) fn env(seed: u64) -> Env {
-    Env { net: Arc::new(TcpNet), clock: Arc::new(SystemClock), rng: Rng::new(seed) }
+    Env { net: Arc::new(TcpNet), clock: Arc::new(SystemClock), rng: Rng::new(seed), process: Process::own() }
 }
 
 pub(crate) fn config(node: u64, data: &Path, peers: &[(NodeId, String)]) -> Config {

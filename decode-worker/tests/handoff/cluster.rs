@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use baton_core::limits::{AUTONOMY_GRACE_MS, DRAIN_MS};
-use baton_core::{Env, Net, Place, Rng, Role, SystemClock, WorkerId};
+use baton_core::{Env, Net, Place, Process, Rng, Role, SystemClock, WorkerId};
 use baton_engine::{CacheStats, EngineConfig};
 use baton_proto::TcpNet;
 use baton_worker::testing::{FakeCoordinator, hash_model};
@@ -82,7 +82,7 @@ impl Cluster {
     }
 
     pub(crate) fn env(&self) -> Env {
-        Env { net: self.net.clone(), clock: Arc::new(SystemClock), rng: Rng::new(7) }
+        Env { net: self.net.clone(), clock: Arc::new(SystemClock), rng: Rng::new(7), process: Process::own() }
     }
 
     async fn worker(&self, role: Role, id: &str, sizes: EngineConfig, model: LoadedModel) -> Worker {

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use baton_core::{Env, Net, Rng, SystemClock};
+use baton_core::{Env, Net, Process, Rng, SystemClock};
 use baton_gateway::{Config, Running};
 use baton_proto::TcpNet;
 use baton_proto::v1::coordinator_server::CoordinatorServer;
@@ -158,7 +158,7 @@ pub(crate) struct Mortal {
 pub(crate) async fn start(config: Config) -> Result<Running, baton_gateway::StartError> {
     // Seeds differ, as those of processes do: two gateways never give two requests one name.
     let seed = config.id.bytes().map(u64::from).sum();
-    let env = Env { net: Arc::new(TcpNet), clock: Arc::new(SystemClock), rng: Rng::new(seed) };
+    let env = Env { net: Arc::new(TcpNet), clock: Arc::new(SystemClock), rng: Rng::new(seed), process: Process::own() };
     baton_gateway::start(config, env, Arc::new(|| "metrics here\n".to_string())).await
 }
 

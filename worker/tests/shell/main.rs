@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use baton_core::limits::{AUTONOMY_GRACE_MS, DRAIN_MS};
-use baton_core::{Env, Net, Rng, Role, SystemClock, WorkerId};
+use baton_core::{Env, Net, Process, Rng, Role, SystemClock, WorkerId};
 use baton_engine::EngineConfig;
 use baton_proto::TcpNet;
 use baton_worker::testing::{FakeCoordinator, hash_model};
@@ -33,7 +33,7 @@ fn config(coordinators: &[&FakeCoordinator]) -> Config {
 }
 
 async fn start_with(config: Config, model: LoadedModel) -> Result<Running, StartError> {
-    let env = Env { net: net(), clock: Arc::new(SystemClock), rng: Rng::new(3) };
+    let env = Env { net: net(), clock: Arc::new(SystemClock), rng: Rng::new(3), process: Process::own() };
     let joined = baton_worker::open(Role::Prefill, config, model, env).await?.join().await?;
     Ok(joined.serve(Routes::default()))
 }

@@ -1,0 +1,70 @@
+//! A look at a running coordinator from inside its process: what it holds and who it says leads. For checks that compare
+//! nodes; it changes nothing and asks nobody.
+
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use baton_core::{NodeId, RequestId};
+
+use crate::raft::Node;
+use crate::state::{self, Ledger};
+
+/// Looks at one coordinator for as long as it runs. Clones look at the same one.
+#[derive(Clone, Default)]
+pub struct Observer(Arc<Mutex<Weak<Node>>>);
+
+/// What a node that takes part knew at one moment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Observed {
+    pub node: NodeId,
+    /// Whom it holds for the leader.
+    pub leader: Option<NodeId>,
+    pub term: u64,
+    /// Index of the last entry applied to its ledger.
+    pub index: u64,
+    /// Requests the ledger holds open.
+    pub open: Vec<RequestId>,
+}
+
+impl Observer {
+    pub(crate) fn follow(&self, node: &Arc<Node>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(node);
+    }
+
+    fn node(&self) -> Option<Arc<Node>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).upgrade()
+    }
+
+    /// None: it has ended, or stands aside.
+    pub fn look(&self) -> Option<Observed> {
+        let node = self.node()?;
+        let standing = node.standing().borrow().clone();
+        let ledger = node.ledger();
+        let (index, open) = (ledger.index(), ledger.open().map(|(id, _)| *id).collect());
+        Some(Observed { node: node.id(), leader: standing.leader, term: standing.term, index, open })
+    }
+
+    /// This node and the term it leads in; None where it does not.
+    pub fn leads(&self) -> Option<(NodeId, u64)> {
+        let node = self.node()?;
+        let standing = node.standing();
+        let standing = standing.borrow();
+        (standing.leader == Some(node.id())).then_some((node.id(), standing.term))
+    }
+
+    /// Index of the last entry applied.
+    pub fn index(&self) -> Option<u64> {
+        Some(self.node()?.ledger().index())
+    }
+
+    /// Index and hash of the ledger; takes as long as writing the ledger out does.
+    pub fn hash(&self) -> Option<(u64, u64)> {
+        let node = self.node()?;
+        let ledger = node.ledger();
+        Some((ledger.index(), state::hash(&ledger)))
+    }
+
+    /// A copy of the ledger.
+    pub fn ledger(&self) -> Option<Ledger> {
+        Some(self.node()?.ledger().clone())
+    }
+}
