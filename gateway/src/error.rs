@@ -168,6 +168,11 @@ impl ApiError {
             Aborted::Deadline => ApiError::deadline(),
             Aborted::NoCapacity => ApiError::refused(Refused::NoCapacity, detail, 0),
             Aborted::Draining => ApiError::refused(Refused::Draining, detail, 0),
+            // What was lost may be there again: nothing of Baton's own is at fault, and a retry makes sense.
+            Aborted::DecodeLost | Aborted::PrefillLost | Aborted::PrefillRefused | Aborted::TransferFailed => {
+                let message = format!("The workers that had the request were lost: {reason} ({detail}).");
+                ApiError::unavailable(reason.as_str(), message)
+            }
             _ => {
                 let message = format!("The request failed on its workers: {reason} ({detail}).");
                 ApiError { reason: reason.as_str(), ..ApiError::internal(message) }

@@ -9,8 +9,12 @@ use std::time::Duration;
 use baton_core::net::{Listener, Net, Stream};
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tonic::body::Body;
+use tonic::codegen::http;
 use tonic::transport::server::Connected;
 use tonic::transport::{Channel, Endpoint, Uri};
+use tower::layer::util::{Identity, Stack};
+use tower::util::MapResponseLayer;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_millis(500);
 /// A peer that stops answering is noticed within two of these; a lost segment in the simulator's TCP likewise.
@@ -51,11 +55,26 @@ pub fn channel(net: Arc<dyn Net>, address: &str) -> Result<Channel, BadAddress> 
         .connect_with_connector_lazy(connector))
 }
 
+type Answer = http::Response<Body>;
+/// Goes over every answer.
+type Layers = Stack<MapResponseLayer<fn(Answer) -> Answer>, Identity>;
+pub type Server = tonic::transport::Server<Layers>;
+/// A server with its services.
+pub type Serving = tonic::transport::server::Router<Layers>;
+
 /// A tonic server with the keep-alive that every Baton process uses.
-pub fn server() -> tonic::transport::Server {
+pub fn server() -> Server {
     tonic::transport::Server::builder()
         .http2_keepalive_interval(Some(KEEP_ALIVE))
         .http2_keepalive_timeout(Some(2 * KEEP_ALIVE))
+        .layer(MapResponseLayer::new(undated as fn(Answer) -> Answer))
+}
+
+/// Keeps hyper from putting the wall time on every answer, which it does where there is no date yet. gRPC has no use for
+/// it, and what is sent would not repeat under simulated time.
+fn undated(mut answer: Answer) -> Answer {
+    answer.headers_mut().insert(http::header::DATE, http::HeaderValue::from_static(""));
+    answer
 }
 
 /// The connections of a listener, for `serve_with_incoming`.

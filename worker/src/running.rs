@@ -7,11 +7,11 @@ use std::time::Duration;
 use baton_core::Role;
 use baton_core::limits::{HANDOFF_IDLE_MS, HANDOFF_QUIESCE_MS};
 use baton_core::net::Listener;
+use baton_proto::channel::Serving;
 use baton_proto::v1::ModelCard;
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
-use tonic::transport::server::Router;
 
 use crate::card::LoadedModel;
 use crate::engine::EngineThread;
@@ -64,7 +64,7 @@ impl Running {
     pub(crate) fn serve(
         shell: Arc<Shell>,
         parts: Parts,
-        router: Router,
+        router: Serving,
         shut: oneshot::Sender<()>,
         shutdown: oneshot::Receiver<()>,
     ) -> Running {

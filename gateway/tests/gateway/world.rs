@@ -181,7 +181,7 @@ fn member(id: &str, address: String) -> MemberView {
     MemberView { member: Some(member), live: true, ..Default::default() }
 }
 
-async fn serve(services: tonic::transport::server::Router, tasks: &mut JoinSet<()>) -> String {
+async fn serve(services: baton_proto::channel::Serving, tasks: &mut JoinSet<()>) -> String {
     let listener = TcpNet.listen("127.0.0.1:0").await.unwrap();
     let address = listener.address();
     tasks.spawn(async move {
