@@ -41,6 +41,9 @@ pub(crate) enum Command {
     /// Measure an endpoint or this machine's engine
     #[command(subcommand)]
     Bench(crate::bench::Bench),
+    /// Run clusters in a deterministic simulator, under faults that follow from a seed
+    #[command(subcommand)]
+    Sim(crate::sim::Sim),
     /// Say what this machine offers and what is missing
     Doctor,
     /// Run one coordinator, or change the group of those that run
@@ -113,6 +116,15 @@ mod tests {
             ("baton key create", false),
             ("baton key revoke 0a --json", false),
             ("baton gateway --open --listen 0.0.0.0:1", true),
+            ("baton sim faults --seed 3 --profile crash --save plan.json", true),
+            ("baton sim faults --seeds 3..9 --minutes 1 --json", true),
+            ("baton sim faults --seeds 3..3", false),
+            ("baton sim faults", false),
+            ("baton sim faults --seed 3 --plan plan.json", false),
+            ("baton sim meta --seed 3", true),
+            ("baton sim shrink --plan plan.json", true),
+            ("baton sim show --seed 3 --html page.html", true),
+            ("baton sim show", false),
             ("baton", false),
         ];
         for (line, expected) in cases {

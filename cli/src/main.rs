@@ -17,6 +17,7 @@ mod process;
 mod role;
 mod scale;
 mod seed;
+mod sim;
 mod status;
 mod surroundings;
 mod table;
@@ -51,6 +52,7 @@ fn run(Arguments { log, command }: Arguments) -> Result<(), Failure> {
         Command::Key(command) => access::run_key(command),
         Command::Chat(flags) => chat::run(flags),
         Command::Bench(bench) => bench::run(bench),
+        Command::Sim(command) => sim::run(command),
         Command::Doctor => doctor::run(),
         Command::Coordinator(flags) => role::coordinator::run(flags),
         Command::PrefillWorker(flags) => role::worker::run(flags, baton_core::Role::Prefill),

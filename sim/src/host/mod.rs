@@ -1,0 +1,103 @@
+//! The hosts of a run: each starts the production code of one process on the simulated network, and tells the world where
+//! to look at it.
+
+pub mod client;
+pub mod coordinator;
+pub mod gateway;
+pub mod operator;
+pub mod worker;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use baton_coordinator::Observer;
+use baton_coordinator::log::MemoryDisk;
+use baton_core::{Clock, Env, Process, Rng};
+use baton_worker::Shell;
+
+use crate::draw::{Purpose, rng};
+use crate::model::Pace;
+use crate::net::{Flips, HostNet};
+use crate::record::Record;
+use crate::topology::Topology;
+
+/// What the hosts of one run share with the loop that drives it.
+#[derive(Clone)]
+pub struct World {
+    pub seed: u64,
+    pub topology: Arc<Topology>,
+    pub record: Record,
+    /// Of each coordinator, kept over its crashes.
+    pub disks: Arc<BTreeMap<String, MemoryDisk>>,
+    /// Of each worker.
+    pub flips: Arc<BTreeMap<String, Flips>>,
+    pub seen: Arc<Mutex<Seen>>,
+    lives: Arc<AtomicU64>,
+}
+
+/// What runs now, by host.
+#[derive(Default)]
+pub struct Seen {
+    pub coordinators: BTreeMap<String, Observer>,
+    pub workers: BTreeMap<String, Arc<Shell>>,
+    pub paces: BTreeMap<String, Pace>,
+    /// Lives of each gateway so far.
+    pub gateways: BTreeMap<String, u64>,
+    /// Hosts whose process has ended by itself, and why; their supervisor has to start it again.
+    pub exited: BTreeMap<String, String>,
+    /// Lives of gateways that were ended by a fault.
+    pub crashed: BTreeMap<String, BTreeSet<u64>>,
+    /// Workers that were drained and are not to come back by themselves.
+    pub drained: BTreeSet<String>,
+}
+
+impl World {
+    pub fn new(seed: u64, topology: Topology) -> World {
+        let disk = |name: String| (name, MemoryDisk::new(topology.fsync));
+        let disks = topology.coordinator_names().into_iter().map(disk).collect();
+        let flips = topology.servers().into_iter().enumerate();
+        let flips = flips.map(|(n, name)| (name, Flips::new(rng(seed, Purpose::Link, n as u64)))).collect();
+        World {
+            seed,
+            topology: Arc::new(topology),
+            record: Record::default(),
+            disks: Arc::new(disks),
+            flips: Arc::new(flips),
+            seen: Arc::default(),
+            lives: Arc::default(),
+        }
+    }
+
+    /// The surroundings of a process that starts now.
+    pub fn env(&self, host: &str) -> Env {
+        let life = self.lives.fetch_add(1, Ordering::Relaxed);
+        let net = HostNet { host: host.to_string(), record: self.record.clone(), flips: self.flips[host].clone() };
+        Env {
+            net: Arc::new(net),
+            clock: Arc::new(VirtualClock(self.record.clone())),
+            rng: Rng::new(rng(self.seed, Purpose::Host, life).u64()),
+            process: Process { id: 1000 + life as u32, threads: false },
+        }
+    }
+
+    pub fn seen(&self) -> MutexGuard<'_, Seen> {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A process has ended: nothing of it runs on until its host is started again.
+    pub async fn exit(&self, host: &str, why: String) -> turmoil::Result {
+        self.record.note(host, format!("exits: {why}"));
+        self.seen().exited.insert(host.to_string(), why);
+        std::future::pending().await
+    }
+}
+
+/// Wall time of a run: a fixed day, and the virtual time since the start.
+struct VirtualClock(Record);
+
+impl Clock for VirtualClock {
+    fn unix_ms(&self) -> u64 {
+        1_700_000_000_000 + self.0.now().as_millis() as u64
+    }
+}

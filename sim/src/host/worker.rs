@@ -1,0 +1,74 @@
+//! A worker's host: one life after another, as the process of production does it.
+
+use baton_core::{Env, Rng, Role, WorkerId};
+use baton_worker::{Config, Ending, Left, Running, StartError};
+use tokio::time::Duration;
+
+use super::World;
+use crate::model::{Pace, loaded};
+use crate::topology::{KV_PORT, WORKER_PORT};
+
+/// How long a drained worker lets its requests go on.
+const DRAIN: Duration = Duration::from_millis(1_000);
+
+/// One process.
+pub async fn run(world: World, host: String, role: Role) -> turmoil::Result {
+    let mut env = world.env(&host);
+    let pace = Pace::new(world.topology.step, world.topology.row);
+    world.seen().paces.insert(host.clone(), pace.clone());
+    let mut config = config(&world, &host, role);
+    let mut model = loaded(pace);
+    loop {
+        let (net, clock, process) = (env.net.clone(), env.clock.clone(), env.process);
+        let life = Env { net, clock, rng: Rng::new(env.rng.u64()), process };
+        let running = match start(role, config.clone(), model, life).await {
+            Ok(running) => running,
+            Err(error) => return world.exit(&host, format!("did not start: {error}")).await,
+        };
+        let incarnation = running.shell().incarnation;
+        world.record.note(&host, format!("serves as incarnation {incarnation}"));
+        world.seen().workers.insert(host.clone(), running.shell().clone());
+        let ended = until_its_end(&world, &host, running).await;
+        world.seen().workers.remove(&host);
+        match ended {
+            Ok((Ending::Drained, _)) => {
+                world.seen().drained.insert(host.clone());
+                return world.exit(&host, "drained".to_string()).await;
+            }
+            Ok((_, left)) => {
+                let others = config.coordinators.iter().filter(|a| !left.coordinators.contains(a)).cloned();
+                config.coordinators = left.coordinators.iter().cloned().chain(others).collect();
+                model = left.model;
+            }
+            Err(error) => return world.exit(&host, error).await,
+        }
+    }
+}
+
+async fn until_its_end(world: &World, host: &str, mut running: Running) -> Result<(Ending, Left), String> {
+    let ending = running.ending().await.map_err(|error| error.to_string())?;
+    world.record.note(host, format!("this life ends: {}", ending.as_str()));
+    let left = running.end(ending).await.map_err(|error| error.to_string())?;
+    Ok((ending, left))
+}
+
+async fn start(role: Role, config: Config, model: baton_worker::LoadedModel, env: Env) -> Result<Running, StartError> {
+    match role {
+        Role::Prefill => baton_prefill_worker::start(config, model, env).await,
+        _ => baton_decode_worker::start(config, model, env).await,
+    }
+}
+
+fn config(world: &World, host: &str, role: Role) -> Config {
+    Config {
+        id: WorkerId(host.to_string()),
+        role,
+        listen: format!("0.0.0.0:{WORKER_PORT}"),
+        kv_listen: format!("0.0.0.0:{KV_PORT}"),
+        advertise_host: host.to_string(),
+        coordinators: world.topology.coordinator_addresses(),
+        drain_ms: DRAIN.as_millis() as u64,
+        autonomy_ms: baton_core::limits::AUTONOMY_GRACE_MS,
+        engine: world.topology.engine,
+    }
+}

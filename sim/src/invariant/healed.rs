@@ -1,0 +1,45 @@
+//! L1: without faults, requests succeed again, and there is one leader whom all follow, with equal ledgers.
+
+use std::collections::BTreeSet;
+
+use super::{Invariant, Look};
+use crate::host::client::End;
+
+#[derive(Default)]
+pub(super) struct Healed;
+
+impl Invariant for Healed {
+    fn name(&self) -> &'static str {
+        "L1 heals"
+    }
+
+    fn step(&mut self, look: &Look) -> Result<(), String> {
+        for told in look.told.iter().filter(|told| told.ask.at.is_none()) {
+            match &told.ended {
+                None | Some((_, End::Complete)) => {}
+                Some((_, end)) => {
+                    return Err(format!("request {}, sent after all had healed: {end:?}", told.ask.number));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn end(&mut self, look: &Look) -> Result<(), String> {
+        let seen = look.world.seen();
+        let all = look.world.topology.coordinators;
+        let observed: Vec<_> = seen.coordinators.values().filter_map(|observer| observer.look()).collect();
+        if observed.len() != all {
+            return Err(format!("{} of {all} coordinators take part", observed.len()));
+        }
+        let led: BTreeSet<_> = observed.iter().map(|o| (o.leader, o.term)).collect();
+        if led.len() != 1 || observed[0].leader.is_none() {
+            return Err(format!("coordinators do not agree who leads: {led:?}"));
+        }
+        let indices: BTreeSet<u64> = observed.iter().map(|o| o.index).collect();
+        if indices.len() != 1 {
+            return Err(format!("ledgers end at different entries: {indices:?}"));
+        }
+        Ok(())
+    }
+}

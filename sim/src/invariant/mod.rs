@@ -1,0 +1,57 @@
+//! What must hold in every run, one file each. An invariant looks at the world after each step, and once more when
+//! everything has healed and should be quiet.
+
+mod blocks;
+mod ends_once;
+mod healed;
+mod leaders;
+mod ledgers;
+mod own_disk;
+mod quiet;
+mod same_bytes;
+mod typed_errors;
+
+use std::time::Duration;
+
+use crate::host::World;
+use crate::host::client::Told;
+
+/// What an invariant looks at.
+pub struct Look<'a> {
+    pub now: Duration,
+    pub world: &'a World,
+    pub told: &'a [Told],
+    /// Since when there are no faults any more.
+    pub healed: Option<Duration>,
+}
+
+/// One property.
+pub trait Invariant {
+    /// Its number in the list of `docs/sim.md`, and a few words.
+    fn name(&self) -> &'static str;
+
+    /// After each step, with faults or without.
+    fn step(&mut self, _look: &Look) -> Result<(), String> {
+        Ok(())
+    }
+
+    /// When all clients have ended and everything has had its time to come to rest. Called until it holds or time is up.
+    fn end(&mut self, _look: &Look) -> Result<(), String> {
+        Ok(())
+    }
+}
+
+/// All of them.
+pub fn all() -> Vec<Box<dyn Invariant>> {
+    vec![
+        Box::new(same_bytes::SameBytes::default()),
+        Box::new(ends_once::EndsOnce::default()),
+        Box::new(typed_errors::TypedErrors::default()),
+        Box::new(blocks::Blocks),
+        Box::new(leaders::Leaders::default()),
+        Box::new(ledgers::Ledgers::default()),
+        Box::new(own_disk::OwnDisk::default()),
+        Box::new(healed::Healed::default()),
+        Box::new(quiet::Quiet),
+    ]
+}

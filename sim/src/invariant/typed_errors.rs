@@ -1,0 +1,31 @@
+//! S3: an error tells what happened in the world, never that Baton itself is at fault.
+
+use std::collections::BTreeSet;
+
+use super::{Invariant, Look};
+use crate::host::client::End;
+
+/// What can be the matter with a cluster under faults.
+const TYPED: &[&str] =
+    &["overloaded", "service_unavailable", "deadline_exceeded", "rate_limit_exceeded", "stream_not_found", "stream_lost"];
+
+#[derive(Default)]
+pub(super) struct TypedErrors {
+    done: BTreeSet<usize>,
+}
+
+impl Invariant for TypedErrors {
+    fn name(&self) -> &'static str {
+        "S3 typed errors"
+    }
+
+    fn step(&mut self, look: &Look) -> Result<(), String> {
+        for told in look.told {
+            let Some((_, End::Error { status, code, message })) = &told.ended else { continue };
+            if self.done.insert(told.ask.number) && !TYPED.contains(&code.as_str()) {
+                return Err(format!("request {}: error {status} {code:?}: {message}", told.ask.number));
+            }
+        }
+        Ok(())
+    }
+}

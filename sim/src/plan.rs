@@ -1,0 +1,197 @@
+//! The faults of one run as data: what happens, to whom, when, for how long. A plan can be saved, edited, made smaller and
+//! run again without the generator that drew it.
+
+use serde::{Deserialize, Serialize};
+
+use crate::draw::{Purpose, between, chance, rng};
+use crate::profile::{Profile, UnknownProfile, Weight};
+use crate::topology::{Topology, kind};
+
+/// Grows when an older plan would mean something else.
+pub const VERSION: u32 = 1;
+/// Faults begin and end in this span of virtual time; after it everything must heal.
+pub const FAULTS_FROM_MS: u64 = 1_200;
+pub const FAULTS_UNTIL_MS: u64 = 8_000;
+
+/// Everything that decides a run: hosts and requests follow from the seed, faults stand here.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Plan {
+    pub version: u32,
+    pub seed: u64,
+    pub profile: String,
+    pub faults: Vec<Fault>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Fault {
+    pub at_ms: u64,
+    /// It is over after so long.
+    pub for_ms: u64,
+    pub what: What,
+}
+
+/// One kind of fault with whom it strikes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum What {
+    /// The process dies; of what a disk was not told to sync the first `kept` bytes survive. It is started again at the end.
+    Crash { host: String, kept: usize },
+    /// Nothing passes between the two.
+    Partition { a: String, b: String },
+    /// Nothing passes from the one to the other.
+    OneWay { from: String, to: String },
+    /// What is sent between the two arrives at the end.
+    Hold { a: String, b: String },
+    /// The host is cut off from all others.
+    Isolate { host: String },
+    /// Messages between the two take so long.
+    Latency { a: String, b: String, ms: u64 },
+    /// The coordinator's disk takes no more bytes.
+    DiskFull { host: String },
+    /// Writes to it take so long.
+    DiskSlow { host: String, ms: u64 },
+    /// The worker's step does not end; its other tasks go on.
+    Hang { host: String },
+    /// A bit flips in each of the next so many pieces of KV that the host sends.
+    Flips { host: String, count: u64 },
+    /// An operator drains the worker; it is started again at the end.
+    Drain { host: String },
+}
+
+/// A plan that cannot be run.
+#[derive(Debug, thiserror::Error)]
+pub enum PlanError {
+    #[error("the plan is not readable: {0}")]
+    Unreadable(String),
+    #[error("the plan has version {found}, this binary runs version {VERSION}: draw it anew from its seed")]
+    Version { found: u64 },
+    #[error("the plan's fault {number} names {host:?}, and seed {seed} has no such host")]
+    Host { number: usize, host: String, seed: u64 },
+    #[error(transparent)]
+    Profile(#[from] UnknownProfile),
+}
+
+impl Plan {
+    /// The plan that a seed has under a profile.
+    pub fn draw(seed: u64, profile: &Profile) -> Plan {
+        let topology = Topology::draw(seed);
+        let mut rng = rng(seed, Purpose::Faults, 0);
+        let weights = profile.weights(&mut rng);
+        let count = between(&mut rng, profile.faults_min, profile.faults_max);
+        let mut faults: Vec<Fault> =
+            (0..count).filter_map(|_| draw(&mut rng, &topology, &weights)).collect();
+        faults.sort_by_key(|fault| fault.at_ms);
+        Plan { version: VERSION, seed, profile: profile.name.to_string(), faults }
+    }
+
+    /// Reads a saved plan.
+    pub fn read(text: &str) -> Result<Plan, PlanError> {
+        let unreadable = |error: serde_json::Error| PlanError::Unreadable(error.to_string());
+        let value: serde_json::Value = serde_json::from_str(text).map_err(unreadable)?;
+        let found = value["version"].as_u64().unwrap_or(0);
+        if found != u64::from(VERSION) {
+            return Err(PlanError::Version { found });
+        }
+        let plan: Plan = serde_json::from_value(value).map_err(unreadable)?;
+        Profile::named(&plan.profile)?;
+        let hosts = Topology::draw(plan.seed).servers();
+        for (number, fault) in plan.faults.iter().enumerate() {
+            if let Some(host) = fault.what.hosts().into_iter().find(|host| !hosts.contains(host)) {
+                return Err(PlanError::Host { number, host: host.clone(), seed: plan.seed });
+            }
+        }
+        Ok(plan)
+    }
+
+    pub fn text(&self) -> String {
+        serde_json::to_string_pretty(self).expect("a plan is plain data")
+    }
+}
+
+impl What {
+    pub fn hosts(&self) -> Vec<&String> {
+        match self {
+            What::Crash { host, .. }
+            | What::Isolate { host }
+            | What::DiskFull { host }
+            | What::DiskSlow { host, .. }
+            | What::Hang { host }
+            | What::Flips { host, .. }
+            | What::Drain { host } => vec![host],
+            What::Partition { a, b } | What::Hold { a, b } | What::Latency { a, b, .. } => vec![a, b],
+            What::OneWay { from, to } => vec![from, to],
+        }
+    }
+}
+
+/// None: this cluster has nobody whom such a fault could strike.
+fn draw(rng: &mut baton_core::Rng, topology: &Topology, weights: &[(Weight, u64)]) -> Option<Fault> {
+    let total: u64 = weights.iter().map(|(_, weight)| weight).sum();
+    let mut left = rng.below(total.max(1));
+    let (chosen, _) = weights.iter().find(|(_, weight)| {
+        let here = left < *weight;
+        left = left.saturating_sub(*weight);
+        here
+    })?;
+    let at_ms = between(rng, FAULTS_FROM_MS, FAULTS_UNTIL_MS - 1_000);
+    let longest = (FAULTS_UNTIL_MS - at_ms).min(3_000);
+    let for_ms = between(rng, 20, longest);
+    let servers = topology.servers();
+    let one = |rng: &mut baton_core::Rng, kinds: &[&str]| {
+        let of_kind: Vec<&String> = servers.iter().filter(|host| kinds.contains(&kind(host))).collect();
+        (!of_kind.is_empty()).then(|| of_kind[rng.below(of_kind.len() as u64) as usize].clone())
+    };
+    let any = ["coordinator", "prefill", "decode", "gateway"];
+    let workers = ["prefill", "decode"];
+    let two = |rng: &mut baton_core::Rng| {
+        let a = one(rng, &any)?;
+        let b = one(rng, &any)?;
+        (a != b).then_some((a, b))
+    };
+    let what = match chosen {
+        Weight::CrashCoordinator => What::Crash { host: one(rng, &["coordinator"])?, kept: rng.below(200) as usize },
+        Weight::CrashWorker => What::Crash { host: one(rng, &workers)?, kept: 0 },
+        Weight::CrashGateway => What::Crash { host: one(rng, &["gateway"])?, kept: 0 },
+        Weight::Partition => {
+            let (a, b) = two(rng)?;
+            if chance(rng, 30) { What::OneWay { from: a, to: b } } else { What::Partition { a, b } }
+        }
+        Weight::Isolate => What::Isolate { host: one(rng, &["coordinator", "prefill", "decode"])? },
+        Weight::Hold => {
+            let (a, b) = two(rng)?;
+            What::Hold { a, b }
+        }
+        Weight::Latency => {
+            let (a, b) = two(rng)?;
+            What::Latency { a, b, ms: between(rng, 10, 120) }
+        }
+        Weight::DiskFull => What::DiskFull { host: one(rng, &["coordinator"])? },
+        Weight::DiskSlow => What::DiskSlow { host: one(rng, &["coordinator"])?, ms: between(rng, 20, 300) },
+        Weight::Hang => What::Hang { host: one(rng, &workers)? },
+        Weight::Flips => What::Flips { host: one(rng, &["prefill"])?, count: between(rng, 1, 6) },
+        Weight::Drain => What::Drain { host: one(rng, &workers)? },
+    };
+    Some(Fault { at_ms, for_ms, what })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_plan_reads_back_and_a_bad_one_says_what_is_wrong() {
+        let plan = Plan::draw(3, &Profile::named("swarm").unwrap());
+        assert_eq!(Plan::read(&plan.text()).unwrap(), plan);
+        let check = |text: &str, expected: &str| {
+            let error = Plan::read(text).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        };
+        check("{", "not readable");
+        check(&Plan { version: 9, ..plan.clone() }.text(), "version 9");
+        check(&Plan { profile: "wild".into(), ..plan.clone() }.text(), "wild");
+        let elsewhere = Fault { at_ms: 1, for_ms: 1, what: What::Hang { host: "decode-9".into() } };
+        check(&Plan { faults: vec![elsewhere], ..plan }.text(), "decode-9");
+    }
+}

@@ -1,0 +1,122 @@
+//! Which faults a run draws from, and how many: data. A swarm leaves out some kinds in each run, because faults that never
+//! stop hide what a calmer stretch would show.
+
+use baton_core::Rng;
+
+use crate::draw::chance;
+
+/// A kind of fault that can be drawn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Weight {
+    CrashCoordinator,
+    CrashWorker,
+    CrashGateway,
+    Partition,
+    Isolate,
+    Hold,
+    Latency,
+    DiskFull,
+    DiskSlow,
+    Hang,
+    Flips,
+    Drain,
+}
+
+use Weight::{
+    CrashCoordinator, CrashGateway, CrashWorker, DiskFull, DiskSlow, Drain, Flips, Hang, Hold, Isolate, Latency,
+    Partition,
+};
+
+/// How faults are drawn.
+#[derive(Clone, Debug)]
+pub struct Profile {
+    pub name: &'static str,
+    pub about: &'static str,
+    pub faults_min: u64,
+    pub faults_max: u64,
+    weights: &'static [(Weight, u64)],
+    /// Each kind is left out of a run in so many of 100 cases.
+    left_out: u64,
+}
+
+/// A profile nobody has written.
+#[derive(Debug, thiserror::Error)]
+#[error("no profile is named {0:?}; there are: {names}", names = Profile::names())]
+pub struct UnknownProfile(pub String);
+
+const PROFILES: &[Profile] = &[
+    Profile {
+        name: "swarm",
+        about: "any faults, some kinds left out of each run",
+        faults_min: 1,
+        faults_max: 10,
+        weights: &[
+            (CrashCoordinator, 3),
+            (CrashWorker, 4),
+            (CrashGateway, 1),
+            (Partition, 4),
+            (Isolate, 2),
+            (Hold, 2),
+            (Latency, 2),
+            (DiskFull, 1),
+            (DiskSlow, 2),
+            (Hang, 2),
+            (Flips, 3),
+            (Drain, 1),
+        ],
+        left_out: 40,
+    },
+    Profile { name: "calm", about: "no faults", faults_min: 0, faults_max: 0, weights: &[], left_out: 0 },
+    Profile {
+        name: "network",
+        about: "partitions of all shapes, held messages and latency",
+        faults_min: 2,
+        faults_max: 10,
+        weights: &[(Partition, 4), (Isolate, 2), (Hold, 3), (Latency, 2)],
+        left_out: 0,
+    },
+    Profile {
+        name: "crash",
+        about: "processes die and come back",
+        faults_min: 2,
+        faults_max: 10,
+        weights: &[(CrashCoordinator, 3), (CrashWorker, 4), (CrashGateway, 1), (Drain, 1)],
+        left_out: 0,
+    },
+    Profile {
+        name: "disk",
+        about: "coordinators' disks are slow, full, and lose what was not synced",
+        faults_min: 2,
+        faults_max: 8,
+        weights: &[(CrashCoordinator, 4), (DiskFull, 2), (DiskSlow, 3), (Isolate, 1)],
+        left_out: 0,
+    },
+    Profile {
+        name: "handoff",
+        about: "workers die, hang and damage blocks in the middle of handoffs",
+        faults_min: 2,
+        faults_max: 10,
+        weights: &[(CrashWorker, 3), (Partition, 3), (Hold, 2), (Hang, 2), (Flips, 5), (Drain, 1)],
+        left_out: 0,
+    },
+];
+
+impl Profile {
+    pub fn named(name: &str) -> Result<Profile, UnknownProfile> {
+        PROFILES.iter().find(|profile| profile.name == name).cloned().ok_or_else(|| UnknownProfile(name.to_string()))
+    }
+
+    pub fn all() -> &'static [Profile] {
+        PROFILES
+    }
+
+    fn names() -> String {
+        PROFILES.iter().map(|profile| profile.name).collect::<Vec<_>>().join(", ")
+    }
+
+    /// The kinds of this run; at least one where there are any.
+    pub(crate) fn weights(&self, rng: &mut Rng) -> Vec<(Weight, u64)> {
+        let kept: Vec<_> = self.weights.iter().filter(|_| !chance(rng, self.left_out)).copied().collect();
+        if kept.is_empty() { self.weights.to_vec() } else { kept }
+    }
+}

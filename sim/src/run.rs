@@ -1,0 +1,434 @@
+//! One run: the hosts of a seed, the faults of a plan, the invariants after every step.
+//!
+//! ```text
+//! 0 ── start ── 1 s ── requests and faults ── 8 s ── healing ── 11 s ── the last requests ── all ended ── rest
+//! ```
+
+use std::any::Any;
+use std::cell::RefCell;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Once;
+use std::time::Duration;
+
+use baton_core::Role;
+use serde::Serialize;
+use tokio::sync::{mpsc, watch};
+use turmoil::Sim;
+
+use crate::draw::{Purpose, seed_of};
+use crate::host::client::{End, Notes, Told};
+use crate::host::{World, client, coordinator, gateway, worker};
+use crate::invariant::{self, Invariant, Look};
+use crate::network::Network;
+use crate::plan::{Plan, What};
+use crate::record::Line;
+use crate::topology::{CLIENTS, Topology};
+use crate::workload;
+
+const TICK: Duration = Duration::from_millis(1);
+/// Time between the last fault and the requests that must succeed: leases run out, leaders are elected, workers register.
+const HEALING: Duration = Duration::from_millis(3_000);
+/// All clients have ended so long after the last fault.
+const ENDING: Duration = Duration::from_secs(60);
+/// And so long after them everything is at rest.
+const REST: Duration = Duration::from_secs(12);
+/// How long a supervisor waits before it starts an ended process again.
+const RESTART: Duration = Duration::from_millis(500);
+/// How often the costlier invariants look.
+const LOOK_EVERY: u32 = 10;
+
+/// A property that did not hold.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Violation {
+    pub invariant: String,
+    pub at_ms: u64,
+    pub what: String,
+}
+
+/// What one run did.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    pub seed: u64,
+    pub profile: String,
+    pub hosts: usize,
+    pub faults: usize,
+    pub virtual_ms: u64,
+    /// Hash of all that hosts did and sent, with its virtual times.
+    pub digest: String,
+    pub network_events: u64,
+    pub requests: Requests,
+    pub violation: Option<Violation>,
+    #[serde(skip)]
+    pub lines: Vec<Line>,
+}
+
+/// How the requests of a run ended.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Requests {
+    pub complete: usize,
+    pub refused: usize,
+    pub failed: usize,
+    pub broken: usize,
+    pub cancelled: usize,
+}
+
+/// Runs a plan to its end or to the first violation.
+pub fn run(plan: &Plan) -> Report {
+    run_with(plan, false)
+}
+
+/// The same; `traced`: with a line for all that the network does.
+pub fn run_with(plan: &Plan, traced: bool) -> Report {
+    let topology = Topology::draw(plan.seed);
+    let hosts = topology.servers().len() + 1;
+    let asks = workload::draw(plan.seed, &topology);
+    let (world, notes) = (World::new(plan.seed, topology), Notes::new(&asks));
+    if traced {
+        world.record.trace();
+    }
+    let violation = caught(|| drive(plan, &world, &notes)).unwrap_or_else(|what| {
+        let at_ms = world.record.now().as_millis() as u64;
+        Some(Violation { invariant: "P1 no panic".to_string(), at_ms, what })
+    });
+    let requests = count(&notes.lock());
+    Report {
+        seed: plan.seed,
+        profile: plan.profile.clone(),
+        hosts,
+        faults: plan.faults.len(),
+        virtual_ms: world.record.now().as_millis() as u64,
+        digest: format!("{:016x}", world.record.digest()),
+        network_events: world.record.network_events(),
+        requests,
+        violation,
+        lines: world.record.lines(),
+    }
+}
+
+fn count(told: &[Told]) -> Requests {
+    let mut requests = Requests::default();
+    for told in told {
+        let kind = match (&told.ended, told.accepted) {
+            (Some((_, End::Complete)), _) => &mut requests.complete,
+            (Some((_, End::Cancelled)), _) => &mut requests.cancelled,
+            (Some((_, End::Broken(_))), _) | (None, _) => &mut requests.broken,
+            (Some(_), None) => &mut requests.refused,
+            (Some(_), Some(_)) => &mut requests.failed,
+        };
+        *kind += 1;
+    }
+    requests
+}
+
+fn drive(plan: &Plan, world: &World, notes: &Notes) -> Option<Violation> {
+    let topology = &world.topology;
+    let mut sim = turmoil::Builder::new()
+        .rng_seed(seed_of(plan.seed, Purpose::Network, 0))
+        .simulation_duration(Duration::from_secs(3_600))
+        .tick_duration(TICK)
+        .min_message_latency(topology.latency_min)
+        .max_message_latency(topology.latency_max)
+        .tcp_capacity(1 << 16)
+        .build();
+    let (heal, healed) = watch::channel(false);
+    let (drains, orders) = mpsc::channel(64);
+    add_hosts(&mut sim, world);
+    sim.client(CLIENTS, client::run(world.clone(), notes.clone(), healed, orders));
+    let mut drive = Drive {
+        sim,
+        world,
+        notes,
+        invariants: invariant::all(),
+        faults: Faults::new(plan, topology, drains),
+        restarts: Vec::new(),
+        healed_at: None,
+        steps: 0,
+    };
+    let result = drive.until_rest(heal);
+    world.record.set_now(drive.sim.elapsed());
+    result.err()
+}
+
+fn add_hosts(sim: &mut Sim, world: &World) {
+    for (host, node) in world.topology.coordinator_names().into_iter().zip(1u64..) {
+        let world = world.clone();
+        sim.host(host.clone(), move || coordinator::run(world.clone(), host.clone(), node));
+    }
+    for role in [Role::Prefill, Role::Decode] {
+        for host in world.topology.worker_names(role) {
+            let world = world.clone();
+            sim.host(host.clone(), move || worker::run(world.clone(), host.clone(), role));
+        }
+    }
+    for host in world.topology.gateway_names() {
+        let world = world.clone();
+        sim.host(host.clone(), move || gateway::run(world.clone(), host.clone()));
+    }
+}
+
+/// The loop of a run.
+struct Drive<'a> {
+    sim: Sim<'a>,
+    world: &'a World,
+    notes: &'a Notes,
+    invariants: Vec<Box<dyn Invariant>>,
+    faults: Faults,
+    /// (when, which host).
+    restarts: Vec<(Duration, String)>,
+    healed_at: Option<Duration>,
+    steps: u32,
+}
+
+impl Drive<'_> {
+    fn until_rest(&mut self, heal: watch::Sender<bool>) -> Result<(), Violation> {
+        let last = self.faults.end().max(Duration::from_millis(workload::LAST_MS));
+        while !self.step()? {
+            if self.healed_at.is_none() && self.sim.elapsed() >= last {
+                self.healed_at = Some(self.sim.elapsed());
+                self.world.record.note("", "no faults any more");
+            }
+            if self.sim.elapsed() >= last + HEALING {
+                heal.send_replace(true);
+            }
+            if self.sim.elapsed() > last + ENDING {
+                let notes = self.notes.lock();
+                let waiting: Vec<usize> = notes.iter().filter(|t| t.ended.is_none()).map(|t| t.ask.number).collect();
+                return Err(self.violation("L1 heals", format!("requests {waiting:?} have not ended")));
+            }
+        }
+        let ended = self.sim.elapsed();
+        self.world.record.note("", "all clients have ended");
+        loop {
+            let rest = self.at_rest();
+            let Err(violation) = rest else { return Ok(()) };
+            if self.sim.elapsed() > ended + REST {
+                return Err(violation);
+            }
+            for _ in 0..100 {
+                self.step()?;
+            }
+        }
+    }
+
+    /// One tick; true when all clients have ended.
+    fn step(&mut self) -> Result<bool, Violation> {
+        self.world.record.set_now(self.sim.elapsed());
+        self.faults.follow(&mut self.sim, self.world);
+        self.supervise();
+        let ended = self.sim.step().map_err(|error| self.violation("P1 no panic", error.to_string()))?;
+        self.world.record.set_now(self.sim.elapsed());
+        self.steps += 1;
+        if ended || self.steps.is_multiple_of(LOOK_EVERY) {
+            self.look(|invariant, look| invariant.step(look))?;
+        }
+        Ok(ended)
+    }
+
+    fn at_rest(&mut self) -> Result<(), Violation> {
+        self.look(|invariant, look| invariant.end(look))
+    }
+
+    fn look(&mut self, mut check: impl FnMut(&mut dyn Invariant, &Look) -> Result<(), String>) -> Result<(), Violation> {
+        let told = self.notes.lock();
+        let now = self.sim.elapsed();
+        let look = Look { now, world: self.world, told: &told, healed: self.healed_at };
+        for invariant in &mut self.invariants {
+            check(&mut **invariant, &look).map_err(|what| Violation {
+                invariant: invariant.name().to_string(),
+                at_ms: now.as_millis() as u64,
+                what,
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Starts processes again that have ended by themselves.
+    fn supervise(&mut self) {
+        let now = self.sim.elapsed();
+        let exited = std::mem::take(&mut self.world.seen().exited);
+        for host in exited.into_keys() {
+            stop(&mut self.sim, self.world, &host);
+            if !self.faults.is_down(&host) {
+                self.restarts.push((now + RESTART, host));
+            }
+        }
+        let (due, later) = std::mem::take(&mut self.restarts).into_iter().partition(|(at, _)| *at <= now);
+        self.restarts = later;
+        let due: Vec<(Duration, String)> = due;
+        for (_, host) in due {
+            if !self.faults.is_down(&host) && !self.sim.is_host_running(host.as_str()) {
+                self.world.record.note(&host, "is started again");
+                self.sim.bounce(host.as_str());
+            }
+        }
+    }
+
+    fn violation(&self, invariant: &str, what: String) -> Violation {
+        Violation { invariant: invariant.to_string(), at_ms: self.sim.elapsed().as_millis() as u64, what }
+    }
+}
+
+/// Ends a host's process as `kill -9` does.
+fn stop(sim: &mut Sim, world: &World, host: &str) {
+    {
+        let mut seen = world.seen();
+        seen.coordinators.remove(host);
+        seen.workers.remove(host);
+        seen.paces.remove(host);
+        if let Some(life) = seen.gateways.get(host).copied() {
+            seen.crashed.entry(host.to_string()).or_default().insert(life);
+        }
+    }
+    sim.crash(host);
+    world.seen().exited.remove(host);
+}
+
+/// The faults of a plan over time.
+struct Faults {
+    faults: Vec<crate::plan::Fault>,
+    begun: Vec<bool>,
+    over: Vec<bool>,
+    /// Faults in force that keep a host down.
+    down: std::collections::BTreeMap<String, usize>,
+    network: Network,
+    servers: Vec<String>,
+    drains: mpsc::Sender<String>,
+}
+
+impl Faults {
+    fn new(plan: &Plan, topology: &Topology, drains: mpsc::Sender<String>) -> Faults {
+        let count = plan.faults.len();
+        Faults {
+            faults: plan.faults.clone(),
+            begun: vec![false; count],
+            over: vec![false; count],
+            down: Default::default(),
+            network: Network::default(),
+            servers: topology.servers(),
+            drains,
+        }
+    }
+
+    /// When the last one is over.
+    fn end(&self) -> Duration {
+        let end = self.faults.iter().map(|fault| fault.at_ms + fault.for_ms).max();
+        Duration::from_millis(end.unwrap_or(0))
+    }
+
+    /// Whether a fault keeps the host's process from running.
+    fn is_down(&self, host: &str) -> bool {
+        self.down.get(host).is_some_and(|faults| *faults > 0)
+    }
+
+    fn follow(&mut self, sim: &mut Sim, world: &World) {
+        let now = sim.elapsed().as_millis() as u64;
+        let mut changed = false;
+        for number in 0..self.faults.len() {
+            let fault = self.faults[number].clone();
+            if !self.begun[number] && fault.at_ms <= now {
+                self.begun[number] = true;
+                changed = true;
+                world.record.note("", format!("fault {number} for {} ms: {:?}", fault.for_ms, fault.what));
+                self.begin(sim, world, &fault.what, now, fault.for_ms);
+            }
+            if self.begun[number] && !self.over[number] && fault.at_ms + fault.for_ms <= now {
+                self.over[number] = true;
+                changed = true;
+                world.record.note("", format!("fault {number} is over"));
+                self.end_one(sim, world, &fault.what);
+            }
+        }
+        if changed {
+            let active = self.faults.iter().enumerate().filter(|(n, _)| self.begun[*n] && !self.over[*n]);
+            let active: Vec<&What> = active.map(|(_, fault)| &fault.what).collect();
+            self.network.follow(sim, &self.servers, &active);
+        }
+    }
+
+    fn begin(&mut self, sim: &mut Sim, world: &World, what: &What, now_ms: u64, for_ms: u64) {
+        match what {
+            What::Crash { host, kept } => {
+                *self.down.entry(host.clone()).or_default() += 1;
+                stop(sim, world, host);
+                if let Some(disk) = world.disks.get(host) {
+                    disk.crash(*kept);
+                }
+            }
+            What::Drain { host } => {
+                *self.down.entry(host.clone()).or_default() += 1;
+                // A full queue of orders: the operator has enough to do.
+                let _ = self.drains.try_send(host.clone());
+            }
+            What::Latency { a, b, ms } => {
+                sim.set_link_max_message_latency(a.as_str(), b.as_str(), Duration::from_millis(*ms));
+            }
+            What::DiskFull { host } => world.disks[host].limit(Some(0)),
+            What::DiskSlow { host, ms } => world.disks[host].slow(Duration::from_millis(*ms)),
+            What::Hang { host } => {
+                if let Some(pace) = world.seen().paces.get(host) {
+                    pace.hang(now_ms, for_ms);
+                }
+            }
+            What::Flips { host, count } => world.flips[host].arm(*count),
+            What::Partition { .. } | What::OneWay { .. } | What::Hold { .. } | What::Isolate { .. } => {}
+        }
+    }
+
+    fn end_one(&mut self, sim: &mut Sim, world: &World, what: &What) {
+        match what {
+            What::Crash { host, .. } | What::Drain { host } => {
+                if let Some(faults) = self.down.get_mut(host) {
+                    *faults -= 1;
+                }
+                if !self.is_down(host) && !sim.is_host_running(host.as_str()) {
+                    world.record.note(host, "is started again");
+                    sim.bounce(host.as_str());
+                }
+            }
+            What::Latency { a, b, .. } => {
+                sim.set_link_max_message_latency(a.as_str(), b.as_str(), world.topology.latency_max);
+            }
+            What::DiskFull { host } => world.disks[host].limit(None),
+            What::DiskSlow { host, .. } => world.disks[host].slow(world.topology.fsync),
+            What::Flips { host, .. } => world.flips[host].arm(0),
+            _ => {}
+        }
+    }
+}
+
+thread_local! {
+    /// The text of the panic that this thread's run is in; None outside of runs.
+    static PANIC: RefCell<Option<String>> = const { RefCell::new(None) };
+}
+
+/// Runs `body`; a panic in it becomes its text, and nothing is printed.
+fn caught<T>(body: impl FnOnce() -> T) -> Result<T, String> {
+    static HOOK: Once = Once::new();
+    HOOK.call_once(|| {
+        let usual = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            let kept = PANIC.with_borrow_mut(|kept| match kept {
+                // The first says what went wrong; what follows is its wake.
+                Some(text) if text.is_empty() => {
+                    *text = panic.to_string();
+                    true
+                }
+                Some(_) => true,
+                None => false,
+            });
+            if !kept {
+                usual(panic);
+            }
+        }));
+    });
+    PANIC.set(Some(String::new()));
+    let result = catch_unwind(AssertUnwindSafe(body));
+    let text = PANIC.take().unwrap_or_default();
+    result.map_err(|payload: Box<dyn Any + Send>| if text.is_empty() { message(&*payload) } else { text })
+}
+
+fn message(payload: &(dyn Any + Send)) -> String {
+    let text = payload.downcast_ref::<&str>().map(|text| text.to_string());
+    text.or_else(|| payload.downcast_ref::<String>().cloned()).unwrap_or_else(|| "a panic without words".to_string())
+}
+

@@ -1,0 +1,71 @@
+//! Makes a failing plan smaller while the same invariant fails: first without halves of its faults, then without single
+//! ones, then with shorter ones.
+
+use crate::plan::Plan;
+use crate::run::{Report, run};
+
+/// Runs a shrink may take.
+const RUNS_MAX: usize = 200;
+
+/// What became of a plan.
+pub struct Shrunk {
+    pub plan: Plan,
+    pub report: Report,
+    pub runs: usize,
+}
+
+/// The smallest plan found; None: this plan does not fail.
+pub fn shrink(plan: &Plan) -> Option<Shrunk> {
+    let report = run(plan);
+    let invariant = report.violation.as_ref()?.invariant.clone();
+    let mut shrinking = Shrinking { best: Shrunk { plan: plan.clone(), report, runs: 1 }, invariant };
+    shrinking.drop_faults();
+    shrinking.shorten_faults();
+    Some(shrinking.best)
+}
+
+struct Shrinking {
+    best: Shrunk,
+    invariant: String,
+}
+
+impl Shrinking {
+    /// Whether the plan fails as the first one did; it is then the best so far.
+    fn still_fails(&mut self, plan: Plan) -> bool {
+        if self.best.runs >= RUNS_MAX {
+            return false;
+        }
+        self.best.runs += 1;
+        let report = run(&plan);
+        let fails = report.violation.as_ref().is_some_and(|violation| violation.invariant == self.invariant);
+        if fails {
+            (self.best.plan, self.best.report) = (plan, report);
+        }
+        fails
+    }
+
+    fn drop_faults(&mut self) {
+        let mut size = self.best.plan.faults.len().div_ceil(2);
+        while size > 0 {
+            let mut at = 0;
+            while at < self.best.plan.faults.len() {
+                let mut plan = self.best.plan.clone();
+                plan.faults.drain(at..plan.faults.len().min(at + size));
+                if !self.still_fails(plan) {
+                    at += size;
+                }
+            }
+            size = if size == 1 { 0 } else { size.div_ceil(2) };
+        }
+    }
+
+    fn shorten_faults(&mut self) {
+        for number in 0..self.best.plan.faults.len() {
+            let mut plan = self.best.plan.clone();
+            plan.faults[number].for_ms /= 2;
+            if plan.faults[number].for_ms > 0 {
+                self.still_fails(plan);
+            }
+        }
+    }
+}

@@ -1,0 +1,94 @@
+//! Which hosts a run has and how large they are, from the seed.
+
+use std::time::Duration;
+
+use baton_core::Role;
+use baton_engine::EngineConfig;
+
+use crate::draw::{Purpose, between, chance, rng};
+
+pub const COORDINATOR_PORT: u16 = 7400;
+pub const WORKER_PORT: u16 = 7500;
+pub const KV_PORT: u16 = 7600;
+pub const GATEWAY_PORT: u16 = 8000;
+/// The host of all clients.
+pub const CLIENTS: &str = "clients";
+
+/// The hosts of one run.
+#[derive(Clone, Debug)]
+pub struct Topology {
+    pub coordinators: usize,
+    pub prefills: usize,
+    pub decodes: usize,
+    pub gateways: usize,
+    pub engine: EngineConfig,
+    /// How long a step takes, and how much longer for each row.
+    pub step: Duration,
+    pub row: Duration,
+    pub latency_min: Duration,
+    pub latency_max: Duration,
+    /// How long a write of the log takes.
+    pub fsync: Duration,
+}
+
+impl Topology {
+    pub fn draw(seed: u64) -> Topology {
+        let mut rng = rng(seed, Purpose::Topology, 0);
+        let few_blocks = chance(&mut rng, 25);
+        Topology {
+            coordinators: if chance(&mut rng, 80) { 3 } else { 1 },
+            prefills: between(&mut rng, 1, 2) as usize,
+            decodes: between(&mut rng, 1, 2) as usize,
+            gateways: if chance(&mut rng, 30) { 2 } else { 1 },
+            engine: EngineConfig {
+                blocks: if few_blocks { between(&mut rng, 64, 96) } else { 256 } as usize,
+                batch_tokens_max: between(&mut rng, 8, 64) as usize,
+                sequences_max: between(&mut rng, 4, 32) as usize,
+                queue_max: between(&mut rng, 8, 64) as usize,
+                prefix_cache: chance(&mut rng, 80),
+            },
+            step: Duration::from_millis(between(&mut rng, 2, 12)),
+            row: Duration::from_micros(between(&mut rng, 0, 300)),
+            latency_min: Duration::from_micros(between(&mut rng, 100, 1_000)),
+            latency_max: Duration::from_micros(between(&mut rng, 1_500, 6_000)),
+            fsync: Duration::from_millis(between(&mut rng, 1, 4)),
+        }
+    }
+
+    pub fn coordinator_names(&self) -> Vec<String> {
+        names("coordinator", self.coordinators)
+    }
+
+    pub fn worker_names(&self, role: Role) -> Vec<String> {
+        match role {
+            Role::Prefill => names("prefill", self.prefills),
+            _ => names("decode", self.decodes),
+        }
+    }
+
+    pub fn gateway_names(&self) -> Vec<String> {
+        names("gateway", self.gateways)
+    }
+
+    /// Every host but that of the clients.
+    pub fn servers(&self) -> Vec<String> {
+        let mut all = self.coordinator_names();
+        all.extend(self.worker_names(Role::Prefill));
+        all.extend(self.worker_names(Role::Decode));
+        all.extend(self.gateway_names());
+        all
+    }
+
+    pub fn coordinator_addresses(&self) -> Vec<String> {
+        self.coordinator_names().iter().map(|name| format!("{name}:{COORDINATOR_PORT}")).collect()
+    }
+}
+
+fn names(kind: &str, count: usize) -> Vec<String> {
+    (1..=count).map(|number| format!("{kind}-{number}")).collect()
+}
+
+/// What a host is, by its name.
+pub fn kind(host: &str) -> &str {
+    host.split('-').next().unwrap_or(host)
+}
