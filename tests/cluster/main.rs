@@ -3,6 +3,7 @@
 mod bad_input;
 mod chaos;
 mod control;
+mod explain;
 mod faults;
 mod pools;
 mod recall;
