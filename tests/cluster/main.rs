@@ -5,6 +5,7 @@ mod chaos;
 mod control;
 mod explain;
 mod faults;
+mod ledger;
 mod pools;
 mod recall;
 mod same_bytes;
