@@ -91,6 +91,14 @@ impl Reply for v1::TenantList {
     }
 }
 
+impl Reply for v1::ExplainReply {
+    type Answer = v1::ExplainReply;
+
+    fn answer(self) -> Option<Result<v1::ExplainReply, v1::Refusal>> {
+        Some(self.refused.clone().map_or(Ok(self), Err))
+    }
+}
+
 /// Runs a command that only asks.
 pub(crate) fn run(asking: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(asking)

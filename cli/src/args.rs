@@ -30,6 +30,8 @@ pub(crate) enum Command {
     Drain(crate::order::DrainFlags),
     /// Let a worker serve the other role, without loading its weights again
     Role(crate::order::ChangeFlags),
+    /// Show why a request was assigned where it was, or refused
+    Explain(crate::explain::ExplainFlags),
     /// Create, show and remove tenants and their limits
     #[command(subcommand)]
     Tenant(crate::access::TenantCommand),
@@ -115,6 +117,8 @@ mod tests {
             ("baton key create --tenant a --data d", true),
             ("baton key create", false),
             ("baton key revoke 0a --json", false),
+            ("baton explain 00 --json --coordinator a:1", true),
+            ("baton explain", false),
             ("baton gateway --open --listen 0.0.0.0:1", true),
             ("baton sim faults --seed 3 --profile crash --save plan.json", true),
             ("baton sim faults --seeds 3..9 --minutes 1 --json", true),

@@ -7,7 +7,7 @@ pub(crate) const FAILED: u8 = 1;
 /// Refused before anything served: flags, configuration, model, port, data directory.
 pub(crate) const REFUSED: u8 = 2;
 
-/// Files of the data directory are damaged or missing (sysexits' EX_CONFIG).
+/// Files of the data directory are damaged or missing, or the ledger in them is not the leader's (sysexits' EX_CONFIG).
 pub(crate) const DAMAGED: u8 = 78;
 
 /// The table every `--help` ends with.
@@ -15,7 +15,7 @@ pub(crate) const EXIT_CODES: &str = "Exit codes:
   0  done, or ended as asked (Ctrl-C, SIGTERM)
   1  something failed after it had begun
   2  refused before anything served: flags, configuration, model, port or data directory; nothing is left running
- 78  a coordinator's data is damaged (path and offset are named) or differs from the other coordinators'";
+ 78  a coordinator's data is damaged (path and offset are named) or differs from the leader's (index and hashes are named)";
 
 /// An error on its way to the terminal, with the exit code it becomes.
 #[derive(Debug)]

@@ -9,6 +9,7 @@ mod chat;
 mod doctor;
 mod event;
 mod exit;
+mod explain;
 mod http;
 mod log;
 mod model;
@@ -48,6 +49,7 @@ fn run(Arguments { log, command }: Arguments) -> Result<(), Failure> {
         Command::Scale(flags) => scale::run(flags),
         Command::Drain(flags) => order::drain(flags),
         Command::Role(flags) => order::change(flags),
+        Command::Explain(flags) => explain::run(flags),
         Command::Tenant(command) => access::run_tenant(command),
         Command::Key(command) => access::run_key(command),
         Command::Chat(flags) => chat::run(flags),

@@ -28,7 +28,7 @@ Exit codes:
   0  ended as asked (Ctrl-C, SIGTERM)
   1  failed while it served
   2  refused before it served: flags, configuration, model or address
- 78  a coordinator's data is damaged: path and offset are named";
+ 78  a coordinator's data is damaged (path and offset are named) or differs from the leader's (index and hashes are named)";
 
 /// Flags of every role.
 #[derive(Args, Clone, Debug)]
@@ -103,7 +103,7 @@ impl Running for baton_coordinator::Running {
         };
         let code = match &stopped {
             Stopped::Removed(_) => return Ok(stopped.to_string()),
-            Stopped::Damaged(_) => crate::exit::DAMAGED,
+            Stopped::Damaged(_) | Stopped::Differs(_) => crate::exit::DAMAGED,
             Stopped::Refused(_) => crate::exit::REFUSED,
             Stopped::Node(_) | Stopped::Server(_) => crate::exit::FAILED,
         };

@@ -84,6 +84,9 @@ pub enum Stopped {
     Server(String),
     #[error("coordinator: {0}")]
     Damaged(String),
+    /// What it applied is not what the leader applied.
+    #[error("coordinator: {0}")]
+    Differs(String),
     /// As an operator wanted.
     #[error("node {0} was removed from its group; its data directory is of no further use")]
     Removed(NodeId),

@@ -101,7 +101,9 @@ impl Stack {
             failed = standing.wait_for(|standing| standing.failed.is_some()) => {
                 let why = failed.ok().and_then(|standing| standing.failed.clone());
                 let why = why.unwrap_or_else(|| "raft has ended".into());
-                End::Stopped(node.damage().map_or(Stopped::Node(why), Stopped::Damaged))
+                let damaged = node.damage().map(Stopped::Damaged);
+                let differs = || node.difference().map(Stopped::Differs);
+                End::Stopped(damaged.or_else(differs).unwrap_or(Stopped::Node(why)))
             }
             () = removed(&node, net) => End::Stopped(Stopped::Removed(node.id())),
         }

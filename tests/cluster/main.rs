@@ -3,7 +3,9 @@
 mod bad_input;
 mod chaos;
 mod control;
+mod explain;
 mod faults;
+mod ledger;
 mod pools;
 mod recall;
 mod same_bytes;

@@ -3,11 +3,11 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::process::Stdio;
+use std::process::{Output, Stdio};
 
 use serde_json::Value;
-use tokio::io::{AsyncBufReadExt, BufReader};
-use tokio::process::{Child, Command};
+use tokio::io::{AsyncBufReadExt, BufReader, Lines};
+use tokio::process::{Child, ChildStdout, Command};
 
 use crate::cluster::{PATIENCE, Scratch, binary, free_port, signal, wait_for};
 use crate::{Client, Proxy};
@@ -41,6 +41,19 @@ struct Member {
     /// Where it listens.
     address: String,
     child: Option<Child>,
+    /// Where its metrics are served, once it serves.
+    metrics: Option<String>,
+    /// What it says on its stdout, one JSON object a line.
+    events: Option<Lines<BufReader<ChildStdout>>>,
+}
+
+/// How a process ended.
+#[derive(Debug)]
+pub struct End {
+    /// None: by a signal.
+    pub code: Option<i32>,
+    /// What it said last.
+    pub last: Value,
 }
 
 /// Processes by name: `coordinator-1`, `prefill-0`, `decode-0`, `gateway-0`, …
@@ -49,7 +62,7 @@ pub struct Fleet {
     /// By the worker's name: its gRPC port and, for decode workers, its KV port.
     pub control: BTreeMap<String, Proxy>,
     pub handoff: BTreeMap<String, Proxy>,
-    _data: Scratch,
+    data: Scratch,
 }
 
 /// The model that ships.
@@ -72,7 +85,7 @@ impl Fleet {
             members: BTreeMap::new(),
             control: BTreeMap::new(),
             handoff: BTreeMap::new(),
-            _data: Scratch::new("fleet"),
+            data: Scratch::new("fleet"),
         };
         let nodes: Vec<String> = (0..shape.coordinators).map(|_| loopback()).collect();
         fleet.add_coordinators(&nodes);
@@ -100,7 +113,7 @@ impl Fleet {
 
     fn add(&mut self, role: &'static str, id: String, address: String, command: &str, flags: Vec<String>) {
         let arguments = [vec![command.to_string(), "--events".to_string()], flags].concat();
-        self.members.insert(id, Member { role, arguments, address, child: None });
+        self.members.insert(id, Member { role, arguments, address, child: None, metrics: None, events: None });
     }
 
     fn add_coordinators(&mut self, nodes: &[String]) {
@@ -108,7 +121,7 @@ impl Fleet {
             nodes.iter().enumerate().flat_map(|(n, node)| flag("--peer", format!("{}={node}", n + 1))).collect();
         for (n, node) in nodes.iter().enumerate() {
             let id = format!("coordinator-{}", n + 1);
-            let data = self._data.path().join(&id).display().to_string();
+            let data = self.data(&id).display().to_string();
             let own = [flag("--node", (n + 1).to_string()), flag("--listen", node), flag("--data", data)].concat();
             self.add("coordinator", id, node.clone(), "coordinator", [own, peers.clone()].concat());
         }
@@ -144,25 +157,29 @@ impl Fleet {
         command.args(&member.arguments).stdin(Stdio::null()).stdout(Stdio::piped()).kill_on_drop(true);
         command.stderr(if loud { Stdio::inherit() } else { Stdio::null() });
         die_with_us(&mut command);
-        member.child = Some(command.spawn().expect("baton starts"));
+        let mut child = command.spawn().expect("baton starts");
+        member.events = Some(BufReader::new(child.stdout.take().expect("piped")).lines());
+        member.child = Some(child);
     }
 
     /// Waits until the process says that it serves.
     async fn ready(&mut self, id: &str) {
-        let child = self.members.get_mut(id).and_then(|m| m.child.as_mut()).unwrap_or_else(|| panic!("{id} runs"));
-        let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
+        let member = self.members.get_mut(id).unwrap_or_else(|| panic!("no {id} in the fleet"));
+        let lines = member.events.as_mut().unwrap_or_else(|| panic!("{id} was not started"));
         let said = async {
             while let Ok(Some(line)) = lines.next_line().await {
                 let event: Value = serde_json::from_str(&line).unwrap_or_default();
                 match event["event"].as_str() {
-                    Some("ready") => return,
+                    Some("ready") => return event["metrics"].as_str().map(str::to_string),
                     Some("failed") => panic!("{id} did not start: {line}"),
                     _ => {}
                 }
             }
             panic!("{id} ended before it served");
         };
-        tokio::time::timeout(PATIENCE, said).await.unwrap_or_else(|_| panic!("{id} was not ready in {PATIENCE:?}"));
+        let said = tokio::time::timeout(PATIENCE, said).await;
+        // A gateway serves its metrics with everything else.
+        member.metrics = said.unwrap_or_else(|_| panic!("{id} was not ready in {PATIENCE:?}"));
     }
 
     /// Waits until all processes that run are seen by a leader, and every gateway that runs serves.
@@ -184,6 +201,11 @@ impl Fleet {
 
     pub fn ids(&self, role: &str) -> Vec<String> {
         self.members.iter().filter(|(_, member)| member.role == role).map(|(id, _)| id.clone()).collect()
+    }
+
+    /// A coordinator's data directory.
+    pub fn data(&self, id: &str) -> PathBuf {
+        self.data.path().join(id)
     }
 
     pub fn address(&self, id: &str) -> String {
@@ -219,10 +241,54 @@ impl Fleet {
         child.is_none_or(|child| child.try_wait().expect("a child of ours can be asked").is_some())
     }
 
+    /// Waits until the process has ended by itself.
+    pub async fn end(&mut self, id: &str) -> End {
+        let member = self.members.get_mut(id).unwrap_or_else(|| panic!("no {id} in the fleet"));
+        let (mut child, mut lines) = member.child.take().zip(member.events.take()).expect("it was started");
+        let ending = async {
+            let mut last = Value::Null;
+            while let Ok(Some(line)) = lines.next_line().await {
+                last = serde_json::from_str(&line).unwrap_or_default();
+            }
+            End { code: child.wait().await.expect("a child of ours can be waited for").code(), last }
+        };
+        tokio::time::timeout(PATIENCE, ending).await.unwrap_or_else(|_| panic!("{id} did not end in {PATIENCE:?}"))
+    }
+
     /// Starts a process that was killed, or has ended, on its own data; returns when it serves.
     pub async fn restart(&mut self, id: &str) {
         self.spawn(id);
         self.ready(id).await;
+    }
+
+    /// Runs a command on this cluster to its end.
+    pub async fn command(&self, arguments: &[&str]) -> Output {
+        let mut command = Command::new(binary());
+        command.args(arguments).stdin(Stdio::null()).kill_on_drop(true);
+        for id in self.ids("coordinator") {
+            command.args(["--coordinator", &self.address(&id)]);
+        }
+        command.output().await.expect("baton starts")
+    }
+
+    /// What a command that must succeed prints.
+    ///
+    /// # Panics
+    /// If it fails.
+    pub async fn done(&self, arguments: &[&str]) -> String {
+        let output = self.command(arguments).await;
+        assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8_lossy(&output.stdout).trim().to_string()
+    }
+
+    /// A process's metric, summed over the lines that hold `label`.
+    pub async fn metric(&self, id: &str, name: &str, label: &str) -> f64 {
+        let address = self.member(id).metrics.clone().unwrap_or_else(|| self.address(id));
+        let body = Client::new(address).get("/metrics").await.body;
+        let text = String::from_utf8_lossy(&body).into_owned();
+        let named = |line: &&str| line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' ']));
+        let lines = text.lines().filter(named).filter(|line| line.contains(label));
+        lines.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
     }
 
     /// What `baton status --json` says, from the first coordinator that answers and knows a leader.

@@ -10,5 +10,5 @@ pub mod proxy;
 
 pub use client::{Client, Reply, Streamed};
 pub use cluster::{Cluster, Process, RoleProcess};
-pub use fleet::{Fleet, Shape};
+pub use fleet::{End, Fleet, Shape};
 pub use proxy::{Fault, Proxy, Way};

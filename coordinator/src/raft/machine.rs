@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, RwLock};
+use std::sync::{Arc, Mutex, OnceLock, RwLock};
 
 use futures::{Stream, TryStreamExt};
 use openraft::alias::{LogIdOf, SnapshotMetaOf, SnapshotOf, StoredMembershipOf};
@@ -36,6 +36,8 @@ pub(crate) struct Machine {
     log_bytes: Arc<AtomicU64>,
     /// (index, hash) of this node's ledger, latest last.
     hashes: Arc<Mutex<VecDeque<(u64, u64)>>>,
+    /// Set once this node's ledger was found to be another one than the leader's.
+    difference: Arc<OnceLock<String>>,
     /// Index of the last entry that changed the cluster's name, its workers, tenants or keys.
     changed: Arc<watch::Sender<u64>>,
 }
@@ -67,6 +69,7 @@ impl Machine {
             open: Arc::new(Mutex::new(true)),
             log_bytes: Arc::default(),
             hashes: Arc::default(),
+            difference: Arc::default(),
             changed: Arc::new(watch::Sender::new(0)),
         })
     }
@@ -110,6 +113,11 @@ impl Machine {
         self.hashes.clone()
     }
 
+    /// How this node's ledger was found to differ from the leader's, once it was.
+    pub(super) fn difference(&self) -> Arc<OnceLock<String>> {
+        self.difference.clone()
+    }
+
     /// The low 52 bits survive a float.
     fn remember_hash(&self, ledger: &Ledger) {
         let (index, hash) = (ledger.index(), state::hash(ledger));
@@ -133,8 +141,9 @@ impl Machine {
         metrics::counter!("baton_coordinator_state_mismatch_total").increment(1);
         tracing::error!(index, own, leader = hash, "this node's ledger is not the leader's");
         let problem = format!(
-            "the ledger at index {index} hashes to {own:016x} here and to {hash:016x} on the leader: stop this node, keep its directory for a report, and replace it"
+            "the ledger at index {index} hashes to {own:016x} here and to {hash:016x} on the leader: keep this node's directory for a report, and replace the node"
         );
+        let problem = self.difference.get_or_init(|| problem).clone();
         Err(io::Error::new(io::ErrorKind::InvalidData, problem))
     }
 
@@ -205,6 +214,7 @@ impl RaftStateMachine<Types> for Machine {
             open: self.open.clone(),
             log_bytes: self.log_bytes.clone(),
             hashes: self.hashes.clone(),
+            difference: self.difference.clone(),
             changed: self.changed.clone(),
         }
     }
@@ -294,7 +304,9 @@ mod tests {
         assert!(same.apply_one(HASH_EVERY + 1, &check(state::VERSION)).is_ok());
         assert!(other.apply_one(HASH_EVERY + 1, &check(state::VERSION - 1)).is_ok(), "other bytes, no verdict");
         let error = other.apply_one(HASH_EVERY + 1, &check(state::VERSION)).unwrap_err();
-        assert!(error.to_string().contains("on the leader"), "{error}");
+        assert!(error.to_string().contains(&format!("to {hash:016x} on the leader")), "{error}");
+        assert_eq!(other.difference().get(), Some(&error.to_string()));
+        assert_eq!(same.difference().get(), None);
         assert!(open().apply_one(HASH_EVERY + 1, &check(state::VERSION)).is_ok(), "no hash of its own");
     }
 

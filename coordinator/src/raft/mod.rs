@@ -16,7 +16,7 @@ mod wire;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, RwLock, RwLockReadGuard};
+use std::sync::{Arc, Mutex, OnceLock, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
 use baton_core::limits::RPC_TIMEOUT_MS;
@@ -109,6 +109,7 @@ pub(crate) struct Node {
     log_bytes: Arc<AtomicU64>,
     machine_open: Arc<Mutex<bool>>,
     hashes: Arc<Mutex<VecDeque<(u64, u64)>>>,
+    difference: Arc<OnceLock<String>>,
     changes: watch::Receiver<u64>,
     standing: watch::Receiver<Standing>,
     stopping: watch::Sender<bool>,
@@ -124,7 +125,7 @@ impl Node {
         let mut machine = Machine::open(disk)?;
         let machine_open = machine.open_mark();
         let (ledger, changes, log_bytes) = (machine.ledger(), machine.changes(), machine.log_bytes());
-        let hashes = machine.hashes();
+        let (hashes, difference) = (machine.hashes(), machine.difference());
         envelope.name(ledger.read().expect("ledger lock").cluster());
         let addresses = peers.clone();
         let config = Arc::new(config(members::voters_on_disk(&mut Store(log.clone()), &mut machine, &peers).await?));
@@ -148,6 +149,7 @@ impl Node {
             log_bytes,
             machine_open,
             hashes,
+            difference,
             changes,
             standing,
             stopping: watch::Sender::new(false),
@@ -172,6 +174,11 @@ impl Node {
     /// What was found damaged while the log was read.
     pub(crate) fn damage(&self) -> Option<String> {
         self.log.damage()
+    }
+
+    /// How this node's ledger was found to differ from the leader's, once it was.
+    pub(crate) fn difference(&self) -> Option<String> {
+        self.difference.get().cloned()
     }
 
     /// The ledger as applied here. Hold it for a few lines only: entries wait meanwhile.

@@ -113,7 +113,9 @@ impl v1::admin_server::Admin for Service {
 
     async fn explain(&self, request: Request<v1::ExplainRequest>) -> Answer<v1::ExplainReply> {
         let request = request_id(&request.into_inner().request)?;
-        let refused = |refused: Refusal| Status::unavailable(format!("{}: {}", refused.reason, refused.detail));
-        Ok(Response::new(self.0.explain(request).await.map_err(refused)?))
+        let explained = self.0.explain(request).await;
+        Ok(Response::new(
+            explained.unwrap_or_else(|refused| v1::ExplainReply { refused: Some(refused), ..Default::default() }),
+        ))
     }
 }

@@ -92,7 +92,11 @@ impl Shared {
             None if self.admission.holds(request) => "queued",
             None => "unknown",
         };
-        Ok(v1::ExplainReply { decisions: decisions.iter().map(Remembered::told).collect(), state: state.into() })
+        Ok(v1::ExplainReply {
+            decisions: decisions.iter().map(Remembered::told).collect(),
+            state: state.into(),
+            refused: None,
+        })
     }
 }
 

@@ -1,0 +1,103 @@
+//! A coordinator whose ledger is not the leader's, although no checksum says so, stops by itself and says why.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use baton_proto::v1::Tenant;
+use baton_proto::v1::admin_client::AdminClient;
+use baton_proto::{TcpNet, channel};
+use baton_tests::cluster::wait_for;
+use baton_tests::{Fleet, Shape};
+
+/// Exit code of damaged and differing data.
+const DAMAGED: i32 = 78;
+/// The leader tells its ledger's hash at every such index.
+const HASH_EVERY: u64 = 1_024;
+const SEGMENT_HEADER: usize = 24;
+const FRAME_HEADER: usize = 16;
+const RECORD_HEADER: usize = 9;
+
+fn number(bytes: &[u8]) -> usize {
+    u32::from_le_bytes(bytes[..4].try_into().expect("four bytes")) as usize
+}
+
+/// Replaces a word by another of the same length in every segment of a log, and makes all checksums right again: what a
+/// binary with a mistake would have written. Returns how often.
+fn forge(data: &Path, word: &str, other: &str) -> usize {
+    let files = std::fs::read_dir(data).expect("a directory").flatten().map(|file| file.path());
+    let mut count = 0;
+    for path in files.filter(|path| path.is_file()) {
+        let mut bytes = std::fs::read(&path).expect("readable");
+        if !bytes.starts_with(b"BATONLOG") {
+            continue;
+        }
+        let mut frame = SEGMENT_HEADER;
+        while bytes.len() >= frame + FRAME_HEADER {
+            let end = frame + FRAME_HEADER + number(&bytes[frame..]);
+            let mut record = frame + FRAME_HEADER;
+            while record < end {
+                let next = record + RECORD_HEADER + number(&bytes[record..]);
+                let found = bytes[record..next].windows(word.len()).position(|w| w == word.as_bytes());
+                if let Some(at) = found {
+                    bytes[record + at..record + at + word.len()].copy_from_slice(other.as_bytes());
+                    let sum = crc32fast::hash(&bytes[record + 8..next]);
+                    bytes[record + 4..record + 8].copy_from_slice(&sum.to_le_bytes());
+                    count += 1;
+                }
+                record = next;
+            }
+            let sum = crc32fast::hash(&[&bytes[frame..frame + 4], &bytes[frame + 8..end]].concat());
+            bytes[frame + 4..frame + 8].copy_from_slice(&sum.to_le_bytes());
+            frame = end;
+        }
+        std::fs::write(&path, bytes).expect("writable");
+    }
+    count
+}
+
+/// One entry of the ledger.
+async fn write(address: &str, tenant: &str) {
+    let mut client = AdminClient::new(channel(Arc::new(TcpNet), address).expect("an address"));
+    let tenant = Tenant { name: tenant.into(), ..Tenant::default() };
+    client.set_tenant(tenant).await.expect("the leader answers");
+}
+
+/// Goal: a node that applied something else than the others ends with code 78 and names the index and both hashes; the
+/// others go on. Method: another tenant's name in the log of one of three, with right checksums.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_whose_ledger_differs_stops_and_says_why() {
+    let shape = Shape { coordinators: 3, prefill: 0, decode: 0, gateways: 0, ..Shape::default() };
+    let mut fleet = Fleet::start(&shape).await;
+    let leader = fleet.leader().await;
+    let address = fleet.address(&leader);
+    write(&address, "mallory-a").await;
+    fleet.agreed().await;
+    let victim = fleet.ids("coordinator").into_iter().find(|id| *id != leader).expect("three of them");
+    fleet.kill(&victim).await;
+    assert_eq!(forge(&fleet.data(&victim), "mallory-a", "mallory-b"), 1);
+    fleet.restart(&victim).await;
+    fleet.agreed().await;
+
+    // Entries until the leader has told the hash of the first index that has one, and some more.
+    let index = || async { fleet.status_of(&leader).await?["ledger_index"].as_u64() };
+    while wait_for("the leader's index", index).await <= HASH_EVERY {
+        let writing = (0..4).map(|nth| {
+            let address = address.clone();
+            tokio::spawn(async move {
+                for _ in 0..64 {
+                    write(&address, &format!("t{nth}")).await;
+                }
+            })
+        });
+        for written in writing.collect::<Vec<_>>() {
+            written.await.expect("written");
+        }
+    }
+    let end = fleet.end(&victim).await;
+    let message = end.last["message"].as_str().unwrap_or_default().to_string();
+    assert_eq!((end.code, end.last["code"].as_i64()), (Some(DAMAGED), Some(i64::from(DAMAGED))), "{end:?}");
+    assert!(message.contains(&format!("at index {HASH_EVERY} hashes to")), "{message}");
+    assert!(message.contains("here and to") && message.contains("on the leader"), "{message}");
+    assert_eq!(fleet.leader().await, leader, "the others are untouched");
+    write(&address, "after").await;
+}
