@@ -2,7 +2,8 @@
 //! bits that depend on nothing but a row's own values: not on the batch around it, its chunking, or the thread count.
 //! `reference` defines those bits with plain loops; everything fast is tested against it.
 //!
-//! `unsafe` lives in bf16.rs, kv.rs, limits.rs, memory.rs, packed.rs, pool.rs, cpu.rs and cpu/.
+//! `unsafe` lives in bf16.rs, kv.rs, limits.rs, memory.rs, packed.rs, pool.rs, cpu.rs and
+//! cpu/.
 
 mod attention;
 mod bf16;
@@ -16,9 +17,11 @@ mod pool;
 mod profile;
 pub mod reference;
 mod rope;
+mod segments;
 
-pub use attention::{Attention, Heads, RopeStore, Span};
+pub use attention::{Attention, Heads, KvHeads, RopeStore, Span};
 pub use cpu::Cpu;
 pub use packed::{Dtype, Matrix, Packed};
 pub use profile::{Profile, Unsupported};
 pub use rope::RopeTable;
+pub use segments::{SEGMENTS, Segments};
