@@ -39,7 +39,7 @@ impl Default for BenchOptions {
 /// Tokens per second of prefill (one prompt of 512), decode (1, 8 and 32 sequences) and both mixed, then the shares of the
 /// limits measured beside them. `seconds` is a monotonic clock.
 pub fn bench(model: &mut CpuModel, spec: &ModelSpec, options: BenchOptions, seconds: &dyn Fn() -> f64) -> Vec<Figure> {
-    let (threads, profile) = (model.cpu().threads(), model.cpu().profile());
+    let (threads, profile) = (model.threads(), model.cpu().profile());
     let (mut bandwidth, mut flops, mut prefill, mut mixed) = (0f64, 0f64, 0f64, 0f64);
     let mut decode = [0f64; DECODE_BATCHES.len()];
     for _ in 0..options.rounds.max(1) {

@@ -1,6 +1,7 @@
 //! For tests of this and other crates: small random models of each family as Hugging Face directories, a model-free
 //! spec, and the loop that drives an engine to the end of its work.
 
+mod faulty_rank;
 mod zero_block;
 
 use std::io::{self, Write};
@@ -16,6 +17,7 @@ use crate::engine::Engine;
 use crate::spec::ModelSpec;
 use crate::work::{Choice, Event, Goal, Work};
 
+pub use faulty_rank::{Fault, faulty_group};
 pub use zero_block::ZeroBlock;
 
 /// A small model: what differs between families, and the sizes.

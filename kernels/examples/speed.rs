@@ -4,7 +4,7 @@
 
 use baton_core::{Arena, BlockLayout, KvDtype};
 use baton_kernels::limits::{best, matmul_flops, read_bandwidth};
-use baton_kernels::{Attention, Cpu, Dtype, Heads, Matrix, Packed, Profile, RopeStore, RopeTable, Span};
+use baton_kernels::{Attention, Cpu, Dtype, Heads, KvHeads, Matrix, Packed, Profile, RopeStore, RopeTable, Span};
 
 const HEADS: Heads = Heads { heads: 14, kv_heads: 2, head_dim: 64 };
 const HIDDEN: usize = 896;
@@ -43,6 +43,11 @@ fn matmuls(cpu: &Cpu) {
         matmul(cpu, "qkv", &qkv, rows, false);
         matmul(cpu, "gate_up", &gate_up, rows, false);
         matmul(cpu, "down", &down, rows, true);
+    }
+    // What the segments of K cost, beside the same matrix as one chain.
+    for rows in [1, 8, 32, 512] {
+        matmul(cpu, "down in one chain", &down, rows, false);
+        matmul(cpu, "down in segments", &down, rows, true);
     }
 }
 
@@ -114,7 +119,7 @@ fn attention(cpu: &Cpu) {
 fn attend(cpu: &Cpu, arena: &Arena, spans: &[Span], rows: usize) -> f64 {
     let qkv: Vec<f32> = (0..rows * HEADS.qkv_width()).map(|i| (i % 13) as f32 * 0.125 - 0.75).collect();
     let mut out = vec![0.0; rows * HEADS.width()];
-    let a = Attention { heads: HEADS, layer: 0, spans, scale: 0.125, window: None };
+    let a = Attention { heads: HEADS, kv: KvHeads::default(), layer: 0, spans, scale: 0.125, window: None };
     best(10, || cpu.attention(&a, &qkv, arena, &mut out))
 }
 
@@ -138,8 +143,8 @@ fn rows(cpu: &Cpu) {
         println!("silu_mul rows {rows}: {:.1} µs", seconds * 1e6);
         let mut qkv = numbers(rows * HEADS.qkv_width());
         let spans = [Span { row: 0, rows, position: 0, blocks: &blocks }];
-        let store =
-            RopeStore { heads: HEADS, layer: 0, spans: &spans, rope: &rope, q_norm: None, k_norm: None, eps: 0.0 };
+        let (heads, kv, spans) = (HEADS, KvHeads::default(), &spans);
+        let store = RopeStore { heads, kv, layer: 0, spans, rope: &rope, q_norm: None, k_norm: None, eps: 0.0 };
         let seconds = best(20, || cpu.rope_store(&store, &mut qkv, &arena));
         println!("rope_store rows {rows}: {:.1} µs", seconds * 1e6);
     }

@@ -31,12 +31,22 @@ impl Heads {
         self.heads / self.kv_heads
     }
 
-    pub(crate) fn check(&self, layout: &BlockLayout) {
+    /// `first` is the arena's kv head that is this one's number 0.
+    pub(crate) fn check(&self, first: usize, layout: &BlockLayout) {
         assert!(self.kv_heads > 0 && self.heads.is_multiple_of(self.kv_heads), "heads do not divide by kv heads");
         assert!(self.head_dim.is_multiple_of(2), "an odd head_dim");
-        let same = layout.kv_heads as usize == self.kv_heads && layout.head_dim as usize == self.head_dim;
-        assert!(same, "the arena's blocks have another shape: {}", layout.describe());
+        let within = first + self.kv_heads <= layout.kv_heads as usize && layout.head_dim as usize == self.head_dim;
+        assert!(within, "the arena's blocks have another shape: {}", layout.describe());
     }
+}
+
+/// Which of the arena's kv heads an operation works on; a rank of a group has some of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct KvHeads {
+    /// The arena's kv head that is the operation's number 0.
+    pub first: usize,
+    /// Another rank has these heads too and writes them.
+    pub foreign: bool,
 }
 
 /// A run of consecutive rows of a batch that belong to one sequence.
@@ -66,6 +76,7 @@ impl Span<'_> {
 #[derive(Clone, Copy)]
 pub struct RopeStore<'a> {
     pub heads: Heads,
+    pub kv: KvHeads,
     pub layer: usize,
     pub spans: &'a [Span<'a>],
     pub rope: &'a RopeTable,
@@ -79,6 +90,7 @@ pub struct RopeStore<'a> {
 #[derive(Clone, Copy)]
 pub struct Attention<'a> {
     pub heads: Heads,
+    pub kv: KvHeads,
     pub layer: usize,
     pub spans: &'a [Span<'a>],
     /// Factor of the scores, usually 1/sqrt(head_dim).
@@ -90,7 +102,7 @@ pub struct Attention<'a> {
 impl RopeStore<'_> {
     /// Panics unless everything the operation touches exists.
     pub(crate) fn check(&self, qkv: usize, arena: &Arena) {
-        self.heads.check(arena.layout());
+        self.heads.check(self.kv.first, arena.layout());
         let (dim, rows) = (self.heads.head_dim, qkv / self.heads.qkv_width());
         assert_eq!(qkv, rows * self.heads.qkv_width(), "qkv does not fit its width");
         assert!(self.rope.rotated() <= dim, "rotations wider than a head");
@@ -105,7 +117,7 @@ impl RopeStore<'_> {
 impl Attention<'_> {
     /// Panics unless everything the operation touches exists.
     pub(crate) fn check(&self, qkv: usize, out: usize, arena: &Arena) {
-        self.heads.check(arena.layout());
+        self.heads.check(self.kv.first, arena.layout());
         let rows = qkv / self.heads.qkv_width();
         assert_eq!(qkv, rows * self.heads.qkv_width(), "qkv does not fit its width");
         assert_eq!(out, rows * self.heads.width(), "outputs do not fit (rows, heads·head_dim)");

@@ -26,7 +26,7 @@ use self::rows::{Add, ExpSum, Largest, Norm, Rope, SiluMul};
 use crate::packed::{PANEL, locate};
 use crate::pool::{Part, Pool};
 use crate::reference::finish_log_sum;
-use crate::{Attention, Matrix, Packed, Profile, RopeStore, Unsupported, bf16};
+use crate::{Attention, Matrix, Packed, Profile, RopeStore, Segments, Unsupported, bf16};
 
 /// Cycles of work, about, below which handing out parts costs more than it gains.
 const PARALLEL_CYCLES: usize = 8_000;
@@ -158,30 +158,40 @@ impl Cpu {
 
     /// y (rows, N) = x (rows, K) · Wᵀ; x is rounded to bf16.
     pub fn matmul(&self, x: &[f32], rows: usize, w: &Packed, y: &mut [f32]) {
-        self.multiply(x, rows, w, y, false);
+        self.multiply(x, rows, w, None, y);
     }
 
     /// As `matmul`, with K in 8 fixed segments whose sums are added as ((0+1)+(2+3))+((4+5)+(6+7)).
     pub fn matmul_segmented(&self, x: &[f32], rows: usize, w: &Packed, y: &mut [f32]) {
-        self.multiply(x, rows, w, y, true);
+        self.multiply(x, rows, w, Some(Segments::whole(w.cols())), y);
     }
 
-    fn multiply(&self, x: &[f32], rows: usize, w: &Packed, y: &mut [f32], segmented: bool) {
+    /// One rank's part of `matmul_segmented`: w holds the columns of these segments only. The ranks' results, added as a
+    /// binary tree, are the whole's.
+    pub fn matmul_segments(&self, x: &[f32], rows: usize, w: &Packed, segments: Segments, y: &mut [f32]) {
+        assert_eq!(w.cols(), segments.columns().len(), "weights of other segments");
+        self.multiply(x, rows, w, Some(segments), y);
+    }
+
+    fn multiply(&self, x: &[f32], rows: usize, w: &Packed, segments: Option<Segments>, y: &mut [f32]) {
         assert_eq!(x.len(), rows * w.cols(), "inputs do not fit (rows, K)");
         assert_eq!(y.len(), rows * w.rows(), "outputs do not fit (rows, N)");
         let y = Out(y.as_mut_ptr());
         match self.profile {
-            Profile::F32Acc => self.multiply_by::<Exact>(x, rows, w, y, segmented),
-            Profile::Bf16Dp => self.multiply_by::<Pairs>(x, rows, w, y, segmented),
+            Profile::F32Acc => self.multiply_by::<Exact>(x, rows, w, segments, y),
+            Profile::Bf16Dp => self.multiply_by::<Pairs>(x, rows, w, segments, y),
         }
     }
 
-    fn multiply_by<D: Dot>(&self, x: &[f32], rows: usize, w: &Packed, y: Out<f32>, segmented: bool) {
+    fn multiply_by<D: Dot>(&self, x: &[f32], rows: usize, w: &Packed, segments: Option<Segments>, y: Out<f32>) {
         let mut state = self.state();
         let words = rows * w.pairs() * D::WORDS;
         let mut inputs = std::mem::take(&mut state.inputs);
         inputs.resize(inputs.len().max(words), 0);
-        let pieces = pieces::<D>(w.pairs(), rows, segmented);
+        let pieces = match segments {
+            Some(segments) => pieces::<D>(w.pairs(), rows, segments.chains()),
+            None => pieces::<D>(w.pairs(), rows, std::iter::once(0..w.pairs())),
+        };
         let to = Out(inputs.as_mut_ptr());
         state.run(x.len() / 8, &|part| {
             let (pieces, shown) = (&pieces, part.share(rows));

@@ -1,11 +1,14 @@
 //! Math on one device. `Cpu` runs every operation of a decoder-only transformer over bf16 weights and paged KV, with
 //! bits that depend on nothing but a row's own values: not on the batch around it, its chunking, or the thread count.
-//! `reference` defines those bits with plain loops; everything fast is tested against it.
+//! `reference` defines those bits with plain loops; everything fast is tested against it. `Collective` is what the
+//! ranks of a tensor-parallel group tell one another.
 //!
-//! `unsafe` lives in bf16.rs, kv.rs, limits.rs, memory.rs, packed.rs, pool.rs, cpu.rs and cpu/.
+//! `unsafe` lives in bf16.rs, collective.rs, collective/, kv.rs, limits.rs, memory.rs, packed.rs, pool.rs, cpu.rs and
+//! cpu/.
 
 mod attention;
 mod bf16;
+pub mod collective;
 mod cpu;
 mod kv;
 pub mod limits;
@@ -16,9 +19,12 @@ mod pool;
 mod profile;
 pub mod reference;
 mod rope;
+mod segments;
 
-pub use attention::{Attention, Heads, RopeStore, Span};
+pub use attention::{Attention, Heads, KvHeads, RopeStore, Span};
+pub use collective::{Broken, Collective};
 pub use cpu::Cpu;
 pub use packed::{Dtype, Matrix, Packed};
 pub use profile::{Profile, Unsupported};
 pub use rope::RopeTable;
+pub use segments::{SEGMENTS, Segments};

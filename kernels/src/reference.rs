@@ -6,17 +6,10 @@ use baton_core::arena::{Arena, Half, KvDtype};
 use crate::attention::{Attention, BLOCK, RopeStore, Span};
 use crate::kv::{load, store};
 use crate::math::{exp, larger, ln, silu};
-use crate::{Packed, Profile, bf16};
+use crate::{Packed, Profile, Segments, bf16};
 
-/// Fixed segments of K in `matmul_segmented`; tensor-parallel ranks each compute some of them.
-pub const SEGMENTS: usize = 8;
 /// Values per partial sum of `log_sum_exp`.
 pub(crate) const CHUNK: usize = 4096;
-
-/// The pairs of k that a segment covers.
-pub(crate) fn segment(pairs: usize, index: usize) -> std::ops::Range<usize> {
-    pairs * index / SEGMENTS..pairs * (index + 1) / SEGMENTS
-}
 
 /// Sum of 16 lanes: neighbours at distance 8, then 4, 2, 1.
 pub(crate) fn tree(mut lanes: [f32; 16]) -> f32 {
@@ -80,15 +73,23 @@ pub fn matmul(profile: Profile, x: &[f32], rows: usize, w: &Packed, y: &mut [f32
 
 /// As `matmul`, with a chain per segment of K and the segments' sums added as ((0+1)+(2+3))+((4+5)+(6+7)).
 pub fn matmul_segmented(profile: Profile, x: &[f32], rows: usize, w: &Packed, y: &mut [f32]) {
+    matmul_segments(profile, x, rows, w, Segments::whole(w.cols()), y);
+}
+
+/// One rank's part of `matmul_segmented`: w holds the columns of these segments only. The ranks' results, added as a
+/// binary tree, are the whole's.
+pub fn matmul_segments(profile: Profile, x: &[f32], rows: usize, w: &Packed, segments: Segments, y: &mut [f32]) {
     check_matmul(x, rows, w, y);
+    assert_eq!(w.cols(), segments.columns().len(), "weights of other segments");
     for row in 0..rows {
         let x = &x[row * w.cols()..][..w.cols()];
         for n in 0..w.rows() {
-            let s: [f32; SEGMENTS] = std::array::from_fn(|index| {
-                segment(w.pairs(), index)
-                    .fold(0.0, |acc, pair| chain(profile, acc, weights(w, n, pair), inputs(x, pair)))
-            });
-            y[row * w.rows() + n] = ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]));
+            let step = |acc, pair| chain(profile, acc, weights(w, n, pair), inputs(x, pair));
+            let mut sums: Vec<f32> = segments.chains().map(|pairs| pairs.fold(0.0, step)).collect();
+            while sums.len() > 1 {
+                sums = sums.chunks(2).map(|pair| pair[0] + pair[1]).collect();
+            }
+            y[row * w.rows() + n] = sums[0];
         }
     }
 }
@@ -164,7 +165,11 @@ pub fn rope_store(a: &RopeStore, qkv: &mut [f32], arena: &Arena) {
                 turn(a, a.q_norm, position, head);
                 head.iter_mut().for_each(|q| *q = bf16::rounded(*q));
             }
+            if a.kv.foreign {
+                continue;
+            }
             for (kv_head, (k, v)) in k.chunks_exact_mut(dim).zip(v.chunks_exact(dim)).enumerate() {
+                let kv_head = a.kv.first + kv_head;
                 turn(a, a.k_norm, position, k);
                 store(arena, span, position, kv_head, a.layer, Half::Key, k);
                 store(arena, span, position, kv_head, a.layer, Half::Value, v);
@@ -250,7 +255,7 @@ fn partial(
 ) -> Partial {
     let dtype = arena.layout().dtype;
     let pairs = profile == Profile::Bf16Dp && dtype == KvDtype::Bf16;
-    let kv_head = head / a.heads.group();
+    let kv_head = a.kv.first + head / a.heads.group();
     let seen = a.first(position)..position + 1;
     let mut scores = [f32::NEG_INFINITY; BLOCK];
     let mut values = vec![vec![0.0; q.len()]; BLOCK];

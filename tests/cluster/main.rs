@@ -10,3 +10,4 @@ mod pools;
 mod recall;
 mod same_bytes;
 mod serving;
+mod tensor_parallel;

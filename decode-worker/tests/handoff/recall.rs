@@ -23,7 +23,7 @@ fn folder() -> PathBuf {
 }
 
 fn model() -> LoadedModel {
-    let loaded = baton_engine::load(&folder(), LoadOptions { threads: 1, profile: None }, &mut |_| {}).unwrap();
+    let loaded = baton_engine::load(&folder(), LoadOptions::default(), &mut |_| {}).unwrap();
     let card = card::read(&folder(), &loaded.spec).unwrap();
     LoadedModel { spec: loaded.spec, backend: Box::new(loaded.model), card }
 }

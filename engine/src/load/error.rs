@@ -30,6 +30,10 @@ pub enum LoadError {
     Header { file: PathBuf, reason: String },
     #[error("{}: tensor {tensor} is mapped to {found:?}; expected the name of a file in the same directory", file.display())]
     Shard { file: PathBuf, tensor: String, found: String },
+    #[error("{ranks} tensor-parallel ranks cannot share this model: {reason}; choose another --tp")]
+    Ranks { ranks: usize, reason: String },
+    #[error("the threads of {0} ranks cannot be started: {1}")]
+    Threads(usize, std::io::Error),
     #[error("this machine cannot run the kernel profile asked for: {0}")]
     Profile(String),
 }

@@ -15,7 +15,7 @@ fn check(name: &str, model: &TinyModel, spoil: impl FnOnce(&Path), expected: &[&
     let dir = dir(&format!("bad-{name}"));
     model.write(&dir, 1).expect("write a model");
     spoil(&dir);
-    let options = LoadOptions { threads: 2, profile: None };
+    let options = LoadOptions { threads: 2, ..LoadOptions::default() };
     let Err(error) = load(&dir, options, &mut |_| {}) else { panic!("{name}: loaded") };
     let message = error.to_string();
     for word in expected {
@@ -161,7 +161,7 @@ proptest! {
             bytes[at] = value;
         }
         std::fs::write(&file, bytes).expect("write");
-        let result = load(&dir, LoadOptions { threads: 1, profile: None }, &mut |_| {});
+        let result = load(&dir, LoadOptions::default(), &mut |_| {});
         prop_assert!(result.err().is_none_or(|error| error.to_string().contains(".json") || error.to_string().contains("model.safetensors")));
     }
 }

@@ -25,9 +25,13 @@ pub(crate) fn dir(name: &str) -> PathBuf {
 }
 
 pub(crate) fn load_tiny(name: &str, model: &TinyModel, threads: usize) -> Loaded {
+    load_tiny_as(name, model, LoadOptions { threads, ..LoadOptions::default() })
+}
+
+pub(crate) fn load_tiny_as(name: &str, model: &TinyModel, options: LoadOptions) -> Loaded {
     let dir = dir(name);
     model.write(&dir, 7).expect("write a model");
-    load(&dir, LoadOptions { threads, profile: None }, &mut |_| {}).expect("load")
+    load(&dir, options, &mut |_| {}).expect("load")
 }
 
 pub(crate) fn model_engine(spec: &ModelSpec, config: EngineConfig) -> Engine {

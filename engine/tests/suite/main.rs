@@ -6,3 +6,4 @@ mod common;
 mod models;
 mod references;
 mod scheduler;
+mod tensor_parallel;

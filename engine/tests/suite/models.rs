@@ -211,6 +211,6 @@ fn the_weights_hash_names_the_content() {
     let mut bytes = std::fs::read(&file).expect("read");
     *bytes.last_mut().expect("bytes") ^= 1;
     std::fs::write(&file, bytes).expect("write");
-    let options = baton_engine::LoadOptions { threads: 1, profile: None };
+    let options = baton_engine::LoadOptions::default();
     assert_ne!(baton_engine::load(&dir, options, &mut |_| {}).expect("load").spec.weights_hash, whole);
 }

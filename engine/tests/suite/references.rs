@@ -12,7 +12,7 @@ use crate::common::{CONFIG, Choices};
 
 /// Log-probabilities of all tokens after each prefix of `tokens`, by position of the last token.
 fn log_probabilities(dir: &Path, tokens: &[TokenId]) -> Vec<Vec<f32>> {
-    let loaded = load(dir, LoadOptions { threads: 1, profile: None }, &mut |_| {}).expect("load");
+    let loaded = load(dir, LoadOptions::default(), &mut |_| {}).expect("load");
     let (mut model, spec) = (loaded.model, loaded.spec);
     let vocab = spec.vocab as u32;
     let asked = Request { logprobs: Some(vocab), prompt_logprobs: Some(vocab), ..request(1, tokens, 1) };

@@ -308,7 +308,7 @@ impl<D: Operands> Attend<'_, D> {
         let start = positions.start;
         let mut position = start;
         while position < positions.end {
-            let base = kv::entry(self.arena, span, position, kv_head, self.a.layer, half);
+            let base = kv::entry(self.arena, span, position, self.a.kv.first + kv_head, self.a.layer, half);
             let run = (tokens - position % tokens).min(positions.end - position);
             for i in 0..run {
                 rows[position - start + i] = base.cast::<u32>().wrapping_add(i * self.plan.words).cast_const();

@@ -12,7 +12,6 @@ use std::ops::Range;
 use super::lanes::{Kernel, Lanes};
 use super::{Out, put};
 use crate::packed::{PANEL, STEP};
-use crate::reference::{SEGMENTS, segment};
 use crate::{Packed, bf16};
 
 /// Steps per block: 32 KiB of a panel, which stays in L1 while all row tiles pass over it.
@@ -256,8 +255,12 @@ impl Block {
 }
 
 /// Consecutive steps that every row tile passes over before the next; x lies piece by piece, (piece, row, k), so that
-/// a tile reads it in a straight line. Outer: one run of pieces per chain.
-pub(crate) fn pieces<D: Dot>(pairs: usize, rows: usize, segmented: bool) -> Vec<Vec<Range<usize>>> {
+/// a tile reads it in a straight line. Outer: one run of pieces per chain; `pairs` are all chains' together.
+pub(crate) fn pieces<D: Dot>(
+    pairs: usize,
+    rows: usize,
+    chains: impl Iterator<Item = Range<usize>>,
+) -> Vec<Vec<Range<usize>>> {
     let size = match rows {
         0..=TILE_ROWS => pairs.max(1),
         _ if widens::<D>(rows) => BLOCK_STEPS / 2,
@@ -267,10 +270,7 @@ pub(crate) fn pieces<D: Dot>(pairs: usize, rows: usize, segmented: bool) -> Vec<
         let starts = steps.clone().step_by(size).chain(steps.is_empty().then_some(steps.start));
         starts.map(|start| start..steps.end.min(start + size)).collect()
     };
-    match segmented {
-        true => (0..SEGMENTS).map(|index| chain(segment(pairs, index))).collect(),
-        false => vec![chain(0..pairs)],
-    }
+    chains.map(chain).collect()
 }
 
 fn widens<D: Dot>(rows: usize) -> bool {

@@ -162,8 +162,11 @@ impl Rope<'_> {
                     put::<L>(q, i, dim, L::round_bf16(get::<L>(q, i, dim)));
                 }
             }
-            for kv_head in 0..heads.kv_heads {
-                let k = q.add((heads.heads + kv_head) * dim);
+            if self.a.kv.foreign {
+                return;
+            }
+            for index in 0..heads.kv_heads {
+                let (kv_head, k) = (self.a.kv.first + index, q.add((heads.heads + index) * dim));
                 self.turn::<L>(self.a.k_norm, position, k);
                 self.store::<L>(kv::entry(self.arena, span, position, kv_head, self.a.layer, Half::Key), k);
                 let v = k.add(heads.kv_heads * dim);

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 
 use super::isa::Isa;
 use super::*;
-use crate::{Dtype, Heads, RopeTable, Span, reference};
+use crate::{Dtype, Heads, KvHeads, RopeTable, SEGMENTS, Span, reference};
 
 const PROFILES: [Profile; 2] = [Profile::F32Acc, Profile::Bf16Dp];
 
@@ -71,6 +71,39 @@ fn matmul_equals_the_reference() {
                 let expected = reference_matmul(cpu.profile, &x, &w, segmented);
                 let same = bits(&matmul(&cpu, &x, &w, segmented)) == bits(&expected);
                 assert!(same, "{} {} {rows}x{n}x{k} segmented {segmented}", cpu.isa(), cpu.profile);
+            }
+        }
+    }
+}
+
+/// What 2, 4 and 8 ranks compute of the columns they hold, added as a tree, is what one computes: in the reference and
+/// in the fast paths, for widths that the segments do not divide.
+#[test]
+fn ranks_together_multiply_as_one() {
+    for cpu in devices(1) {
+        for (rows, n, k) in [(1, 65, 96), (3, 64, 31), (7, 66, 101), (50, 64, 176)] {
+            let (values, x) = (numbers(1, n * k), numbers(2, rows * k));
+            let whole = bits(&reference_matmul(cpu.profile, &x, &pack(&cpu, &values, n, k), true));
+            for world in [1, 2, 4, 8] {
+                let of = |rank| {
+                    let segments = Segments::of(k, rank, world);
+                    let columns = segments.columns();
+                    let cut = |values: &[f32]| -> Vec<f32> {
+                        values.chunks_exact(k).flat_map(|row| &row[columns.clone()]).copied().collect()
+                    };
+                    let (w, x) = (pack(&cpu, &cut(&values), n, columns.len()), cut(&x));
+                    let (mut fast, mut plain) = (vec![f32::NAN; rows * n], vec![f32::NAN; rows * n]);
+                    cpu.matmul_segments(&x, rows, &w, segments, &mut fast);
+                    reference::matmul_segments(cpu.profile, &x, rows, &w, segments, &mut plain);
+                    assert_eq!(bits(&fast), bits(&plain), "{} {} rank {rank} of {world}", cpu.isa(), cpu.profile);
+                    fast
+                };
+                let mut parts: Vec<Vec<f32>> = (0..world).map(of).collect();
+                while parts.len() > 1 {
+                    let add = |pair: &[Vec<f32>]| pair[0].iter().zip(&pair[1]).map(|(a, b)| a + b).collect();
+                    parts = parts.chunks(2).map(add).collect();
+                }
+                assert_eq!(bits(&parts[0]), whole, "{} {} {world} ranks", cpu.isa(), cpu.profile);
             }
         }
     }
@@ -203,9 +236,8 @@ proptest! {
         for profile in PROFILES.into_iter().filter(|profile| profile.supported()) {
             let cpu = device(2, profile);
             let (weights, x) = (numbers(1, n * k), numbers(2, rows * k));
-            let sums: Vec<Vec<f32>> = (0..reference::SEGMENTS).map(|index| {
-                let pairs = reference::segment(k.div_ceil(2), index);
-                let cols = 2 * pairs.start..(2 * pairs.end).min(k);
+            let sums: Vec<Vec<f32>> = (0..SEGMENTS).map(|index| {
+                let cols = Segments::of(k, index, SEGMENTS).columns();
                 let slice = |rows: &[f32]| rows.chunks(k).flat_map(|row| row[cols.clone()].to_vec()).collect::<Vec<f32>>();
                 matmul(&cpu, &slice(&x), &pack(&cpu, &slice(&weights), n, cols.len()), false)
             }).collect();
@@ -331,12 +363,13 @@ impl World {
     }
 
     fn rope_store<'a>(&'a self, spans: &'a [Span<'a>], norm: Option<&'a [f32]>) -> RopeStore<'a> {
-        RopeStore { heads: self.heads, layer: LAYER, spans, rope: &self.rope, q_norm: norm, k_norm: norm, eps: 1e-6 }
+        let (heads, kv, rope) = (self.heads, KvHeads::default(), &self.rope);
+        RopeStore { heads, kv, layer: LAYER, spans, rope, q_norm: norm, k_norm: norm, eps: 1e-6 }
     }
 
     fn attention<'a>(&self, spans: &'a [Span<'a>], window: Option<usize>) -> Attention<'a> {
         let scale = 1.0 / (self.heads.head_dim as f32).sqrt();
-        Attention { heads: self.heads, layer: LAYER, spans, scale, window }
+        Attention { heads: self.heads, kv: KvHeads::default(), layer: LAYER, spans, scale, window }
     }
 
     /// Runs qkv rows of one sequence in chunks; returns attention's output.
@@ -483,6 +516,56 @@ fn attention_rows_do_not_see_their_batch() {
     }
 }
 
+/// Ranks that each have some of the heads, and that share a kv head when there are fewer of those than ranks, leave in the
+/// arena and give out what one does that has all: in the reference and in the fast paths.
+#[test]
+fn ranks_together_attend_as_one() {
+    let (rows, whole) = (70, Heads { heads: 8, kv_heads: 2, head_dim: 32 });
+    let (width, dim) = (whole.qkv_width(), whole.head_dim);
+    for cpu in devices(1) {
+        let world = World::new(whole, KvDtype::Bf16, 16, 1, rows);
+        let spans = [world.span(0, 0, rows, 0)];
+        let qkv = numbers(6, rows * width);
+        let mut all = qkv.clone();
+        world.soil();
+        cpu.rope_store(&world.rope_store(&spans, None), &mut all, &world.arena);
+        let (bytes, mut expected) = (world.bytes(), vec![f32::NAN; rows * whole.width()]);
+        cpu.attention(&world.attention(&spans, None), &all, &world.arena, &mut expected);
+        for ranks in [2, 4, 8] {
+            world.soil();
+            let heads = Heads { heads: 8 / ranks, kv_heads: (2 / ranks).max(1), head_dim: dim };
+            let kv = |rank: usize| KvHeads { first: rank * 2 / ranks, foreign: !(rank * 2).is_multiple_of(ranks) };
+            let of = |rank: usize| -> Vec<f32> {
+                let (q, k) = (rank * heads.heads, 8 + kv(rank).first);
+                let parts = [q..q + heads.heads, k..k + heads.kv_heads, k + 2..k + 2 + heads.kv_heads];
+                let row =
+                    |row: &[f32]| parts.clone().map(|part| row[part.start * dim..part.end * dim].to_vec()).concat();
+                qkv.chunks_exact(width).flat_map(row).collect()
+            };
+            let mut parts: Vec<Vec<f32>> = (0..ranks).map(of).collect();
+            for (rank, part) in parts.iter_mut().enumerate() {
+                cpu.rope_store(
+                    &RopeStore { heads, kv: kv(rank), ..world.rope_store(&spans, None) },
+                    part,
+                    &world.arena,
+                );
+            }
+            assert!(world.bytes() == bytes, "{} {ranks} ranks", cpu.isa());
+            for (rank, part) in parts.iter().enumerate() {
+                let a = Attention { heads, kv: kv(rank), ..world.attention(&spans, None) };
+                let (mut fast, mut plain) =
+                    (vec![f32::NAN; rows * heads.width()], vec![f32::NAN; rows * heads.width()]);
+                cpu.attention(&a, part, &world.arena, &mut fast);
+                reference::attention(cpu.profile, &a, part, &world.arena, &mut plain);
+                let own = |row: &[f32]| row[rank * heads.width()..][..heads.width()].to_vec();
+                let expected: Vec<f32> = expected.chunks_exact(whole.width()).flat_map(own).collect();
+                assert_eq!(bits(&fast), bits(&expected), "{} rank {rank} of {ranks}", cpu.isa());
+                assert_eq!(bits(&plain), bits(&expected), "{} rank {rank} of {ranks}", cpu.profile);
+            }
+        }
+    }
+}
+
 /// Tiles are shared out in order, completely, and about evenly.
 #[test]
 fn tiles_are_shared_evenly() {
@@ -492,7 +575,7 @@ fn tiles_are_shared_evenly() {
         Span { row: 1000, rows: 1, position: 9, blocks: &blocks },
     ];
     let heads = Heads { heads: 14, kv_heads: 2, head_dim: 64 };
-    let a = Attention { heads, layer: 0, spans: &spans, scale: 1.0, window: None };
+    let a = Attention { heads, kv: KvHeads::default(), layer: 0, spans: &spans, scale: 1.0, window: None };
     let tiles = attend::tiles(&a);
     for of in [1, 2, 3, 16] {
         let shares: Vec<Range<usize>> = (0..of).map(|index| attend::share(&tiles, index, of)).collect();
