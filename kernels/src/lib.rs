@@ -2,11 +2,13 @@
 //! bits that depend on nothing but a row's own values: not on the batch around it, its chunking, or the thread count.
 //! `reference` defines those bits with plain loops; everything fast is tested against it.
 //!
-//! `unsafe` lives in bf16.rs, kv.rs, limits.rs, memory.rs, packed.rs, pool.rs, cpu.rs and cpu/.
+//! `unsafe` lives in bf16.rs, kv.rs, limits.rs, memory.rs, packed.rs, pool.rs, cpu.rs, cpu/ and cuda/.
 
 mod attention;
 mod bf16;
 mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod kv;
 pub mod limits;
 mod math;
