@@ -24,7 +24,7 @@ const ASSEMBLY: &[&str] = &["cli", "sim", "tests"];
 const NEVER: &[(&str, &[&str])] = &[
     ("core", &["tonic", "openraft", "axum", "cudarc"]),
     ("kernels", &["tokio", "tonic", "prost"]),
-    ("engine", &["tokio", "tonic", "hyper", "axum"]),
+    ("engine", &["tokio", "tonic", "hyper", "axum", "cudarc"]),
     ("kvtransfer", &["openraft", "tonic", "safetensors"]),
     ("gateway", &["openraft", "cudarc"]),
 ];

@@ -55,7 +55,12 @@ impl RoleFlags {
     /// The world this process lives in.
     fn env(&self) -> anyhow::Result<Env> {
         let rng = crate::seed::rng(self.seed)?;
-        Ok(Env { net: std::sync::Arc::new(TcpNet), clock: std::sync::Arc::new(SystemClock), rng, process: Process::own() })
+        Ok(Env {
+            net: std::sync::Arc::new(TcpNet),
+            clock: std::sync::Arc::new(SystemClock),
+            rng,
+            process: Process::own(),
+        })
     }
 }
 

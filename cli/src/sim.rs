@@ -46,7 +46,9 @@ struct RunFlags {
 
 /// Run seeds; a failing one is printed with the command that repeats it.
 #[derive(Args, Debug)]
-#[command(after_help = "Exit codes:\n  0  everything held\n  1  something did not\n  2  bad flags or an unreadable plan")]
+#[command(
+    after_help = "Exit codes:\n  0  everything held\n  1  something did not\n  2  bad flags or an unreadable plan"
+)]
 pub(crate) struct FaultsFlags {
     /// One seed
     #[arg(long, value_name = "N", conflicts_with_all = ["seeds", "plan"], required_unless_present_any = ["seeds", "plan"])]
@@ -225,7 +227,9 @@ fn tell(flags: &FaultsFlags, report: &Report, again: &str) {
         println!("{}", serde_json::to_string(report).expect("a report is plain data"));
     } else if report.violation.is_some() {
         eprint!("{}", baton_sim::show::summary(report));
-        eprintln!("repeat: baton sim faults {again}\nshrink: baton sim shrink {again}\nread:   baton sim show {again}\n");
+        eprintln!(
+            "repeat: baton sim faults {again}\nshrink: baton sim shrink {again}\nread:   baton sim show {again}\n"
+        );
     } else if flags.seed.is_some() && !flags.json {
         print!("{}", baton_sim::show::summary(report));
     }

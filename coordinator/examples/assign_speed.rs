@@ -91,7 +91,8 @@ async fn start(nodes: u64, directory: &std::path::Path) -> Vec<Running> {
             cluster: None,
             policy: Policy { queue_max: u64::MAX, decode_waiting_max: u64::MAX, ..Policy::default() },
         };
-        let env = Env { net: Arc::new(TcpNet), clock: Arc::new(SystemClock), rng: Rng::new(node.0), process: Process::own() };
+        let env =
+            Env { net: Arc::new(TcpNet), clock: Arc::new(SystemClock), rng: Rng::new(node.0), process: Process::own() };
         running.push(baton_coordinator::start(config, env).await.expect("a coordinator"));
     }
     running

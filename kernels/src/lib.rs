@@ -3,13 +3,15 @@
 //! `reference` defines those bits with plain loops; everything fast is tested against it. `Collective` is what the
 //! ranks of a tensor-parallel group tell one another.
 //!
-//! `unsafe` lives in bf16.rs, collective.rs, collective/, kv.rs, limits.rs, memory.rs, packed.rs, pool.rs, cpu.rs and
-//! cpu/.
+//! `unsafe` lives in bf16.rs, collective.rs, collective/, kv.rs, limits.rs, memory.rs, packed.rs, pool.rs, cpu.rs, cpu/ and
+//! cuda/.
 
 mod attention;
 mod bf16;
 pub mod collective;
 mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod kv;
 pub mod limits;
 mod math;

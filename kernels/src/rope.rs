@@ -30,6 +30,12 @@ impl RopeTable {
         self.values.len() / (2 * self.frequencies).max(1)
     }
 
+    /// (position, cos then sin, frequency)
+    #[cfg(feature = "cuda")]
+    pub(crate) fn values(&self) -> &[f32] {
+        &self.values
+    }
+
     /// Dimensions of a head that turn.
     pub(crate) fn rotated(&self) -> usize {
         2 * self.frequencies

@@ -25,4 +25,6 @@ pub use profile::{Profile, UnknownProfile};
 pub use run::{Report, Violation, run, run_with};
 
 #[cfg(not(tokio_unstable))]
-compile_error!("without `--cfg tokio_unstable` turmoil does not seed its runtimes and no run would repeat: build inside the workspace, and do not set RUSTFLAGS");
+compile_error!(
+    "without `--cfg tokio_unstable` turmoil does not seed its runtimes and no run would repeat: build inside the workspace, and do not set RUSTFLAGS"
+);

@@ -90,7 +90,8 @@ impl Listener for WatchedListener {
         Box::pin(async move {
             let stream = self.inner.accept().await?;
             self.record.network(&self.host, b'a', 0);
-            Ok(Box::new(Watched { stream, host: self.host.clone(), record: self.record.clone(), flips: None }) as Stream)
+            Ok(Box::new(Watched { stream, host: self.host.clone(), record: self.record.clone(), flips: None })
+                as Stream)
         })
     }
 

@@ -80,8 +80,7 @@ impl Plan {
         let mut rng = rng(seed, Purpose::Faults, 0);
         let weights = profile.weights(&mut rng);
         let count = between(&mut rng, profile.faults_min, profile.faults_max);
-        let mut faults: Vec<Fault> =
-            (0..count).filter_map(|_| draw(&mut rng, &topology, &weights)).collect();
+        let mut faults: Vec<Fault> = (0..count).filter_map(|_| draw(&mut rng, &topology, &weights)).collect();
         faults.sort_by_key(|fault| fault.at_ms);
         Plan { version: VERSION, seed, profile: profile.name.to_string(), faults }
     }

@@ -228,7 +228,10 @@ impl Drive<'_> {
         self.look(|invariant, look| invariant.end(look))
     }
 
-    fn look(&mut self, mut check: impl FnMut(&mut dyn Invariant, &Look) -> Result<(), String>) -> Result<(), Violation> {
+    fn look(
+        &mut self,
+        mut check: impl FnMut(&mut dyn Invariant, &Look) -> Result<(), String>,
+    ) -> Result<(), Violation> {
         let told = self.notes.lock();
         let now = self.sim.elapsed();
         let look = Look { now, world: self.world, told: &told, healed: self.healed_at };
@@ -431,4 +434,3 @@ fn message(payload: &(dyn Any + Send)) -> String {
     let text = payload.downcast_ref::<&str>().map(|text| text.to_string());
     text.or_else(|| payload.downcast_ref::<String>().cloned()).unwrap_or_else(|| "a panic without words".to_string())
 }
-

@@ -55,7 +55,8 @@ pub fn html(report: &Report) -> String {
         }
         rows.push_str("</tr>\n");
     }
-    let heads: String = hosts.iter().map(|host| format!("<th>{}</th>", if host.is_empty() { "world" } else { host })).collect();
+    let heads: String =
+        hosts.iter().map(|host| format!("<th>{}</th>", if host.is_empty() { "world" } else { host })).collect();
     format!(
         "<!doctype html><meta charset=utf-8><title>seed {seed}</title>\n<style>\n\
          body{{font:13px monospace;margin:1em}}table{{border-collapse:collapse}}\n\

@@ -13,8 +13,7 @@ pub const DEADLINE_MS: u64 = 20_000;
 /// One life of the process.
 pub async fn run(world: World, host: String) -> turmoil::Result {
     *world.seen().gateways.entry(host.clone()).or_default() += 1;
-    let mut config =
-        Config::new(&host, &format!("0.0.0.0:{GATEWAY_PORT}"), world.topology.coordinator_addresses());
+    let mut config = Config::new(&host, &format!("0.0.0.0:{GATEWAY_PORT}"), world.topology.coordinator_addresses());
     config.open = true;
     config.deadline_ms = DEADLINE_MS;
     let started = baton_gateway::start(config, world.env(&host), Arc::new(String::new)).await;

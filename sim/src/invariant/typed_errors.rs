@@ -6,8 +6,14 @@ use super::{Invariant, Look};
 use crate::host::client::End;
 
 /// What can be the matter with a cluster under faults.
-const TYPED: &[&str] =
-    &["overloaded", "service_unavailable", "deadline_exceeded", "rate_limit_exceeded", "stream_not_found", "stream_lost"];
+const TYPED: &[&str] = &[
+    "overloaded",
+    "service_unavailable",
+    "deadline_exceeded",
+    "rate_limit_exceeded",
+    "stream_not_found",
+    "stream_lost",
+];
 
 #[derive(Default)]
 pub(super) struct TypedErrors {

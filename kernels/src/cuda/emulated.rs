@@ -1,0 +1,191 @@
+//! The kernels on this CPU: the same `.cu` sources, built as a library by the system's C++ compiler and loaded. For tests:
+//! it checks indices, barriers and the order of sums, not how a tensor core rounds, and is slow.
+
+use std::alloc::{Layout, alloc, dealloc};
+use std::collections::BTreeMap;
+use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use super::compile::{COMMON, FILES, source_hash};
+use super::driver::{Driver, Kernel, SLOTS};
+use super::error::GpuError;
+
+type Launch = unsafe extern "C" fn(*const c_char, *const c_uint, c_uint, c_uint, *mut *mut c_void) -> c_int;
+
+/// "Device memory" is this process's.
+pub(crate) struct Emulated {
+    launch: Launch,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// Bytes of each allocation.
+    allocations: BTreeMap<u64, usize>,
+    slots: [Vec<u8>; SLOTS],
+}
+
+/// What fresh memory holds: as bf16 and as f32 no number, so that whoever reads what nobody wrote is found out.
+const POISON: u8 = 0xff;
+const ALIGNMENT: usize = 256;
+/// What an emulated device claims to have.
+const MEMORY: usize = 1 << 30;
+
+/// What only the emulation needs.
+const OWN: [(&str, &str); 2] =
+    [("emulate.h", include_str!("src/emulate.h")), ("emulate.cpp", include_str!("src/emulate.cpp"))];
+const COMPILERS: [&str; 3] = ["c++", "g++", "clang++"];
+const FLAGS: [&str; 7] =
+    ["-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-DBATON_EMULATED", "-Wno-unknown-pragmas"];
+
+/// Builds the library in `folder`, unless it is there.
+fn build(folder: &Path) -> Result<PathBuf, GpuError> {
+    let failed = |what: String| GpuError::Emulation(what);
+    let own = blake3::hash(OWN.map(|file| file.1).concat().as_bytes()).to_hex();
+    let library = folder.join(format!("emulated-{}-{}.so", source_hash(), &own[..8]));
+    if library.exists() {
+        return Ok(library);
+    }
+    // Tests of several processes may build at the same time.
+    let sources = folder.join(format!("emulated.{}", std::process::id()));
+    std::fs::create_dir_all(&sources).map_err(|error| failed(format!("{}: {error}", sources.display())))?;
+    for (name, text) in FILES.into_iter().chain(OWN).chain([("common.cuh", COMMON)]) {
+        std::fs::write(sources.join(name), text).map_err(|error| failed(error.to_string()))?;
+    }
+    let made = sources.join("emulated.so");
+    let compile = |compiler: &&str| {
+        let mut command = Command::new(compiler);
+        command.args(FLAGS).arg(sources.join("emulate.cpp")).arg("-o").arg(&made).output().ok()
+    };
+    let output = COMPILERS.iter().find_map(compile);
+    let output = output.ok_or_else(|| failed(format!("none of {} is installed", COMPILERS.join(", "))))?;
+    if !output.status.success() {
+        return Err(failed(String::from_utf8_lossy(&output.stderr).into_owned()));
+    }
+    std::fs::rename(&made, &library).map_err(|error| failed(error.to_string()))?;
+    let _ = std::fs::remove_dir_all(sources);
+    Ok(library)
+}
+
+impl Emulated {
+    /// Builds the library in `folder` unless it is there, and loads it; it stays loaded.
+    pub(crate) fn open(folder: &Path) -> Result<Emulated, GpuError> {
+        let library = build(folder)?;
+        let path =
+            CString::new(library.as_os_str().as_bytes()).map_err(|_| GpuError::Emulation("a bad path".into()))?;
+        // SAFETY: loading runs the library's initialisers; it is ours and has none.
+        let handle = unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW) };
+        if handle.is_null() {
+            // SAFETY: dlerror gives a C string after a failure.
+            let reason = unsafe { CStr::from_ptr(libc::dlerror()) };
+            return Err(GpuError::Emulation(reason.to_string_lossy().into_owned()));
+        }
+        // SAFETY: the handle is valid.
+        let symbol = unsafe { libc::dlsym(handle, c"emulated_launch".as_ptr()) };
+        if symbol.is_null() {
+            return Err(GpuError::Emulation("it has no emulated_launch".into()));
+        }
+        // SAFETY: src/emulate.cpp defines the symbol with this signature.
+        let launch = unsafe { std::mem::transmute::<*mut c_void, Launch>(symbol) };
+        Ok(Emulated { launch, state: Mutex::default() })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Panics unless the range lies in one allocation.
+    fn check(&self, at: u64, bytes: usize) {
+        let state = self.state();
+        let inside = state
+            .allocations
+            .range(..=at)
+            .next_back()
+            .is_some_and(|(start, size)| at as usize + bytes <= *start as usize + size);
+        assert!(inside || bytes == 0, "{bytes} bytes at {at:#x} lie in no allocation");
+    }
+}
+
+fn layout(bytes: usize) -> Layout {
+    Layout::from_size_align(bytes.max(1), ALIGNMENT).expect("a size that fits")
+}
+
+impl Driver for Emulated {
+    fn allocate(&self, bytes: usize) -> Result<u64, GpuError> {
+        // SAFETY: the size is not zero.
+        let at = unsafe { alloc(layout(bytes)) };
+        if at.is_null() {
+            return Err(GpuError::Memory { asked: bytes, free: 0 });
+        }
+        // SAFETY: just allocated with this size.
+        unsafe { at.write_bytes(POISON, bytes) };
+        self.state().allocations.insert(at as u64, bytes);
+        Ok(at as u64)
+    }
+
+    unsafe fn free(&self, at: u64) {
+        if let Some(bytes) = self.state().allocations.remove(&at) {
+            // SAFETY: allocated by `allocate` with this size.
+            unsafe { dealloc(at as *mut u8, layout(bytes)) };
+        }
+    }
+
+    unsafe fn upload(&self, to: u64, from: &[u8]) -> Result<(), GpuError> {
+        self.check(to, from.len());
+        // SAFETY: checked.
+        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to as *mut u8, from.len()) };
+        Ok(())
+    }
+
+    unsafe fn download(&self, from: u64, to: &mut [u8]) -> Result<(), GpuError> {
+        self.check(from, to.len());
+        // SAFETY: checked.
+        unsafe { std::ptr::copy_nonoverlapping(from as *const u8, to.as_mut_ptr(), to.len()) };
+        Ok(())
+    }
+
+    unsafe fn begin_download(&self, slot: usize, from: u64, bytes: usize) -> Result<(), GpuError> {
+        let mut taken = vec![0; bytes];
+        // SAFETY: the caller's.
+        unsafe { self.download(from, &mut taken)? };
+        self.state().slots[slot] = taken;
+        Ok(())
+    }
+
+    fn end_download(&self, slot: usize, take: &mut dyn FnMut(&[u8])) -> Result<(), GpuError> {
+        let taken = std::mem::take(&mut self.state().slots[slot]);
+        take(&taken);
+        Ok(())
+    }
+
+    unsafe fn fill(&self, at: u64, byte: u8, bytes: usize) -> Result<(), GpuError> {
+        self.check(at, bytes);
+        // SAFETY: checked.
+        unsafe { (at as *mut u8).write_bytes(byte, bytes) };
+        Ok(())
+    }
+
+    unsafe fn launch(&self, kernel: Kernel, grid: [u32; 3], arguments: &mut [*mut c_void]) -> Result<(), GpuError> {
+        let name = CString::new(kernel.name).expect("kernel names have no zeros");
+        // SAFETY: the caller's; the library finds the kernel by its name.
+        let found = unsafe {
+            (self.launch)(name.as_ptr(), grid.as_ptr(), kernel.threads, kernel.shared, arguments.as_mut_ptr())
+        };
+        match found {
+            0 => Ok(()),
+            _ => Err(GpuError::Emulation(format!("it has no kernel {}", kernel.name))),
+        }
+    }
+
+    fn finish(&self) -> Result<(), GpuError> {
+        Ok(())
+    }
+
+    fn memory(&self) -> Result<(usize, usize), GpuError> {
+        let used = self.state().allocations.values().sum::<usize>();
+        Ok((MEMORY.saturating_sub(used), MEMORY))
+    }
+}

@@ -1,0 +1,320 @@
+//! The GPU as a device: the operations of a decoder-only transformer over bf16 weights and a paged cache in its memory. As
+//! with `Cpu`, a row's bits depend on nothing but the row's own values. Operations return once they are given to the GPU;
+//! reading a result waits for it.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use baton_core::{BlockLayout, KvDtype};
+
+use super::compile::{Cubins, source_hash};
+use super::driver::{Driver, Kernel, SLOTS};
+use super::emulated::Emulated;
+use super::error::GpuError;
+use super::launch::{self, Argument, HEAD_DIMS, Layout, MATMULS, PREFILL_ROWS};
+use super::memory::{DEPTH_UNIT, Floats, GpuMatrix, Memory, Rows};
+use super::nvidia::{Nvidia, arch};
+use super::spans::GpuSpans;
+use crate::{Heads, Matrix, RopeTable};
+
+/// Bytes of weights converted on the host at a time.
+const CONVERT_BYTES: usize = 8 << 20;
+/// Thread blocks that copy one cache block.
+const COPY_PARTS: u32 = 16;
+
+/// An opened GPU, or the emulation of one.
+pub struct Gpu {
+    pub(crate) driver: Arc<dyn Driver>,
+    name: String,
+    profile: String,
+}
+
+impl Gpu {
+    /// Opens GPU `index` and loads the kernels, compiled now unless `cubins` has them.
+    pub fn open(index: usize, cubins: &Cubins) -> Result<Gpu, GpuError> {
+        let (driver, found) = Nvidia::open(index, cubins)?;
+        Ok(Gpu::over(Arc::new(driver), found.name, &arch(found.capability)))
+    }
+
+    /// The kernels on this CPU, built into `folder` by the system's C++ compiler: for tests.
+    pub fn emulated(folder: &Path) -> Result<Gpu, GpuError> {
+        Ok(Gpu::over(Arc::new(Emulated::open(folder)?), "emulated".to_string(), "emulated"))
+    }
+
+    fn over(driver: Arc<dyn Driver>, name: String, arch: &str) -> Gpu {
+        Gpu { driver, name, profile: format!("cuda-{arch}-{}", &source_hash()[..8]) }
+    }
+
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The arithmetic's name in a numerics class: architecture and sources.
+    pub fn profile(&self) -> &str {
+        &self.profile
+    }
+
+    /// (free, total) bytes of memory.
+    pub fn memory(&self) -> Result<(usize, usize), GpuError> {
+        self.driver.memory()
+    }
+
+    /// Waits for all that was given.
+    pub fn finish(&self) -> Result<(), GpuError> {
+        self.driver.finish()
+    }
+
+    /// Room for `len` values, with any content.
+    pub fn floats(&self, len: usize) -> Result<Floats, GpuError> {
+        Floats::new(&self.driver, len)
+    }
+
+    pub fn floats_of(&self, values: &[f32]) -> Result<Floats, GpuError> {
+        Floats::of(&self.driver, values)
+    }
+
+    pub fn rows(&self, rows: usize, width: usize) -> Result<Rows, GpuError> {
+        Rows::new(&self.driver, rows, width)
+    }
+
+    /// The rows of the parts one after another, rounded to bf16.
+    ///
+    /// # Panics
+    /// If the parts differ in width or their bytes do not fit their shapes.
+    pub fn matrix(&self, parts: &[Matrix]) -> Result<GpuMatrix, GpuError> {
+        let inputs = parts.first().map_or(0, |part| part.cols);
+        for part in parts {
+            assert_eq!(part.cols, inputs, "parts of one matrix differ in width");
+            assert_eq!(part.bytes.len(), part.rows * inputs * part.dtype.bytes(), "bytes do not fit the shape");
+        }
+        let outputs = parts.iter().map(|part| part.rows).sum::<usize>();
+        let depth = inputs.next_multiple_of(DEPTH_UNIT);
+        let memory = Memory::new(&self.driver, outputs * depth * 2)?;
+        let mut offset = 0;
+        for part in parts {
+            let rows_at_once = (CONVERT_BYTES / (depth * 2)).max(1);
+            for first in (0..part.rows).step_by(rows_at_once) {
+                let rows = rows_at_once.min(part.rows - first);
+                let mut values = vec![0u16; rows * depth];
+                for (row, to) in values.chunks_exact_mut(depth).enumerate() {
+                    part.read_row(first + row, &mut to[..inputs]);
+                }
+                memory.write(offset, &values)?;
+                offset += rows * depth * 2;
+            }
+        }
+        Ok(GpuMatrix { memory, outputs, inputs, depth })
+    }
+
+    /// Rotations of every position.
+    pub fn rotations(&self, table: &RopeTable) -> Result<Floats, GpuError> {
+        self.floats_of(table.values())
+    }
+
+    /// Blocks in the GPU's memory.
+    pub fn arena(&self, layout: BlockLayout, blocks: usize) -> Result<GpuArena, GpuError> {
+        assert!(layout.dtype == KvDtype::Bf16, "the GPU's cache holds bf16");
+        let memory = Memory::zeroed(&self.driver, layout.block_bytes() * blocks)?;
+        let slot = || Memory::new(&self.driver, 1);
+        let (gathered, lists) = ([slot()?, slot()?], [slot()?, slot()?]);
+        Ok(GpuArena { memory, layout, blocks, gathered, lists })
+    }
+
+    /// x (rows, hidden) = the rows of `w` that the spans' tokens name.
+    pub fn embed(&self, w: &GpuMatrix, spans: &GpuSpans, x: &mut Floats) -> Result<(), GpuError> {
+        let rows = spans.rows();
+        assert!(x.len() >= rows * w.inputs && spans.tokens_below(w.outputs), "rows or tokens do not fit");
+        let (ids, table, stride, hidden) = (spans.tokens_at(), w.memory.at(), w.depth as i32, w.inputs as i32);
+        self.launch(launch::EMBED, [rows, 1, 1], &[&ids, &table, &stride, &hidden, &x.at()])
+    }
+
+    /// x += delta, if any; out = x / sqrt(mean(x²) + eps) · weight.
+    pub fn add_rms_norm(
+        &self,
+        x: &mut Floats,
+        delta: Option<&Floats>,
+        weight: &Floats,
+        rows: usize,
+        eps: f32,
+        out: &mut Rows,
+    ) -> Result<(), GpuError> {
+        let width = weight.len();
+        assert!(x.len() >= rows * width && delta.is_none_or(|delta| delta.len() >= rows * width), "rows do not fit");
+        out.check(rows, width);
+        let (x, delta, weight) = (x.at(), delta.map_or(0, Floats::at), weight.at());
+        let (width, stride) = (width as i32, out.stride() as i32);
+        self.launch(launch::ADD_RMS_NORM, [rows, 1, 1], &[&x, &delta, &weight, &width, &eps, &out.at(), &stride])
+    }
+
+    /// y (rows, outputs) = x (rows, K) · Wᵀ + bias, one chain per output over all k.
+    pub fn matmul(
+        &self,
+        x: &Rows,
+        rows: usize,
+        w: &GpuMatrix,
+        bias: Option<&Floats>,
+        y: &mut Floats,
+    ) -> Result<(), GpuError> {
+        self.multiply(x, rows, w, bias, y, false)
+    }
+
+    /// As `matmul`, with K in 8 fixed segments whose sums are added as ((0+1)+(2+3))+((4+5)+(6+7)).
+    pub fn matmul_segmented(
+        &self,
+        x: &Rows,
+        rows: usize,
+        w: &GpuMatrix,
+        bias: Option<&Floats>,
+        y: &mut Floats,
+    ) -> Result<(), GpuError> {
+        self.multiply(x, rows, w, bias, y, true)
+    }
+
+    fn multiply(
+        &self,
+        x: &Rows,
+        rows: usize,
+        w: &GpuMatrix,
+        bias: Option<&Floats>,
+        y: &mut Floats,
+        segmented: bool,
+    ) -> Result<(), GpuError> {
+        x.check(rows, w.inputs);
+        assert!(y.len() >= rows * w.outputs, "outputs do not fit (rows, N)");
+        assert!(bias.is_none_or(|bias| bias.len() == w.outputs), "bias does not fit N");
+        let tiled = MATMULS.iter().find(|pair| rows <= pair[0].rows).unwrap_or(&MATMULS[2])[segmented as usize];
+        let arguments = launch::Matmul {
+            x: x.at(),
+            w: w.memory.at(),
+            bias: bias.map_or(0, Floats::at),
+            y: y.at(),
+            x_stride: x.stride(),
+            rows: rows as u32,
+            outputs: w.outputs as u32,
+            depth: w.depth as u32,
+        };
+        let grid = [rows.div_ceil(tiled.rows), w.outputs.div_ceil(tiled.outputs), 1];
+        self.launch(tiled.kernel, grid, &[&arguments])
+    }
+
+    /// (rows, gate | up) → (rows, silu(gate)·up).
+    pub fn silu_mul(&self, gate_up: &Floats, rows: usize, out: &mut Rows) -> Result<(), GpuError> {
+        let width = out.width();
+        out.check(rows, width);
+        assert!(gate_up.len() >= rows * 2 * width, "inputs do not fit (rows, gate | up)");
+        let (from, to, stride) = (gate_up.at(), out.at(), out.stride() as i32);
+        let grid = [rows, width.div_ceil(launch::SILU_MUL.threads as usize), 1];
+        self.launch(launch::SILU_MUL, grid, &[&from, &(width as i32), &to, &stride])
+    }
+
+    /// The rows `kept` of x (rows, width), packed into `out`.
+    pub fn keep_rows(&self, x: &Floats, kept: &GpuSpans, width: usize, out: &mut Floats) -> Result<(), GpuError> {
+        assert!(out.len() >= kept.rows() * width, "rows do not fit");
+        let (from, rows, to) = (x.at(), kept.tokens_at(), out.at());
+        self.launch(launch::KEEP_ROWS, [kept.rows(), 1, 1], &[&from, &rows, &(width as i32), &to])
+    }
+
+    /// Copies whole blocks inside the arena: (from, to).
+    pub fn copy_blocks(&self, arena: &mut GpuArena, pairs: &[(u32, u32)]) -> Result<(), GpuError> {
+        if pairs.is_empty() {
+            return Ok(());
+        }
+        let all: Vec<u32> = pairs.iter().flat_map(|(from, to)| [*from, *to]).collect();
+        arena.check(&all);
+        arena.lists[0].ensure(all.len() * 4)?;
+        arena.lists[0].write(0, &all)?;
+        let (layout, list, memory) = (arena.shape(), arena.lists[0].at(), arena.memory.at());
+        let grid = [COPY_PARTS as usize, pairs.len(), 1];
+        self.launch(launch::COPY_BLOCKS, grid, &[&layout, &list, &memory])
+    }
+
+    /// Begins to bring one layer of the blocks to the host, beside what is computed later. The slot's last one has ended.
+    pub fn begin_gather(
+        &self,
+        arena: &mut GpuArena,
+        slot: usize,
+        layer: usize,
+        blocks: &[u32],
+    ) -> Result<(), GpuError> {
+        arena.check(blocks);
+        assert!(layer < arena.layout.layers as usize && !blocks.is_empty(), "a layer of some blocks");
+        let bytes = blocks.len() * arena.layout.layer_bytes();
+        arena.gathered[slot].ensure(bytes)?;
+        arena.lists[slot].ensure(blocks.len() * 4)?;
+        arena.lists[slot].write(0, blocks)?;
+        let (layout, layer, list) = (arena.shape(), layer as u32, arena.lists[slot].at());
+        let (memory, to) = (arena.memory.at(), arena.gathered[slot].at());
+        let grid = [arena.layout.kv_heads as usize, blocks.len(), 1];
+        self.launch(launch::GATHER_LAYER, grid, &[&layout, &layer, &list, &memory, &to])?;
+        // SAFETY: the slot's memory, which nothing writes before the next gather into it.
+        unsafe { self.driver.begin_download(slot, to, bytes) }
+    }
+
+    /// Waits for a slot's gather: per block (kv_head, K|V, token, head_dim).
+    pub fn end_gather(&self, slot: usize, take: &mut dyn FnMut(&[u8])) -> Result<(), GpuError> {
+        self.driver.end_download(slot, take)
+    }
+
+    /// Gathers that can be on their way at a time.
+    pub const GATHERS: usize = SLOTS;
+
+    pub(crate) fn launch(&self, kernel: Kernel, grid: [usize; 3], arguments: &[&dyn Argument]) -> Result<(), GpuError> {
+        if grid.contains(&0) {
+            return Ok(());
+        }
+        let mut pointers: Vec<_> = arguments.iter().map(|argument| argument.at()).collect();
+        // SAFETY: the operation that calls this has checked what its kernel touches; the arguments outlive the call.
+        unsafe { self.driver.launch(kernel, grid.map(|n| n as u32), &mut pointers) }
+    }
+}
+
+/// Whether attention can run with these heads.
+pub fn check_heads(heads: &Heads) -> Result<(), GpuError> {
+    let group = heads.heads / heads.kv_heads;
+    match HEAD_DIMS.contains(&heads.head_dim) && group <= PREFILL_ROWS {
+        true => Ok(()),
+        false => Err(GpuError::HeadDim { found: heads.head_dim, supported: HEAD_DIMS }),
+    }
+}
+
+/// A worker's KV blocks in the GPU's memory, laid out as `baton_core::Arena`.
+pub struct GpuArena {
+    pub(crate) memory: Memory,
+    layout: BlockLayout,
+    blocks: usize,
+    /// Per slot: one layer of some blocks on its way to the host, and which.
+    gathered: [Memory; SLOTS],
+    lists: [Memory; SLOTS],
+}
+
+impl GpuArena {
+    pub fn layout(&self) -> &BlockLayout {
+        &self.layout
+    }
+
+    pub fn blocks(&self) -> usize {
+        self.blocks
+    }
+
+    /// Writes one whole block.
+    pub fn write_block(&mut self, index: u32, bytes: &[u8]) -> Result<(), GpuError> {
+        self.check(&[index]);
+        assert_eq!(bytes.len(), self.layout.block_bytes(), "a whole block");
+        self.memory.write(index as usize * bytes.len(), bytes)
+    }
+
+    pub fn read_block(&self, index: u32) -> Result<Vec<u8>, GpuError> {
+        self.check(&[index]);
+        let bytes = self.layout.block_bytes();
+        self.memory.read(index as usize * bytes, bytes)
+    }
+
+    pub(crate) fn check(&self, blocks: &[u32]) {
+        assert!(blocks.iter().all(|block| (*block as usize) < self.blocks), "a block outside the arena");
+    }
+
+    pub(crate) fn shape(&self) -> Layout {
+        let BlockLayout { layers, kv_heads, head_dim, block_tokens, .. } = self.layout;
+        Layout { layers, kv_heads, head_dim, block_tokens }
+    }
+}

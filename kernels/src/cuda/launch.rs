@@ -1,0 +1,267 @@
+//! The kernels and what their parameters look like on this side: structs laid out as those of the `.cu` sources.
+
+use std::ffi::c_void;
+
+use super::driver::Kernel;
+
+const fn kernel(name: &'static str, threads: u32, shared: u32) -> Kernel {
+    Kernel { name, threads, shared }
+}
+
+pub(crate) const EMBED: Kernel = kernel("embed", 256, 0);
+pub(crate) const ADD_RMS_NORM: Kernel = kernel("add_rms_norm", 256, 0);
+pub(crate) const SILU_MUL: Kernel = kernel("silu_mul", 256, 0);
+pub(crate) const ROPE_STORE: Kernel = kernel("rope_store", 256, 0);
+pub(crate) const KEEP_ROWS: Kernel = kernel("keep_rows", 256, 0);
+pub(crate) const MERGE: &str = "attention_merge";
+pub(crate) const COPY_BLOCKS: Kernel = kernel("copy_blocks", 256, 0);
+pub(crate) const GATHER_LAYER: Kernel = kernel("gather_layer", 256, 0);
+pub(crate) const ADJUST: Kernel = kernel("adjust", 1024, 0);
+pub(crate) const SAMPLE: Kernel = kernel("sample", 1024, 0);
+pub(crate) const REPORT: Kernel = kernel("report", 1024, 0);
+
+/// A matmul kernel and its tile: (rows, outputs).
+#[derive(Clone, Copy)]
+pub(crate) struct Tiled {
+    pub(crate) kernel: Kernel,
+    pub(crate) rows: usize,
+    pub(crate) outputs: usize,
+}
+
+/// Bytes of `stages` stages of 64 k.
+const fn stages(rows: usize, outputs: usize, stages: usize) -> u32 {
+    ((rows + outputs) * 128 * stages) as u32
+}
+
+/// By rows, fewest first; the second of each pair adds in segments.
+pub(crate) const MATMULS: [[Tiled; 2]; 3] = [
+    [
+        Tiled { kernel: kernel("matmul_16", 64, stages(16, 32, 8)), rows: 16, outputs: 32 },
+        Tiled { kernel: kernel("matmul_segmented_16", 64, stages(16, 32, 8)), rows: 16, outputs: 32 },
+    ],
+    [
+        Tiled { kernel: kernel("matmul_64", 128, stages(64, 64, 4)), rows: 64, outputs: 64 },
+        Tiled { kernel: kernel("matmul_segmented_64", 128, stages(64, 64, 4)), rows: 64, outputs: 64 },
+    ],
+    [
+        Tiled { kernel: kernel("matmul_128", 256, stages(128, 128, 3)), rows: 128, outputs: 128 },
+        Tiled { kernel: kernel("matmul_segmented_128", 256, stages(128, 64, 4)), rows: 128, outputs: 64 },
+    ],
+];
+
+/// Positions per logical block of attention.
+pub(crate) const BLOCK: usize = 64;
+/// Rows of a thread block of prefill's attention: (token, head of the group).
+pub(crate) const PREFILL_ROWS: usize = 64;
+/// Blocks of positions per thread block of decode's attention.
+pub(crate) const SPLIT_BLOCKS: usize = 2;
+/// Heads of a group per thread block of decode's attention.
+pub(crate) const DECODE_HEADS: usize = 16;
+
+/// Head dimensions with attention kernels.
+pub const HEAD_DIMS: [usize; 5] = [16, 32, 64, 96, 128];
+
+/// Attention of one head_dim: keys and values of two blocks of positions in shared memory.
+const fn attentions(prefill: &'static str, decode: &'static str, dim: u32) -> [Kernel; 2] {
+    let shared = 4 * BLOCK as u32 * dim * 2;
+    [kernel(prefill, 128, shared), kernel(decode, 64, shared)]
+}
+
+/// (prefill, decode) per `HEAD_DIMS`.
+pub(crate) const ATTENTIONS: [[Kernel; 2]; 5] = [
+    attentions("attention_prefill_16", "attention_decode_16", 16),
+    attentions("attention_prefill_32", "attention_decode_32", 32),
+    attentions("attention_prefill_64", "attention_decode_64", 64),
+    attentions("attention_prefill_96", "attention_decode_96", 96),
+    attentions("attention_prefill_128", "attention_decode_128", 128),
+];
+
+/// Every kernel.
+pub(crate) const KERNELS: [Kernel; 27] = [
+    EMBED,
+    ADD_RMS_NORM,
+    SILU_MUL,
+    ROPE_STORE,
+    KEEP_ROWS,
+    kernel(MERGE, 128, 0),
+    COPY_BLOCKS,
+    GATHER_LAYER,
+    ADJUST,
+    SAMPLE,
+    REPORT,
+    MATMULS[0][0].kernel,
+    MATMULS[0][1].kernel,
+    MATMULS[1][0].kernel,
+    MATMULS[1][1].kernel,
+    MATMULS[2][0].kernel,
+    MATMULS[2][1].kernel,
+    ATTENTIONS[0][0],
+    ATTENTIONS[0][1],
+    ATTENTIONS[1][0],
+    ATTENTIONS[1][1],
+    ATTENTIONS[2][0],
+    ATTENTIONS[2][1],
+    ATTENTIONS[3][0],
+    ATTENTIONS[3][1],
+    ATTENTIONS[4][0],
+    ATTENTIONS[4][1],
+];
+
+/// A kernel's parameter.
+///
+/// # Safety
+/// The value has the layout of the parameter's type on the device.
+pub(crate) unsafe trait Argument {
+    fn at(&self) -> *mut c_void {
+        (self as *const Self).cast::<c_void>().cast_mut()
+    }
+}
+
+/// Values that go to the device as they lie in memory.
+///
+/// # Safety
+/// No padding and no pointers.
+pub(crate) unsafe trait Plain: Copy {}
+
+pub(crate) fn bytes_of<T: Plain>(values: &[T]) -> &[u8] {
+    // SAFETY: plain values have no padding.
+    unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
+}
+
+macro_rules! plain {
+    ($($type:ty),*) => { $(
+        // SAFETY: numbers, or structs of 4-byte fields.
+        unsafe impl Plain for $type {}
+        // SAFETY: the same type on the device.
+        unsafe impl Argument for $type {}
+    )* };
+}
+
+macro_rules! argument {
+    ($($type:ty),*) => { $(
+        // SAFETY: `repr(C)` as the device's struct of this name.
+        unsafe impl Argument for $type {}
+    )* };
+}
+
+plain!(u8, u16, u32, i32, f32, u64, Tile, Decode, Edit, Adjust, Sample, Report, Alternative);
+argument!(Layout, Rope, Matmul, Attention);
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Layout {
+    pub(crate) layers: u32,
+    pub(crate) kv_heads: u32,
+    pub(crate) head_dim: u32,
+    pub(crate) block_tokens: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct Rope {
+    pub(crate) layout: Layout,
+    pub(crate) layer: u32,
+    pub(crate) heads: u32,
+    pub(crate) eps: f32,
+    pub(crate) q_stride: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct Matmul {
+    pub(crate) x: u64,
+    pub(crate) w: u64,
+    pub(crate) bias: u64,
+    pub(crate) y: u64,
+    pub(crate) x_stride: u32,
+    pub(crate) rows: u32,
+    pub(crate) outputs: u32,
+    pub(crate) depth: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct Attention {
+    pub(crate) layout: Layout,
+    pub(crate) layer: u32,
+    pub(crate) heads: u32,
+    pub(crate) group: u32,
+    pub(crate) scale: f32,
+    pub(crate) window: u32,
+    pub(crate) stride: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Tile {
+    pub(crate) row: u32,
+    pub(crate) rows: u32,
+    pub(crate) position: u32,
+    pub(crate) table: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Decode {
+    pub(crate) row: u32,
+    pub(crate) position: u32,
+    pub(crate) table: u32,
+    pub(crate) at: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct Edit {
+    pub(crate) id: u32,
+    pub(crate) count: u32,
+    pub(crate) bias: f32,
+    pub(crate) _pad: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct Adjust {
+    pub(crate) row: u32,
+    pub(crate) out: u32,
+    pub(crate) at: u32,
+    pub(crate) biases: u32,
+    pub(crate) penalties: u32,
+    pub(crate) bans: u32,
+    pub(crate) repetition: f32,
+    pub(crate) presence: f32,
+    pub(crate) frequency: f32,
+    pub(crate) _pad: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct Sample {
+    pub(crate) row: u32,
+    pub(crate) adjusted: u32,
+    pub(crate) seed_low: u32,
+    pub(crate) seed_high: u32,
+    pub(crate) position: u32,
+    pub(crate) choice: u32,
+    pub(crate) temperature: f32,
+    pub(crate) top_k: u32,
+    pub(crate) top_p: f32,
+    pub(crate) min_p: f32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct Report {
+    pub(crate) row: u32,
+    pub(crate) draw: u32,
+    pub(crate) token: u32,
+    pub(crate) given: u32,
+    pub(crate) top: u32,
+    pub(crate) at: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Alternative {
+    pub(crate) id: u32,
+    pub(crate) logprob: f32,
+}

@@ -1,0 +1,6 @@
+// All kernels as one source for nvcc; at start the same files are compiled together by NVRTC (compile.rs).
+#include "attention.cu"
+#include "blocks.cu"
+#include "matmul.cu"
+#include "rows.cu"
+#include "sampling.cu"

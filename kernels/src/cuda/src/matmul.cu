@@ -1,0 +1,177 @@
+// y (rows, outputs) = x (rows, K) . W^T (outputs, K) on tensor cores, the same bits for a row whatever the rows beside it: an
+// output is one chain of m16n8k16 instructions over k in order, or eight such chains, one per segment of K, whose sums are
+// added as ((0+1)+(2+3))+((4+5)+(6+7)). The kernels differ in tile only, which changes no chain.
+//
+//     stage = (tile_rows, 64 k) of x, then (tile_outputs, 64 k) of W: 128 bytes a row, parts exchanged (tile_at)
+//
+// K is a multiple of 64 in memory, zeros behind the real end.
+#include "common.cuh"
+
+#define STEP_K 64
+#define PARTS 8
+#define SEGMENTS 8
+
+struct Matmul {
+    const u16* x;
+    const u16* w;
+    const float* bias;
+    float* y;
+    // Elements between rows of x; W's is `depth`.
+    u32 x_stride;
+    u32 rows;
+    u32 outputs;
+    u32 depth;
+};
+
+// First step (of 16 k) of a segment.
+__device__ __forceinline__ u32 segment_at(u32 steps, u32 segment) { return (u32)((u64)steps * segment / SEGMENTS); }
+
+template <int Rows, int Outputs, int Threads>
+__device__ __forceinline__ void load_stage(const Matmul& a, u8* stage, u32 row, u32 output, u32 k) {
+    for (int i = threadIdx.x; i < Rows * PARTS; i += Threads) {
+        u32 r = row + i / PARTS;
+        bool present = r < a.rows;
+        copy_async(stage + tile_at<PARTS>(i / PARTS, i % PARTS), a.x + (u64)(present ? r : 0) * a.x_stride + k + i % PARTS * 8,
+                   present);
+    }
+    u8* weights = stage + Rows * STEP_K * 2;
+    for (int i = threadIdx.x; i < Outputs * PARTS; i += Threads) {
+        u32 n = output + i / PARTS;
+        bool present = n < a.outputs;
+        copy_async(weights + tile_at<PARTS>(i / PARTS, i % PARTS), a.w + (u64)(present ? n : 0) * a.depth + k + i % PARTS * 8,
+                   present);
+    }
+}
+
+// Sums of finished segments that wait for their neighbours: of one, of two and of four.
+template <int Tiles, bool Segmented> struct Held {
+    float one[Tiles][4], two[Tiles][4], four[Tiles][4];
+};
+template <int Tiles> struct Held<Tiles, false> {};
+
+// Takes in the sum of a segment; after the last one, `sum` holds the whole.
+template <int Tiles> __device__ __forceinline__ void fold(Held<Tiles, true>& held, float (&sum)[Tiles][4], u32 segment) {
+#pragma unroll
+    for (int t = 0; t < Tiles; t++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            float s = sum[t][i];
+            if (segment % 2 == 0) {
+                held.one[t][i] = s;
+            } else {
+                s = held.one[t][i] + s;
+                if (segment % 4 == 1) {
+                    held.two[t][i] = s;
+                } else {
+                    s = held.two[t][i] + s;
+                    if (segment % 8 == 3) held.four[t][i] = s;
+                    else s = held.four[t][i] + s;
+                }
+            }
+            sum[t][i] = segment == SEGMENTS - 1 ? s : 0.0f;
+        }
+    }
+}
+template <int Tiles> __device__ __forceinline__ void fold(Held<Tiles, false>&, float (&)[Tiles][4], u32) {}
+
+// A warp computes (TileRows / WarpRows) x (TileOutputs / WarpOutputs) outputs of the thread block's tile.
+template <int TileRows, int TileOutputs, int WarpRows, int WarpOutputs, int Stages, bool Segmented>
+__device__ __forceinline__ void multiply(const Matmul& a, u8* shared) {
+    constexpr int Threads = 32 * WarpRows * WarpOutputs;
+    constexpr int High = TileRows / WarpRows / 16, Wide = TileOutputs / WarpOutputs / 8;
+    constexpr int StageBytes = (TileRows + TileOutputs) * STEP_K * 2;
+    static_assert(High >= 1 && Wide % 2 == 0, "a warp's tile is a multiple of 16 x 16");
+    u32 row = blockIdx.x * TileRows, output = blockIdx.y * TileOutputs;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int warp_row = warp / WarpOutputs * High * 16, warp_output = warp % WarpOutputs * Wide * 8;
+    u32 stages = a.depth / STEP_K, steps = a.depth / 16;
+
+    float sum[High * Wide][4];
+#pragma unroll
+    for (int t = 0; t < High * Wide; t++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) sum[t][i] = 0.0f;
+    }
+    Held<High * Wide, Segmented> held;
+    u32 segment = 0;
+
+#pragma unroll
+    for (u32 s = 0; s < Stages - 1; s++) {
+        if (s < stages) load_stage<TileRows, TileOutputs, Threads>(a, shared + s * StageBytes, row, output, s * STEP_K);
+        copy_commit();
+    }
+    for (u32 s = 0; s < stages; s++) {
+        copy_wait<Stages - 2>();
+        __syncthreads();
+        // The stage that everyone has left takes in the next loads.
+        u32 next = s + Stages - 1;
+        if (next < stages)
+            load_stage<TileRows, TileOutputs, Threads>(a, shared + next % Stages * StageBytes, row, output, next * STEP_K);
+        copy_commit();
+        const u8* x = shared + s % Stages * StageBytes;
+        const u8* w = x + TileRows * STEP_K * 2;
+#pragma unroll
+        for (int k = 0; k < STEP_K / 16; k++) {
+            if (Segmented) {
+                for (; segment < SEGMENTS && segment_at(steps, segment + 1) == s * (STEP_K / 16) + k; segment++)
+                    fold(held, sum, segment);
+            }
+            u32 left[High][4];
+#pragma unroll
+            for (int h = 0; h < High; h++)
+                load_tiles(left[h], x + tile_at<PARTS>(warp_row + h * 16 + lane % 16, k * 2 + lane / 16));
+#pragma unroll
+            for (int n = 0; n < Wide / 2; n++) {
+                u32 right[4];
+                load_tiles(right, w + tile_at<PARTS>(warp_output + n * 16 + lane / 16 * 8 + lane % 8, k * 2 + lane / 8 % 2));
+#pragma unroll
+                for (int h = 0; h < High; h++) {
+                    mma(sum[h * Wide + n * 2], left[h], right[0], right[1]);
+                    mma(sum[h * Wide + n * 2 + 1], left[h], right[2], right[3]);
+                }
+            }
+        }
+    }
+    if (Segmented) {
+        for (; segment < SEGMENTS; segment++) fold(held, sum, segment);
+    }
+    copy_wait<0>();
+
+#pragma unroll
+    for (int t = 0; t < High * Wide; t++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            u32 r = row + warp_row + t / Wide * 16 + lane / 4 + i / 2 * 8;
+            u32 n = output + warp_output + t % Wide * 8 + lane % 4 * 2 + i % 2;
+            if (r < a.rows && n < a.outputs) a.y[(u64)r * a.outputs + n] = a.bias ? sum[t][i] + a.bias[n] : sum[t][i];
+        }
+    }
+}
+
+// Few rows: bound by reading W. 64 threads, 48 KiB.
+KERNEL void __launch_bounds__(64) matmul_16(Matmul a) {
+    DYNAMIC_SHARED(shared);
+    multiply<16, 32, 1, 2, 8, false>(a, shared);
+}
+KERNEL void __launch_bounds__(64) matmul_segmented_16(Matmul a) {
+    DYNAMIC_SHARED(shared);
+    multiply<16, 32, 1, 2, 8, true>(a, shared);
+}
+// 128 threads, 64 KiB.
+KERNEL void __launch_bounds__(128) matmul_64(Matmul a) {
+    DYNAMIC_SHARED(shared);
+    multiply<64, 64, 2, 2, 4, false>(a, shared);
+}
+KERNEL void __launch_bounds__(128) matmul_segmented_64(Matmul a) {
+    DYNAMIC_SHARED(shared);
+    multiply<64, 64, 2, 2, 4, true>(a, shared);
+}
+// Many rows: bound by arithmetic. 256 threads, 96 KiB.
+KERNEL void __launch_bounds__(256) matmul_128(Matmul a) {
+    DYNAMIC_SHARED(shared);
+    multiply<128, 128, 2, 4, 3, false>(a, shared);
+}
+KERNEL void __launch_bounds__(256) matmul_segmented_128(Matmul a) {
+    DYNAMIC_SHARED(shared);
+    multiply<128, 64, 4, 2, 4, true>(a, shared);
+}

@@ -1,0 +1,113 @@
+// Kernels that work row by row: embedding, residual and norm, rotation with the cache's write, SiLU. One thread block per
+// row, each sum in one order, so that a row's bits are its own.
+#include "common.cuh"
+
+// x (rows, hidden) = rows `ids` of table (vocab, stride).
+KERNEL void embed(const u32* ids, const u16* table, int stride, int hidden, float* x) {
+    const u16* from = table + (u64)ids[blockIdx.x] * stride;
+    for (int i = threadIdx.x; i < hidden; i += blockDim.x) x[(u64)blockIdx.x * hidden + i] = of_bf16(from[i]);
+}
+
+// x += delta, unless it is null; out = x / sqrt(mean(x^2) + eps) . weight. 256 threads.
+KERNEL void add_rms_norm(float* x, const float* delta, const float* weight, int width, float eps, u16* out, int stride) {
+    float* row = x + (u64)blockIdx.x * width;
+    const float* more = delta ? delta + (u64)blockIdx.x * width : (const float*)0;
+    float squares = 0.0f;
+    for (int i = threadIdx.x; i < width; i += 256) {
+        float value = row[i];
+        if (more) row[i] = value = value + more[i];
+        squares = fmaf(value, value, squares);
+    }
+    float scale = 1.0f / sqrtf(block_sum<8>(squares) / (float)width + eps);
+    u16* to = out + (u64)blockIdx.x * stride;
+    // A thread reads what it wrote itself.
+    for (int i = threadIdx.x; i < width; i += 256) to[i] = to_bf16(row[i] * scale * weight[i]);
+}
+
+// out (rows, stride) = silu(gate) . up for rows of (gate | up), each `width` wide.
+KERNEL void silu_mul(const float* gate_up, int width, u16* out, int stride) {
+    const float* gate = gate_up + (u64)blockIdx.x * 2 * width;
+    int i = blockIdx.y * blockDim.x + threadIdx.x;
+    if (i >= width) return;
+    float x = gate[i];
+    out[(u64)blockIdx.x * stride + i] = to_bf16(x / (1.0f + exp_of(-x)) * gate[width + i]);
+}
+
+// What `rope_store` needs besides its rows.
+struct Rope {
+    Layout layout;
+    u32 layer;
+    u32 heads;
+    float eps;
+    // Elements between rows of q.
+    u32 q_stride;
+};
+
+// Optional norm and rotation of one head by one warp, in place: lane i holds dimensions i, i + 32, ... of each half.
+__device__ __forceinline__ void turn(float* low, float* high, int count, const float* norm, float eps, int dim,
+                                     const float* turns, int lane) {
+    if (norm) {
+        float squares = 0.0f;
+        for (int i = 0; i < count; i++) squares = fmaf(high[i], high[i], fmaf(low[i], low[i], squares));
+        float scale = 1.0f / sqrtf(warp_sum(squares) / (float)dim + eps);
+        for (int i = 0; i < count; i++) {
+            int at = lane + 32 * i;
+            if (at >= dim / 2) continue;
+            low[i] = low[i] * scale * norm[at];
+            high[i] = high[i] * scale * norm[at + dim / 2];
+        }
+    }
+    for (int i = 0; i < count; i++) {
+        int at = lane + 32 * i;
+        if (at >= dim / 2) continue;
+        float cosine = turns[at], sine = turns[at + dim / 2], x = low[i], y = high[i];
+        low[i] = fmaf(x, cosine, -(y * sine));
+        high[i] = fmaf(y, cosine, x * sine);
+    }
+}
+
+// Halves of a head that a lane holds at most: head_dim up to 256.
+#define HALF_PARTS 4
+
+// Splits rows of (q | k | v), normalises and rotates q and k, rounds q into `q`, and writes k and v into the arena.
+// `turns` is (position, cos then sin, head_dim / 2); `tables` holds each row's block table from `table_at` on.
+KERNEL void rope_store(Rope a, const float* qkv, const u32* positions, const u32* table_at, const u32* tables,
+                       const float* turns, const float* q_norm, const float* k_norm, u16* q, u16* arena) {
+    u32 row = blockIdx.x;
+    int lane = threadIdx.x % 32, dim = a.layout.head_dim, count = (dim / 2 + 31) / 32;
+    u32 position = positions[row], heads = a.heads, kv_heads = a.layout.kv_heads;
+    const float* rotation = turns + (u64)position * dim;
+    for (u32 head = threadIdx.x / 32; head < heads + 2 * kv_heads; head += blockDim.x / 32) {
+        const float* from = qkv + ((u64)row * (heads + 2 * kv_heads) + head) * dim;
+        float low[HALF_PARTS], high[HALF_PARTS];
+#pragma unroll
+        for (int i = 0; i < HALF_PARTS; i++) {
+            int at = lane + 32 * i;
+            low[i] = at < dim / 2 ? from[at] : 0.0f;
+            high[i] = at < dim / 2 ? from[at + dim / 2] : 0.0f;
+        }
+        u16* to;
+        if (head < heads) {
+            turn(low, high, count, q_norm, a.eps, dim, rotation, lane);
+            to = q + (u64)row * a.q_stride + (u64)head * dim;
+        } else {
+            u32 half = head < heads + kv_heads ? 0 : 1;
+            if (half == 0) turn(low, high, count, k_norm, a.eps, dim, rotation, lane);
+            u32 kv_head = head - heads - half * kv_heads;
+            to = arena + kv_at(a.layout, tables + table_at[row], position, kv_head, a.layer, half);
+        }
+#pragma unroll
+        for (int i = 0; i < HALF_PARTS; i++) {
+            int at = lane + 32 * i;
+            if (at >= dim / 2) continue;
+            to[at] = to_bf16(low[i]);
+            to[at + dim / 2] = to_bf16(high[i]);
+        }
+    }
+}
+
+// Rows `kept` of x (rows, width of 4-byte words), packed.
+KERNEL void keep_rows(const u32* x, const u32* kept, int width, u32* out) {
+    const u32* from = x + (u64)kept[blockIdx.x] * width;
+    for (int i = threadIdx.x; i < width; i += blockDim.x) out[(u64)blockIdx.x * width + i] = from[i];
+}
