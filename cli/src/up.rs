@@ -66,6 +66,15 @@ pub(crate) struct UpFlags {
     /// Threads of each worker [default: cores / workers, rounded up]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1024))]
     threads: Option<u64>,
+    /// Tensor-parallel ranks of each worker, which share its threads: 1, 2, 4 or 8; no number changes a byte of an answer
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=8))]
+    tp: u64,
+    /// Tensor-parallel ranks of each prefill worker [default: --tp]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=8))]
+    prefill_tp: Option<u64>,
+    /// Tensor-parallel ranks of each decode worker [default: --tp]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=8))]
+    decode_tp: Option<u64>,
     /// KV blocks (of 16 tokens) of each worker [default: 4096, or fewer if a quarter of the free memory holds fewer]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=(1 << 31)))]
     kv_blocks: Option<u64>,
@@ -161,6 +170,8 @@ fn topology(
         open: flags.open,
         data,
         threads: flags.threads.map_or(default_threads, |threads| threads as usize),
+        prefill_tp: flags.prefill_tp.unwrap_or(flags.tp) as usize,
+        decode_tp: flags.decode_tp.unwrap_or(flags.tp) as usize,
         kv_blocks: flags.kv_blocks,
         kv_bytes: memory / 4 / workers as u64,
         batch_tokens: flags.batch_tokens,

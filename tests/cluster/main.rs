@@ -8,3 +8,4 @@ mod pools;
 mod recall;
 mod same_bytes;
 mod serving;
+mod tensor_parallel;

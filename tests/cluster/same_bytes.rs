@@ -26,7 +26,7 @@ fn requests() -> Vec<Value> {
 }
 
 /// What the requests give: log-probabilities joined, so that the events' borders do not count.
-async fn answers(client: &Client) -> Vec<Streamed> {
+pub(crate) async fn answers(client: &Client) -> Vec<Streamed> {
     let mut answers = Vec::new();
     for request in requests() {
         answers.push(client.stream(CHAT, &request).await.joined());

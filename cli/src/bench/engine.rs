@@ -27,6 +27,9 @@ pub(crate) struct EngineFlags {
     /// Threads to compute with [default: all cores]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     threads: Option<u32>,
+    /// Tensor-parallel ranks that share the model and the threads: 1, 2, 4 or 8
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    tp: u32,
     /// Kernel profile: f32acc or bf16dp [default: the fastest this machine has]
     #[arg(long)]
     profile: Option<String>,
@@ -46,6 +49,7 @@ pub(crate) fn run(flags: EngineFlags) -> Result<(), Failure> {
     let options = LoadOptions {
         threads: flags.threads.map_or_else(surroundings::cores, |n| n as usize),
         profile: profile(flags.profile.as_deref())?,
+        ranks: flags.tp as usize,
     };
     let started = Instant::now();
     let Loaded { mut model, spec } = load(&directory, options)?;
@@ -62,10 +66,11 @@ pub(crate) fn run(flags: EngineFlags) -> Result<(), Failure> {
         false => {
             let cpu = model.cpu();
             println!(
-                "{}: {} parameters, {} threads, {} on {}",
+                "{}: {} parameters, {} ranks, {} threads, {} on {}",
                 spec.name,
                 spec.parameters,
-                cpu.threads(),
+                model.ranks(),
+                model.threads(),
                 spec.numerics,
                 cpu.isa()
             );

@@ -31,7 +31,7 @@ const SEQUENCES_MAX: usize = 256;
 /// up for its silence drops what it had and registers anew.
 ///
 /// Keys of the TOML file, as the flags of these names: id, listen, kv_listen, advertise_host, coordinators (a list), model,
-/// threads, profile, metrics, kv_bytes, drain_ms, autonomy_ms. In the table [engine]: blocks (--kv-blocks), batch_tokens_max (--batch-tokens),
+/// threads, tp, profile, metrics, kv_bytes, drain_ms, autonomy_ms. In the table [engine]: blocks (--kv-blocks), batch_tokens_max (--batch-tokens),
 /// sequences_max (sequences worked on at a time, 256), queue_max (requests that wait before more are refused, 256),
 /// prefix_cache (whether finished blocks are kept and found by content, true).
 #[derive(Args, Debug)]
@@ -60,6 +60,9 @@ pub(crate) struct WorkerFlags {
     /// Threads to compute with [default: all cores]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     threads: Option<u32>,
+    /// Tensor-parallel ranks that share the model, each with its part of --threads: 1, 2, 4 or 8 [default: 1]
+    #[arg(long, value_name = "N")]
+    tp: Option<u32>,
     /// Kernel profile: f32acc or bf16dp; workers of one cluster should agree [default: the fastest this machine has]
     #[arg(long)]
     profile: Option<String>,
@@ -94,6 +97,7 @@ pub(crate) fn run(flags: WorkerFlags, role: Role) -> Result<(), Failure> {
 struct Own {
     model: PathBuf,
     threads: usize,
+    tp: usize,
     profile: Option<Profile>,
     kv_bytes: u64,
     metrics: String,
@@ -222,6 +226,7 @@ fn settings(flags: WorkerFlags, role: Role) -> Result<(Own, Settings), Failure> 
             .or(settings.take("model")?)
             .ok_or_else(|| Failure::refuse("name a model directory with --model"))?,
         threads: flags.threads.or(settings.take("threads")?).map_or_else(surroundings::cores, |n: u32| n as usize),
+        tp: flags.tp.or(settings.take("tp")?).map_or(1, |n: u32| n as usize),
         profile: crate::bench::engine::profile(flags.profile.or(settings.take("profile")?).as_deref())?,
         kv_bytes: kv_bytes(flags.kv_bytes.or(settings.take("kv_bytes")?))?,
         metrics: flags.metrics.or(settings.take("metrics")?).unwrap_or_else(|| "127.0.0.1:0".to_string()),
@@ -238,7 +243,8 @@ fn kv_bytes(asked: Option<i64>) -> Result<u64, Failure> {
 
 /// Loads on a thread of its own, so that signals and the supervisor's pipe stay served, and fills in what depends on the model.
 async fn load(own: &Own, mut settings: Settings, voice: Voice) -> Result<(LoadedModel, Settings), Failure> {
-    let (directory, options) = (own.model.clone(), LoadOptions { threads: own.threads, profile: own.profile });
+    let options = LoadOptions { threads: own.threads, profile: own.profile, ranks: own.tp };
+    let directory = own.model.clone();
     let loading = tokio::task::spawn_blocking(move || read(directory, options, voice));
     let model = loading.await.context("the loading thread failed")?.map_err(Failure::refused)?;
     let blocks = default_blocks(&model.spec, own.kv_bytes);
@@ -247,6 +253,7 @@ async fn load(own: &Own, mut settings: Settings, voice: Voice) -> Result<(Loaded
         parameters = model.spec.parameters,
         numerics = %model.spec.numerics,
         threads = own.threads,
+        tp = own.tp,
         blocks,
         "loaded"
     );

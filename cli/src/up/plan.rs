@@ -21,6 +21,9 @@ pub(crate) struct Topology {
     pub(crate) data: PathBuf,
     /// Per worker.
     pub(crate) threads: usize,
+    /// Tensor-parallel ranks per worker.
+    pub(crate) prefill_tp: usize,
+    pub(crate) decode_tp: usize,
     /// Per worker; None lets it choose within `kv_bytes`.
     pub(crate) kv_blocks: Option<u64>,
     /// Per worker.
@@ -102,6 +105,8 @@ impl Topology {
         arguments.extend(flag("--id", &id));
         arguments.extend(flag("--model", self.model.display()));
         arguments.extend(flag("--threads", self.threads));
+        let tp = if role == Role::Prefill { self.prefill_tp } else { self.decode_tp };
+        arguments.extend(flag("--tp", tp));
         arguments.extend(flag("--kv-bytes", self.kv_bytes));
         arguments.extend(self.kv_blocks.iter().flat_map(|blocks| flag("--kv-blocks", blocks)));
         arguments.extend(self.batch_tokens.iter().flat_map(|tokens| flag("--batch-tokens", tokens)));
@@ -144,6 +149,8 @@ mod tests {
             open: true,
             data: "/d".into(),
             threads: 2,
+            prefill_tp: 1,
+            decode_tp: 2,
             kv_blocks: Some(64),
             kv_bytes: 1 << 30,
             batch_tokens: Some(512),
