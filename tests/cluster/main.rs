@@ -8,6 +8,7 @@ mod faults;
 mod ledger;
 mod pools;
 mod recall;
+mod refusals;
 mod same_bytes;
 mod serving;
 mod tensor_parallel;
