@@ -1,5 +1,6 @@
 //! Black-box tests on real processes: `baton up`, HTTP, signals.
 
+mod access;
 mod bad_input;
 mod chaos;
 mod control;
