@@ -7,6 +7,7 @@ mod control;
 mod explain;
 mod faults;
 mod ledger;
+mod poison;
 mod pools;
 mod recall;
 mod refusals;
