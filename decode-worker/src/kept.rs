@@ -96,6 +96,8 @@ struct Log {
     /// When the request ended.
     ended: Option<Instant>,
     given_up: bool,
+    /// A reader has read it to its end.
+    heard: bool,
     /// The reader that counts; earlier ones have been replaced.
     reader: u64,
     /// The reader's next entry; None: nobody reads.
@@ -122,6 +124,7 @@ impl Kept {
             bytes: 0,
             ended: None,
             given_up: false,
+            heard: false,
             reader: 0,
             next: None,
             left: Instant::now(),
@@ -156,6 +159,15 @@ impl Kept {
     pub(crate) fn give_up(&self) {
         self.log().given_up = true;
         self.changed.send_replace(());
+    }
+
+    /// Resolves when a reader has read it to its end.
+    pub(crate) async fn heard(&self) {
+        let mut changed = self.changed.subscribe();
+        while !self.log().heard {
+            // The sender lives as long as `self`.
+            let _ = changed.changed().await;
+        }
     }
 
     /// Resolves when it is given up, or when nobody has read it for its window.
@@ -259,6 +271,9 @@ impl Reader {
                     return Some(new);
                 }
                 if log.ended.is_some() || log.given_up {
+                    log.heard = true;
+                    drop(log);
+                    self.kept.changed.send_replace(());
                     return None;
                 }
             }
@@ -332,7 +347,9 @@ mod tests {
         drop(first);
         assert_eq!(second.next().await.unwrap().len(), 2);
         kept.end();
+        assert!(timeout(Duration::from_millis(1), kept.heard()).await.is_err(), "its end has not been read");
         assert_eq!(second.next().await, None);
+        kept.heard().await;
         let (resumed, mut third) = kept.resume();
         assert_eq!((ids(&resumed), resumed.finished.len(), third.next().await), (vec![1, 2, 3], 1, None));
     }

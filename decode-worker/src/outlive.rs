@@ -45,6 +45,8 @@ pub(crate) fn begin(decode: &Arc<Decode>, start: Start) -> Result<(Arc<Kept>, Re
 
 /// Serves the request while it is wanted, then keeps what it said while that is wanted.
 async fn drive(decode: Arc<Decode>, kept: Arc<Kept>, start: Start) {
+    // A drain waits for whoever comes for the rest, as it waits for what runs.
+    let hold = decode.shell.hold();
     let (outlet, inlet) = outlet(STEPS_UNREAD_MAX);
     let (said, ends) = mpsc::channel(1);
     let serving = serve(decode.clone(), outlet, said, kept.unwanted_choices.subscribe(), start);
@@ -54,6 +56,12 @@ async fn drive(decode: Arc<Decode>, kept: Arc<Kept>, start: Start) {
         () = decode.shell.closed() => kept.say(Output::Aborted(abort(Aborted::Draining, "the worker is stopping"))),
     }
     kept.end();
+    tokio::select! {
+        () = kept.heard() => {}
+        () = kept.unwanted() => {}
+        () = decode.shell.evicted() => {}
+    }
+    drop(hold);
     tokio::select! {
         () = kept.unwanted() => {}
         () = decode.shell.closed() => {}

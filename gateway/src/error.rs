@@ -141,7 +141,9 @@ impl ApiError {
                 let error = ApiError::model_not_found("");
                 ApiError { message: say("No such model is known to the cluster."), ..error }
             }
-            Refused::TooLarge => ApiError::too_long("prompt", say("The request exceeds what any worker can hold.")),
+            Refused::TooLarge => {
+                ApiError::too_long("prompt", say("The request exceeds what any worker can hold or its tenant may use."))
+            }
             Refused::Draining => ApiError::unavailable(word, say("The workers of this model are draining.")),
             Refused::Stale | Refused::Fenced | Refused::Expired | Refused::NotLeader | Refused::Unavailable => {
                 ApiError::unavailable(word, say("The coordinator cannot take requests at the moment."))

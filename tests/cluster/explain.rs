@@ -21,6 +21,13 @@ fn said(bytes: &[u8]) -> String {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_request_is_explained_by_the_id_of_its_answer() {
     let cluster = Cluster::up(&[]).await;
+    // A cluster is healthy as soon as it can decode.
+    wait_for("the prefill worker to be live", || async {
+        let status = cluster.status();
+        let live = |row: &Value| row["role"] == "prefill" && row["live"] == true;
+        status["workers"].as_array()?.iter().any(live).then_some(())
+    })
+    .await;
     let reply = cluster.client.post(CHAT, &chat(&long_prompt(1), 4)).await.json();
     let id = reply["id"].as_str().expect("an id").to_string();
     let explained: Value = wait_for("the request to have ended", || async {

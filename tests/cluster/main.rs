@@ -1,13 +1,19 @@
 //! Black-box tests on real processes: `baton up`, HTTP, signals.
 
+mod access;
 mod bad_input;
+mod canary;
 mod chaos;
 mod control;
 mod explain;
 mod faults;
+mod late;
 mod ledger;
+mod poison;
 mod pools;
 mod recall;
+mod refusals;
+mod resume;
 mod same_bytes;
 mod serving;
 mod tensor_parallel;

@@ -136,7 +136,10 @@ impl Fleet {
         flags.extend(shape.worker_flags.iter().cloned());
         if shape.proxied {
             flags.extend(flag("--advertise-host", PROXY_HOST));
-            let [there, blocks] = ports.map(|port| format!("{PROXY_HOST}:{port}"));
+            let there = format!("{PROXY_HOST}:{}", ports[0]);
+            // At another port, so that both ends know that something stands between them, and pass it the bytes.
+            let blocks = format!("{PROXY_HOST}:{}", free_port());
+            flags.extend(flag("--kv-advertise", &blocks));
             let proxy = Proxy::between(&there, control.clone()).await.expect("the proxy's port is free");
             self.control.insert(id.clone(), proxy);
             let proxy = Proxy::between(&blocks, handoff).await.expect("the proxy's port is free");

@@ -18,6 +18,10 @@ pub struct Config {
     pub listen: String,
     /// Where a decode worker receives handoffs, `host:port`; port 0 takes a free one. A prefill worker ignores it.
     pub kv_listen: String,
+    /// Where prefill workers reach `kv_listen`, `host:port`, if that is not its port at `advertise_host`: a mapped port, or
+    /// something between that is meant to see the bytes. Handoffs that come that way never use shared memory.
+    #[serde(default)]
+    pub kv_advertise: Option<String>,
     /// Host under which other processes reach this worker, without a port.
     pub advertise_host: String,
     /// gRPC addresses of the coordinators, at least one.

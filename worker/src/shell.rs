@@ -208,8 +208,13 @@ impl Shell {
             metrics::count_refused(reason);
             refusal(reason, detail)
         })?;
+        Ok(self.hold())
+    }
+
+    /// Keeps a drain waiting, within its bounds, for what is no request any more: somebody may still come for it.
+    pub fn hold(self: &Arc<Shell>) -> Lease {
         self.active.send_modify(|active| *active += 1);
-        Ok(Lease { shell: self.clone() })
+        Lease { shell: self.clone() }
     }
 
     fn allow(&self, named: &Place, assigned: &Assigned) -> Result<(), (Refused, String)> {
@@ -263,7 +268,7 @@ impl Shell {
         self.closing.send_replace(true);
     }
 
-    /// Requests being served.
+    /// Requests being served, or kept for somebody who may come for them.
     pub(crate) fn requests(&self) -> usize {
         *self.active.borrow()
     }
@@ -275,7 +280,7 @@ impl Shell {
     }
 }
 
-/// The right of one request to be served here, while it lives.
+/// What a drain waits for: the right of one request to be served here, or what is left of one.
 pub struct Lease {
     shell: Arc<Shell>,
 }

@@ -30,7 +30,7 @@ const SEQUENCES_MAX: usize = 256;
 /// (`baton drain`) or make it serve the other role with the weights it has (`baton role`). A worker that the cluster has given
 /// up for its silence drops what it had and registers anew.
 ///
-/// Keys of the TOML file, as the flags of these names: id, listen, kv_listen, advertise_host, coordinators (a list), model,
+/// Keys of the TOML file, as the flags of these names: id, listen, kv_listen, kv_advertise, advertise_host, coordinators (a list), model,
 /// threads, tp, profile, metrics, kv_bytes, drain_ms, autonomy_ms. In the table [engine]: blocks (--kv-blocks), batch_tokens_max (--batch-tokens),
 /// sequences_max (sequences worked on at a time, 256), queue_max (requests that wait before more are refused, 256),
 /// prefix_cache (whether finished blocks are kept and found by content, true).
@@ -51,6 +51,10 @@ pub(crate) struct WorkerFlags {
     /// Address where a decode worker receives KV blocks; port 0 takes a free one [default: 127.0.0.1:0]
     #[arg(long, value_name = "HOST:PORT")]
     kv_listen: Option<String>,
+    /// Address under which prefill workers reach --kv-listen, where a mapped port or a proxy stands before it
+    /// [default: its port at --advertise-host]
+    #[arg(long, value_name = "HOST:PORT")]
+    kv_advertise: Option<String>,
     /// Host under which other processes reach this worker [default: 127.0.0.1]
     #[arg(long, value_name = "HOST")]
     advertise_host: Option<String>,
@@ -204,6 +208,7 @@ fn settings(flags: WorkerFlags, role: Role) -> Result<(Own, Settings), Failure> 
     settings.flag("id", flags.id);
     settings.flag("listen", flags.listen);
     settings.flag("kv_listen", flags.kv_listen);
+    settings.flag("kv_advertise", flags.kv_advertise);
     settings.flag("advertise_host", flags.advertise_host);
     settings.flag("coordinators", texts(&flags.coordinators));
     settings.flag("drain_ms", flags.drain_ms);

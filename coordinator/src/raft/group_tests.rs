@@ -224,7 +224,7 @@ async fn wait<T>(mut check: impl FnMut() -> Option<T>) -> T {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
-    tokio::time::timeout(Duration::from_secs(20), polled).await.expect("it comes within 20 s")
+    tokio::time::timeout(Duration::from_secs(60), polled).await.expect("it comes within 60 s")
 }
 
 const ALL: [u64; 3] = [1, 2, 3];

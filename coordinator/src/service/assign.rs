@@ -271,7 +271,10 @@ fn over_limit(over: &OverLimit) -> Refusal {
         Limit::PromptTokens(limit) => format!("the tenant's prompts may have {limit} tokens"),
         Limit::OutputTokens(limit) => format!("the tenant may ask for {limit} tokens at most"),
     };
-    Refusal { retry_after_ms: over.retry_after_ms, ..refusal(over.reason, detail) }
+    // What is more than a whole minute's tokens fits in no minute.
+    let never = matches!(over.limit, Limit::TokensPerMinute(_)) && over.retry_after_ms == 0;
+    let reason = if never { Refused::TooLarge } else { over.reason };
+    Refusal { retry_after_ms: over.retry_after_ms, ..refusal(reason, detail) }
 }
 
 pub(super) fn granted(assigned: Assigned, explanation: String) -> v1::Assignment {

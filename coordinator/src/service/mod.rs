@@ -50,6 +50,8 @@ use roster::{Old, Roster};
 
 /// How long a call waits for a leader to be known.
 const LEADER_PATIENCE: Duration = Duration::from_millis(900);
+/// How long it may take to hear that nobody listens at an address.
+const CLOSED_PATIENCE: Duration = Duration::from_millis(100);
 /// A worker that was heard of within this time is alive.
 const DUPLICATE_SILENCE: Duration = Duration::from_millis(2 * HEARTBEAT_MS);
 /// When a command's fate is unknown, or nobody leads.
@@ -72,6 +74,7 @@ pub(crate) struct Shared {
     /// For requests that have been accepted already: they wait on workers rather than not at all.
     policy_accepted: Policy,
     disk: Arc<dyn Disk>,
+    net: Arc<dyn Net>,
     identity: Mutex<Identity>,
     /// Name that this node gives a cluster that has none.
     cluster_proposed: String,
@@ -120,6 +123,7 @@ impl Service {
             policy_accepted: Policy { decode_waiting_max: u64::MAX, ..parts.policy.clone() },
             policy: parts.policy,
             disk: parts.disk,
+            net: parts.net.clone(),
             identity: Mutex::new(parts.identity),
             cluster_proposed: parts.cluster_proposed,
             members_changed: watch::Sender::new(0),
@@ -230,7 +234,12 @@ impl Shared {
     ) -> Result<v1::Registered, Refusal> {
         self.leading().await?;
         self.same_cluster(cluster)?;
-        self.not_alive_elsewhere(&registration)?;
+        if let Some(address) = self.held_elsewhere(&registration)
+            && !self.is_closed(&address).await
+        {
+            let detail = format!("{} is alive at {address}: give this one another id", registration.worker);
+            return Err(not_registered("duplicate_id", Refused::Unavailable, detail));
+        }
         let worker = registration.worker.clone();
         match self.submit(Command::Register(registration)).await? {
             Outcome::Registered { incarnation } => {
@@ -249,20 +258,22 @@ impl Shared {
         }
     }
 
-    /// Refuses a second process under the name of one that is heard of. A process that listens where that one did has
-    /// followed it, and one that has been silent for two heartbeats may be over.
-    fn not_alive_elsewhere(&self, registration: &Registration) -> Result<(), Refusal> {
+    /// Where another process was heard lately under the name that this one wants. A process that listens where that one
+    /// did has followed it, and one that has been silent for two heartbeats may be over.
+    fn held_elsewhere(&self, registration: &Registration) -> Option<String> {
         let ledger = self.node.ledger();
-        let Some(known) = ledger.worker(&registration.worker).filter(|known| known.live) else { return Ok(()) };
+        let known = ledger.worker(&registration.worker).filter(|known| known.live)?;
         if known.process_key == registration.process_key || known.address == registration.address {
-            return Ok(());
+            return None;
         }
         let heard = self.roster().worker(&registration.worker, known.incarnation).map(|heard| heard.at);
-        if heard.is_none_or(|at| at.elapsed() > DUPLICATE_SILENCE) {
-            return Ok(());
-        }
-        let detail = format!("{} is alive at {}: give this one another id", registration.worker, known.address);
-        Err(not_registered("duplicate_id", Refused::Unavailable, detail))
+        heard.is_some_and(|at| at.elapsed() <= DUPLICATE_SILENCE).then(|| known.address.clone())
+    }
+
+    /// Whether nobody listens there any more. A process that is stopped still does; so may one that cannot be reached.
+    async fn is_closed(&self, address: &str) -> bool {
+        let tried = tokio::time::timeout(CLOSED_PATIENCE, self.net.connect(address)).await;
+        tried.is_ok_and(|tried| tried.is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused))
     }
 
     /// Refuses whoever belongs to another cluster.
@@ -302,9 +313,8 @@ impl Shared {
             return Ok(self.gateway(member).map(|()| self.accepted(false, v1::Order::Serve)));
         }
         let beat = ask::beat(request, member)?;
-        if let Err(refused) = self.in_force(&beat.worker, beat.incarnation) {
-            metrics::counter!("baton_coordinator_heartbeats_refused_total").increment(1);
-            return Ok(Err(refused));
+        if let Err((reason, detail)) = self.in_force(&beat.worker, beat.incarnation) {
+            return Ok(Err(not_heard(reason, detail)));
         }
         let order = self.node.ledger().worker(&beat.worker).map_or(Order::Serve, |worker| worker.order);
         let taken = self.roster().beat(beat, Instant::now());
@@ -312,12 +322,12 @@ impl Shared {
         self.admission.tell_room();
         Ok(match taken {
             Ok(index_wanted) => Ok(self.accepted(index_wanted, view::order(order))),
-            Err(Old) => Err(refusal(Refused::Expired, "a later heartbeat has been heard")),
+            Err(Old) => Err(not_heard(Refused::Expired, "a later heartbeat has been heard")),
         })
     }
 
     /// Refuses a life that the ledger knows to be over; the leader refuses one it does not know as well.
-    fn in_force(&self, id: &WorkerId, incarnation: Incarnation) -> Result<(), Refusal> {
+    fn in_force(&self, id: &WorkerId, incarnation: Incarnation) -> Result<(), (Refused, String)> {
         let leads = self.lead.now().is_some();
         let ledger = self.node.ledger();
         // A process whose life was ended for its silence may come back; one whose name another process has, may not.
@@ -328,7 +338,7 @@ impl Shared {
             _ if leads => Refused::Fenced,
             _ => return Ok(()),
         };
-        Err(refusal(reason, format!("{id} incarnation {incarnation} is not in force: register again")))
+        Err((reason, format!("{id} incarnation {incarnation} is not in force: register again")))
     }
 
     fn accepted(&self, index_wanted: bool, order: v1::Order) -> v1::HeartbeatAccepted {
@@ -400,6 +410,11 @@ async fn stopped(stopping: &mut watch::Receiver<bool>) {
 
 fn not_registered(why: &'static str, reason: Refused, detail: impl Into<String>) -> Refusal {
     metrics::counter!("baton_coordinator_registrations_refused_total", "reason" => why).increment(1);
+    refusal(reason, detail)
+}
+
+fn not_heard(reason: Refused, detail: impl Into<String>) -> Refusal {
+    metrics::counter!("baton_coordinator_heartbeats_refused_total", "reason" => reason.as_str()).increment(1);
     refusal(reason, detail)
 }
 

@@ -1,6 +1,7 @@
 //! What operators ask of a coordinator, and what gateways and workers see of it.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use baton_proto::v1::admin_client::AdminClient;
 use baton_proto::{TcpNet, v1};
@@ -133,5 +134,53 @@ async fn a_name_in_use_is_refused() {
         async move { client.register_as(elsewhere(), "other").await.ok() }
     });
     assert!(silent.await > second);
+    running.stop().await;
+}
+
+/// A wall clock that somebody turns.
+struct Turned(AtomicU64);
+
+impl baton_core::Clock for Turned {
+    fn unix_ms(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// Goal: a wall clock that jumps by hours, back and forth, moves no quota, no deadline and no lease. Method: the seam's clock
+/// is turned between every two steps.
+#[tokio::test]
+async fn a_clock_that_jumps_moves_nothing() {
+    const HOUR_MS: u64 = 3_600_000;
+    let clock = Arc::new(Turned(AtomicU64::new(1_000 * HOUR_MS)));
+    let jump = |to: u64| clock.0.store(to * HOUR_MS, Ordering::Relaxed);
+    let directory = Directory::new();
+    let env = baton_core::Env { clock: clock.clone(), ..crate::group::env(1) };
+    let running = baton_coordinator::start(config(1, directory.path(), &[]), env).await.unwrap();
+    let (mut client, mut admin) = (Client::new(&running.address()), admin(&running.address()));
+    let incarnation = client.register("decode-0", "k").await.unwrap();
+    let limited = v1::Tenant { name: "t".into(), requests_per_minute: 2, ..v1::Tenant::default() };
+    admin.set_tenant(limited).await.unwrap();
+    let of_tenant = |id| v1::AssignRequest { tenant: "t".into(), ..request(id, 1) };
+    let mut sequence = 0;
+    let mut first = None;
+    for (id, hour) in [(1, 1_001), (2, 990)] {
+        jump(hour);
+        sequence += 1;
+        client.beat("decode-0", incarnation, sequence).await.expect("its lease holds");
+        let assigned = client.assign(of_tenant(id)).await.unwrap();
+        first.get_or_insert(assigned);
+    }
+    for hour in [991, 2_000, 1, 1_000] {
+        jump(hour);
+        let refused = client.assign(of_tenant(3)).await.unwrap_err();
+        assert_eq!(refused.reason, "quota", "hour {hour}");
+        assert!((1..=60_000).contains(&refused.retry_after_ms), "hour {hour}: {refused:?}");
+        sequence += 1;
+        client.beat("decode-0", incarnation, sequence).await.expect("its lease holds");
+        let view = client.view().await.unwrap();
+        assert!(view.members.iter().any(|m| m.live && m.member.as_ref().is_some_and(|m| m.id == "decode-0")));
+        let again = client.assign(of_tenant(1)).await.unwrap();
+        assert_eq!(Some(again.epoch), first.as_ref().map(|first| first.epoch), "it is open, as it was");
+    }
     running.stop().await;
 }

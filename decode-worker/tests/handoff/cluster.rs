@@ -73,6 +73,7 @@ impl Cluster {
             role,
             listen: "127.0.0.1:0".into(),
             kv_listen: "127.0.0.1:0".into(),
+            kv_advertise: None,
             advertise_host: "127.0.0.1".into(),
             coordinators: vec![self.coordinator.address()],
             drain_ms: DRAIN_MS,

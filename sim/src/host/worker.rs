@@ -65,6 +65,7 @@ fn config(world: &World, host: &str, role: Role) -> Config {
         role,
         listen: format!("0.0.0.0:{WORKER_PORT}"),
         kv_listen: format!("0.0.0.0:{KV_PORT}"),
+        kv_advertise: None,
         advertise_host: host.to_string(),
         coordinators: world.topology.coordinator_addresses(),
         drain_ms: DRAIN.as_millis() as u64,

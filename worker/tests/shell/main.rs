@@ -24,6 +24,7 @@ fn config(coordinators: &[&FakeCoordinator]) -> Config {
         role: Role::Prefill,
         listen: "127.0.0.1:0".into(),
         kv_listen: "127.0.0.1:0".into(),
+        kv_advertise: None,
         advertise_host: "127.0.0.1".into(),
         coordinators: coordinators.iter().map(|coordinator| coordinator.address()).collect(),
         drain_ms: DRAIN_MS,

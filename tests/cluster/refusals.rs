@@ -1,0 +1,114 @@
+//! Calls that a coordinator must not follow: each is refused with its reason's word and counted, and changes nothing.
+
+use std::sync::Arc;
+
+use baton_proto::v1::coordinator_client::CoordinatorClient;
+use baton_proto::v1::raft_client::RaftClient;
+use baton_proto::v1::{
+    Blob, HeartbeatRequest, Load, Member, ModelSummary, RegisterRequest, Role, heartbeat_reply, register_reply,
+};
+use baton_proto::{TcpNet, WIRE_VERSION, channel};
+use baton_tests::{Fleet, Shape};
+use tonic::transport::Channel;
+
+const NODE: &str = "coordinator-1";
+
+fn member(id: &str, address: &str) -> Member {
+    let model = ModelSummary {
+        name: "m".into(),
+        card_hash: "c".into(),
+        numerics: "n".into(),
+        block_tokens: 16,
+        positions_max: 4096,
+        layout: "l".into(),
+        blocks_total: 1000,
+        block_bytes: 1,
+        ..ModelSummary::default()
+    };
+    Member {
+        id: id.into(),
+        role: Role::Decode.into(),
+        address: address.into(),
+        pid: 1,
+        version: "1".into(),
+        model: Some(model),
+        ..Member::default()
+    }
+}
+
+type Client = CoordinatorClient<Channel>;
+
+/// The incarnation, or the reason of the refusal.
+async fn register(client: &mut Client, request: RegisterRequest) -> Result<u64, String> {
+    match client.register(request).await.expect("it answers").into_inner().outcome.expect("an outcome") {
+        register_reply::Outcome::Registered(registered) => Ok(registered.incarnation),
+        register_reply::Outcome::Refused(refusal) => Err(refusal.reason),
+    }
+}
+
+async fn beat(client: &mut Client, member: Member, incarnation: u64, sequence: u64) -> Result<(), String> {
+    let load = Load { blocks_total: 1000, blocks_free: 1000, ..Load::default() };
+    let id = member.id.clone();
+    let request = HeartbeatRequest { id, incarnation, sequence, load: Some(load), member: Some(member) };
+    match client.heartbeat(request).await.expect("it answers").into_inner().outcome.expect("an outcome") {
+        heartbeat_reply::Outcome::Accepted(_) => Ok(()),
+        heartbeat_reply::Outcome::Refused(refusal) => Err(refusal.reason),
+    }
+}
+
+/// Goal: another cluster's worker, another wire version, a name in use, an older life, a heartbeat that was overtaken, and
+/// a message of another group are refused, each with its own reason and in its own counter.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn strangers_and_the_past_are_refused_and_counted() {
+    let fleet = Fleet::start(&Shape { prefill: 0, decode: 0, gateways: 0, ..Shape::default() }).await;
+    let connect = || channel(Arc::new(TcpNet), &fleet.address(NODE)).expect("an address");
+    let mut client = CoordinatorClient::new(connect());
+    let here = "127.0.0.1:1";
+    let asks = |cluster: &str, wire_version: u32, address: &str, process_key: &str| RegisterRequest {
+        cluster: cluster.into(),
+        wire_version,
+        member: Some(member("decode-0", address)),
+        process_key: process_key.into(),
+    };
+    let registrations = async |why: &str| {
+        fleet.metric(NODE, "baton_coordinator_registrations_refused_total", &format!("\"{why}\"")).await
+    };
+
+    let foreign = register(&mut client, asks("another", WIRE_VERSION, here, "k")).await;
+    assert_eq!((foreign, registrations("cluster").await), (Err("incompatible".into()), 1.0));
+    let newer = register(&mut client, asks("", WIRE_VERSION + 1, here, "k")).await;
+    assert_eq!((newer, registrations("wire_version").await), (Err("incompatible".into()), 1.0));
+
+    // A name is held by whoever listens: this one does.
+    let holder = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("loopback");
+    let held = holder.local_addr().expect("bound").to_string();
+    let first = register(&mut client, asks("", WIRE_VERSION, &held, "k")).await.expect("nobody has the name");
+    beat(&mut client, member("decode-0", &held), first, 5).await.expect("it is in force");
+    let second = register(&mut client, asks("", WIRE_VERSION, here, "other")).await;
+    assert_eq!((second, registrations("duplicate_id").await), (Err("unavailable".into()), 1.0));
+
+    let beats =
+        async |why: &str| fleet.metric(NODE, "baton_coordinator_heartbeats_refused_total", &format!("\"{why}\"")).await;
+    let overtaken = beat(&mut client, member("decode-0", &held), first, 4).await;
+    assert_eq!((overtaken, beats("expired").await), (Err("expired".into()), 1.0));
+    let later = register(&mut client, asks("", WIRE_VERSION, &held, "restarted")).await.expect("it follows itself");
+    assert!(later > first);
+    let older = beat(&mut client, member("decode-0", &held), first, 6).await;
+    assert_eq!((older, beats("stale").await), (Err("stale".into()), 1.0));
+    let unknown = beat(&mut client, member("decode-9", here), 1, 1).await;
+    assert_eq!((unknown, beats("fenced").await), (Err("fenced".into()), 1.0));
+    beat(&mut client, member("decode-0", &held), later, 1).await.expect("the life in force is untouched");
+    // Nobody listens there any more: whoever comes next need not wait until the silence is long enough.
+    drop(holder);
+    let moved = register(&mut client, asks("", WIRE_VERSION, here, "other")).await.expect("the name is free at once");
+    assert!(moved > later);
+
+    let mut raft = RaftClient::new(connect());
+    for (kind, cluster, to) in [("cluster", "another", 1), ("node", "", 7)] {
+        let blob = Blob { data: vec![0; 8].into(), cluster: cluster.into(), to };
+        let refused = raft.vote(blob).await.expect_err("it is not for this node");
+        assert_eq!(refused.code(), tonic::Code::FailedPrecondition, "{refused}");
+        let counted = fleet.metric(NODE, "baton_coordinator_foreign_messages_total", &format!("\"{kind}\"")).await;
+        assert_eq!(counted, 1.0, "{kind}");
+    }
+}
