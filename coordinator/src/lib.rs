@@ -11,6 +11,7 @@ pub mod placement;
 mod raft;
 mod running;
 mod service;
+mod services;
 mod stack;
 pub mod state;
 

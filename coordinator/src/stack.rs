@@ -3,10 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use baton_core::limits::MESSAGE_BYTES_MAX;
 use baton_core::{Listener, Net, Rng};
 use baton_proto::v1;
-use baton_proto::v1::admin_server::AdminServer;
 use baton_proto::v1::coordinator_server::CoordinatorServer;
 use baton_proto::v1::raft_server::RaftServer;
 use tokio::sync::watch;
@@ -17,6 +15,7 @@ use crate::log::{Disk, Identity};
 use crate::raft::{self, Envelope, Node};
 use crate::running::Stopped;
 use crate::service::{self, Service};
+use crate::services::Services;
 
 /// How long open calls may take to end when this node stops.
 const STOP_TIMEOUT: Duration = Duration::from_secs(1);
@@ -66,12 +65,11 @@ impl Stack {
             pid: parts.pid,
             stopping: stopping.clone(),
         });
-        let raft = RaftServer::new(node.service()).max_decoding_message_size(MESSAGE_BYTES_MAX);
-        let admin = AdminServer::new(service.clone());
-        let coordinator = CoordinatorServer::new(service).max_decoding_message_size(MESSAGE_BYTES_MAX);
-        let router = baton_proto::channel::server().add_service(raft).add_service(coordinator).add_service(admin);
+        let services = Services::new(node.service(), service);
+        let incoming = baton_proto::incoming(listener);
         let stopped = stopped(stopping.subscribe());
-        let server = tokio::spawn(router.serve_with_incoming_shutdown(baton_proto::incoming(listener), stopped));
+        let server = baton_proto::channel::server().serve_with_incoming_shutdown(services, incoming, stopped);
+        let server = tokio::spawn(server);
         Stack { node: Some(node), stopping, server, beside: tokio::spawn(beside) }
     }
 

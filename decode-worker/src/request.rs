@@ -78,6 +78,7 @@ async fn generate(
         () = decode.shell.evicted() => return Err(abort(Aborted::Draining, "during the handoff").into()),
     };
     let Brought { filled, phases } = brought.map_err(|_| abort(Aborted::Deadline, "during the handoff"))??;
+    let moved = assigned.is_moved();
     let Assigned { request, mut choices, started, .. } = assigned;
     metrics::record_handoff(started.elapsed());
     // Together with the gateway's phases these add up to TTFT. Numbers only, never text.
@@ -97,7 +98,7 @@ async fn generate(
     if choices.is_empty() {
         return Ok(());
     }
-    let work = Work { request, choices, goal: Goal::Generate, filled };
+    let work = Work { request, choices, goal: Goal::Generate, filled, moved };
     let submission = Submission { work, outlet, tag, phases, started };
     let mut admission = decode.shell.engine.submit(submission).map_err(|reason| {
         metrics::count_refused(reason);

@@ -82,7 +82,7 @@ impl Engine {
         self.check(&work)?;
         self.arrivals += 1;
         let choice = work.choices[0].index;
-        let rank = Rank { lane: work.request.lane, arrival: self.arrivals, choice };
+        let rank = Rank { lane: work.request.lane, fresh: !work.moved, arrival: self.arrivals, choice };
         let trunk = Sequence::trunk(work.request, work.goal, rank, work.choices);
         match work.filled {
             Some(filled) => self.admit_filled(trunk, filled),

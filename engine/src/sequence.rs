@@ -12,6 +12,8 @@ use crate::work::{Choice, Goal};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Rank {
     pub lane: Lane,
+    /// No other worker had it before; what has been moved goes first.
+    pub fresh: bool,
     /// Counts admissions.
     pub arrival: u64,
     pub choice: u32,
@@ -19,7 +21,7 @@ pub(crate) struct Rank {
 
 impl Rank {
     /// Before every other.
-    pub(crate) const FIRST: Rank = Rank { lane: Lane::Interactive, arrival: 0, choice: 0 };
+    pub(crate) const FIRST: Rank = Rank { lane: Lane::Interactive, fresh: false, arrival: 0, choice: 0 };
 }
 
 /// One or more choices of a request that have all tokens in common so far.

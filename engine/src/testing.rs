@@ -240,7 +240,7 @@ pub fn request(id: u128, prompt: &[TokenId], tokens_max: u32) -> Request {
 /// All choices of a request from their beginning.
 pub fn work(request: &Request) -> Work {
     let choices = (0..request.choices).map(|index| Choice { index, so_far: Vec::new() }).collect();
-    Work { request: Arc::new(request.clone()), choices, goal: Goal::Generate, filled: None }
+    Work { request: Arc::new(request.clone()), choices, goal: Goal::Generate, filled: None, moved: false }
 }
 
 /// One step; false when there was nothing to do.

@@ -12,6 +12,8 @@ pub struct Work {
     pub choices: Vec<Choice>,
     pub goal: Goal,
     pub filled: Option<Filled>,
+    /// Another worker had it and is lost: it goes before what came earlier, because its client has waited longer.
+    pub moved: bool,
 }
 
 /// One choice of a request, with the tokens already emitted; the next token continues behind them.

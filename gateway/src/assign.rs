@@ -9,7 +9,7 @@
 //!               └───────────────────┘
 //! ```
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use baton_core::{Aborted, Refused};
@@ -61,6 +61,8 @@ enum Left {
     Over,
     /// What has been said there last, and who leads instead, if known.
     Elsewhere(Refusal, Option<String>),
+    /// It takes no stream.
+    Unreached(Refusal),
 }
 
 pub(crate) fn questions(finishes: Finishes) -> (Assigner, Asking) {
@@ -92,7 +94,7 @@ impl Asking {
             }
             match self.round(&coordinators).await {
                 Left::Over => return,
-                Left::Elsewhere(refusal, _) => self.give_up(&refusal),
+                Left::Elsewhere(refusal, _) | Left::Unreached(refusal) => self.give_up(&refusal),
             }
         }
     }
@@ -102,7 +104,8 @@ impl Asking {
     async fn round(&mut self, coordinators: &Coordinators) -> Left {
         let mut queue = coordinators.order();
         let mut visits_left = queue.len() + REDIRECTS_MAX;
-        let mut last = Left::Elsewhere(Refusal::unavailable("no coordinator is configured"), None);
+        let mut last = Left::Unreached(Refusal::unavailable("no coordinator is configured"));
+        let mut unreached = BTreeSet::new();
         while let Some(address) = queue.pop() {
             if visits_left == 0 {
                 break;
@@ -111,14 +114,23 @@ impl Asking {
             let Some(client) = coordinators.client(&address) else { continue };
             let answered = self.visit(&address, client, coordinators).await;
             coordinators.forget_leader(&address);
-            let (answered, Left::Elsewhere(refusal, leader)) = answered else { return Left::Over };
+            let (answered, refusal, leader) = match answered {
+                (_, Left::Over) => return Left::Over,
+                (answered, Left::Elsewhere(refusal, leader)) => (answered, refusal, leader),
+                (answered, Left::Unreached(refusal)) => {
+                    unreached.insert(address.clone());
+                    (answered, refusal, None)
+                }
+            };
             tracing::debug!(coordinator = %address, %refusal, open = self.open.len(), "assignments lost");
             if answered {
                 queue = coordinators.order();
                 visits_left = queue.len() + REDIRECTS_MAX;
             }
+            // One that is gone is still named as the leader until the others have noticed.
             if let Some(leader) = &leader
                 && *leader != address
+                && !unreached.contains(leader)
             {
                 queue.retain(|a| a != leader);
                 queue.push(leader.clone());
@@ -141,7 +153,10 @@ impl Asking {
         let (outgoing, messages) = mpsc::channel(1);
         let mut answers = match deadline(client.assignments(ReceiverStream::new(messages))).await {
             Ok(answers) => answers,
-            Err(status) => return (false, elsewhere(status.message(), None)),
+            Err(status) => {
+                let refusal = Refusal::unavailable(format!("coordinator {address}: {}", status.message()));
+                return (false, Left::Unreached(refusal));
+            }
         };
         let mut leader = coordinators.watch_leader();
         let mut answered = false;

@@ -41,8 +41,9 @@ pub(crate) async fn run(
     // for a slow link, and what waits is bounded by the request itself.
     let layers = shell.spec.layout.layers as usize;
     let (outlet, inlet) = outlet(layers * blocks + 4);
+    let moved = assigned.is_moved();
     let Assigned { request, choices, started, .. } = assigned;
-    let work = Work { request, choices, goal: Goal::Prefill { skip_blocks }, filled: None };
+    let work = Work { request, choices, goal: Goal::Prefill { skip_blocks }, filled: None, moved };
     let submission = Submission { work, outlet, tag: 0, phases: Phases::default(), started };
     // Dropped at the end of this function, however it ends.
     let admission = shell.engine.submit(submission).map_err(refused)?;

@@ -1,19 +1,22 @@
 //! Durable writes a second through three nodes, one entry a call, by the same gRPC client for both: etcd's KV.Put with values
 //! of 200 bytes, and Baton's Coordinator.Finish with entries of that size. Prints one JSON object.
 //! Usage: put_speed etcd|baton CLIENTS CONNECTIONS SECONDS ADDRESS...
+//!
+//! The client frames its calls itself, over HTTP/2: on two cores it shares the servers' time, and a whole client library
+//! would be most of what is measured.
 #![allow(clippy::disallowed_methods)] // Stands outside the product: it measures time and reads its arguments.
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use baton_proto::v1::coordinator_client::CoordinatorClient;
-use baton_proto::{TcpNet, channel, v1};
-use tonic::client::Grpc;
-use tonic::codegen::http::uri::PathAndQuery;
-use tonic::transport::Channel;
-use tonic_prost::ProstCodec;
+use baton_proto::v1;
+use bytes::{BufMut, Bytes, BytesMut};
+use h2::client::SendRequest;
+use prost::Message;
+use tonic::codegen::http::{HeaderMap, HeaderValue, Request, Uri, header};
 
 const VALUE_BYTES: usize = 200;
+/// Bytes before a gRPC message: whether it is compressed, and its length.
+const PREFIX_BYTES: usize = 5;
 
 /// `etcdserverpb.PutRequest`, as far as it is needed.
 #[derive(Clone, PartialEq, prost::Message)]
@@ -44,30 +47,62 @@ struct Status {
     leader: u64,
 }
 
-async fn call<Q, A>(channel: Channel, path: &'static str, request: Q) -> Result<A, tonic::Status>
-where
-    Q: prost::Message + Send + Sync + 'static,
-    A: prost::Message + Default + Send + Sync + 'static,
-{
-    let mut client = Grpc::new(channel);
-    client.ready().await.map_err(|error| tonic::Status::unavailable(error.to_string()))?;
-    let codec: ProstCodec<Q, A> = ProstCodec::default();
-    let reply = client.unary(tonic::Request::new(request), PathAndQuery::from_static(path), codec).await?;
-    Ok(reply.into_inner())
+/// One HTTP/2 connection, shared by many clients.
+#[derive(Clone)]
+struct Connection {
+    requests: SendRequest<Bytes>,
+    address: String,
 }
 
-async fn put(channel: Channel, name: u128) -> Result<(), tonic::Status> {
-    let request = PutRequest { key: format!("{name:032x}").into_bytes(), value: vec![b'v'; VALUE_BYTES] };
-    call::<_, Ignored>(channel, "/etcdserverpb.KV/Put", request).await.map(drop)
+/// Why a call has no answer.
+type Failed = Box<dyn std::error::Error + Send + Sync>;
+
+impl Connection {
+    async fn open(address: &str) -> Result<Connection, Failed> {
+        let stream = tokio::net::TcpStream::connect(address).await?;
+        stream.set_nodelay(true)?;
+        let (requests, connection) = h2::client::handshake(stream).await?;
+        tokio::spawn(connection);
+        Ok(Connection { requests, address: address.to_string() })
+    }
+
+    /// Where a method is called.
+    fn method(&self, path: &str) -> Uri {
+        format!("http://{}{path}", self.address).parse().expect("an address and a path")
+    }
+
+    /// One unary gRPC call.
+    async fn call<Q: Message, A: Message + Default>(&self, method: &Uri, question: &Q) -> Result<A, Failed> {
+        let mut head = Request::post(method.clone()).body(())?;
+        head.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+        head.headers_mut().insert(header::TE, HeaderValue::from_static("trailers"));
+        let length = question.encoded_len();
+        let mut message = BytesMut::with_capacity(PREFIX_BYTES + length);
+        message.put_u8(0);
+        message.put_u32(length as u32);
+        question.encode(&mut message)?;
+
+        let (answer, mut sending) = self.requests.clone().ready().await?.send_request(head, false)?;
+        sending.send_data(message.freeze(), true)?;
+        let answer = answer.await?;
+        succeeded(answer.headers())?;
+        let mut body = answer.into_body();
+        let mut received = BytesMut::new();
+        while let Some(part) = body.data().await {
+            let part = part?;
+            body.flow_control().release_capacity(part.len())?;
+            received.extend_from_slice(&part);
+        }
+        succeeded(&body.trailers().await?.ok_or("an answer without its status")?)?;
+        Ok(A::decode(received.get(PREFIX_BYTES..).ok_or("an answer without a message")?)?)
+    }
 }
 
-async fn finish(channel: Channel, name: u128) -> Result<(), tonic::Status> {
-    let entry =
-        v1::FinishedRequest { request: format!("{name:032x}"), outcome: "v".repeat(VALUE_BYTES), ..Default::default() };
-    let reply = CoordinatorClient::new(channel).finish(v1::FinishRequest { requests: vec![entry] }).await?;
-    match reply.into_inner().outcome {
-        Some(v1::finish_reply::Outcome::Finished(_)) => Ok(()),
-        other => Err(tonic::Status::failed_precondition(format!("{other:?}"))),
+/// Headers without a status are those of an answer that goes on.
+fn succeeded(headers: &HeaderMap) -> Result<(), Failed> {
+    match headers.get("grpc-status") {
+        Some(status) if status != "0" => Err(format!("{headers:?}").into()),
+        _ => Ok(()),
     }
 }
 
@@ -78,31 +113,48 @@ enum Peer {
 }
 
 impl Peer {
-    async fn write(self, channel: Channel, name: u128) -> Result<(), tonic::Status> {
+    fn method(self, connection: &Connection) -> Uri {
+        connection.method(match self {
+            Peer::Etcd => "/etcdserverpb.KV/Put",
+            Peer::Baton => "/baton.v1.Coordinator/Finish",
+        })
+    }
+
+    async fn write(self, connection: &Connection, method: &Uri, name: u128) -> Result<(), Failed> {
+        let (name, value) = (format!("{name:032x}"), "v".repeat(VALUE_BYTES));
         match self {
-            Peer::Etcd => put(channel, name).await,
-            Peer::Baton => finish(channel, name).await,
+            Peer::Etcd => {
+                let put = PutRequest { key: name.into_bytes(), value: value.into_bytes() };
+                connection.call::<_, Ignored>(method, &put).await.map(drop)
+            }
+            Peer::Baton => {
+                let entry = v1::FinishedRequest { request: name, outcome: value, ..Default::default() };
+                let request = v1::FinishRequest { requests: vec![entry] };
+                let reply: v1::FinishReply = connection.call(method, &request).await?;
+                match reply.outcome {
+                    Some(v1::finish_reply::Outcome::Finished(_)) => Ok(()),
+                    other => Err(format!("{other:?}").into()),
+                }
+            }
         }
     }
 
-    async fn leads(self, channel: Channel) -> bool {
+    async fn leads(self, address: &str) -> bool {
+        let Ok(connection) = Connection::open(address).await else { return false };
         match self {
             Peer::Etcd => {
-                let status = call::<_, Status>(channel, "/etcdserverpb.Maintenance/Status", Ignored {}).await;
+                let method = connection.method("/etcdserverpb.Maintenance/Status");
+                let status = connection.call::<_, Status>(&method, &Ignored {}).await;
                 status.is_ok_and(|status| {
                     status.leader != 0 && status.header.is_some_and(|h| h.member_id == status.leader)
                 })
             }
-            Peer::Baton => finish(channel, u128::MAX).await.is_ok(),
+            Peer::Baton => self.write(&connection, &self.method(&connection), u128::MAX).await.is_ok(),
         }
     }
 }
 
-fn connect(address: &str) -> Channel {
-    channel(Arc::new(TcpNet), address).expect("host:port")
-}
-
-#[tokio::main]
+#[tokio::main(flavor = "current_thread")]
 async fn main() {
     let arguments: Vec<String> = std::env::args().collect();
     let [_, peer, clients, connections, seconds, addresses @ ..] = arguments.as_slice() else {
@@ -112,24 +164,28 @@ async fn main() {
     let number = |text: &String| text.parse::<u64>().expect("a number");
     let mut leader = None;
     for address in addresses {
-        if peer.leads(connect(address)).await {
+        if peer.leads(address).await {
             leader = Some(address);
         }
     }
     let leader = leader.expect("one of the addresses leads");
-    let channels: Vec<Channel> = (0..number(connections)).map(|_| connect(leader)).collect();
+    let mut open = Vec::new();
+    for _ in 0..number(connections) {
+        open.push(Connection::open(leader).await.expect("the leader takes connections"));
+    }
     // Names differ between runs, so that each write makes something new.
     let run = u128::from(std::process::id()) << 96;
     let (started, length) = (Instant::now(), Duration::from_secs(number(seconds)));
     let mut writing = tokio::task::JoinSet::new();
     for client in 0..number(clients) {
-        let channel = channels[client as usize % channels.len()].clone();
+        let connection = open[client as usize % open.len()].clone();
+        let method = peer.method(&connection);
         writing.spawn(async move {
             let mut times = Vec::new();
             while started.elapsed() < length {
                 let before = Instant::now();
                 let name = run | u128::from(client) << 64 | times.len() as u128;
-                peer.write(channel.clone(), name).await.expect("a write succeeds");
+                peer.write(&connection, &method, name).await.expect("a write succeeds");
                 times.push(before.elapsed().as_secs_f64() * 1e3);
             }
             times

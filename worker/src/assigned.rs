@@ -40,6 +40,11 @@ impl Assigned {
         Ok(Assigned { assignment, request: Arc::new(request), choices, started, deadline: started + left })
     }
 
+    /// Whether another worker had it before.
+    pub fn is_moved(&self) -> bool {
+        self.assignment.attempt > 1
+    }
+
     pub fn left(&self) -> Duration {
         self.deadline.saturating_duration_since(Instant::now())
     }

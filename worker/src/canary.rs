@@ -31,7 +31,7 @@ pub(crate) fn golden(spec: &ModelSpec, backend: &mut dyn Backend) -> Result<Vec<
     let mut engine = Engine::new(spec.clone(), sizes);
     let request = canary::request(RequestId(0), &spec.name, prompt, String::new(), u64::MAX);
     let choices = vec![Choice::default()];
-    let work = Work { request: Arc::new(request), choices, goal: Goal::Generate, filled: None };
+    let work = Work { request: Arc::new(request), choices, goal: Goal::Generate, filled: None, moved: false };
     engine.admit(work).map_err(CanaryError::Refused)?;
     let (mut events, mut tokens) = (Vec::new(), Vec::new());
     while let Some(batch) = engine.plan() {

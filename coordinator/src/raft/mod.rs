@@ -38,8 +38,10 @@ use store::Store;
 use types::{Proposal, Raft, scoped};
 
 const HEARTBEAT_MS: u64 = 50;
-const ELECTION_MS_MIN: u64 = 150;
-const ELECTION_MS_MAX: u64 = 300;
+/// A follower grants no vote for ELECTION_MS_MAX after it has heard the leader, and stands for election a time between
+/// these two later: a leader's death is noticed within 300 to 400 ms.
+const ELECTION_MS_MIN: u64 = 100;
+const ELECTION_MS_MAX: u64 = 200;
 /// Entries after which the ledger is saved and the log before it dropped.
 const SNAPSHOT_EVERY: u64 = 5_000;
 /// Slow writes in a row after which the disk counts as slow.
@@ -49,9 +51,9 @@ const LOG_BYTES_MAX: u64 = 32 << 20;
 /// Entries kept before a snapshot, for nodes that are a little behind.
 const ENTRIES_KEPT: u64 = 1_000;
 /// A leader that has heard no quorum for so long may lead no more and not know it.
-const QUORUM_SILENCE_MAX: Duration = Duration::from_millis(2 * ELECTION_MS_MAX);
+const QUORUM_SILENCE_MAX: Duration = Duration::from_millis(3 * ELECTION_MS_MAX);
 /// A command waits this long for a quorum that is silent.
-const QUORUM_GRACE: Duration = Duration::from_millis(ELECTION_MS_MIN);
+const QUORUM_GRACE: Duration = Duration::from_millis(ELECTION_MS_MAX);
 /// No answer from a quorum for so long, and a command's fate is unknown.
 const COMMIT_TIMEOUT: Duration = Duration::from_millis(900);
 

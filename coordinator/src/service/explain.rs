@@ -46,7 +46,8 @@ impl Remembered {
 }
 
 pub(super) struct Decisions {
-    by_request: BTreeMap<RequestId, VecDeque<Remembered>>,
+    /// Nearly all have one decision, so room is made for no more.
+    by_request: BTreeMap<RequestId, Vec<Remembered>>,
     order: VecDeque<RequestId>,
 }
 
@@ -61,9 +62,10 @@ impl Decisions {
             self.order.push_back(request);
         }
         if known.len() == DECISIONS_MAX {
-            known.pop_front();
+            known.remove(0);
         }
-        known.push_back(decision);
+        known.reserve_exact(1);
+        known.push(decision);
         if self.order.len() > REQUESTS_MAX {
             let oldest = self.order.pop_front().expect("longer than its bound");
             self.by_request.remove(&oldest);

@@ -13,9 +13,12 @@ use super::roster::Heard;
 use super::{Shared, stopped};
 use crate::log::Identity;
 use crate::placement::headroom;
+use crate::raft::ProposeError;
 use crate::state::Command;
 
 const ROUND: Duration = Duration::from_millis(100);
+/// A new leader takes no command before its vote is written: it tries again so soon.
+const LEAD_AGAIN: Duration = Duration::from_millis(5);
 
 /// Runs until this node stops.
 pub(super) async fn keep(shared: Arc<Shared>) {
@@ -24,6 +27,7 @@ pub(super) async fn keep(shared: Arc<Shared>) {
     let mut changes = shared.node.changes();
     let mut rounds = tokio::time::interval(ROUND);
     rounds.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut too_early = false;
     loop {
         tokio::select! {
             biased;
@@ -31,8 +35,11 @@ pub(super) async fn keep(shared: Arc<Shared>) {
             Ok(()) = standing.changed() => {}
             Ok(()) = changes.changed() => remember_cluster(&shared),
             _ = rounds.tick() => round(&shared).await,
+            () = tokio::time::sleep(LEAD_AGAIN), if too_early => {}
         }
-        if let Err(error) = shared.lead.follow(&shared.node, &shared.cluster_proposed).await {
+        let followed = shared.lead.follow(&shared.node, &shared.cluster_proposed).await;
+        too_early = followed == Err(ProposeError::NotLeader);
+        if let Err(error) = followed {
             tracing::debug!(%error, "does not lead yet");
         }
     }

@@ -32,7 +32,9 @@ use baton_core::limits::{HEARTBEAT_MS, WORKER_LEASE_MS};
 use baton_core::{Incarnation, Net, NodeId, Refused, Rng, Role, WorkerId};
 use baton_proto::convert::refusal;
 use baton_proto::{WIRE_VERSION, v1};
-use futures::Stream;
+use futures::future::BoxFuture;
+use futures::stream::FuturesUnordered;
+use futures::{FutureExt, Stream, StreamExt};
 use tokio::sync::watch;
 use tokio::time::Instant;
 use tonic::{Request, Response, Status};
@@ -131,23 +133,19 @@ impl Service {
             stopping: parts.stopping,
             pid: parts.pid,
         });
-        let keeping = keep::keep(shared.clone());
-        let membership = membership::keep(shared.clone());
-        let attending = queue::attend(shared.clone());
-        let canary = canary::keep(shared.clone(), parts.net.clone(), parts.rng);
-        let following = follow::keep(shared.clone(), parts.net);
-        let both = async move {
-            tokio::select! {
-                biased;
-                () = keeping => {}
-                () = membership => {}
-                () = attending => {}
-                () = canary => {}
-                () = following => {}
-                () = proposing => {}
-            }
+        // Each is polled only when it is woken itself: every command wakes the proposer.
+        let mut beside: FuturesUnordered<BoxFuture<'static, ()>> = FuturesUnordered::new();
+        beside.push(keep::keep(shared.clone()).boxed());
+        beside.push(membership::keep(shared.clone()).boxed());
+        beside.push(queue::attend(shared.clone()).boxed());
+        beside.push(canary::keep(shared.clone(), parts.net.clone(), parts.rng).boxed());
+        beside.push(follow::keep(shared.clone(), parts.net).boxed());
+        beside.push(proposing.boxed());
+        // All of them run until the node stops; the first to end ends the others.
+        let ended = async move {
+            beside.next().await;
         };
-        (Service(shared), both)
+        (Service(shared), ended)
     }
 }
 
@@ -171,6 +169,9 @@ impl Shared {
 
     /// Waits until this node leads; else says who does.
     async fn leading(&self) -> Result<(), Refusal> {
+        if self.lead.now().is_some() {
+            return Ok(());
+        }
         match self.lead.wait(&self.node, LEADER_PATIENCE).await {
             Ok(_) => Ok(()),
             Err(Elsewhere(Some(leader))) => Err(self.not_leader(leader)),

@@ -63,6 +63,9 @@ impl Proposer {
 
     /// Commits many commands and says what became of each, in order.
     pub(crate) async fn submit_many(&self, mut commands: Vec<Command>) -> Result<Vec<Outcome>, SubmitError> {
+        if (1..=BATCH_MAX).contains(&commands.len()) {
+            return self.hand_in(commands)?.await.unwrap_or_else(|_| Err(stopping()));
+        }
         let mut told = Vec::new();
         while !commands.is_empty() {
             let rest = commands.split_off(commands.len().min(BATCH_MAX));

@@ -1,6 +1,7 @@
 //! Requests in the ledger: those open, how they are accepted, assigned, moved and ended, and a bounded memory of those
 //! that ended.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, VecDeque};
 
 use baton_core::limits::ATTEMPTS_MAX;
@@ -69,10 +70,8 @@ impl EndedRequests {
     }
 
     fn insert(&mut self, request: RequestId, epoch: Epoch) {
-        if self.contains(request) {
-            return;
-        }
-        self.epochs.insert(request, epoch);
+        let Entry::Vacant(place) = self.epochs.entry(request) else { return };
+        place.insert(epoch);
         self.order.push_back(request);
         if self.order.len() > EndedRequests::MAX {
             let oldest = self.order.pop_front().expect("longer than its bound");

@@ -1,6 +1,9 @@
 //! A group of one.
 
-use baton_proto::v1;
+use std::sync::Arc;
+
+use baton_proto::v1::worker_client::WorkerClient;
+use baton_proto::{TcpNet, v1};
 
 use crate::group::{Client, Directory, config, request, start, try_start};
 use crate::wait_for;
@@ -33,6 +36,17 @@ async fn a_request_is_assigned_repeated_moved_and_finished() {
     client.finish(1, moved.epoch).await.unwrap();
     assert_eq!(client.view().await.unwrap().requests_open, 0);
     assert_eq!(client.assign(request(1, 3)).await.unwrap_err().reason, "stale");
+    running.stop().await;
+}
+
+/// Goal: a call of a service that coordinators do not have is refused as such. Method: one is asked for a model's card.
+#[tokio::test]
+async fn a_service_of_others_is_unimplemented() {
+    let directory = Directory::new();
+    let running = start(config(1, directory.path(), &[])).await;
+    let channel = baton_proto::channel(Arc::new(TcpNet), &running.address()).unwrap();
+    let status = WorkerClient::new(channel).card(v1::CardRequest {}).await.unwrap_err();
+    assert_eq!(status.code(), tonic::Code::Unimplemented, "{status}");
     running.stop().await;
 }
 

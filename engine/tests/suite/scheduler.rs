@@ -232,6 +232,26 @@ fn the_interactive_lane_goes_first() {
     assert_eq!(choices.ids(1, 0), alone(&batch.prompt, 10));
 }
 
+/// A request that another worker had is served before those that came earlier.
+#[test]
+fn what_was_moved_goes_first() {
+    let mut engine = hash_engine(EngineConfig { sequences_max: 1, ..CONFIG });
+    for id in 1..=2u64 {
+        engine.admit(work(&request(id.into(), &prompt(id, 30, 1000), 4))).expect("room");
+    }
+    let moved = request(3, &prompt(3, 30, 1000), 6);
+    let whole = alone(&moved.prompt, 6);
+    let choices = vec![Choice { index: 0, so_far: whole[..2].to_vec() }];
+    engine.admit(Work { choices, moved: true, ..work(&moved) }).expect("room");
+    let events = drain(&mut engine, &mut backend());
+    let end = |event: &Event| match event {
+        Event::Finished { request, .. } => Some(request.0),
+        _ => None,
+    };
+    assert_eq!(events.iter().filter_map(end).collect::<Vec<_>>(), [3, 1, 2]);
+    assert_eq!(Choices::of(events).ids(3, 0), whole[2..]);
+}
+
 /// Refusals hold nothing.
 #[test]
 fn what_cannot_be_done_is_refused() {

@@ -17,8 +17,8 @@ async fn compute(worker: &Running, id: u128, blocks: u32) -> Vec<BlockHash> {
     let request = request(id, &prompt, 1);
     let (outlet, _inlet) = outlet(16);
     let started = tokio::time::Instant::now();
-    let Work { choices, goal, filled, request } = work(&request);
-    let work = Work { choices, goal, filled, request: request.clone() };
+    let Work { choices, goal, filled, request, moved } = work(&request);
+    let work = Work { choices, goal, filled, request: request.clone(), moved };
     let submission = Submission { work, outlet, tag: 0, phases: Phases::default(), started };
     worker.shell().engine.submit(submission).unwrap().ended().await;
     BlockHash::chain(&request.cache_salt, &prompt, 4)
