@@ -32,4 +32,6 @@ pub enum LoadError {
     Shard { file: PathBuf, tensor: String, found: String },
     #[error("this machine cannot run the kernel profile asked for: {0}")]
     Profile(String),
+    #[error("{0}")]
+    Device(String),
 }
