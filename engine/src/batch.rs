@@ -5,13 +5,13 @@ use std::sync::Arc;
 
 use baton_core::{Arena, BlockId, Request, RequestId, SampledToken, TokenId};
 
-use crate::cache::Blocks;
+use crate::cache::{Blocks, Cache};
 use crate::sampling::Seen;
 use crate::sequence::Rank;
 
 /// One step. A row is one token position of one sequence.
 pub struct Batch {
-    pub(crate) arena: Arc<Arena>,
+    cache: Cache,
     /// One token per row.
     pub tokens: Vec<TokenId>,
     /// Runs of consecutive rows, one per sequence.
@@ -88,9 +88,9 @@ pub struct Output {
 }
 
 impl Batch {
-    pub(crate) fn new(arena: Arc<Arena>) -> Batch {
+    pub(crate) fn new(cache: Cache) -> Batch {
         let (tokens, spans, tables, draws) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        Batch { arena, tokens, spans, tables, draws, copies: Vec::new(), exports: Vec::new() }
+        Batch { cache, tokens, spans, tables, draws, copies: Vec::new(), exports: Vec::new() }
     }
 
     /// No rows: there is nothing to compute, only events to collect by `commit`.
@@ -99,7 +99,18 @@ impl Batch {
     }
 
     pub fn arena(&self) -> &Arc<Arena> {
-        &self.arena
+        self.cache.arena()
+    }
+
+    /// Blocks that others than a backend have filled since this was last asked: what a device with memory of its own has
+    /// to take in before it computes. The guard keeps them as they are.
+    pub fn arrived(&self) -> Blocks {
+        self.cache.arrived()
+    }
+
+    /// Blocks that sequences are about to write while others still read them, as (from, to).
+    pub fn copies(&self) -> impl Iterator<Item = (u32, u32)> + '_ {
+        self.copies.iter().map(|copy| (copy.from.ids()[0].index, copy.to.index))
     }
 
     pub fn exports(&self) -> &[Export] {
@@ -122,9 +133,10 @@ impl Batch {
 
     /// Copies the blocks that sequences are about to write while others still read them. A backend's first act.
     pub fn copy_shared_blocks(&self) {
-        let bytes = self.arena.layout().block_bytes();
-        for copy in &self.copies {
-            let (from, to) = (self.arena.block(copy.from.ids()[0].index), self.arena.block(copy.to.index));
+        let arena = self.arena();
+        let bytes = arena.layout().block_bytes();
+        for (from, to) in self.copies() {
+            let (from, to) = (arena.block(from), arena.block(to));
             // SAFETY: `from` is held filled by the guard in `copy`; `to` belongs to one sequence of this batch, which
             // the scheduler gave it as a fresh block, so nobody else reads or writes it.
             unsafe { std::ptr::copy_nonoverlapping(from, to, bytes) };

@@ -8,7 +8,7 @@
 //!
 //! A guard is the only way to name a block, so none can be freed twice, and free + used + in flight + cached = total.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use baton_core::{Arena, BlockHash, BlockId, BlockLayout, Refused};
@@ -71,6 +71,8 @@ struct Places {
     /// Cached blocks by the moment their last guard went, oldest first.
     lru: BTreeMap<u64, u32>,
     moment: u64,
+    /// Filled by others than the backend, which has not asked for them yet.
+    arrived: BTreeSet<u32>,
     in_flight: usize,
     evictions: u64,
     journal: Journal,
@@ -88,8 +90,8 @@ impl Cache {
         let all = (0..blocks).map(|_| Place { generation: 0, state: State::Free }).collect();
         let free = (0..blocks as u32).rev().collect();
         let (index, lru) = (BTreeMap::new(), BTreeMap::new());
-        let (moment, in_flight, evictions, journal) = Default::default();
-        let places = Mutex::new(Places { all, free, index, lru, moment, in_flight, evictions, journal });
+        let (moment, arrived, in_flight, evictions, journal) = Default::default();
+        let places = Mutex::new(Places { all, free, index, lru, moment, arrived, in_flight, evictions, journal });
         let arena = Arc::new(arena);
         Cache { inner: Arc::new(Inner { arena, places, freed: Mutex::new(None) }) }
     }
@@ -147,6 +149,18 @@ impl Cache {
         Ok(Reserved { cache: self.clone(), ids })
     }
 
+    /// Blocks that were filled from outside (`Reserved::fill`) since the last call and still hold what was filled in.
+    pub(crate) fn arrived(&self) -> Blocks {
+        let mut places = lock(&self.inner.places);
+        let arrived = std::mem::take(&mut places.arrived);
+        let filled =
+            |index: &u32| matches!(places.all[*index as usize].state, State::Held { .. } | State::Cached { .. });
+        let ids: Vec<BlockId> = arrived.into_iter().filter(filled).map(|index| places.id(index)).collect();
+        ids.iter().for_each(|id| places.take(id.index));
+        drop(places);
+        Blocks { cache: self.clone(), ids }
+    }
+
     pub fn stats(&self) -> CacheStats {
         let places = lock(&self.inner.places);
         let (total, free, cached) = (places.all.len(), places.free.len(), places.lru.len());
@@ -190,6 +204,7 @@ impl Places {
         let place = &mut self.all[index as usize];
         place.generation = place.generation.wrapping_add(1);
         place.state = State::Reserved;
+        self.arrived.remove(&index);
         self.in_flight += 1;
         self.id(index)
     }
@@ -263,10 +278,24 @@ impl Reserved {
     pub fn fill(mut self, hashes: &[BlockHash]) -> Blocks {
         let ids = std::mem::take(&mut self.ids);
         let mut places = lock(&self.cache.inner.places);
-        ids.iter().for_each(|id| places.fill(id.index));
+        for id in &ids {
+            places.fill(id.index);
+            places.arrived.insert(id.index);
+        }
         for (id, hash) in ids.iter().zip(hashes) {
             places.publish(id.index, *hash);
         }
+        drop(places);
+        Blocks { cache: self.cache.clone(), ids }
+    }
+}
+
+impl Reserved {
+    /// The blocks as those of a sequence that the backend will write.
+    pub(crate) fn take(mut self) -> Blocks {
+        let ids = std::mem::take(&mut self.ids);
+        let mut places = lock(&self.cache.inner.places);
+        ids.iter().for_each(|id| places.fill(id.index));
         drop(places);
         Blocks { cache: self.cache.clone(), ids }
     }

@@ -6,6 +6,8 @@ pub mod batch;
 pub mod bench;
 pub mod cache;
 mod commit;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod engine;
 mod journal;
 pub mod load;

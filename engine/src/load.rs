@@ -138,7 +138,7 @@ pub fn load_ranks(
 }
 
 /// The directory's own name, also when it was given as `.`.
-fn name(dir: &Path) -> String {
+pub(crate) fn name(dir: &Path) -> String {
     let whole = dir.canonicalize().unwrap_or_else(|_| dir.to_path_buf());
     whole.file_name().map_or_else(|| "model".to_string(), |name| name.to_string_lossy().into_owned())
 }

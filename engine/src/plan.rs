@@ -18,7 +18,7 @@ impl Engine {
     /// If the batch planned before has not been committed.
     pub fn plan(&mut self) -> Option<Batch> {
         assert!(!self.stepping, "the last batch must be committed before the next is planned");
-        let mut batch = Batch::new(self.cache.arena().clone());
+        let mut batch = Batch::new(self.cache.clone());
         self.make_way();
         self.plan_decodes(&mut batch);
         self.plan_prefills(&mut batch);
@@ -143,12 +143,12 @@ impl Engine {
         let Some(blocks) = &mut sequence.blocks else { unreachable!("only sequences with blocks grow") };
         let lacking = end.div_ceil(block_tokens).saturating_sub(blocks.len());
         if lacking > 0 {
-            blocks.append(self.cache.reserve(lacking)?.fill(&[]));
+            blocks.append(self.cache.reserve(lacking)?.take());
         }
         let at = sequence.computed / block_tokens;
         let partly = !sequence.computed.is_multiple_of(block_tokens);
         if partly && !blocks.is_sole(at) {
-            let fresh = self.cache.reserve(1)?.fill(&[]);
+            let fresh = self.cache.reserve(1)?.take();
             let to = fresh.ids()[0];
             let from = blocks.replace(at, fresh);
             batch.copy(from, to);

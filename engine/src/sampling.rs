@@ -28,6 +28,12 @@ impl Seen {
         Some(seen)
     }
 
+    /// Each token once, with how often the output has it.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn counts(&self) -> &[(TokenId, u32)] {
+        &self.counts
+    }
+
     /// One more token of output.
     pub fn push(&mut self, id: TokenId) {
         match self.counts.binary_search_by_key(&id, |entry| entry.0) {

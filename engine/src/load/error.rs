@@ -36,4 +36,6 @@ pub enum LoadError {
     Threads(usize, std::io::Error),
     #[error("this machine cannot run the kernel profile asked for: {0}")]
     Profile(String),
+    #[error("{0}")]
+    Device(String),
 }

@@ -3,6 +3,8 @@
 mod bad_models;
 mod cache;
 mod common;
+#[cfg(feature = "cuda")]
+mod emulated_gpu;
 mod models;
 mod references;
 mod scheduler;

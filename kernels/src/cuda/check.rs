@@ -135,8 +135,8 @@ impl Checker<'_> {
             for &rows in rows {
                 let mut y = gpu.floats(rows * outputs)?;
                 match segmented {
-                    true => gpu.matmul_segmented(&x, rows, &w, Some(&on_gpu_bias), &mut y)?,
-                    false => gpu.matmul(&x, rows, &w, Some(&on_gpu_bias), &mut y)?,
+                    true => gpu.matmul_segmented(&x, 0..rows, &w, Some(&on_gpu_bias), &mut y)?,
+                    false => gpu.matmul(&x, 0..rows, &w, Some(&on_gpu_bias), &mut y)?,
                 }
                 let found = y.read(rows * outputs)?;
                 self.close(format!("{kind} ({rows}, {outputs}, {inputs})"), &found, &expected[..rows * outputs]);

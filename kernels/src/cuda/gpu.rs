@@ -2,6 +2,7 @@
 //! with `Cpu`, a row's bits depend on nothing but the row's own values. Operations return once they are given to the GPU;
 //! reading a result waits for it.
 
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -146,11 +147,11 @@ impl Gpu {
         self.launch(launch::ADD_RMS_NORM, [rows, 1, 1], &[&x, &delta, &weight, &width, &eps, &out.at(), &stride])
     }
 
-    /// y (rows, outputs) = x (rows, K) · Wᵀ + bias, one chain per output over all k.
+    /// y (rows, outputs) = these rows of x (.., K) · Wᵀ + bias, one chain per output over all k.
     pub fn matmul(
         &self,
         x: &Rows,
-        rows: usize,
+        rows: Range<usize>,
         w: &GpuMatrix,
         bias: Option<&Floats>,
         y: &mut Floats,
@@ -162,7 +163,7 @@ impl Gpu {
     pub fn matmul_segmented(
         &self,
         x: &Rows,
-        rows: usize,
+        rows: Range<usize>,
         w: &GpuMatrix,
         bias: Option<&Floats>,
         y: &mut Floats,
@@ -173,18 +174,19 @@ impl Gpu {
     fn multiply(
         &self,
         x: &Rows,
-        rows: usize,
+        range: Range<usize>,
         w: &GpuMatrix,
         bias: Option<&Floats>,
         y: &mut Floats,
         segmented: bool,
     ) -> Result<(), GpuError> {
-        x.check(rows, w.inputs);
+        let rows = range.len();
+        x.check(range.end, w.inputs);
         assert!(y.len() >= rows * w.outputs, "outputs do not fit (rows, N)");
         assert!(bias.is_none_or(|bias| bias.len() == w.outputs), "bias does not fit N");
         let tiled = MATMULS.iter().find(|pair| rows <= pair[0].rows).unwrap_or(&MATMULS[2])[segmented as usize];
         let arguments = launch::Matmul {
-            x: x.at(),
+            x: x.at() + range.start as u64 * u64::from(x.stride()) * 2,
             w: w.memory.at(),
             bias: bias.map_or(0, Floats::at),
             y: y.at(),

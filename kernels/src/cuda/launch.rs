@@ -16,9 +16,9 @@ pub(crate) const KEEP_ROWS: Kernel = kernel("keep_rows", 256, 0);
 pub(crate) const MERGE: &str = "attention_merge";
 pub(crate) const COPY_BLOCKS: Kernel = kernel("copy_blocks", 256, 0);
 pub(crate) const GATHER_LAYER: Kernel = kernel("gather_layer", 256, 0);
-pub(crate) const ADJUST: Kernel = kernel("adjust", 1024, 0);
-pub(crate) const SAMPLE: Kernel = kernel("sample", 1024, 0);
-pub(crate) const REPORT: Kernel = kernel("report", 1024, 0);
+pub(crate) const ADJUST: Kernel = kernel("adjust", 512, 0);
+pub(crate) const SAMPLE: Kernel = kernel("sample", 512, 0);
+pub(crate) const REPORT: Kernel = kernel("report", 512, 0);
 
 /// A matmul kernel and its tile: (rows, outputs).
 #[derive(Clone, Copy)]

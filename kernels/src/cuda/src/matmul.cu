@@ -158,11 +158,11 @@ KERNEL void __launch_bounds__(64) matmul_segmented_16(Matmul a) {
     multiply<16, 32, 1, 2, 8, true>(a, shared);
 }
 // 128 threads, 64 KiB.
-KERNEL void __launch_bounds__(128) matmul_64(Matmul a) {
+KERNEL void __launch_bounds__(128, 2) matmul_64(Matmul a) {
     DYNAMIC_SHARED(shared);
     multiply<64, 64, 2, 2, 4, false>(a, shared);
 }
-KERNEL void __launch_bounds__(128) matmul_segmented_64(Matmul a) {
+KERNEL void __launch_bounds__(128, 2) matmul_segmented_64(Matmul a) {
     DYNAMIC_SHARED(shared);
     multiply<64, 64, 2, 2, 4, true>(a, shared);
 }

@@ -1,13 +1,13 @@
 // From rows of logits to tokens, by the rules of engine/src/sampling.rs: bias, penalties and bans, then the largest logit or
 // the inverse CDF over the tokens that top-k, top-p and min-p keep, most likely first, ties by lowest id; log-probabilities of
-// the untouched row. One thread block of 1024 threads per draw.
+// the untouched row. One thread block of 512 threads per draw.
 //
 // Weights are summed as integers of 2^-38, so that a sum is the same in any order. A token is found without sorting: by
 // histograms of the weights over what orders the tokens, first coarsely by distance from the largest logit, then by the
 // bits of the logit, each time only within the bin found before.
 #include "common.cuh"
 
-#define THREADS 1024
+#define THREADS 512
 #define COARSE 1024
 #define UNIT 274877906944.0f
 

@@ -1,0 +1,396 @@
+//! The transformer on a GPU: the same path as `CpuModel`, with weights and cache in the GPU's memory. The host's arena stays
+//! what links read and write: blocks that came by a handoff are brought to the GPU before they are used, and blocks that
+//! leave by one are brought to the host, each layer while the next one computes.
+
+mod load;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use baton_core::{Arena, BlockId, BlockLayout, SampledToken};
+use baton_kernels::cuda::{
+    Floats, Gpu, GpuArena, GpuAttention, GpuDraw, GpuDrawKind, GpuDraws, GpuError, GpuMatrix, GpuNext, GpuRope,
+    GpuSpans, Rows,
+};
+use baton_kernels::{RopeTable, Span};
+
+use crate::backend::Backend;
+use crate::batch::{Batch, Draw, DrawKind, Output};
+use crate::load::config::ModelConfig;
+use crate::sampling::Seen;
+
+pub use load::{GpuOptions, LoadedGpu, load};
+
+/// Rows of logits in memory at a time.
+const LOGIT_ROWS: usize = 64;
+/// One part in so many of the free memory is left to what a batch needs besides the cache.
+const SPARE_PART: usize = 10;
+
+/// A loaded model and the GPU it runs on.
+pub struct GpuModel {
+    gpu: Gpu,
+    config: ModelConfig,
+    weights: Weights,
+    rotations: Floats,
+    cache: Option<GpuArena>,
+    mirror: Mirror,
+    scratch: Scratch,
+}
+
+pub(crate) struct Weights {
+    pub(crate) embedding: Arc<GpuMatrix>,
+    pub(crate) layers: Vec<Layer>,
+    pub(crate) norm: Floats,
+    /// (vocab, hidden); the embedding itself when tied.
+    pub(crate) head: Arc<GpuMatrix>,
+}
+
+/// Weights of one layer, as in `model::Layer`.
+pub(crate) struct Layer {
+    pub(crate) attention_norm: Floats,
+    pub(crate) qkv: GpuMatrix,
+    pub(crate) qkv_bias: Option<Floats>,
+    pub(crate) q_norm: Option<Floats>,
+    pub(crate) k_norm: Option<Floats>,
+    pub(crate) out: GpuMatrix,
+    pub(crate) out_bias: Option<Floats>,
+    pub(crate) mlp_norm: Floats,
+    pub(crate) gate_up: GpuMatrix,
+    pub(crate) gate_up_bias: Option<Floats>,
+    pub(crate) down: GpuMatrix,
+    pub(crate) down_bias: Option<Floats>,
+    pub(crate) window: Option<usize>,
+}
+
+/// Which of the host's blocks hold what the GPU's hold.
+#[derive(Default)]
+struct Mirror {
+    host: Option<Arc<Arena>>,
+    /// Generation of each block that does.
+    blocks: BTreeMap<u32, u32>,
+}
+
+impl Mirror {
+    /// Forgets everything when the host's arena is another one.
+    fn attach(&mut self, host: &Arc<Arena>) {
+        if !self.host.as_ref().is_some_and(|old| Arc::ptr_eq(old, host)) {
+            *self = Mirror { host: Some(host.clone()), blocks: BTreeMap::new() };
+        }
+    }
+
+    fn has(&self, block: &BlockId) -> bool {
+        self.blocks.get(&block.index) == Some(&block.generation)
+    }
+
+    fn add(&mut self, blocks: &[BlockId]) {
+        self.blocks.extend(blocks.iter().map(|block| (block.index, block.generation)));
+    }
+}
+
+/// Buffers that grow to the largest batch seen and stay.
+struct Scratch {
+    spans: GpuSpans,
+    /// The rows that are drawn from, after the last layer's keys and values are written.
+    drawn: GpuSpans,
+    /// (row, hidden): the residual stream.
+    x: Floats,
+    /// (row, hidden)
+    normed: Rows,
+    /// (row, q | k | v)
+    qkv: Floats,
+    /// (row, head, head_dim)
+    q: Rows,
+    attended: Rows,
+    /// (row, hidden)
+    delta: Floats,
+    /// (row, gate | up)
+    gate_up: Floats,
+    /// (row, intermediate)
+    gated: Rows,
+    /// (drawn row, vocab)
+    logits: Floats,
+    /// Rows kept of x and of qkv.
+    kept_x: Floats,
+    kept_qkv: Floats,
+    draws: GpuDraws,
+}
+
+impl Scratch {
+    fn new(gpu: &Gpu, config: &ModelConfig) -> Result<Scratch, GpuError> {
+        let floats = || gpu.floats(1);
+        Ok(Scratch {
+            spans: gpu.spans()?,
+            drawn: gpu.spans()?,
+            x: floats()?,
+            normed: gpu.rows(1, config.hidden)?,
+            qkv: floats()?,
+            q: gpu.rows(1, config.heads.width())?,
+            attended: gpu.rows(1, config.heads.width())?,
+            delta: floats()?,
+            gate_up: floats()?,
+            gated: gpu.rows(1, config.intermediate)?,
+            logits: floats()?,
+            kept_x: floats()?,
+            kept_qkv: floats()?,
+            draws: gpu.draws()?,
+        })
+    }
+
+    fn ensure(&mut self, rows: usize, drawn: usize, config: &ModelConfig) -> Result<(), GpuError> {
+        let (hidden, wide, heads) = (config.hidden, config.intermediate, config.heads);
+        self.x.ensure(rows * hidden)?;
+        self.normed.ensure(rows)?;
+        self.qkv.ensure(rows * heads.qkv_width())?;
+        self.q.ensure(rows)?;
+        self.attended.ensure(rows)?;
+        self.delta.ensure(rows * hidden)?;
+        self.gate_up.ensure(rows * 2 * wide)?;
+        self.gated.ensure(rows)?;
+        self.kept_x.ensure(drawn * hidden)?;
+        self.kept_qkv.ensure(drawn * heads.qkv_width())?;
+        self.logits.ensure(drawn.min(LOGIT_ROWS) * config.vocab)
+    }
+}
+
+impl GpuModel {
+    pub(crate) fn new(gpu: Gpu, config: ModelConfig, weights: Weights) -> Result<GpuModel, GpuError> {
+        assert!(weights.layers.len() == config.layers, "weights of another model");
+        let rotations = gpu.rotations(&RopeTable::new(&config.inv_freq, config.positions_max))?;
+        let scratch = Scratch::new(&gpu, &config)?;
+        Ok(GpuModel { gpu, config, weights, rotations, cache: None, mirror: Mirror::default(), scratch })
+    }
+
+    pub fn gpu(&self) -> &Gpu {
+        &self.gpu
+    }
+
+    /// KV blocks that the free memory holds, with some of it left for batches.
+    pub fn blocks_that_fit(&self, layout: &BlockLayout) -> Result<usize, GpuError> {
+        let (free, _) = self.gpu.memory()?;
+        Ok((free - free / SPARE_PART) / layout.block_bytes())
+    }
+
+    /// Makes the memory for `blocks` KV blocks, or says how much is missing.
+    pub fn reserve(&mut self, layout: BlockLayout, blocks: usize) -> Result<(), GpuError> {
+        let fits = self.cache.as_ref().is_some_and(|cache| cache.blocks() == blocks && *cache.layout() == layout);
+        if !fits {
+            self.cache = None;
+            self.cache = Some(self.gpu.arena(layout, blocks)?);
+            self.mirror = Mirror::default();
+        }
+        Ok(())
+    }
+
+    fn compute(&mut self, batch: &Batch, layers: &mut dyn FnMut(usize)) -> Result<Vec<SampledToken>, GpuError> {
+        self.reserve(*batch.arena().layout(), batch.arena().blocks())?;
+        self.mirror.attach(batch.arena());
+        self.take_in(batch)?;
+        let drawn = self.forward(batch, layers)?;
+        self.draw(&batch.draws, &drawn)
+    }
+
+    /// Brings blocks that came by a handoff to the GPU, then copies those that sequences share.
+    fn take_in(&mut self, batch: &Batch) -> Result<(), GpuError> {
+        let GpuModel { gpu, mirror, cache: Some(cache), .. } = self else { return Ok(()) };
+        let (arena, arrived) = (batch.arena(), batch.arrived());
+        for block in arrived.ids() {
+            // SAFETY: held filled by the guard `arrived`.
+            let bytes = unsafe { std::slice::from_raw_parts(arena.block(block.index), arena.layout().block_bytes()) };
+            cache.write_block(block.index, bytes)?;
+        }
+        mirror.add(arrived.ids());
+        gpu.copy_blocks(cache, &batch.copies().collect::<Vec<_>>())
+    }
+
+    /// As `CpuModel::forward`: leaves the final norm of the rows that are drawn from in `scratch.normed`.
+    fn forward(&mut self, batch: &Batch, layers: &mut dyn FnMut(usize)) -> Result<Vec<usize>, GpuError> {
+        let GpuModel { gpu, config, weights, rotations, cache: Some(cache), mirror, scratch } = self else {
+            return Ok(Vec::new());
+        };
+        let (heads, eps) = (config.heads, config.eps);
+        let scale = 1.0 / (heads.head_dim as f32).sqrt();
+        let drawn = drawn_rows(&batch.draws);
+        let spans: Vec<Span> = batch.spans.iter().map(|span| kernel_span(batch, span)).collect();
+        let mut rows = batch.tokens.len();
+        scratch.ensure(rows, drawn.len(), config)?;
+        gpu.describe(&mut scratch.spans, &batch.tokens, &spans, &heads, cache)?;
+        let mut leaving = Leaving::of(batch, mirror);
+
+        gpu.embed(&weights.embedding, &scratch.spans, &mut scratch.x)?;
+        gpu.add_rms_norm(&mut scratch.x, None, &weights.layers[0].attention_norm, rows, eps, &mut scratch.normed)?;
+        for (index, layer) in weights.layers.iter().enumerate() {
+            gpu.matmul(&scratch.normed, 0..rows, &layer.qkv, layer.qkv_bias.as_ref(), &mut scratch.qkv)?;
+            let (q_norm, k_norm) = (layer.q_norm.as_ref(), layer.k_norm.as_ref());
+            let rope = GpuRope { heads, layer: index, eps, rotations, q_norm, k_norm };
+            gpu.rope_store(&rope, &scratch.spans, &scratch.qkv, &mut scratch.q, cache)?;
+            leaving.begin(gpu, cache, batch, index, layers)?;
+            if index + 1 == weights.layers.len() && drawn.len() < rows {
+                keep(gpu, config, &drawn, &spans, &rope, cache, scratch)?;
+                rows = drawn.len();
+                std::mem::swap(&mut scratch.spans, &mut scratch.drawn);
+            }
+            if rows == 0 {
+                break;
+            }
+            let attention = GpuAttention { heads, layer: index, scale, window: layer.window };
+            gpu.attention(&attention, &scratch.spans, &scratch.q, cache, &mut scratch.attended)?;
+            let next = weights.layers.get(index + 1).map_or(&weights.norm, |next| &next.attention_norm);
+            mix(gpu, layer, next, rows, eps, scratch)?;
+        }
+        leaving.end(gpu, batch, layers)?;
+        mirror.add(&leaving.blocks);
+        Ok(drawn)
+    }
+
+    /// Reads the draws off the logits of their rows, some rows at a time.
+    fn draw(&mut self, draws: &[Draw], drawn: &[usize]) -> Result<Vec<SampledToken>, GpuError> {
+        let GpuModel { gpu, config, weights, scratch, .. } = self;
+        let mut tokens = Vec::with_capacity(draws.len());
+        let mut rest = draws;
+        for (chunk, rows) in drawn.chunks(LOGIT_ROWS).enumerate() {
+            let first = chunk * LOGIT_ROWS;
+            gpu.matmul(&scratch.normed, first..first + rows.len(), &weights.head, None, &mut scratch.logits)?;
+            let count = rest.iter().take_while(|draw| rows.contains(&draw.row)).count();
+            let (these, others) = rest.split_at(count);
+            let asked: Vec<GpuDraw> = these.iter().map(|draw| gpu_draw(draw, rows)).collect();
+            tokens.extend(gpu.draw(&mut scratch.draws, &scratch.logits, rows.len(), config.vocab, &asked)?);
+            rest = others;
+        }
+        Ok(tokens)
+    }
+}
+
+impl Backend for GpuModel {
+    /// # Panics
+    /// If the GPU fails, which ends the worker: what its memory holds is lost then.
+    fn run(&mut self, batch: &Batch, layers: &mut dyn FnMut(usize)) -> Output {
+        if batch.is_empty() {
+            return Output::default();
+        }
+        match self.compute(batch, layers) {
+            Ok(drawn) => Output { drawn },
+            Err(error) => panic!("{} cannot go on: {error}", self.gpu.name()),
+        }
+    }
+}
+
+/// Blocks on their way to the host, one layer behind the one that computes.
+struct Leaving {
+    /// Those that the host does not have yet.
+    blocks: Vec<BlockId>,
+    /// The layer whose blocks are on their way.
+    layer: Option<usize>,
+}
+
+impl Leaving {
+    fn of(batch: &Batch, mirror: &Mirror) -> Leaving {
+        let all = batch.exports().iter().flat_map(|export| &export.blocks).map(|(_, block)| *block);
+        let mut blocks: Vec<BlockId> = all.filter(|block| !mirror.has(block)).collect();
+        blocks.sort_unstable_by_key(|block| block.index);
+        blocks.dedup();
+        Leaving { blocks, layer: None }
+    }
+
+    /// Sends a computed layer on its way and reports the one before it.
+    fn begin(
+        &mut self,
+        gpu: &Gpu,
+        cache: &mut GpuArena,
+        batch: &Batch,
+        layer: usize,
+        layers: &mut dyn FnMut(usize),
+    ) -> Result<(), GpuError> {
+        if self.blocks.is_empty() {
+            layers(layer);
+            return Ok(());
+        }
+        let indices: Vec<u32> = self.blocks.iter().map(|block| block.index).collect();
+        gpu.begin_gather(cache, layer % Gpu::GATHERS, layer, &indices)?;
+        self.end(gpu, batch, layers)?;
+        self.layer = Some(layer);
+        Ok(())
+    }
+
+    /// Writes the layer that is on its way into the host's arena and reports it.
+    fn end(&mut self, gpu: &Gpu, batch: &Batch, layers: &mut dyn FnMut(usize)) -> Result<(), GpuError> {
+        let Some(layer) = self.layer.take() else { return Ok(()) };
+        let arena = batch.arena();
+        gpu.end_gather(layer % Gpu::GATHERS, &mut |bytes| {
+            for (block, bytes) in self.blocks.iter().zip(bytes.chunks_exact(arena.layout().layer_bytes())) {
+                // SAFETY: the export's guard keeps the block, and nobody reads this layer of it before it is reported.
+                unsafe { arena.write_layer(block.index, layer, bytes) };
+            }
+        })?;
+        layers(layer);
+        Ok(())
+    }
+}
+
+/// Reduces the batch to the rows that are drawn from, once all keys and values of its last layer are written.
+fn keep(
+    gpu: &Gpu,
+    config: &ModelConfig,
+    drawn: &[usize],
+    spans: &[Span],
+    rope: &GpuRope,
+    cache: &mut GpuArena,
+    scratch: &mut Scratch,
+) -> Result<(), GpuError> {
+    let (heads, hidden) = (config.heads, config.hidden);
+    let rows: Vec<u32> = drawn.iter().map(|row| *row as u32).collect();
+    gpu.describe(&mut scratch.drawn, &rows, &keep_spans(spans, drawn), &heads, cache)?;
+    gpu.keep_rows(&scratch.x, &scratch.drawn, hidden, &mut scratch.kept_x)?;
+    gpu.keep_rows(&scratch.qkv, &scratch.drawn, heads.qkv_width(), &mut scratch.kept_qkv)?;
+    std::mem::swap(&mut scratch.x, &mut scratch.kept_x);
+    std::mem::swap(&mut scratch.qkv, &mut scratch.kept_qkv);
+    // Writes the kept rows' keys and values once more, with the same bits, for the sake of their queries.
+    gpu.rope_store(rope, &scratch.drawn, &scratch.qkv, &mut scratch.q, cache)
+}
+
+/// The second half of a layer, as `model::mix`.
+fn mix(gpu: &Gpu, layer: &Layer, next: &Floats, rows: usize, eps: f32, scratch: &mut Scratch) -> Result<(), GpuError> {
+    let Scratch { x, normed, attended, delta, gate_up, gated, .. } = scratch;
+    gpu.matmul_segmented(attended, 0..rows, &layer.out, layer.out_bias.as_ref(), delta)?;
+    gpu.add_rms_norm(x, Some(delta), &layer.mlp_norm, rows, eps, normed)?;
+    gpu.matmul(normed, 0..rows, &layer.gate_up, layer.gate_up_bias.as_ref(), gate_up)?;
+    gpu.silu_mul(gate_up, rows, gated)?;
+    gpu.matmul_segmented(gated, 0..rows, &layer.down, layer.down_bias.as_ref(), delta)?;
+    gpu.add_rms_norm(x, Some(delta), next, rows, eps, normed)
+}
+
+/// The different rows of draws that are sorted by row.
+fn drawn_rows(draws: &[Draw]) -> Vec<usize> {
+    let mut rows: Vec<usize> = draws.iter().map(|draw| draw.row).collect();
+    rows.dedup();
+    rows
+}
+
+/// Spans of the rows that are kept, once they lie one behind the other.
+fn keep_spans<'a>(spans: &[Span<'a>], kept: &[usize]) -> Vec<Span<'a>> {
+    let mut left = kept.iter().enumerate().peekable();
+    let mut found = Vec::with_capacity(kept.len());
+    for span in spans {
+        while let Some((row, from)) = left.next_if(|(_, from)| **from < span.row + span.rows) {
+            found.push(Span { row, rows: 1, position: span.position + from - span.row, blocks: span.blocks });
+        }
+    }
+    found
+}
+
+fn kernel_span<'a>(batch: &'a Batch, span: &crate::batch::Span) -> Span<'a> {
+    Span { row: span.row, rows: span.rows, position: span.position, blocks: batch.table(span) }
+}
+
+fn gpu_draw<'a>(draw: &'a Draw, rows: &[usize]) -> GpuDraw<'a> {
+    let row = rows.iter().position(|row| *row == draw.row).unwrap_or(0);
+    match &draw.kind {
+        DrawKind::Given { token, top } => GpuDraw { row, kind: GpuDrawKind::Given(*token), top: Some(*top) },
+        DrawKind::Next(next) => {
+            let seen = next.seen.as_deref().map_or(&[][..], Seen::counts);
+            let sampling = &next.request.sampling;
+            let (position, choice, banned) = (next.position, next.choice, &next.banned[..]);
+            let kind = GpuDrawKind::Next(GpuNext { sampling, position, choice, seen, banned });
+            GpuDraw { row, kind, top: next.request.logprobs }
+        }
+    }
+}

@@ -1,0 +1,114 @@
+//! The GPU's backend, whole, over kernels that this machine's CPU emulates: the promises that the CPU's backend keeps
+//! (models.rs), and tokens that are about as likely as the CPU says.
+
+use std::path::Path;
+
+use baton_core::{Request, SampledToken, TokenId};
+use baton_engine::cuda::LoadedGpu;
+use baton_engine::testing::{TinyModel, drain, request, work};
+use baton_engine::{Backend, Choice, EngineConfig, Goal, ModelSpec, Work};
+use baton_kernels::cuda::Gpu;
+
+use crate::common::{CONFIG, Choices, bits, carry, dir, load_tiny, model_engine, prefill, prompt};
+
+const TOKENS: u32 = 6;
+
+fn load(name: &str, tiny: &TinyModel) -> LoadedGpu {
+    let gpu = Gpu::emulated(Path::new(env!("CARGO_TARGET_TMPDIR"))).expect("a C++ compiler builds the emulation");
+    let dir = dir(name);
+    tiny.write(&dir, 7).expect("write a model");
+    LoadedGpu::on(gpu, &dir, 1, &mut |_| {}).expect("load")
+}
+
+fn asking(id: u128, prompt: &[TokenId]) -> Request {
+    let mut request = Request { logprobs: Some(2), ..request(id, prompt, TOKENS) };
+    request.ignore_eos = true;
+    if id % 2 == 1 {
+        request.sampling.temperature = 0.8;
+        request.sampling.seed = id as u64;
+        request.sampling.repetition_penalty = 1.1;
+        request.sampling.top_p = 0.95;
+    }
+    request
+}
+
+fn alone(model: &mut dyn Backend, spec: &ModelSpec, request: &Request) -> Vec<SampledToken> {
+    let mut engine = model_engine(spec, CONFIG);
+    engine.admit(work(request)).expect("room");
+    Choices::of(drain(&mut engine, model)).sampled(request.id.0, 0).to_vec()
+}
+
+/// Alone, among others, in chunks, behind a prefix hit, and preempted: the same bits.
+#[test]
+fn bits_do_not_depend_on_company() {
+    for (index, tiny) in TinyModel::families().iter().enumerate() {
+        let LoadedGpu { mut model, spec } = load(&format!("gpu-company-{index}"), tiny);
+        let requests: Vec<Request> =
+            (0..4).map(|id| asking(id, &prompt(id as u64 % 3, 40 + id as usize, spec.vocab))).collect();
+        let expected: Vec<_> = requests.iter().map(|request| alone(&mut model, &spec, request)).collect();
+        for (blocks, batch_tokens_max) in [(64, 33), (6, 20)] {
+            let mut engine = model_engine(&spec, EngineConfig { blocks, batch_tokens_max, ..CONFIG });
+            for request in &requests {
+                engine.admit(work(request)).expect("room");
+            }
+            let choices = Choices::of(drain(&mut engine, &mut model));
+            for (request, expected) in requests.iter().zip(&expected) {
+                let found = choices.sampled(request.id.0, 0);
+                assert_eq!(bits(found), bits(expected), "{} request {}", tiny.architecture, request.id);
+            }
+        }
+    }
+}
+
+/// Blocks that leave one GPU layer by layer through the host's arena and reach another one's the same way carry the
+/// sequence on with the same bits, its choices' shared blocks included.
+#[test]
+fn handed_over_equals_local() {
+    for (index, tiny) in TinyModel::families().iter().enumerate() {
+        let LoadedGpu { model: mut first, spec } = load(&format!("gpu-from-{index}"), tiny);
+        let LoadedGpu { model: mut second, .. } = load(&format!("gpu-to-{index}"), tiny);
+        for (len, choices) in [(31, 1), (33, 3)] {
+            let request = Request { choices, prompt_logprobs: Some(1), ..asking(1, &prompt(2, len, spec.vocab)) };
+            let mut local = model_engine(&spec, CONFIG);
+            local.admit(work(&request)).expect("room");
+            let expected = Choices::of(drain(&mut local, &mut first));
+            let all: Vec<Choice> = (0..choices).map(|index| Choice { index, so_far: Vec::new() }).collect();
+            let (mut here, mut there) = (model_engine(&spec, CONFIG), model_engine(&spec, CONFIG));
+            // A worker that has prefilled before sends blocks that it finds in its cache.
+            for round in 0..2 {
+                let goal = Goal::Prefill { skip_blocks: 0 };
+                let asked = Work { choices: all.clone(), goal, ..work(&request) };
+                let handed = prefill(&mut here, &mut first, asked);
+                let filled = Some(carry(&there, &handed, there.cache().lookup(&[])));
+                there.admit(Work { choices: all.clone(), filled, ..work(&request) }).expect("room");
+                let found = Choices::of(drain(&mut there, &mut second));
+                for choice in 0..choices {
+                    let (found, expected) = (found.sampled(1, choice), expected.sampled(1, choice));
+                    assert_eq!(bits(found), bits(expected), "{} round {round}", tiny.architecture);
+                }
+                assert_eq!(found.prompts, expected.prompts);
+            }
+        }
+    }
+}
+
+/// Along the CPU's own tokens, log-probabilities agree as two roundings of one model do.
+#[test]
+fn says_about_what_the_cpu_says() {
+    for (index, tiny) in TinyModel::families().iter().enumerate() {
+        let mut cpu = load_tiny(&format!("gpu-cpu-{index}"), tiny, 1);
+        let LoadedGpu { model: mut gpu, spec } = load(&format!("gpu-gpu-{index}"), tiny);
+        assert_eq!(spec.weights_hash, cpu.spec.weights_hash);
+        assert_ne!(spec.numerics, cpu.spec.numerics);
+        let request = Request { prompt_logprobs: Some(1), ..asking(1, &prompt(1, 90, spec.vocab)) };
+        let given = |model: &mut dyn Backend| -> Vec<f32> {
+            let mut engine = model_engine(&spec, EngineConfig { batch_tokens_max: 100, ..CONFIG });
+            engine.admit(work(&request)).expect("room");
+            let prompts = Choices::of(drain(&mut engine, model)).prompts;
+            prompts[&request.id].iter().flatten().map(|token| token.logprob).collect()
+        };
+        let (here, there) = (given(&mut cpu.model), given(&mut gpu));
+        let apart: f32 = here.iter().zip(&there).map(|(a, b)| (a - b).abs()).sum::<f32>() / here.len() as f32;
+        assert!(here.len() == 89 && apart < 0.05, "{}: {apart}", tiny.architecture);
+    }
+}
