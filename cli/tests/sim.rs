@@ -24,6 +24,11 @@ fn clusters_without_faults_hold() {
     holds(&["faults", "--seeds", "0..20", "--profile", "calm"]);
 }
 
+#[test]
+fn clusters_under_faults_hold() {
+    holds(&["faults", "--seeds", "0..200"]);
+}
+
 /// Each of these seeds once failed over what its name says, and holds since.
 #[test]
 fn seeds_that_found_bugs_hold() {
