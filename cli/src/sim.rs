@@ -1,14 +1,16 @@
 //! `baton sim`: the production code of a whole cluster in one process, on a simulated network and disk, under faults that
 //! follow from a seed.
 
+use std::io::Write;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::str::FromStr;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::Context;
+use baton_core::planted::Bug;
 use baton_sim::{Plan, Profile, Report};
 use clap::{Args, Subcommand};
 use tokio::time::{Duration, Instant};
@@ -28,6 +30,8 @@ pub(crate) enum Sim {
     Shrink(ShrinkFlags),
     /// Print a run as a timeline
     Show(ShowFlags),
+    /// Find each bug on purpose (only in a build with the feature `planted`)
+    Planted(PlantedFlags),
 }
 
 /// Which run.
@@ -59,7 +63,7 @@ pub(crate) struct FaultsFlags {
     /// Which faults are drawn: swarm, calm, network, crash, disk, handoff
     #[arg(long, value_name = "NAME", default_value = "swarm")]
     profile: String,
-    /// Run a saved plan
+    /// Run a saved plan; - reads it from the standard input
     #[arg(long, value_name = "FILE")]
     plan: Option<PathBuf>,
     /// Save the plan of the seed
@@ -119,6 +123,23 @@ pub(crate) struct ShowFlags {
     network: bool,
 }
 
+/// Run seeds with one bug on purpose at a time until it is found.
+#[derive(Args, Debug)]
+pub(crate) struct PlantedFlags {
+    /// Which faults are drawn
+    #[arg(long, value_name = "NAME", default_value = "swarm")]
+    profile: String,
+    /// Seeds to try for each bug
+    #[arg(long, value_name = "N", default_value_t = 500)]
+    seeds: u64,
+    /// Only bugs whose name contains this
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    only: String,
+    /// Print figures as JSON, an object a line
+    #[arg(long)]
+    json: bool,
+}
+
 /// A range of seeds that is not empty.
 #[derive(Clone, Debug)]
 struct Seeds(Range<u64>);
@@ -143,6 +164,7 @@ pub(crate) fn run(sim: Sim) -> Result<(), Failure> {
         Sim::Meta(flags) => meta(flags),
         Sim::Shrink(flags) => shrink(flags),
         Sim::Show(flags) => show(flags),
+        Sim::Planted(flags) => planted(flags),
     }
 }
 
@@ -151,7 +173,11 @@ fn profile(name: &str) -> Result<Profile, Failure> {
 }
 
 fn read(path: &PathBuf) -> Result<Plan, Failure> {
-    let text = std::fs::read_to_string(path).with_context(|| format!("read {}", path.display()));
+    let text = match path.as_os_str() == "-" {
+        true => std::io::read_to_string(std::io::stdin()),
+        false => std::fs::read_to_string(path),
+    };
+    let text = text.with_context(|| format!("read {}", path.display()));
     Plan::read(&text.map_err(Failure::refused)?).map_err(Failure::refused)
 }
 
@@ -193,10 +219,14 @@ fn faults(flags: FaultsFlags) -> Result<(), Failure> {
         tell(&flags, &report, &format!("--plan {}", path.display()));
         return end(&flags, 1, u64::from(report.violation.is_some()), since);
     }
-    let seeds = range(flags.seed, flags.seeds.clone());
-    if let (Some(path), Some(seed)) = (&flags.save, flags.seed) {
-        save(path, &Plan::draw(seed, &profile))?;
+    if let Some(seed) = flags.seed {
+        let plan = Plan::draw(seed, &profile);
+        flags.save.iter().try_for_each(|path| save(path, &plan))?;
+        let report = baton_sim::run(&plan);
+        tell(&flags, &report, &format!("--seed {seed} --profile {}", profile.name));
+        return end(&flags, 1, u64::from(report.violation.is_some()), since);
     }
+    let seeds = range(flags.seed, flags.seeds.clone());
     let next = AtomicU64::new(seeds.start);
     let (ran, failed, printing) = (AtomicU64::new(0), AtomicU64::new(0), Mutex::new(()));
     let until = flags.minutes.map(|minutes| since + Duration::from_secs(60 * minutes));
@@ -209,16 +239,37 @@ fn faults(flags: FaultsFlags) -> Result<(), Failure> {
                     if seed >= seeds.end || until.is_some_and(|until| Instant::now() >= until) {
                         return;
                     }
-                    let report = baton_sim::run(&Plan::draw(seed, &profile));
+                    let result = apart(&Plan::draw(seed, &profile));
+                    let fails = result.as_ref().map_or(true, |report| report.violation.is_some());
                     ran.fetch_add(1, Ordering::Relaxed);
-                    failed.fetch_add(u64::from(report.violation.is_some()), Ordering::Relaxed);
+                    failed.fetch_add(u64::from(fails), Ordering::Relaxed);
                     let _one_at_a_time = printing.lock();
-                    tell(&flags, &report, &format!("--seed {seed} --profile {}", profile.name));
+                    match result {
+                        Ok(report) => tell(&flags, &report, &format!("--seed {seed} --profile {}", profile.name)),
+                        Err(error) => eprintln!("seed {seed}: {error}"),
+                    }
                 }
             });
         }
     });
     end(&flags, ran.into_inner(), failed.into_inner(), since)
+}
+
+/// Runs a plan in a process of its own: what one run leaves behind in its process must not reach the next.
+fn apart(plan: &Plan) -> Result<Report, Failure> {
+    let binary = std::env::current_exe().context("find this binary")?;
+    let mut child = Command::new(binary)
+        .args(["--log", "off", "sim", "faults", "--reports", "--plan", "-"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .context("run this binary")?;
+    let mut stdin = child.stdin.take().context("the run's standard input")?;
+    stdin.write_all(plan.text().as_bytes()).context("hand the plan over")?;
+    drop(stdin);
+    let output = child.wait_with_output().context("wait for the run")?;
+    serde_json::from_slice(&output.stdout).context("the run ended without a report").map_err(Failure::from)
 }
 
 /// Prints what a run's report says: all of it if asked for, else what failed.
@@ -293,7 +344,7 @@ fn sorted(reports: &str) -> Vec<String> {
 
 fn shrink(flags: ShrinkFlags) -> Result<(), Failure> {
     let (plan, since) = (flags.run.plan()?, Instant::now());
-    let Some(shrunk) = baton_sim::shrink::shrink(&plan) else {
+    let Some(shrunk) = baton_sim::shrink::shrink(&plan, apart)? else {
         return Err(Failure::refuse(format!("{} does not fail: nothing to make smaller", flags.run.again())));
     };
     let (before, after) = (plan.faults.len(), shrunk.plan.faults.len());
@@ -317,6 +368,30 @@ fn show(flags: ShowFlags) -> Result<(), Failure> {
     match report.violation {
         None => Ok(()),
         Some(violation) => Err(anyhow::anyhow!("{} does not hold", violation.invariant).into()),
+    }
+}
+
+fn planted(flags: PlantedFlags) -> Result<(), Failure> {
+    let profile = profile(&flags.profile)?;
+    let mut missed = 0;
+    for bug in Bug::ALL.iter().filter(|bug| format!("{bug:?}").contains(&flags.only)) {
+        let hunt = baton_sim::planted::hunt(*bug, &profile, flags.seeds).map_err(Failure::refused)?;
+        missed += usize::from(hunt.found.is_none());
+        match (flags.json, hunt.found) {
+            (true, found) => {
+                let name = format!("sim_planted_{bug:?}");
+                let figure = Figure { ok: found.is_some(), ..Figure::new(name, hunt.seeds as f64, "seeds") };
+                figure::print(&[Figure { target: Some(flags.seeds as f64), ..figure }]);
+            }
+            (false, Some((seed, violation))) => {
+                println!("{:<16} seed {seed:<4} {}: {}", format!("{bug:?}"), violation.invariant, violation.what);
+            }
+            (false, None) => println!("{:<16} not found in {} seeds", format!("{bug:?}"), hunt.seeds),
+        }
+    }
+    match missed {
+        0 => Ok(()),
+        _ => Err(anyhow::anyhow!("{missed} planted bugs were not found").into()),
     }
 }
 

@@ -11,6 +11,7 @@ pub mod id;
 pub mod limits;
 pub mod net;
 pub mod numerics;
+pub mod planted;
 pub mod reason;
 pub mod request;
 pub mod rng;

@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use baton_core::planted::{self, Bug};
 use baton_core::{Aborted, BlockHash, Refused, TokenId};
 use baton_engine::{Blocks, Filled, Reserved};
 use baton_kvtransfer::TransferError;
@@ -143,6 +144,10 @@ fn fill(
     prefilled: Prefilled,
 ) -> Result<Filled, End> {
     let first: Vec<_> = prefilled.first.into_iter().filter_map(|f| Some((f.choice, f.token?.into()))).collect();
+    let first = match planted::is(Bug::SwapChoices) {
+        true => swapped(first),
+        false => first,
+    };
     let known = |(_, token): &(u32, baton_core::SampledToken)| (token.id as usize) < decode.shell.spec.vocab;
     if prefilled.tokens != tokens.len() as u64 || !first.iter().all(known) {
         return Err(pair.blame_prefill(Aborted::Internal, "its answer does not fit the request").into());
@@ -150,4 +155,12 @@ fn fill(
     let Room { held: mut blocks, reserved } = room;
     blocks.append(reserved.fill(&hashes[blocks.len().min(hashes.len())..]));
     Ok(Filled { blocks, tokens: tokens.len(), first, prompt_logprobs: prompt_logprobs_back(prefilled.prompt_logprobs) })
+}
+
+/// The planted bug: each choice gets the next one's token.
+fn swapped(mut first: Vec<(u32, baton_core::SampledToken)>) -> Vec<(u32, baton_core::SampledToken)> {
+    let choices: Vec<u32> = first.iter().map(|(choice, _)| *choice).collect();
+    let next = choices.iter().cycle().skip(1);
+    first.iter_mut().zip(next).for_each(|((choice, _), next)| *choice = *next);
+    first
 }

@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use baton_core::planted::{self, Bug};
 use baton_core::{Aborted, Refused, RequestId, SampledToken, TokenId};
 
 use crate::cache::Cache;
@@ -271,7 +272,11 @@ impl Engine {
     }
 
     pub(crate) fn drop_cancelled(&mut self) {
-        self.running.retain(|_, sequence| !sequence.cancelled);
+        let cancelled = self.running.extract_if(.., |_, sequence| sequence.cancelled);
+        if planted::is(Bug::LeakOnCancel) {
+            return cancelled.for_each(std::mem::forget);
+        }
+        drop(cancelled.collect::<Vec<_>>());
     }
 
     pub(crate) fn block_tokens(&self) -> usize {

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use axum::body::Body;
 use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
+use baton_core::planted::{self, Bug};
 use baton_core::{BlockHash, Clock, Lane, Request, RequestId, Rng, Sampling};
 use bytes::Bytes;
 use futures::stream::{BoxStream, StreamExt, select_all};
@@ -316,7 +317,9 @@ fn event_stream(first: Vec<u8>, reply: Reply, parts: Parts, name: Option<Request
             match parts.next().await {
                 Some(Ok(part)) => reply.stream(part, &mut out),
                 Some(Err(error)) => {
-                    stream_error(&error.body(), &mut out);
+                    if !planted::is(Bug::SilentEnd) {
+                        stream_error(&error.body(), &mut out);
+                    }
                     return Some((out, None));
                 }
                 None => {

@@ -29,10 +29,7 @@ pub(crate) async fn announce(
             process_key: process_key.clone(),
         };
         match coordinators.register(request).await {
-            Ok(registered) => {
-                let member = Member { incarnation: registered.incarnation, ..member.clone() };
-                beat_all(coordinators, &member, &running).await;
-            }
+            Ok(_) => beat_all(coordinators, &member, &running).await,
             Err(refusal) => tracing::debug!(%refusal, "not registered yet"),
         }
         tokio::time::sleep(REGISTER_PAUSE).await;

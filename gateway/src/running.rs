@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use baton_core::Env;
 use baton_proto::channel::BadAddress;
+use baton_proto::convert;
 use baton_proto::v1::{Member, Role};
 use tokio::sync::{Semaphore, oneshot};
 use tokio::task::JoinSet;
@@ -88,6 +89,9 @@ pub async fn start(config: Config, mut env: Env, metrics: RenderMetrics) -> Resu
     let (finishes, queue) = finish::queue();
     let (assigner, asking) = assign::questions(finishes.clone());
     let process_key = format!("{:032x}", env.rng.u128());
+    let incarnation = 1 + env.rng.below(u64::from(u32::MAX));
+    let member = member(&config, &address, incarnation, env.process.id);
+    let life = convert::gateway_life(&member);
 
     let mut beside = JoinSet::new();
     let (followed, following) = (access.clone(), coordinators.clone());
@@ -98,7 +102,7 @@ pub async fn start(config: Config, mut env: Env, metrics: RenderMetrics) -> Resu
     beside.spawn(asking.run(coordinators.clone()));
     let (watched, watching) = (cluster.clone(), coordinators.clone());
     beside.spawn(async move { watched.watch(&watching).await });
-    let (member, announcer, open) = (member(&config, &address, env.process.id), coordinators.clone(), links.clone());
+    let (announcer, open) = (coordinators.clone(), links.clone());
     beside.spawn(async move {
         membership::announce(&announcer, member, process_key, || open.open_requests()).await;
     });
@@ -111,7 +115,7 @@ pub async fn start(config: Config, mut env: Env, metrics: RenderMetrics) -> Resu
         coordinators: coordinators.clone(),
         links,
         finishes,
-        gateway: id.clone(),
+        gateway: life,
         leaving: AtomicBool::new(false),
     };
     let servers = Arc::new(servers);
@@ -167,13 +171,13 @@ impl Running {
     }
 }
 
-fn member(config: &Config, address: &str, pid: u32) -> Member {
+fn member(config: &Config, address: &str, incarnation: u64, pid: u32) -> Member {
     Member {
         id: config.id.clone(),
         role: Role::Gateway.into(),
         address: address.to_string(),
         pid,
-        incarnation: 0,
+        incarnation,
         version: env!("CARGO_PKG_VERSION").into(),
         model: None,
     }

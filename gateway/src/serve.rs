@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use baton_core::planted::{self, Bug};
 use baton_core::{Aborted, Assignment, BlockHash, Finish, Refused, Request, SampledToken, Sampling, TokenId, limits};
 use baton_proto::v1::request_output::Output;
 use baton_proto::v1::{self, FinishedRequest, WorkerLife, WorkerPair};
@@ -324,7 +325,9 @@ impl Serving {
     }
 
     fn start_message(&self, assignment: &Assignment, note: bytes::Bytes) -> v1::Start {
-        let choice = |(index, c): (usize, &ChoiceState)| v1::Choice { index: index as u32, so_far: c.so_far.clone() };
+        let less = usize::from(planted::is(Bug::DoubleToken));
+        let so_far = |c: &ChoiceState| c.so_far[..c.so_far.len().saturating_sub(less)].to_vec();
+        let choice = |(index, c): (usize, &ChoiceState)| v1::Choice { index: index as u32, so_far: so_far(c) };
         let open = self.choices.iter().enumerate().filter(|(_, c)| !c.ended);
         let request = v1::Request { deadline_ms: self.left_ms(), ..(&*self.request).into() };
         v1::Start {

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use baton_core::planted::{self, Bug};
 use baton_core::{Aborted, BlockId, Refused, SampledToken};
 use baton_engine::{Blocks, Event, Goal, Work};
 use baton_kvtransfer::{Grant, Links, Outgoing};
@@ -109,7 +110,13 @@ impl Sending {
         self.began.get_or_insert(export.began);
         // The grant's blocks follow those that decode already holds.
         let at = |(index, block): &(usize, BlockId)| (index - self.skip_blocks, *block);
-        let blocks: Vec<(usize, BlockId)> = export.blocks.iter().map(at).collect();
+        let mut blocks: Vec<(usize, BlockId)> = export.blocks.iter().map(at).collect();
+        if planted::is(Bug::ForeignBlock)
+            && let [.., (_, last), _] = export.blocks[..]
+            && let Some((_, block)) = blocks.last_mut()
+        {
+            *block = last;
+        }
         self.outgoing.send(layer, &blocks).await?;
         Ok(())
     }

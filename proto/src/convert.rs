@@ -317,6 +317,15 @@ impl TryFrom<v1::Layout> for BlockLayout {
     }
 }
 
+/// The name under which the ledger knows one life of a gateway: what an earlier life of the same name left behind is
+/// nobody's. A gateway that tells no incarnation is known by its id alone.
+pub fn gateway_life(member: &v1::Member) -> String {
+    match member.incarnation {
+        0 => member.id.clone(),
+        incarnation => format!("{}/{incarnation:x}", member.id),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

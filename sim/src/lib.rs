@@ -11,6 +11,7 @@ pub mod net;
 mod network;
 pub mod oracle;
 pub mod plan;
+pub mod planted;
 pub mod profile;
 pub mod record;
 pub mod run;

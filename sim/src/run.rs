@@ -11,7 +11,7 @@ use std::sync::Once;
 use std::time::Duration;
 
 use baton_core::Role;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, watch};
 use turmoil::Sim;
 
@@ -38,7 +38,7 @@ const RESTART: Duration = Duration::from_millis(500);
 const LOOK_EVERY: u32 = 10;
 
 /// A property that did not hold.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Violation {
     pub invariant: String,
     pub at_ms: u64,
@@ -46,7 +46,7 @@ pub struct Violation {
 }
 
 /// What one run did.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Report {
     pub seed: u64,
     pub profile: String,
@@ -63,7 +63,7 @@ pub struct Report {
 }
 
 /// How the requests of a run ended.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Requests {
     pub complete: usize,
     pub refused: usize,
@@ -323,6 +323,15 @@ impl Faults {
         self.down.get(host).is_some_and(|faults| *faults > 0)
     }
 
+    /// Whether another fault of the kind is in force on the same hosts; the last one to end lifts them.
+    fn any_other(&self, ended: &What) -> bool {
+        let same = |other: &What| {
+            std::mem::discriminant(other) == std::mem::discriminant(ended) && other.hosts() == ended.hosts()
+        };
+        let in_force = |n: usize| self.begun[n] && !self.over[n];
+        self.faults.iter().enumerate().any(|(n, fault)| in_force(n) && same(&fault.what))
+    }
+
     fn follow(&mut self, sim: &mut Sim, world: &World) {
         let now = sim.elapsed().as_millis() as u64;
         let mut changed = false;
@@ -388,11 +397,11 @@ impl Faults {
                     sim.bounce(host.as_str());
                 }
             }
-            What::Latency { a, b, .. } => {
+            What::Latency { a, b, .. } if !self.any_other(what) => {
                 sim.set_link_max_message_latency(a.as_str(), b.as_str(), world.topology.latency_max);
             }
-            What::DiskFull { host } => world.disks[host].limit(None),
-            What::DiskSlow { host, .. } => world.disks[host].slow(world.topology.fsync),
+            What::DiskFull { host } if !self.any_other(what) => world.disks[host].limit(None),
+            What::DiskSlow { host, .. } if !self.any_other(what) => world.disks[host].slow(world.topology.fsync),
             What::Flips { host, .. } => world.flips[host].arm(0),
             _ => {}
         }

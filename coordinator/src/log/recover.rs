@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use super::disk::Disk;
 use super::frame::{Record, SEGMENT_HEADER, VERSION, find_frame, read_frame, read_segment_header};
 use super::{LogError, segment_name, segment_number};
+use baton_core::planted::{self, Bug};
 
 /// How far ahead of the expected one a frame's number is still taken for one of this log, when looking for proof of damage.
 const FRAMES_AHEAD_MAX: u64 = 1 << 32;
@@ -89,7 +90,7 @@ fn read_segment(disk: &dyn Disk, name: u64, first: bool, last: bool, out: &mut R
             Some(_) => return Err(damaged(offset, "frame number")),
             None => {
                 let later = out.next_frame..out.next_frame + FRAMES_AHEAD_MAX;
-                if !last || find_frame(&bytes, offset, later).is_some() {
+                if !last || find_frame(&bytes, offset, later).is_some() || planted::is(Bug::TornTailRefused) {
                     return Err(damaged(offset, "frame"));
                 }
                 out.cut_bytes += (bytes.len() - offset) as u64;

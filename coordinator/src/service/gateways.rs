@@ -22,7 +22,7 @@ const GATEWAY_LEASE: Duration = Duration::from_millis(WORKER_LEASE_MS);
 /// Requests ended in one round; the next one goes on.
 const ENDED_MAX: usize = 2048;
 
-/// When each gateway last asked for an assignment; as good as a heartbeat.
+/// When each life of a gateway was last heard of: by a heartbeat, or because it asked for an assignment.
 #[derive(Default)]
 pub(super) struct Asking(Mutex<BTreeMap<String, Instant>>);
 
@@ -66,11 +66,9 @@ impl Shared {
     /// Gateways with open requests that are silent for longer than their lease, and for how long.
     fn lost_gateways(&self, leading: &Leading, now: Instant) -> BTreeMap<String, Duration> {
         let ledger = self.node.ledger();
-        let roster = self.roster();
         let asking = self.asking.0.lock().expect("asking lock");
-        let heartbeats: BTreeMap<&String, Instant> = roster.gateways().map(|(id, gateway)| (id, gateway.at)).collect();
         let silent = |id: &String| {
-            let heard = heartbeats.get(id).copied().max(asking.get(id).copied()).unwrap_or(leading.since);
+            let heard = asking.get(id).copied().unwrap_or(leading.since);
             now.saturating_duration_since(heard.max(leading.since))
         };
         let named = ledger.gateways().filter(|id| !id.is_empty());

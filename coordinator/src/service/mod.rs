@@ -30,7 +30,7 @@ use std::time::Duration;
 
 use baton_core::limits::{HEARTBEAT_MS, WORKER_LEASE_MS};
 use baton_core::{Incarnation, Net, NodeId, Refused, Rng, Role, WorkerId};
-use baton_proto::convert::refusal;
+use baton_proto::convert::{gateway_life, refusal};
 use baton_proto::{WIRE_VERSION, v1};
 use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
@@ -298,7 +298,9 @@ impl Shared {
     }
 
     fn gateway(&self, member: v1::Member) -> Result<(), Refusal> {
-        match self.roster().gateway(member, Instant::now()) {
+        let now = Instant::now();
+        self.asking.heard(&gateway_life(&member), now);
+        match self.roster().gateway(member, now) {
             Some(false) => return Ok(()),
             Some(true) => {}
             None => return Err(refusal(Refused::NoCapacity, format!("{} gateways already", roster::GATEWAYS_MAX))),
@@ -473,7 +475,11 @@ impl v1::coordinator_server::Coordinator for Service {
         &self,
         request: Request<tonic::Streaming<v1::AssignBatch>>,
     ) -> Result<Response<Self::AssignmentsStream>, Status> {
-        Ok(Response::new(Box::pin(stream::assignments(self.0.clone(), request.into_inner()))))
+        // A node that stops has no more answers: whoever asks goes elsewhere, instead of waiting on an old connection.
+        let mut stopping = self.0.stopping.subscribe();
+        let stopped = async move { stopped(&mut stopping).await };
+        let answers = stream::assignments(self.0.clone(), request.into_inner());
+        Ok(Response::new(Box::pin(answers.take_until(Box::pin(stopped)))))
     }
 
     async fn locate(&self, request: Request<v1::LocateRequest>) -> Result<Response<v1::LocateReply>, Status> {

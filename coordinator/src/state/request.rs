@@ -5,6 +5,7 @@ use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, VecDeque};
 
 use baton_core::limits::ATTEMPTS_MAX;
+use baton_core::planted::{self, Bug};
 use baton_core::{Epoch, Lane, NumericsClass, Place, Refused, RequestId, Role};
 use serde::{Deserialize, Serialize};
 
@@ -95,7 +96,7 @@ impl Ledger {
             return Outcome::Ended;
         }
         if let Some(open) = self.open.get(&p.request) {
-            if p.attempt == open.attempt {
+            if p.attempt == open.attempt && !planted::is(Bug::ApplyTwice) {
                 return self.assigned(p.request, open);
             }
             if p.attempt < open.attempt {

@@ -131,7 +131,7 @@ async fn another_gateway_goes_on_with_the_same_bytes() {
             assert_eq!(seen.finishes[0].generated_tokens, generated, "{body}");
             assert_eq!((seen.starts.len(), seen.resumes.len(), seen.assigns.len()), (1, 1, 1));
             assert_eq!((seen.assigns[0].resumable_ms, seen.starts[0].1.resumable_ms), (30_000, 30_000));
-            assert_eq!(seen.locates.last().map(|l| l.gateway.as_str()), Some("gateway-0"));
+            assert!(seen.locates.last().is_some_and(|l| l.gateway.starts_with("gateway-0/")));
         }
     }
 }
@@ -171,7 +171,8 @@ async fn a_stream_taken_over_survives_the_loss_of_its_worker() {
         let seen = world.seen.borrow();
         let [_, (_, second)] = seen.starts.as_slice() else { panic!("two starts") };
         assert_eq!(second.assignment.as_ref().map(|a| (a.attempt, a.epoch)), Some((2, 2)));
-        assert_eq!((seen.assigns[1].previous_epoch, seen.assigns[1].gateway.as_str()), (1, "gateway-0"));
+        assert_eq!(seen.assigns[1].previous_epoch, 1);
+        assert!(seen.assigns[1].gateway.starts_with("gateway-0/"));
     }
 }
 
