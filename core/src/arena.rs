@@ -3,7 +3,6 @@
 //!
 //! ```text
 //! arena = block 0 | block 1 | ...            every block the same size
-//!         | stamp 0 | stamp 1 | ...          shared ones only: which generation of each block is here (4 bytes)
 //! block = (kv_head, layer, K|V, token, head_dim)     head outermost: one extent per head slice
 //! ```
 
@@ -11,11 +10,8 @@ use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::io;
 #[cfg(target_os = "linux")]
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use serde::{Deserialize, Serialize};
-
-use crate::BlockId;
 
 /// Element type of keys and values in the cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -106,14 +102,6 @@ pub struct Arena {
     blocks: usize,
 }
 
-/// Bytes of a block's stamp.
-const STAMP_BYTES: usize = size_of::<AtomicU32>();
-
-/// Where the stamps begin behind so many bytes of blocks.
-fn stamps_at(blocks_bytes: usize) -> usize {
-    blocks_bytes.next_multiple_of(STAMP_BYTES)
-}
-
 /// Where an arena's bytes come from.
 enum Memory {
     Heap {
@@ -160,7 +148,7 @@ impl Arena {
         assert!(bytes > 0, "an arena holds at least one block");
         #[cfg(target_os = "linux")]
         {
-            let mapping = shared::Mapping::new(stamps_at(bytes) + blocks * STAMP_BYTES)?;
+            let mapping = shared::Mapping::new(bytes)?;
             Ok(Arena { base: mapping.start(), memory: Memory::Shared(mapping), layout, blocks })
         }
         #[cfg(not(target_os = "linux"))]
@@ -175,7 +163,7 @@ impl Arena {
     #[cfg(target_os = "linux")]
     pub fn map(descriptor: OwnedFd, layout: BlockLayout) -> io::Result<Arena> {
         let mapping = shared::Mapping::of(descriptor)?;
-        match mapping.bytes() / (layout.block_bytes() + STAMP_BYTES) {
+        match mapping.bytes() / layout.block_bytes().max(1) {
             0 => Err(io::Error::new(io::ErrorKind::InvalidData, "the memory holds no block")),
             blocks => Ok(Arena { base: mapping.start(), memory: Memory::Shared(mapping), layout, blocks }),
         }
@@ -188,40 +176,6 @@ impl Arena {
         match &self.memory {
             Memory::Heap { .. } => None,
             Memory::Shared(mapping) => Some(mapping.for_reading()),
-        }
-    }
-
-    /// Says that whoever held another generation of this block holds it no more; to be called before the block is
-    /// written anew. Readers in other processes compare stamps before and after they copy (`stamp`).
-    pub fn renew(&self, block: BlockId) {
-        if let Some(stamp) = self.stamp_of(block.index) {
-            stamp.store(block.generation, Ordering::Relaxed);
-            // What is written into the block from here on is not seen before the new stamp.
-            std::sync::atomic::fence(Ordering::Release);
-        }
-    }
-
-    /// The generation of a block of a `shared` arena. A copy made between two calls that return the same is of one
-    /// generation. None where nothing is stamped: the arena is this process's own.
-    ///
-    /// # Panics
-    /// If the index is out of range.
-    pub fn stamp(&self, index: u32) -> Option<u32> {
-        // What was read of the block before is read before the stamp, and what is read after it after.
-        std::sync::atomic::fence(Ordering::Acquire);
-        self.stamp_of(index).map(|stamp| stamp.load(Ordering::Acquire))
-    }
-
-    fn stamp_of(&self, index: u32) -> Option<&AtomicU32> {
-        assert!((index as usize) < self.blocks, "block {index} of {}", self.blocks);
-        match self.memory {
-            Memory::Heap { .. } => None,
-            #[cfg(target_os = "linux")]
-            Memory::Shared(_) => {
-                let at = stamps_at(self.blocks * self.layout.block_bytes()) + index as usize * STAMP_BYTES;
-                // SAFETY: inside the mapping (`shared`, `map`), aligned, and only ever used as an atomic.
-                Some(unsafe { AtomicU32::from_ptr(self.base.add(at).cast()) })
-            }
         }
     }
 
@@ -353,25 +307,6 @@ mod tests {
         let file = std::fs::File::from(arena.descriptor().expect("shared").expect("opened"));
         assert!(std::io::Write::write(&mut &file, &[1]).is_err(), "the descriptor does not write");
         assert!(file.set_len(1).is_err(), "the memory does not shrink under a reader");
-    }
-
-    /// A reader in another process sees that a block was given to somebody else, of that block alone.
-    #[cfg(target_os = "linux")]
-    #[test]
-    fn a_renewed_block_shows_to_its_readers() {
-        let odd = BlockLayout { layers: 1, kv_heads: 1, head_dim: 1, block_tokens: 5, dtype: KvDtype::Bf16 };
-        for layout in [LAYOUT, odd] {
-            let arena = Arena::shared(layout, 3).expect("shared memory");
-            let mapped = Arena::map(arena.descriptor().expect("shared").expect("opened"), layout).expect("mapped");
-            arena.renew(BlockId { index: 1, generation: 7 });
-            assert_eq!(mapped.blocks(), 3);
-            assert_eq!([0, 1, 2].map(|index| mapped.stamp(index)), [Some(0), Some(7), Some(0)]);
-            let mut blocks = vec![0; layout.layer_bytes()];
-            // SAFETY: this test is the only user of both.
-            unsafe { mapped.read_layer(2, 0, &mut blocks) };
-            assert!(blocks.iter().all(|&byte| byte == 0), "stamps lie behind the blocks");
-        }
-        assert_eq!(Arena::new(LAYOUT, 1).stamp(0), None);
     }
 
     /// Memory that could shrink would kill its reader, so it is not mapped; nor is a file, nor what holds no block.

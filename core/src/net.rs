@@ -1,6 +1,5 @@
 //! The network seam. Production hands in TCP (`baton_proto::TcpNet`), the simulator turmoil's TCP.
 
-use std::any::Any;
 use std::future::Future;
 use std::io;
 use std::pin::Pin;
@@ -10,9 +9,9 @@ use tokio::io::{AsyncRead, AsyncWrite};
 /// A boxed future, as the object-safe seams return.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
-/// One connection. Whoever can do more with a certain kind of connection finds out by its type.
-pub trait Io: AsyncRead + AsyncWrite + Send + Sync + Unpin + Any {}
-impl<T: AsyncRead + AsyncWrite + Send + Sync + Unpin + Any> Io for T {}
+/// One connection.
+pub trait Io: AsyncRead + AsyncWrite + Send + Sync + Unpin + 'static {}
+impl<T: AsyncRead + AsyncWrite + Send + Sync + Unpin + 'static> Io for T {}
 pub type Stream = Box<dyn Io>;
 
 /// Connects and listens. Addresses are `host:port`; port 0 asks for a free one.

@@ -143,9 +143,8 @@ impl Cache {
         if places.free.len() + places.lru.len() < count {
             return Err(Refused::NoCapacity);
         }
-        let ids: Vec<BlockId> = (0..count).map(|_| places.give()).collect();
+        let ids = (0..count).map(|_| places.give()).collect();
         drop(places);
-        ids.iter().for_each(|id| self.inner.arena.renew(*id));
         Ok(Reserved { cache: self.clone(), ids })
     }
 

@@ -45,6 +45,8 @@ pub struct Data {
     /// What follows `bytes`.
     lent: Vec<Lent>,
     written: usize,
+    /// Wrapping sum of the extents' checksums.
+    pub(crate) digest: u64,
 }
 
 /// Bytes of an arena that somebody else keeps from changing.
@@ -100,17 +102,17 @@ impl Data {
         flags: u16,
     ) -> Header {
         let by_reference = flags & BY_REFERENCE != 0;
-        self.written = 0;
+        (self.written, self.digest) = (0, 0);
         self.lent.clear();
         self.bytes.clear();
         self.bytes.resize(HEADER_BYTES, 0);
         for (position, block) in blocks {
-            let (source, sum) = match by_reference {
-                true => (block.index, arena.stamp(block.index).unwrap_or_default() as u64),
-                false => (0, bind(content(arena, block.index, layer), digest, layer as u32, *position as u32)),
-            };
+            let content = content(arena, block.index, layer);
+            let sum = bind(content, digest, layer as u32, *position as u32);
+            let source = if by_reference { block.index } else { 0 };
             let entry = Entry { position: *position as u32, block: grant.blocks[*position], source, sum };
             self.bytes.extend_from_slice(&entry.encode());
+            self.digest = self.digest.wrapping_add(sum);
         }
         let mut header = Header::new(Kind::Data, grant.tag());
         let extents = if by_reference { 0 } else { blocks.len() * arena.layout().layer_bytes() };
@@ -120,7 +122,7 @@ impl Data {
         header
     }
 
-    /// Positions in the grant with the extents' checksums, or stamps.
+    /// Positions in the grant with the extents' checksums.
     pub(crate) fn sums(&self) -> impl Iterator<Item = (u32, u64)> {
         let (entries, _) = self.bytes[HEADER_BYTES..].as_chunks::<ENTRY_BYTES>();
         entries.iter().map(Entry::decode).map(|entry| (entry.position, entry.sum))

@@ -38,7 +38,6 @@ pub struct Outgoing {
 #[derive(Clone, Copy)]
 struct Extent {
     source: BlockId,
-    /// As in the frame's entry.
     sum: u64,
 }
 
@@ -113,18 +112,11 @@ impl Outgoing {
         }
         for Sent { position, source, sum } in self.transmit(layer, blocks).await? {
             self.extents[layer * self.grant.blocks.len() + position as usize] = Some(Extent { source, sum });
-            if self.announces() {
-                self.sent.digest = self.sent.digest.wrapping_add(sum);
-            }
+            self.sent.digest = self.sent.digest.wrapping_add(sum);
         }
         self.sent.extents += blocks.len() as u64;
         self.sent.bytes += (blocks.len() * self.grant.layout.layer_bytes()) as u64;
         Ok(())
-    }
-
-    /// Whether what is sent is read here, and its checksum known.
-    fn announces(&self) -> bool {
-        !matches!(&self.path, Path::Connection(connection) if connection.by_reference())
     }
 
     /// Returns once the receiver can do without the source blocks.

@@ -379,34 +379,15 @@ impl Shared {
                 self.spoil(link, header, entry.position);
                 continue;
             }
-            self.fetch_shared(link, header, entry, source);
+            let mut landing = Landing::new(&layout);
+            let fetched = self.writing(link, header, entry, |arena| {
+                landing.fetch(arena, entry.block, header.layer as u32, source, entry.source);
+            });
+            if fetched {
+                self.landed(link, header, entry, landing);
+            }
         }
         Ok(())
-    }
-
-    /// One extent out of the sender's arena. It is what the sender holds if its block has the announced stamp before and
-    /// after the copy; the checksum is that of what was stored.
-    fn fetch_shared(&self, link: &Link, header: &Header, entry: &Entry, source: &Arena) {
-        let mut landing = Landing::new(&self.layout());
-        let is_held = || source.stamp(entry.source).map(u64::from) == Some(entry.sum);
-        let mut held = is_held();
-        let fetched = self.writing(link, header, entry, |arena| {
-            landing.fetch(arena, entry.block, header.layer as u32, source, entry.source);
-        });
-        if !fetched {
-            return;
-        }
-        held &= is_held();
-        let Some(pending) = self.pending(header.tag.transfer) else { return };
-        if held {
-            let mut pending = lock(&pending);
-            let sum = landing.finish(pending.transfer.digest(), header.layer as u32, entry.position);
-            if pending.transfer.admit(link.id, header).is_ok() {
-                pending.arrived(&self.counts, header.layer as u32, &Entry { sum, ..*entry });
-            }
-            return;
-        }
-        self.spoil(link, header, entry.position);
     }
 
     /// One extent off the wire: each slice is copied to its place as it comes, so that it is still in the cache. The
@@ -526,10 +507,7 @@ impl Shared {
     pub(crate) fn hear(&self, link: &Link, message: Message) -> Result<(), BadFrame> {
         let tag = message.tag;
         let event = match message.body {
-            Body::Open { request, grant } => {
-                let (resends, announces) = (link.resends(), link.source.is_none());
-                Event::Open { tag, request, grant, resends, announces }
-            }
+            Body::Open { request, grant } => Event::Open { tag, request, grant, resends: link.resends() },
             Body::Commit(summary) => Event::Commit { tag, summary },
             Body::Abort { reason, quiesced } => Event::Abort { reason, quiesced },
             Body::Aborted { quiesced: true } => Event::Quiesced,

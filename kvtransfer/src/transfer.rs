@@ -35,8 +35,6 @@ pub(crate) struct Transfer {
     received: Received,
     /// The sender can send extents again.
     resends: bool,
-    /// The sender has read what it sends, and its COMMIT says what that was.
-    announces: bool,
     /// Some extents arrived damaged since the last time they were asked for.
     damaged: bool,
     /// How often they were.
@@ -58,7 +56,6 @@ pub(crate) enum Event {
         request: RequestId,
         grant: u128,
         resends: bool,
-        announces: bool,
     },
     Commit {
         tag: Tag,
@@ -107,7 +104,7 @@ impl Transfer {
         let digest = grant.digest();
         let arrived = vec![0; extents.div_ceil(64)];
         let (state, received) = (State::Granted, Received::default());
-        Transfer { grant, digest, state, arrived, received, resends: false, announces: true, damaged: false, asked: 0 }
+        Transfer { grant, digest, state, arrived, received, resends: false, damaged: false, asked: 0 }
     }
 
     fn expected(&self) -> u64 {
@@ -126,9 +123,9 @@ impl Transfer {
 
     fn step_granted(&mut self, link: LinkId, event: Event) -> Vec<Action> {
         match event {
-            Event::Open { tag, request, grant, resends, announces } => match self.fits(tag, request, grant) {
+            Event::Open { tag, request, grant, resends } => match self.fits(tag, request, grant) {
                 Ok(()) => {
-                    (self.state, self.resends, self.announces) = (State::Open(link), resends, announces);
+                    (self.state, self.resends) = (State::Open(link), resends);
                     vec![Action::Tell(link, Body::Opened)]
                 }
                 Err(reason) => refuse(link, reason),
@@ -189,7 +186,7 @@ impl Transfer {
         }
         let error = if arrived != expected {
             TransferError::Incomplete { arrived, expected }
-        } else if summary != (Summary { digest: self.received.digest * self.announces as u64, ..self.received }) {
+        } else if summary != self.received {
             TransferError::Digest
         } else {
             self.state = State::Ended;

@@ -12,8 +12,7 @@
 //! entry        = position (4) | index (4) | generation (4) | source (4) | checksum of its extent (8)
 //! ```
 //! With the flag BY_REFERENCE a DATA frame has no extents: each lies in block `source` of the sender's arena, which the
-//! receiver has mapped, and instead of a checksum the entry has the block's stamp (`core::Arena::stamp`); the COMMIT then
-//! names no digest. Otherwise `source` is zero. What an end can do beyond the first release (`FEATURE_*`) stands in
+//! receiver has mapped. Otherwise `source` is zero. What an end can do beyond the first release (`FEATURE_*`) stands in
 //! the flags of its HELLO, so that a peer of the first release, which sets none and reads none, still pairs.
 //! The payload checksum of DATA covers the entries; the entries' checksums cover the extents, so that bytes are hashed
 //! once. `sequence` counts the DATA payload bytes of a link: in DATA those sent before it, in ACK those taken.
@@ -37,9 +36,8 @@ const QUIESCED: u16 = 1;
 pub const BY_REFERENCE: u16 = 2;
 /// In HELLO: extents that arrived damaged may be asked for again.
 pub const FEATURE_RESEND: u16 = 1;
-/// In HELLO: this end's arena can be shared with another process of the host, or it can map such an arena. (2 meant
-/// the same without stamps; such a peer stays on tcp.)
-pub const FEATURE_SHARED: u16 = 4;
+/// In HELLO: this end's arena can be shared with another process of the host, or it can map such an arena.
+pub const FEATURE_SHARED: u16 = 2;
 /// Extents one RESEND names at most: it has to fit the buffer of an end that reads small frames only.
 pub const RESEND_MAX: usize = 256;
 const TEXT_BYTES_MAX: usize = 1024;
@@ -225,8 +223,7 @@ pub struct Summary {
     /// (layer, block) pairs.
     pub extents: u64,
     pub bytes: u64,
-    /// Wrapping sum of the extents' checksums: the order of arrival does not matter. Zero in the COMMIT of a sender by
-    /// reference: it does not read what it sends.
+    /// Wrapping sum of the extents' checksums: the order of arrival does not matter.
     pub digest: u64,
 }
 
@@ -339,7 +336,7 @@ pub struct Entry {
     pub block: BlockId,
     /// By reference: the block of the sender's arena that holds the extent.
     pub source: u32,
-    /// Checksum of the extent, bound to its place (`extent::bind`); by reference the stamp of the source block.
+    /// Checksum of the extent, bound to its place (`extent::bind`).
     pub sum: u64,
 }
 

@@ -15,7 +15,7 @@ fn grant() -> Grant {
 }
 
 fn open(grant: &Grant) -> Event {
-    Event::Open { tag: grant.tag(), request: grant.request, grant: grant.digest(), resends: false, announces: true }
+    Event::Open { tag: grant.tag(), request: grant.request, grant: grant.digest(), resends: false }
 }
 
 fn entry(position: u32) -> Entry {
