@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use baton_core::Net;
 use baton_proto::v1::coordinator_client::CoordinatorClient;
 use baton_proto::v1::raft_client::RaftClient;
 use baton_proto::v1::{
@@ -80,8 +81,8 @@ async fn strangers_and_the_past_are_refused_and_counted() {
     assert_eq!((newer, registrations("wire_version").await), (Err("incompatible".into()), 1.0));
 
     // A name is held by whoever listens: this one does.
-    let holder = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("loopback");
-    let held = holder.local_addr().expect("bound").to_string();
+    let holder = TcpNet.listen("127.0.0.1:0").await.expect("loopback");
+    let held = holder.address();
     let first = register(&mut client, asks("", WIRE_VERSION, &held, "k")).await.expect("nobody has the name");
     beat(&mut client, member("decode-0", &held), first, 5).await.expect("it is in force");
     let second = register(&mut client, asks("", WIRE_VERSION, here, "other")).await;

@@ -40,7 +40,7 @@ fn asking(id: u128, len: usize, vocab: usize) -> Request {
         request.sampling.temperature = 0.8;
         request.sampling.seed = id as u64;
     }
-    Request { prompt_logprobs: (id % 3 == 0).then_some(2), ..request }
+    Request { prompt_logprobs: (id.is_multiple_of(3)).then_some(2), ..request }
 }
 
 fn name(test: &str, index: usize, ranks: usize) -> String {
