@@ -45,13 +45,13 @@ pub trait Invariant {
 pub fn all() -> Vec<Box<dyn Invariant>> {
     vec![
         Box::new(same_bytes::SameBytes::default()),
-        Box::new(ends_once::EndsOnce::default()),
+        Box::new(ends_once::EndsOnce),
         Box::new(typed_errors::TypedErrors::default()),
         Box::new(blocks::Blocks),
         Box::new(leaders::Leaders::default()),
         Box::new(ledgers::Ledgers::default()),
         Box::new(own_disk::OwnDisk::default()),
-        Box::new(healed::Healed::default()),
+        Box::new(healed::Healed),
         Box::new(quiet::Quiet),
     ]
 }
