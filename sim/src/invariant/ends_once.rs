@@ -10,7 +10,6 @@ use crate::host::gateway::DEADLINE_MS;
 /// What a request may take beyond its deadline: tries that were refused come before it.
 const SLACK: Duration = Duration::from_secs(20);
 
-#[derive(Default)]
 pub(super) struct EndsOnce;
 
 impl Invariant for EndsOnce {

@@ -5,7 +5,6 @@ use std::collections::BTreeSet;
 use super::{Invariant, Look};
 use crate::host::client::End;
 
-#[derive(Default)]
 pub(super) struct Healed;
 
 impl Invariant for Healed {
