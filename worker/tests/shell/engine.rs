@@ -1,14 +1,12 @@
 //! The engine thread: notes in order, cancellation by drop, readers that do not read, and a backend that panics.
 
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Condvar, Mutex};
 
 use crate::{config, eventually, net, start, start_with};
 use baton_core::Refused;
-use baton_engine::testing::{Fault, TinyModel, faulty_group, request, work};
-use baton_engine::{Backend, Batch, Event, Goal, LoadOptions, Output, Work, load_ranks};
+use baton_engine::testing::{request, work};
+use baton_engine::{Backend, Batch, Event, Goal, Output, Work};
 use baton_worker::outlet::{Note, Outlet, Phases, outlet};
 use baton_worker::testing::{FakeCoordinator, hash_model};
 use baton_worker::{Admission, Error, LoadedModel, Running, StartError, Submission};
@@ -144,30 +142,6 @@ async fn a_backend_that_panics_ends_the_worker() {
     assert!(matches!(worker.ending().await, Err(Error::EngineDied)));
     let again = submit(&worker, work(&request(2, &[1], 1)), &outlet);
     assert!(again.is_err());
-}
-
-/// A tensor-parallel group of which one rank panics, or does not come any more: the worker stops serving and ends, so that
-/// its process can be started again. Nothing waits for the rank.
-#[tokio::test]
-async fn a_rank_that_breaks_ends_the_worker() {
-    for hangs in [false, true] {
-        let coordinator = FakeCoordinator::start(&net()).await.unwrap();
-        let dir = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("rank-{hangs}"));
-        std::fs::create_dir_all(&dir).unwrap();
-        TinyModel::llama().write(&dir, 7).unwrap();
-        let options = LoadOptions { ranks: 2, ..LoadOptions::default() };
-        let (ranks, spec) = load_ranks(&dir, options, &mut |_| {}).unwrap();
-        let (_keep, until) = sync_channel(0);
-        let fault = if hangs { Fault::Hangs(until) } else { Fault::Panics };
-        let backend = Box::new(faulty_group(ranks, 1, 40, fault).unwrap());
-        let mut worker =
-            start_with(config(&[&coordinator]), LoadedModel { spec, backend, ..hash_model() }).await.unwrap();
-        let (outlet, _inlet) = outlet(1024);
-        let mut admission = submit(&worker, work(&request(1, &[1], 200)), &outlet).unwrap();
-        assert!(matches!(worker.ending().await, Err(Error::EngineDied)), "hangs: {hangs}");
-        admission.ended().await;
-        assert!(submit(&worker, work(&request(2, &[1], 1)), &outlet).is_err());
-    }
 }
 
 #[tokio::test]
