@@ -11,8 +11,8 @@ pub struct Policy {
     pub prefill_tokens_min: u64,
     /// Requests that may wait on a worker before it counts as full. Default: the bound of the worker itself.
     pub queue_max: u64,
-    /// Requests that may wait on a decode worker for a sequence or for blocks, and on a prefill worker whose prompts take longer
-    /// than the interactive lane's TTFT; further ones wait with the coordinator, where lanes and tenants take turns. Default 4.
+    /// Requests that may wait on a decode worker for a sequence or for blocks; further ones wait with the coordinator,
+    /// where lanes and tenants take turns. Default 4.
     pub decode_waiting_max: u64,
     /// What sharing a decode worker's steps with one more sequence is worth, in prompt tokens. Default 32.
     pub sequence_cost_tokens: u64,
