@@ -4,9 +4,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use baton_core::limits::REQUEST_DEADLINE_MS;
 use baton_core::planted::{self, Bug};
 use baton_proto::v1::{FinishRequest, FinishedRequest};
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 
 use crate::coordinators::Coordinators;
 use crate::measure;
@@ -15,8 +17,11 @@ const QUEUE_MAX: usize = 8192;
 const BATCH_MAX: usize = 512;
 /// How long the first end of a batch waits for others.
 const GATHER: Duration = Duration::from_millis(2);
-const TRIES_MAX: u32 = 8;
+/// An end is told for as long as a request may last: by then the ledger has ended it by itself.
+const TELL_MAX: Duration = Duration::from_millis(REQUEST_DEADLINE_MS);
+/// Between tries: so much more after each, up to the maximum.
 const PAUSE: Duration = Duration::from_millis(100);
+const PAUSE_MAX: Duration = Duration::from_secs(1);
 
 /// Where ends are handed in; never blocks.
 #[derive(Clone)]
@@ -57,12 +62,14 @@ impl Finisher {
 }
 
 async fn tell(coordinators: &Coordinators, request: FinishRequest) {
-    for attempt in 1..=TRIES_MAX {
+    let (since, mut pause) = (Instant::now(), PAUSE);
+    while since.elapsed() < TELL_MAX {
         match coordinators.finish(request.clone()).await {
             Ok(_) => return,
-            Err(refusal) => tracing::debug!(attempt, %refusal, "finish not taken"),
+            Err(refusal) => tracing::debug!(?pause, %refusal, "finish not taken"),
         }
-        tokio::time::sleep(PAUSE * attempt).await;
+        tokio::time::sleep(pause).await;
+        pause = (pause + PAUSE).min(PAUSE_MAX);
     }
     tracing::warn!(requests = request.requests.len(), "no coordinator took the end of requests; their leases end them");
     request.requests.iter().for_each(|_| measure::finish_lost());
