@@ -36,6 +36,7 @@ fn seeds_that_found_bugs_hold() {
         ("a stopped node kept its streams of assignments open: gateways waited on them for ever", "37", "disk"),
         ("a gateway that came back under its name kept the requests of its earlier life open", "4", "crash"),
         ("the same, and blocks of a handoff held", "8", "crash"),
+        ("a gateway gave up telling the ledger of ends while the coordinators were away", "20", "disk"),
         ("a lost decode worker was called an internal error, without Retry-After", "2", "swarm"),
     ];
     for (what, seed, profile) in found {
