@@ -3,7 +3,6 @@
 
 mod access;
 mod admin;
-mod allocator;
 mod args;
 mod bench;
 mod chat;
