@@ -47,7 +47,7 @@ pub(crate) enum Command {
     #[command(subcommand)]
     Sim(crate::sim::Sim),
     /// Say what this machine offers and what is missing
-    Doctor,
+    Doctor(crate::doctor::DoctorFlags),
     /// Run one coordinator, or change the group of those that run
     Coordinator(crate::role::coordinator::CoordinatorFlags),
     /// Run one prefill worker
@@ -92,6 +92,11 @@ mod tests {
             ("baton up --tp 2 --prefill-tp 1 --decode-tp 4", true),
             ("baton up --tp 0", false),
             ("baton decode-worker --tp 2", true),
+            ("baton up --device cuda:1", true),
+            ("baton up --device gpu", false),
+            ("baton doctor", true),
+            ("baton doctor --gpu --measure --json", true),
+            ("baton doctor --measure", false),
             ("baton up --port 70000", false),
             ("baton status --json", true),
             ("baton status --data d --coordinator a:1", false),

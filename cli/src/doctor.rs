@@ -3,6 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use baton_kernels::Profile;
+use clap::Args;
 
 use crate::exit::Failure;
 use crate::surroundings;
@@ -10,7 +11,39 @@ use crate::table;
 
 const PORT: u16 = 8000;
 
-pub(crate) fn run() -> Result<(), Failure> {
+/// What `baton doctor` looks at.
+#[derive(Args, Debug)]
+pub(crate) struct DoctorFlags {
+    /// Look at GPUs: driver, compiler and devices, then run every kernel against the reference on one of them
+    #[arg(long)]
+    pub(crate) gpu: bool,
+    /// Which GPU to check
+    #[arg(long, value_name = "N", default_value_t = 0, requires = "gpu")]
+    pub(crate) gpu_index: usize,
+    /// Only small shapes, as a memory checker has time for
+    #[arg(long, requires = "gpu")]
+    pub(crate) small: bool,
+    /// Also measure the kernels
+    #[arg(long, requires = "gpu")]
+    pub(crate) measure: bool,
+    /// GB/s that a copy reaches on this GPU, to state bandwidths as shares of
+    #[arg(long, value_name = "X", requires = "measure")]
+    pub(crate) copy_gbps: Option<f64>,
+    /// TFLOP/s that a bf16 matmul reaches on this GPU, to state rates as shares of
+    #[arg(long, value_name = "X", requires = "measure")]
+    pub(crate) matmul_tflops: Option<f64>,
+    /// Seed of the random inputs
+    #[arg(long, default_value_t = 1, requires = "gpu")]
+    pub(crate) seed: u64,
+    /// Print one JSON object a line for each check and figure
+    #[arg(long, requires = "gpu")]
+    pub(crate) json: bool,
+}
+
+pub(crate) fn run(flags: DoctorFlags) -> Result<(), Failure> {
+    if flags.gpu {
+        return crate::device::doctor(&flags, surroundings::cubins());
+    }
     let rows: Vec<Vec<String>> = findings().into_iter().map(|(what, found)| vec![what.to_string(), found]).collect();
     print!("{}", table::render(&["WHAT", "FOUND"], &rows));
     Ok(())
@@ -27,7 +60,7 @@ fn findings() -> Vec<(&'static str, String)> {
         ("port", port()),
         ("open files", open_files()),
         ("handoff links", "tcp and in-process; shared memory, UCX and NCCL are not in this build".to_string()),
-        ("gpu", "not used: this build computes on the CPU".to_string()),
+        ("gpu", crate::device::finding()),
         ("data directory", data_directory()),
     ]
 }

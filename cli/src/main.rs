@@ -6,6 +6,7 @@ mod admin;
 mod args;
 mod bench;
 mod chat;
+mod device;
 mod doctor;
 mod event;
 mod exit;
@@ -55,7 +56,7 @@ fn run(Arguments { log, command }: Arguments) -> Result<(), Failure> {
         Command::Chat(flags) => chat::run(flags),
         Command::Bench(bench) => bench::run(bench),
         Command::Sim(command) => sim::run(command),
-        Command::Doctor => doctor::run(),
+        Command::Doctor(flags) => doctor::run(flags),
         Command::Coordinator(flags) => role::coordinator::run(flags),
         Command::PrefillWorker(flags) => role::worker::run(flags, baton_core::Role::Prefill),
         Command::DecodeWorker(flags) => role::worker::run(flags, baton_core::Role::Decode),

@@ -14,6 +14,11 @@ pub(crate) fn default_data() -> PathBuf {
     PathBuf::from(variable("HOME").unwrap_or_else(|| ".".to_string())).join(".baton")
 }
 
+/// Where compiled GPU kernels are kept: `$BATON_CUBINS`, or a folder of the default data directory.
+pub(crate) fn cubins() -> PathBuf {
+    variable("BATON_CUBINS").map_or_else(|| default_data().join("cubins"), PathBuf::from)
+}
+
 /// Processors this process may use.
 pub(crate) fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, |n| n.get())

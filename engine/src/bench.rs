@@ -4,14 +4,14 @@
 use baton_core::{Request, RequestId, Rng, TokenId};
 use baton_kernels::limits::{matmul_flops, read_bandwidth};
 
+use crate::backend::Backend;
 use crate::engine::Engine;
 use crate::model::CpuModel;
 use crate::spec::{EngineConfig, ModelSpec};
 use crate::testing::{request, step, work};
 
-const PREFILL_TOKENS: usize = 512;
-const CONTEXT_TOKENS: usize = 64;
-const DECODE_BATCHES: [usize; 3] = [1, 8, 32];
+/// Sequences that decode while a prompt is prefilled.
+const MIXED_BATCH: usize = 8;
 
 /// One measured number.
 #[derive(Clone, Debug, PartialEq)]
@@ -28,65 +28,117 @@ pub struct BenchOptions {
     pub rounds: usize,
     /// Decode steps timed per round.
     pub decode_steps: usize,
+    /// Length of the prompt that is prefilled, in one step.
+    pub prefill_tokens: usize,
+    /// Tokens that each decoding sequence has before.
+    pub context_tokens: usize,
+    /// Sequences that decode at a time.
+    pub batches: &'static [usize],
 }
 
 impl Default for BenchOptions {
     fn default() -> BenchOptions {
-        BenchOptions { rounds: 3, decode_steps: 24 }
+        BenchOptions { rounds: 3, decode_steps: 24, prefill_tokens: 512, context_tokens: 64, batches: &[1, 8, 32] }
     }
 }
 
-/// Tokens per second of prefill (one prompt of 512), decode (1, 8 and 32 sequences) and both mixed, then the shares of the
-/// limits measured beside them. `seconds` is a monotonic clock.
+/// Tokens per second, the best of all rounds.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Rates {
+    pub prefill: f64,
+    /// Of each of `BenchOptions::batches`.
+    pub decode: Vec<f64>,
+    /// Prefill of one prompt in the step of 8 sequences that decode.
+    pub mixed: f64,
+}
+
+impl Rates {
+    fn none(options: &BenchOptions) -> Rates {
+        Rates { prefill: 0.0, decode: vec![0.0; options.batches.len()], mixed: 0.0 }
+    }
+
+    /// Measures once more.
+    fn round(&mut self, model: &mut dyn Backend, spec: &ModelSpec, options: &BenchOptions, seconds: &dyn Fn() -> f64) {
+        let mut run = Run { model, spec, seconds, options };
+        self.prefill = self.prefill.max(run.prefill());
+        for (best, batch) in self.decode.iter_mut().zip(options.batches) {
+            *best = best.max(run.decode(*batch));
+        }
+        self.mixed = self.mixed.max(run.mixed());
+    }
+
+    /// As figures of these names.
+    pub fn figures(&self, options: &BenchOptions) -> Vec<Figure> {
+        let figure = |name: String, value: f64| Figure { name, value, unit: "tokens/s" };
+        let tokens = options.prefill_tokens;
+        let mut figures = vec![figure(format!("prefill_{tokens}"), self.prefill)];
+        for (value, batch) in self.decode.iter().zip(options.batches) {
+            figures.push(figure(format!("decode_batch_{batch}"), *value));
+        }
+        figures.push(figure(format!("mixed_prefill_{tokens}_decode_{MIXED_BATCH}"), self.mixed));
+        figures
+    }
+}
+
+/// Rates of any backend. `seconds` is a monotonic clock.
+pub fn rates(
+    model: &mut dyn Backend,
+    spec: &ModelSpec,
+    options: &BenchOptions,
+    seconds: &dyn Fn() -> f64,
+) -> Rates {
+    let mut rates = Rates::none(options);
+    (0..options.rounds.max(1)).for_each(|_| rates.round(model, spec, options, seconds));
+    rates
+}
+
+/// Tokens per second of prefill, decode and both mixed, then the shares of the limits measured beside them. `seconds` is a
+/// monotonic clock.
 pub fn bench(model: &mut CpuModel, spec: &ModelSpec, options: BenchOptions, seconds: &dyn Fn() -> f64) -> Vec<Figure> {
     let (threads, profile) = (model.threads(), model.cpu().profile());
-    let (mut bandwidth, mut flops, mut prefill, mut mixed) = (0f64, 0f64, 0f64, 0f64);
-    let mut decode = [0f64; DECODE_BATCHES.len()];
+    let (mut bandwidth, mut flops, mut rates) = (0f64, 0f64, Rates::none(&options));
     for _ in 0..options.rounds.max(1) {
-        let mut run = Run { model, spec, seconds, steps: options.decode_steps.max(1) };
         flops = flops.max(matmul_flops(threads, profile, 5) * 1e9);
-        prefill = prefill.max(run.prefill());
+        rates.round(model, spec, &options, seconds);
         bandwidth = bandwidth.max(read_bandwidth(threads, 5) * 1e9);
-        for (best, batch) in decode.iter_mut().zip(DECODE_BATCHES) {
-            *best = best.max(run.decode(batch));
-        }
-        mixed = mixed.max(run.mixed());
     }
+    let mut figures = rates.figures(&options);
     let figure = |name: String, value: f64, unit: &'static str| Figure { name, value, unit };
-    let mut figures = vec![figure(format!("prefill_{PREFILL_TOKENS}"), prefill, "tokens/s")];
-    for (value, batch) in decode.iter().zip(DECODE_BATCHES) {
-        figures.push(figure(format!("decode_batch_{batch}"), *value, "tokens/s"));
-    }
-    figures.push(figure("mixed_prefill_512_decode_8".to_string(), mixed, "tokens/s"));
     figures.push(figure("limit_flops".to_string(), flops / 1e9, "GFLOP/s"));
     figures.push(figure("limit_bandwidth".to_string(), bandwidth / 1e9, "GB/s"));
     // A multiplication and an addition per weight, and two bytes per weight.
-    let prefill_share = prefill * model.layer_bytes() as f64 / flops;
-    figures.push(figure(format!("prefill_{PREFILL_TOKENS}_share_of_flops"), 100.0 * prefill_share, "%"));
-    let decode_share = decode[0] * (model.layer_bytes() + model.head_bytes()) as f64 / bandwidth;
+    let prefill_share = rates.prefill * model.layer_bytes() as f64 / flops;
+    figures.push(figure(format!("prefill_{}_share_of_flops", options.prefill_tokens), 100.0 * prefill_share, "%"));
+    let decode_share = rates.decode[0] * (model.layer_bytes() + model.head_bytes()) as f64 / bandwidth;
     figures.push(figure("decode_batch_1_share_of_bandwidth".to_string(), 100.0 * decode_share, "%"));
     figures
 }
 
 /// One round's means.
 struct Run<'a> {
-    model: &'a mut CpuModel,
+    model: &'a mut dyn Backend,
     spec: &'a ModelSpec,
     seconds: &'a dyn Fn() -> f64,
-    steps: usize,
+    options: &'a BenchOptions,
 }
 
 impl Run<'_> {
     fn engine(&self, sequences: usize) -> Engine {
-        let per_sequence = (PREFILL_TOKENS + 4 * self.steps).div_ceil(self.spec.layout.block_tokens as usize);
+        let BenchOptions { prefill_tokens, context_tokens, .. } = *self.options;
+        let tokens = prefill_tokens + sequences * (context_tokens + self.tokens_max());
+        let block_tokens = self.spec.layout.block_tokens as usize;
         let config = EngineConfig {
-            blocks: (sequences + 1) * per_sequence,
-            batch_tokens_max: PREFILL_TOKENS + sequences,
+            blocks: tokens.div_ceil(block_tokens) + 2 * (sequences + 1),
+            batch_tokens_max: prefill_tokens + sequences,
             sequences_max: sequences + 1,
             queue_max: sequences + 1,
             prefix_cache: false,
         };
         Engine::new(self.spec.clone(), config)
+    }
+
+    fn tokens_max(&self) -> usize {
+        4 * self.options.decode_steps.max(1)
     }
 
     fn request(&self, id: usize, prompt: usize, tokens_max: usize) -> Request {
@@ -106,15 +158,16 @@ impl Run<'_> {
     }
 
     fn prefill(&mut self) -> f64 {
-        let mut engine = self.engine(1);
-        admit(&mut engine, self.request(0, PREFILL_TOKENS, 1));
-        PREFILL_TOKENS as f64 / self.time(&mut engine, 1)
+        let (mut engine, tokens) = (self.engine(1), self.options.prefill_tokens);
+        admit(&mut engine, self.request(0, tokens, 1));
+        tokens as f64 / self.time(&mut engine, 1)
     }
 
     /// An engine whose `batch` sequences all decode.
     fn decoding(&mut self, batch: usize) -> Engine {
         let mut engine = self.engine(batch);
-        (0..batch).for_each(|id| admit(&mut engine, self.request(id, CONTEXT_TOKENS, 4 * self.steps)));
+        let (context, tokens_max) = (self.options.context_tokens, self.tokens_max());
+        (0..batch).for_each(|id| admit(&mut engine, self.request(id, context, tokens_max)));
         while engine.load().tokens_waiting > 0 {
             self.time(&mut engine, 1);
         }
@@ -123,15 +176,15 @@ impl Run<'_> {
 
     fn decode(&mut self, batch: usize) -> f64 {
         let mut engine = self.decoding(batch);
-        let steps = self.steps;
+        let steps = self.options.decode_steps.max(1);
         (batch * steps) as f64 / self.time(&mut engine, steps)
     }
 
     /// One step that prefills a prompt while 8 sequences decode.
     fn mixed(&mut self) -> f64 {
-        let mut engine = self.decoding(8);
-        admit(&mut engine, self.request(99, PREFILL_TOKENS, 1));
-        (PREFILL_TOKENS + 8) as f64 / self.time(&mut engine, 1)
+        let (mut engine, tokens) = (self.decoding(MIXED_BATCH), self.options.prefill_tokens);
+        admit(&mut engine, self.request(99, tokens, 1));
+        (tokens + MIXED_BATCH) as f64 / self.time(&mut engine, 1)
     }
 }
 

@@ -164,6 +164,17 @@ impl GpuModel {
         &self.gpu
     }
 
+    /// Bytes of the matrices of all layers: read once per step.
+    pub fn layer_bytes(&self) -> usize {
+        let bytes = |layer: &Layer| layer.qkv.bytes() + layer.out.bytes() + layer.gate_up.bytes() + layer.down.bytes();
+        self.weights.layers.iter().map(bytes).sum()
+    }
+
+    /// Bytes of the output matrix: read once per step that draws.
+    pub fn head_bytes(&self) -> usize {
+        self.weights.head.bytes()
+    }
+
     /// KV blocks that the free memory holds, with some of it left for batches.
     pub fn blocks_that_fit(&self, layout: &BlockLayout) -> Result<usize, GpuError> {
         let (free, _) = self.gpu.memory()?;

@@ -11,6 +11,7 @@ mod emulated;
 mod error;
 mod gpu;
 mod launch;
+pub mod measure;
 mod memory;
 mod nvidia;
 mod spans;

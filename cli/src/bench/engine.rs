@@ -10,6 +10,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use tokio::time::Instant;
 
 use super::figure::{self, Figure};
+use crate::device::Device;
 use crate::exit::Failure;
 use crate::surroundings;
 use crate::table;
@@ -33,12 +34,22 @@ pub(crate) struct EngineFlags {
     /// Kernel profile: f32acc or bf16dp [default: the fastest this machine has]
     #[arg(long)]
     profile: Option<String>,
+    /// What to compute on: cpu, cuda or cuda:INDEX (a build with the feature cuda). A GPU prefills 4096 tokens and decodes 1,
+    /// 8 and 64 sequences of 1024
+    #[arg(long, value_name = "DEVICE", default_value_t, hide_default_value = true)]
+    pub(crate) device: Device,
+    /// GB/s that a copy reaches on the GPU, to state decode's bandwidth as a share of
+    #[arg(long, value_name = "X")]
+    pub(crate) copy_gbps: Option<f64>,
+    /// TFLOP/s that a bf16 matmul reaches on the GPU, to state prefill's rate as a share of
+    #[arg(long, value_name = "X")]
+    pub(crate) matmul_tflops: Option<f64>,
     /// Rounds over all figures
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
-    rounds: u32,
+    pub(crate) rounds: u32,
     /// Print one JSON object a line for each figure instead of a table
     #[arg(long)]
-    json: bool,
+    pub(crate) json: bool,
 }
 
 pub(crate) fn run(flags: EngineFlags) -> Result<(), Failure> {
@@ -46,6 +57,10 @@ pub(crate) fn run(flags: EngineFlags) -> Result<(), Failure> {
         Some(directory) => directory.clone(),
         None => crate::model::unpack(&surroundings::default_data()).map_err(Failure::refused)?,
     };
+    if let Device::Cuda(index) = flags.device {
+        let threads = flags.threads.map_or_else(surroundings::cores, |n| n as usize);
+        return crate::device::bench(&flags, &directory, index, threads);
+    }
     let options = LoadOptions {
         threads: flags.threads.map_or_else(surroundings::cores, |n| n as usize),
         profile: profile(flags.profile.as_deref())?,

@@ -45,6 +45,12 @@ impl Settings {
         self.table.get(key).map(Value::to_string).unwrap_or_default()
     }
 
+    /// A number that file or flag has set; whether it may stand there, reading out tells.
+    pub(crate) fn count(&self, key: &str) -> Option<u64> {
+        let (table, last) = key.split_once('.')?;
+        self.table.get(table)?.get(last)?.as_integer()?.try_into().ok()
+    }
+
     /// The table a key stands in, made if it is missing; None if the file holds no table there, which reading out tells.
     fn place<'a>(&mut self, key: &'a str) -> Option<(&mut Table, &'a str)> {
         match key.split_once('.') {

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::Context;
 use baton_core::limits::{BLOCK_TOKENS, WORKER_QUEUE_MAX};
 use baton_core::{Env, Rng, Role};
-use baton_engine::{LoadOptions, Loaded, ModelSpec, Progress};
+use baton_engine::{Backend, LoadOptions, Loaded, ModelSpec, Progress};
 use baton_kernels::Profile;
 use baton_worker::{Config, Ending, Error, Left, LoadedModel, Running, StartError};
 use clap::Args;
@@ -13,6 +13,7 @@ use tokio::time::Instant;
 
 use super::settings::{Settings, texts};
 use super::{Asked, EXIT_CODES, RoleFlags, STOP_MAX, metrics, not_started};
+use crate::device::Device;
 use crate::event::{Event, Voice};
 use crate::exit::Failure;
 use crate::surroundings;
@@ -31,7 +32,7 @@ const SEQUENCES_MAX: usize = 256;
 /// up for its silence drops what it had and registers anew.
 ///
 /// Keys of the TOML file, as the flags of these names: id, listen, kv_listen, kv_advertise, advertise_host, coordinators (a list), model,
-/// threads, tp, profile, metrics, kv_bytes, drain_ms, autonomy_ms. In the table [engine]: blocks (--kv-blocks), batch_tokens_max (--batch-tokens),
+/// threads, tp, device, profile, metrics, kv_bytes, drain_ms, autonomy_ms. In the table [engine]: blocks (--kv-blocks), batch_tokens_max (--batch-tokens),
 /// sequences_max (sequences worked on at a time, 256), queue_max (requests that wait before more are refused, 256),
 /// prefix_cache (whether finished blocks are kept and found by content, true).
 #[derive(Args, Debug)]
@@ -67,6 +68,9 @@ pub(crate) struct WorkerFlags {
     /// Tensor-parallel ranks that share the model, each with its part of --threads: 1, 2, 4 or 8 [default: 1]
     #[arg(long, value_name = "N")]
     tp: Option<u32>,
+    /// What to compute on: cpu, cuda or cuda:INDEX (a build with the feature cuda) [default: cpu]
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<Device>,
     /// Kernel profile: f32acc or bf16dp; workers of one cluster should agree [default: the fastest this machine has]
     #[arg(long)]
     profile: Option<String>,
@@ -102,6 +106,7 @@ struct Own {
     model: PathBuf,
     threads: usize,
     tp: usize,
+    device: Device,
     profile: Option<Profile>,
     kv_bytes: u64,
     metrics: String,
@@ -233,11 +238,20 @@ fn settings(flags: WorkerFlags, role: Role) -> Result<(Own, Settings), Failure> 
             .ok_or_else(|| Failure::refuse("name a model directory with --model"))?,
         threads: flags.threads.or(settings.take("threads")?).map_or_else(surroundings::cores, |n: u32| n as usize),
         tp: flags.tp.or(settings.take("tp")?).map_or(1, |n: u32| n as usize),
+        device: device(flags.device, settings.take("device")?)?,
         profile: crate::bench::engine::profile(flags.profile.or(settings.take("profile")?).as_deref())?,
         kv_bytes: kv_bytes(flags.kv_bytes.or(settings.take("kv_bytes")?))?,
         metrics: flags.metrics.or(settings.take("metrics")?).unwrap_or_else(|| "127.0.0.1:0".to_string()),
     };
     Ok((own, settings))
+}
+
+fn device(flag: Option<Device>, key: Option<String>) -> Result<Device, Failure> {
+    match (flag, key) {
+        (Some(device), _) => Ok(device),
+        (None, Some(key)) => key.parse().map_err(Failure::refuse),
+        (None, None) => Ok(Device::Cpu),
+    }
 }
 
 fn kv_bytes(asked: Option<i64>) -> Result<u64, Failure> {
@@ -250,16 +264,17 @@ fn kv_bytes(asked: Option<i64>) -> Result<u64, Failure> {
 /// Loads on a thread of its own, so that signals and the supervisor's pipe stay served, and fills in what depends on the model.
 async fn load(own: &Own, mut settings: Settings, voice: Voice) -> Result<(LoadedModel, Settings), Failure> {
     let options = LoadOptions { threads: own.threads, profile: own.profile, ranks: own.tp };
-    let directory = own.model.clone();
-    let loading = tokio::task::spawn_blocking(move || read(directory, options, voice));
-    let model = loading.await.context("the loading thread failed")?.map_err(Failure::refused)?;
-    let blocks = default_blocks(&model.spec, own.kv_bytes);
+    let (directory, device) = (own.model.clone(), own.device);
+    let room = Room { blocks: settings.count("engine.blocks"), kv_bytes: own.kv_bytes };
+    let loading = tokio::task::spawn_blocking(move || read(directory, device, options, room, voice));
+    let (model, blocks) = loading.await.context("the loading thread failed")?.map_err(Failure::refused)?;
     tracing::info!(
         model = model.spec.name,
         parameters = model.spec.parameters,
         numerics = %model.spec.numerics,
         threads = own.threads,
         tp = own.tp,
+        device = %own.device,
         blocks,
         "loaded"
     );
@@ -267,7 +282,14 @@ async fn load(own: &Own, mut settings: Settings, voice: Voice) -> Result<(Loaded
     Ok((model, settings))
 }
 
-fn read(directory: PathBuf, options: LoadOptions, voice: Voice) -> anyhow::Result<LoadedModel> {
+/// The model, and how many blocks it has unless told otherwise; a GPU has made room for them.
+fn read(
+    directory: PathBuf,
+    device: Device,
+    options: LoadOptions,
+    room: Room,
+    voice: Voice,
+) -> anyhow::Result<(LoadedModel, u64)> {
     let mut said = 0;
     let mut progress = |now: Progress| {
         // A line for every percent at most.
@@ -277,13 +299,36 @@ fn read(directory: PathBuf, options: LoadOptions, voice: Voice) -> anyhow::Resul
             voice.say(&Event::Loading { done: now.bytes_done, total: now.bytes_total });
         }
     };
-    let Loaded { model, spec } = baton_engine::load(&directory, options, &mut progress)?;
+    let (backend, spec, blocks): (Box<dyn Backend>, _, _) = match device {
+        Device::Cpu => {
+            let Loaded { model, spec } = baton_engine::load(&directory, options, &mut progress)?;
+            let blocks = room.blocks(&spec);
+            (Box::new(model), spec, blocks)
+        }
+        Device::Cuda(index) => crate::device::read(&directory, index, options.threads, room, &mut progress)?,
+    };
     let card = baton_worker::card::read(&directory, &spec)?;
-    Ok(LoadedModel { spec, backend: Box::new(model), card })
+    Ok((LoadedModel { spec, backend, card }, blocks))
 }
 
-/// Blocks for `KV_TOKENS` tokens, or as many as fit.
-fn default_blocks(spec: &ModelSpec, kv_bytes: u64) -> u64 {
-    let fit = kv_bytes / spec.layout.block_bytes() as u64;
-    fit.clamp(1, KV_TOKENS / BLOCK_TOKENS as u64)
+/// How much room KV blocks may take.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Room {
+    /// What somebody has asked for.
+    blocks: Option<u64>,
+    kv_bytes: u64,
+}
+
+impl Room {
+    /// What was asked for; else blocks for `KV_TOKENS` tokens, or as many as fit.
+    pub(crate) fn blocks(&self, spec: &ModelSpec) -> u64 {
+        let fit = self.kv_bytes / spec.layout.block_bytes() as u64;
+        self.blocks.unwrap_or_else(|| fit.clamp(1, KV_TOKENS / BLOCK_TOKENS as u64))
+    }
+
+    /// Whether somebody has asked for a number of blocks.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn is_asked(&self) -> bool {
+        self.blocks.is_some()
+    }
 }

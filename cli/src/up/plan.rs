@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 use baton_core::Role;
 
+use crate::device::Device;
+
 /// What the cluster shall be; every choice is made.
 #[derive(Clone, Debug)]
 pub(crate) struct Topology {
@@ -24,6 +26,8 @@ pub(crate) struct Topology {
     /// Tensor-parallel ranks per worker.
     pub(crate) prefill_tp: usize,
     pub(crate) decode_tp: usize,
+    /// Of every worker.
+    pub(crate) device: Device,
     /// Per worker; None lets it choose within `kv_bytes`.
     pub(crate) kv_blocks: Option<u64>,
     /// Per worker.
@@ -107,6 +111,12 @@ impl Topology {
         arguments.extend(flag("--threads", self.threads));
         let tp = if role == Role::Prefill { self.prefill_tp } else { self.decode_tp };
         arguments.extend(flag("--tp", tp));
+        arguments.extend(
+            Some(self.device)
+                .filter(|device| *device != Device::Cpu)
+                .iter()
+                .flat_map(|device| flag("--device", device)),
+        );
         arguments.extend(flag("--kv-bytes", self.kv_bytes));
         arguments.extend(self.kv_blocks.iter().flat_map(|blocks| flag("--kv-blocks", blocks)));
         arguments.extend(self.batch_tokens.iter().flat_map(|tokens| flag("--batch-tokens", tokens)));
@@ -151,6 +161,7 @@ mod tests {
             threads: 2,
             prefill_tp: 1,
             decode_tp: 2,
+            device: Device::Cuda(1),
             kv_blocks: Some(64),
             kv_bytes: 1 << 30,
             batch_tokens: Some(512),

@@ -4,7 +4,7 @@ mod bad_models;
 mod cache;
 mod common;
 #[cfg(feature = "cuda")]
-mod emulated_gpu;
+mod gpu;
 mod models;
 mod references;
 mod scheduler;

@@ -5,7 +5,7 @@ use baton_core::arena::{Arena, BlockLayout, KvDtype};
 use baton_core::{Philox, Rng, SampledToken, Sampling, TokenId};
 
 use super::{Gpu, GpuArena, GpuAttention, GpuDraw, GpuDrawKind, GpuError, GpuMatrix, GpuNext, GpuRope, GpuSpans, Rows};
-use crate::{Attention, Cpu, Dtype, Heads, Matrix, Packed, Profile, RopeStore, RopeTable, Span, bf16};
+use crate::{Attention, Cpu, Dtype, Heads, KvHeads, Matrix, Packed, Profile, RopeStore, RopeTable, Span, bf16};
 
 /// Largest ‖out − reference‖ / ‖reference‖.
 pub const ERROR_MAX: f64 = 1e-2;
@@ -46,6 +46,9 @@ pub fn all(gpu: &Gpu, extent: Extent, seed: u64) -> Result<Vec<Check>, GpuError>
         checker.rows(300, 4096)?;
         checker.matmul(&[1, 64, 512], 4096, 4096)?;
         checker.matmul(&[1, 64], 4096, 14336)?;
+        // Tiles that end in the middle, of every kernel there is.
+        checker.matmul(&[1, 17, 65, 130, 300, 1000], 448, 1536)?;
+        checker.matmul(&[5, 200, 257], 192, 1344)?;
         let heads = Heads { heads: 32, kv_heads: 8, head_dim: 128 };
         checker.attention(heads, None, &[(256, 0), (1, 900), (100, 333), (1, 63), (1, 64)])?;
         checker.draws(128_256)?;
@@ -196,7 +199,7 @@ impl Checker<'_> {
         };
         gpu.rope_store(&rope, &described, &qkv_there, &mut q, &mut cache)?;
         let (q_norm, k_norm) = (Some(&q_norm[..]), Some(&k_norm[..]));
-        let store = RopeStore { heads, layer: 1, spans: &spans, rope: &table, q_norm, k_norm, eps };
+        let store = RopeStore { heads, kv: KvHeads::default(), layer: 1, spans: &spans, rope: &table, q_norm, k_norm, eps };
         self.cpu.rope_store(&store, &mut qkv, &arena);
         let expected: Vec<f32> = qkv.chunks(heads.qkv_width()).flat_map(|row| row[..heads.width()].to_vec()).collect();
         self.close(format!("rope_store, q, {name}"), &widened(&q.read(rows)?), &expected);
@@ -213,7 +216,7 @@ impl Checker<'_> {
         gpu.attention(&attention, &described, &q, &cache, &mut out)?;
         let found = out.read(rows)?;
         let mut expected = vec![0.0; rows * heads.width()];
-        let attend = Attention { heads, layer: 1, spans: &spans, scale, window };
+        let attend = Attention { heads, kv: KvHeads::default(), layer: 1, spans: &spans, scale, window };
         self.cpu.attention(&attend, &qkv, &arena, &mut expected);
         self.close(format!("attention, window {window:?}, {name}"), &widened(&found), &expected);
 

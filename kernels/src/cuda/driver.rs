@@ -4,6 +4,7 @@
 use std::ffi::c_void;
 
 use super::error::GpuError;
+use super::launch::TensorMap;
 
 /// A kernel by name, with what each launch of it takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,6 +51,17 @@ pub(crate) trait Driver: Send + Sync {
     /// # Safety
     /// `arguments` point to values of the types of the kernel's parameters, and what they point to on the device exists.
     unsafe fn launch(&self, kernel: Kernel, grid: [u32; 3], arguments: &mut [*mut c_void]) -> Result<(), GpuError>;
+
+    /// Thread blocks that stay on the device at a time when each fills a multiprocessor, if it has `launch::HOPPER`'s kernels.
+    fn hopper(&self) -> Option<usize> {
+        None
+    }
+
+    /// How the copy engine finds boxes of 64 x 64 in a matrix of bf16 of which a row has `columns` and the next begins
+    /// `stride` elements on. Only where there is `hopper`.
+    fn tensor_map(&self, _at: u64, _rows: usize, _columns: usize, _stride: usize) -> Result<TensorMap, GpuError> {
+        Err(GpuError::Call { call: "cuTensorMapEncodeTiled", what: "this device has no copy engine".to_string() })
+    }
 
     /// Waits for all that was given.
     fn finish(&self) -> Result<(), GpuError>;

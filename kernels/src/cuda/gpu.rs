@@ -12,11 +12,11 @@ use super::compile::{Cubins, source_hash};
 use super::driver::{Driver, Kernel, SLOTS};
 use super::emulated::Emulated;
 use super::error::GpuError;
-use super::launch::{self, Argument, HEAD_DIMS, Layout, MATMULS, PREFILL_ROWS};
+use super::launch::{self, Argument, HEAD_DIMS, HOPPER, HOPPER_UNIT, Layout, MATMULS, PREFILL_ROWS, Tiled};
 use super::memory::{DEPTH_UNIT, Floats, GpuMatrix, Memory, Rows};
 use super::nvidia::{Nvidia, arch};
 use super::spans::GpuSpans;
-use crate::{Heads, Matrix, RopeTable};
+use crate::{Dtype, Heads, Matrix, RopeTable, SEGMENTS};
 
 /// Bytes of weights converted on the host at a time.
 const CONVERT_BYTES: usize = 8 << 20;
@@ -93,6 +93,11 @@ impl Gpu {
         let memory = Memory::new(&self.driver, outputs * depth * 2)?;
         let mut offset = 0;
         for part in parts {
+            if part.dtype == Dtype::Bf16 && depth == inputs {
+                memory.write(offset, part.bytes)?;
+                offset += part.bytes.len();
+                continue;
+            }
             let rows_at_once = (CONVERT_BYTES / (depth * 2)).max(1);
             for first in (0..part.rows).step_by(rows_at_once) {
                 let rows = rows_at_once.min(part.rows - first);
@@ -184,7 +189,6 @@ impl Gpu {
         x.check(range.end, w.inputs);
         assert!(y.len() >= rows * w.outputs, "outputs do not fit (rows, N)");
         assert!(bias.is_none_or(|bias| bias.len() == w.outputs), "bias does not fit N");
-        let tiled = MATMULS.iter().find(|pair| rows <= pair[0].rows).unwrap_or(&MATMULS[2])[segmented as usize];
         let arguments = launch::Matmul {
             x: x.at() + range.start as u64 * u64::from(x.stride()) * 2,
             w: w.memory.at(),
@@ -195,8 +199,31 @@ impl Gpu {
             outputs: w.outputs as u32,
             depth: w.depth as u32,
         };
+        let segments = if segmented { SEGMENTS } else { 1 };
+        let fits = w.outputs.is_multiple_of(HOPPER_UNIT) && w.depth.is_multiple_of(HOPPER_UNIT * segments);
+        if let Some(resident) = self.driver.hopper().filter(|_| fits && rows > MATMULS[1][0].rows) {
+            return self.multiply_on_hopper(x, range, w, arguments, HOPPER[segmented as usize], resident);
+        }
+        let tiled = MATMULS.iter().find(|pair| rows <= pair[0].rows).unwrap_or(&MATMULS[2])[segmented as usize];
         let grid = [rows.div_ceil(tiled.rows), w.outputs.div_ceil(tiled.outputs), 1];
         self.launch(tiled.kernel, grid, &[&arguments])
+    }
+
+    /// As many clusters as stay `resident` take all tiles in turn.
+    fn multiply_on_hopper(
+        &self,
+        x: &Rows,
+        range: Range<usize>,
+        w: &GpuMatrix,
+        arguments: launch::Matmul,
+        tiled: Tiled,
+        resident: usize,
+    ) -> Result<(), GpuError> {
+        let xs = self.driver.tensor_map(x.at(), range.end, w.depth, x.stride() as usize)?;
+        let ws = self.driver.tensor_map(w.memory.at(), w.outputs, w.depth, w.depth)?;
+        let tiles = range.len().div_ceil(tiled.rows) * w.outputs.div_ceil(tiled.outputs);
+        let blocks = 2 * tiles.min(resident / 2);
+        self.launch(tiled.kernel, [blocks, 1, 1], &[&xs, &ws, &arguments, &(range.start as u32)])
     }
 
     /// (rows, gate | up) → (rows, silu(gate)·up).

@@ -49,6 +49,19 @@ pub(crate) const MATMULS: [[Tiled; 2]; 3] = [
     ],
 ];
 
+/// matmul_hopper.cu: of (whole, segmented), the kernel and the outputs of its tile; 256 rows of a cluster of two thread blocks.
+pub(crate) const HOPPER: [Tiled; 2] = [
+    Tiled { kernel: kernel("matmul_hopper", 384, hopper(256, 0)), rows: 256, outputs: 256 },
+    Tiled { kernel: kernel("matmul_segmented_hopper", 384, hopper(128, 256 * 64 * 4)), rows: 256, outputs: 128 },
+];
+/// Outputs, and the K of a segment, are a multiple of this in those kernels.
+pub(crate) const HOPPER_UNIT: usize = 64;
+
+/// Bytes of alignment, four stages of 64 k and barriers, and of what else there is.
+const fn hopper(outputs: usize, more: usize) -> u32 {
+    (1024 + (128 + outputs) * 128 * 4 + 1024 + more) as u32
+}
+
 /// Positions per logical block of attention.
 pub(crate) const BLOCK: usize = 64;
 /// Rows of a thread block of prefill's attention: (token, head of the group).
@@ -76,7 +89,7 @@ pub(crate) const ATTENTIONS: [[Kernel; 2]; 5] = [
     attentions("attention_prefill_128", "attention_decode_128", 128),
 ];
 
-/// Every kernel.
+/// Every kernel but those of one architecture.
 pub(crate) const KERNELS: [Kernel; 27] = [
     EMBED,
     ADD_RMS_NORM,
@@ -145,7 +158,7 @@ macro_rules! argument {
 }
 
 plain!(u8, u16, u32, i32, f32, u64, Tile, Decode, Edit, Adjust, Sample, Report, Alternative);
-argument!(Layout, Rope, Matmul, Attention);
+argument!(Layout, Rope, Matmul, Attention, TensorMap);
 
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -178,6 +191,11 @@ pub(crate) struct Matmul {
     pub(crate) outputs: u32,
     pub(crate) depth: u32,
 }
+
+/// What the copy engine knows of a matrix of bf16: as the driver fills it in.
+#[repr(C, align(64))]
+#[derive(Clone, Copy)]
+pub(crate) struct TensorMap(pub(crate) [u64; 16]);
 
 #[repr(C)]
 #[derive(Clone, Copy)]

@@ -11,12 +11,14 @@ use cudarc::driver::sys;
 use super::compile::Cubins;
 use super::driver::{Driver, Kernel, SLOTS};
 use super::error::GpuError;
-use super::launch::KERNELS;
+use super::launch::{HOPPER, KERNELS, TensorMap, Tiled};
 
 /// CUDA version of the driver, as 1000 · major + 10 · minor.
 const DRIVER_LEAST: i32 = 12_000;
 /// Compute capability: `mma` and `cp.async` over bf16.
 const CAPABILITY_LEAST: (i32, i32) = (8, 0);
+/// The only architecture with warpgroup tensor-core instructions.
+const HOPPER_ARCH: &str = "sm_90a";
 /// Half of the pinned memory that uploads go through.
 const STAGE_BYTES: usize = 16 << 20;
 /// Shared memory a launch may ask for without having it raised.
@@ -111,6 +113,10 @@ pub(crate) struct Nvidia {
     functions: BTreeMap<&'static str, sys::CUfunction>,
     compute: sys::CUstream,
     copies: sys::CUstream,
+    /// Whether launches may overlap: from Hopper on.
+    overlaps: bool,
+    /// Multiprocessors, where `launch::HOPPER`'s kernels run.
+    hopper: Option<usize>,
     staging: Mutex<Staging>,
 }
 
@@ -182,7 +188,10 @@ impl Nvidia {
                 least: dotted(CAPABILITY_LEAST),
             });
         }
-        if let Some(kernel) = KERNELS.iter().find(|kernel| kernel.shared as usize > gpu.shared_bytes) {
+        let arch = arch(gpu.capability);
+        let own: &[Tiled] = if arch == HOPPER_ARCH { &HOPPER } else { &[] };
+        let kernels = || KERNELS.iter().chain(own.iter().map(|tiled| &tiled.kernel));
+        if let Some(kernel) = kernels().find(|kernel| kernel.shared as usize > gpu.shared_bytes) {
             return Err(GpuError::SharedMemory {
                 name: gpu.name.clone(),
                 kernel: kernel.name,
@@ -190,14 +199,13 @@ impl Nvidia {
                 needed: kernel.shared as usize,
             });
         }
-        let arch = arch(gpu.capability);
         let device = result::device::get(index as i32).map_err(failed("cuDeviceGet"))?;
         // SAFETY: the device was found above; its primary context is released on drop.
         let context = unsafe { result::primary_ctx::retain(device) }.map_err(failed("cuDevicePrimaryCtxRetain"))?;
         // SAFETY: just retained.
         unsafe { result::ctx::set_current(context) }.map_err(failed("cuCtxSetCurrent"))?;
         let module = load(cubins, &arch)?;
-        let functions = KERNELS.iter().map(|kernel| Ok((kernel.name, function(module, kernel)?)));
+        let functions = kernels().map(|kernel| Ok((kernel.name, function(module, kernel)?)));
         let functions = functions.collect::<Result<BTreeMap<_, _>, GpuError>>()?;
         let stream =
             || result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed("cuStreamCreate"));
@@ -210,7 +218,9 @@ impl Nvidia {
                 .map_err(failed("cuEventCreate"))?,
         };
         let (compute, copies, staging) = (stream()?, stream()?, Mutex::new(staging));
-        Ok((Nvidia { device, context, module, functions, compute, copies, staging }, gpu.clone()))
+        let overlaps = gpu.capability >= (9, 0);
+        let hopper = (!own.is_empty()).then_some(gpu.multiprocessors as usize);
+        Ok((Nvidia { device, context, module, functions, compute, copies, overlaps, hopper, staging }, gpu.clone()))
     }
 
     /// Calls may come from any thread.
@@ -251,6 +261,16 @@ fn function(module: sys::CUmodule, kernel: &Kernel) -> Result<sys::CUfunction, G
             .map_err(failed("cuFuncSetAttribute"))?;
     }
     Ok(function)
+}
+
+/// Lets a kernel begin while the one before it ends: every kernel waits for it where it has to (`after_previous` in
+/// src/common.cuh).
+fn overlapping() -> sys::CUlaunchAttribute {
+    // SAFETY: a plain struct of the driver's, for which zeros are a value.
+    let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
+    attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+    attribute.value.programmaticStreamSerializationAllowed = 1;
+    attribute
 }
 
 impl Driver for Nvidia {
@@ -338,13 +358,55 @@ impl Driver for Nvidia {
 
     unsafe fn launch(&self, kernel: Kernel, grid: [u32; 3], arguments: &mut [*mut c_void]) -> Result<(), GpuError> {
         self.enter()?;
-        let function = self.functions[kernel.name];
-        let grid = (grid[0], grid[1], grid[2]);
-        // SAFETY: the caller's.
-        let launched = unsafe {
-            result::launch_kernel(function, grid, (kernel.threads, 1, 1), kernel.shared, self.compute, arguments)
+        let mut attributes = [overlapping()];
+        let config = sys::CUlaunchConfig {
+            gridDimX: grid[0],
+            gridDimY: grid[1],
+            gridDimZ: grid[2],
+            blockDimX: kernel.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: kernel.shared,
+            hStream: self.compute,
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: if self.overlaps { 1 } else { 0 },
         };
+        // SAFETY: the caller's; the attributes live until the call returns.
+        let launched = unsafe {
+            sys::cuLaunchKernelEx(&config, self.functions[kernel.name], arguments.as_mut_ptr(), std::ptr::null_mut())
+        };
+        let launched = launched.result();
         launched.map_err(failed(kernel.name))
+    }
+
+    fn hopper(&self) -> Option<usize> {
+        self.hopper
+    }
+
+    fn tensor_map(&self, at: u64, rows: usize, columns: usize, stride: usize) -> Result<TensorMap, GpuError> {
+        let mut map = TensorMap([0; 16]);
+        let (sizes, strides) = ([columns as u64, rows as u64], [stride as u64 * 2]);
+        let (boxes, steps) = ([64u32, 64], [1u32, 1]);
+        // SAFETY: writes the map, which has the size and the alignment of the driver's; reads two sizes each.
+        unsafe {
+            sys::cuTensorMapEncodeTiled(
+                std::ptr::from_mut(&mut map).cast(),
+                sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                2,
+                at as *mut c_void,
+                sizes.as_ptr(),
+                strides.as_ptr(),
+                boxes.as_ptr(),
+                steps.as_ptr(),
+                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        }
+        .result()
+        .map_err(failed("cuTensorMapEncodeTiled"))?;
+        Ok(map)
     }
 
     fn finish(&self) -> Result<(), GpuError> {

@@ -187,7 +187,7 @@ impl Gpu {
         q: &mut Rows,
         arena: &mut GpuArena,
     ) -> Result<(), GpuError> {
-        a.heads.check(arena.layout());
+        a.heads.check(0, arena.layout());
         let (rows, dim) = (spans.rows(), a.heads.head_dim);
         q.check(rows, a.heads.width());
         assert!(qkv.len() >= rows * a.heads.qkv_width(), "qkv does not fit its width");
@@ -207,7 +207,8 @@ impl Gpu {
         let (qkv, q, memory) = (qkv.at(), q.at(), arena.memory.at());
         let all: [&dyn launch::Argument; 10] =
             [&arguments, &qkv, &positions, &starts, &tables, &turns, &q_norm, &k_norm, &q, &memory];
-        self.launch(launch::ROPE_STORE, [rows, 1, 1], &all)
+        let heads = a.heads.heads + 2 * a.heads.kv_heads;
+        self.launch(launch::ROPE_STORE, [rows, heads.div_ceil(launch::ROPE_STORE.threads as usize / 32), 1], &all)
     }
 
     /// Causal attention of the spans' rows over their sequences.
@@ -219,10 +220,11 @@ impl Gpu {
         arena: &GpuArena,
         out: &mut Rows,
     ) -> Result<(), GpuError> {
-        a.heads.check(arena.layout());
+        a.heads.check(0, arena.layout());
         q.check(spans.rows(), a.heads.width());
         out.check(spans.rows(), a.heads.width());
         assert!(a.window != Some(0) && q.stride() == out.stride(), "an empty window");
+        assert!(a.scale > 0.0, "a scale that is not positive");
         let Some(index) = HEAD_DIMS.iter().position(|dim| *dim == a.heads.head_dim) else {
             return Err(GpuError::HeadDim { found: a.heads.head_dim, supported: HEAD_DIMS });
         };

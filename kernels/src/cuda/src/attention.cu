@@ -7,6 +7,7 @@
 #include "common.cuh"
 
 #define BLOCK 64
+#define MERGED_AT_ONCE 16
 
 struct Attention {
     Layout layout;
@@ -65,7 +66,8 @@ template <int Dim> __device__ __forceinline__ void load_queries(u32 (&q)[Dim / 1
     }
 }
 
-// A block's largest scores and sums of a lane's two rows, and the exponentials, rounded, as the left operand of the values.
+// A block's largest scores, times log2 e, and sums of a lane's two rows, and the exponentials, rounded, as the left operand of
+// the values.
 struct Partial {
     float max[2], sum[2];
     u32 weights[BLOCK / 16][4];
@@ -91,43 +93,38 @@ __device__ __forceinline__ Partial scores(const u32 (&q)[Dim / 16][4], const u8*
         }
     }
     Partial p;
+    float unit = scale * 1.442695041f;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         float max = -INFINITE;
+        // Most blocks are seen whole.
+        if (seen.first[r] > block * BLOCK || seen.last[r] < block * BLOCK + BLOCK - 1) {
 #pragma unroll
-        for (int n = 0; n < BLOCK / 8; n++) {
+            for (int n = 0; n < BLOCK / 8; n++) {
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                u32 position = block * BLOCK + n * 8 + lane % 4 * 2 + i;
-                bool visible = position >= seen.first[r] && position <= seen.last[r];
-                float score = visible ? s[n][r * 2 + i] * scale : -INFINITE;
-                s[n][r * 2 + i] = score;
-                max = larger(score, max);
+                for (int i = 0; i < 2; i++) {
+                    u32 position = block * BLOCK + n * 8 + lane % 4 * 2 + i;
+                    bool visible = position >= seen.first[r] && position <= seen.last[r];
+                    if (!visible) s[n][r * 2 + i] = -INFINITE;
+                }
             }
         }
+#pragma unroll
+        for (int n = 0; n < BLOCK / 8; n++) max = larger(larger(s[n][r * 2], s[n][r * 2 + 1]), max);
         max = larger(max, __shfl_xor_sync(~0u, max, 1));
-        max = larger(max, __shfl_xor_sync(~0u, max, 2));
+        max = larger(max, __shfl_xor_sync(~0u, max, 2)) * unit;
         // A row that sees nothing of the block has no weights either.
         float base = max == -INFINITE ? 0.0f : max, sum = 0.0f;
 #pragma unroll
         for (int n = 0; n < BLOCK / 8; n++) {
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                float weight = rounded(exp_of(s[n][r * 2 + i] - base));
-                s[n][r * 2 + i] = weight;
-                sum += weight;
-            }
+            u32 pair = pair_bf16(exp2_of(fmaf(s[n][r * 2], unit, -base)), exp2_of(fmaf(s[n][r * 2 + 1], unit, -base)));
+            p.weights[n / 2][n % 2 * 2 + r] = pair;
+            sum += __uint_as_float(pair << 16) + __uint_as_float(pair & 0xffff0000u);
         }
         sum += __shfl_xor_sync(~0u, sum, 1);
         sum += __shfl_xor_sync(~0u, sum, 2);
         p.max[r] = max;
         p.sum[r] = sum;
-    }
-#pragma unroll
-    for (int k = 0; k < BLOCK / 16; k++) {
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            p.weights[k][i] = pair_bf16(s[k * 2 + i / 2][i % 2 * 2], s[k * 2 + i / 2][i % 2 * 2 + 1]);
     }
     return p;
 }
@@ -158,7 +155,7 @@ struct Factors {
 
 __device__ __forceinline__ Factors merge(Merged& all, float max, float sum) {
     float most = larger(all.max, max);
-    Factors f = {exp_of(all.max - most), exp_of(max - most)};
+    Factors f = {exp2_of(all.max - most), exp2_of(max - most)};
     all.sum = fmaf(all.sum, f.old, sum * f.fresh);
     all.max = most;
     return f;
@@ -311,15 +308,30 @@ __device__ __forceinline__ void decode(const Attention& a, const u16* q, const u
 
 // Merges a row's partials in block order. One thread per dimension.
 KERNEL void attention_merge(Attention a, const Decode* rows, const float* partials, const float* values, u16* out) {
+    begin();
     Decode row = rows[blockIdx.y];
     u32 head = blockIdx.x, dim = a.layout.head_dim;
     u32 first = first_seen(a.window, row.position) / BLOCK, count = row.position / BLOCK - first + 1;
+    const float2* pairs = (const float2*)partials + (u64)row.at * a.heads + head;
+    const float* from = values + ((u64)row.at * a.heads + head) * dim + threadIdx.x;
     Merged state = {-INFINITE, 0.0f};
     float all = 0.0f;
-    for (u32 i = 0; i < count; i++) {
-        u64 at = (u64)(row.at + i) * a.heads + head;
-        Factors f = merge(state, partials[at * 2], partials[at * 2 + 1]);
-        all = merged(all, values[at * dim + threadIdx.x], f);
+    // Some blocks are read at a time, so that their reads do not wait for one another.
+    for (u32 i = 0; i < count; i += MERGED_AT_ONCE) {
+        float2 pair[MERGED_AT_ONCE];
+        float value[MERGED_AT_ONCE];
+#pragma unroll
+        for (int j = 0; j < MERGED_AT_ONCE; j++) {
+            u64 at = (u64)(i + j < count ? i + j : i) * a.heads;
+            pair[j] = pairs[at];
+            value[j] = from[at * dim];
+        }
+#pragma unroll
+        for (int j = 0; j < MERGED_AT_ONCE; j++) {
+            if (i + j >= count) break;
+            Factors f = merge(state, pair[j].x, pair[j].y);
+            all = merged(all, value[j], f);
+        }
     }
     out[(u64)row.row * a.stride + (u64)head * dim + threadIdx.x] = to_bf16(all * (1.0f / state.sum));
 }
@@ -328,11 +340,13 @@ KERNEL void attention_merge(Attention a, const Decode* rows, const float* partia
     KERNEL void __launch_bounds__(128, 2) attention_prefill_##Dim(Attention a, const u16* q, const u16* arena, const u32* tables, \
                                                                const Tile* tiles, u16* out) {                               \
         DYNAMIC_SHARED(shared);                                                                                             \
+        begin();                                                                                                            \
         prefill<Dim>(a, q, arena, tables, tiles, out, shared);                                                              \
     }                                                                                                                       \
     KERNEL void __launch_bounds__(64) attention_decode_##Dim(Attention a, const u16* q, const u16* arena, const u32* tables,  \
                                                              const Decode* rows, float* partials, float* values) {          \
         DYNAMIC_SHARED(shared);                                                                                             \
+        begin();                                                                                                            \
         decode<Dim>(a, q, arena, tables, rows, partials, values, shared);                                                   \
     }
 

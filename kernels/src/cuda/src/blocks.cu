@@ -3,6 +3,7 @@
 
 // Copies whole blocks inside the arena: pairs of (from, to). A grid of (parts, pairs).
 KERNEL void copy_blocks(Layout layout, const u32* pairs, u16* arena) {
+    begin();
     u64 words = block_elements(layout) / 8;
     const uint4* from = (const uint4*)(arena + pairs[blockIdx.y * 2] * block_elements(layout));
     uint4* to = (uint4*)(arena + pairs[blockIdx.y * 2 + 1] * block_elements(layout));
@@ -11,6 +12,7 @@ KERNEL void copy_blocks(Layout layout, const u32* pairs, u16* arena) {
 
 // One layer of the blocks `ids`, as (block, kv_head, K|V, token, head_dim): what goes over a link. A grid of (kv_heads, blocks).
 KERNEL void gather_layer(Layout layout, u32 layer, const u32* ids, const u16* arena, u16* out) {
+    begin();
     u64 slice = 2 * half_elements(layout);
     const uint4* from = (const uint4*)(arena + ids[blockIdx.y] * block_elements(layout) + half_at(layout, blockIdx.x, layer, 0));
     uint4* to = (uint4*)(out + ((u64)blockIdx.y * layout.kv_heads + blockIdx.x) * slice);

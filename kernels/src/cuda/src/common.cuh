@@ -53,15 +53,42 @@ __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_gr
 template <int Left> __device__ __forceinline__ void copy_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(Left) : "memory");
 }
+
+// Launches overlap (nvidia.rs): a kernel may begin while the one before it still runs. Every kernel calls this first, in every
+// thread, and until it returns touches nothing but weights.
+__device__ __forceinline__ void after_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+}
+
+// Lets the next kernel begin as soon as thread blocks of this one leave room.
+__device__ __forceinline__ void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+#endif
+
+// The beginning of every kernel that has nothing to do before.
+__device__ __forceinline__ void begin() {
+    let_next_begin();
+    after_previous();
+}
 
 #define INFINITE __uint_as_float(0x7f800000u)
 
 // Nearest bf16, ties to even; NaN stays a quiet NaN.
 __device__ __forceinline__ u16 to_bf16(float x) {
+#ifdef BATON_EMULATED
     u32 bits = __float_as_uint(x);
     if (x != x) return (u16)((bits >> 16) | 0x40);
     return (u16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+#else
+    u16 half;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(half) : "f"(x));
+    return half;
+#endif
 }
 
 __device__ __forceinline__ float of_bf16(u16 x) { return __uint_as_float((u32)x << 16); }
@@ -69,7 +96,15 @@ __device__ __forceinline__ float of_bf16(u16 x) { return __uint_as_float((u32)x 
 // The f32 that stands for the nearest bf16.
 __device__ __forceinline__ float rounded(float x) { return of_bf16(to_bf16(x)); }
 
-__device__ __forceinline__ u32 pair_bf16(float low, float high) { return (u32)to_bf16(low) | (u32)to_bf16(high) << 16; }
+__device__ __forceinline__ u32 pair_bf16(float low, float high) {
+#ifdef BATON_EMULATED
+    return (u32)to_bf16(low) | (u32)to_bf16(high) << 16;
+#else
+    u32 pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+#endif
+}
 
 __device__ __forceinline__ float larger(float a, float b) { return a > b ? a : b; }
 
@@ -92,6 +127,17 @@ __device__ __forceinline__ float exp_of(float x) {
     if (x != x) return x;
     if (x < -87.0f) return 0.0f;
     return x > 88.0f ? INFINITE : y;
+}
+
+// 2^x by the GPU's own instruction, which is the same on every GPU of an architecture.
+__device__ __forceinline__ float exp2_of(float x) {
+#ifdef BATON_EMULATED
+    return exp_of(x * 0.69314718f);
+#else
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
 }
 
 // Sum over the warp's lanes, neighbours at distance 16, 8, 4, 2, 1: the same in every lane.

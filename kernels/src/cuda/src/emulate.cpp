@@ -202,6 +202,7 @@ template <class... A> void invoke(void (*kernel)(A...), void** arguments) { Call
 #include "attention.cu"
 #include "blocks.cu"
 #include "matmul.cu"
+#include "matmul_hopper.cu"
 #include "rows.cu"
 #include "sampling.cu"
 

@@ -19,6 +19,9 @@
 struct uint4 {
     unsigned x, y, z, w;
 };
+struct float2 {
+    float x, y;
+};
 struct dim3_of {
     unsigned x, y, z;
 };
@@ -65,6 +68,10 @@ template <class T> T atomicAdd(T* to, T value) { T old = *to; *to = old + value;
 inline void copy_async(u8* to, const void* from, bool present) { emulated::copy(to, present ? from : 0, 16); }
 inline void copy_commit() { emulated::commit(); }
 template <int Left> void copy_wait() { emulated::wait(Left); }
+
+// Kernels run one after another.
+inline void after_previous() {}
+inline void let_next_begin() {}
 
 // Fragment layouts: PTX ISA, "Matrix fragments for mma.m16n8k16" and "ldmatrix".
 inline void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {

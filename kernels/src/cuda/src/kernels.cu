@@ -2,5 +2,6 @@
 #include "attention.cu"
 #include "blocks.cu"
 #include "matmul.cu"
+#include "matmul_hopper.cu"
 #include "rows.cu"
 #include "sampling.cu"

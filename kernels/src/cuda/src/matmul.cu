@@ -26,19 +26,22 @@ struct Matmul {
 // First step (of 16 k) of a segment.
 __device__ __forceinline__ u32 segment_at(u32 steps, u32 segment) { return (u32)((u64)steps * segment / SEGMENTS); }
 
-template <int Rows, int Outputs, int Threads>
-__device__ __forceinline__ void load_stage(const Matmul& a, u8* stage, u32 row, u32 output, u32 k) {
+template <int Rows, int Threads>
+__device__ __forceinline__ void load_rows(const Matmul& a, u8* stage, u32 row, u32 k) {
     for (int i = threadIdx.x; i < Rows * PARTS; i += Threads) {
         u32 r = row + i / PARTS;
         bool present = r < a.rows;
         copy_async(stage + tile_at<PARTS>(i / PARTS, i % PARTS), a.x + (u64)(present ? r : 0) * a.x_stride + k + i % PARTS * 8,
                    present);
     }
-    u8* weights = stage + Rows * STEP_K * 2;
+}
+
+template <int Outputs, int Threads>
+__device__ __forceinline__ void load_weights(const Matmul& a, u8* stage, u32 output, u32 k) {
     for (int i = threadIdx.x; i < Outputs * PARTS; i += Threads) {
         u32 n = output + i / PARTS;
         bool present = n < a.outputs;
-        copy_async(weights + tile_at<PARTS>(i / PARTS, i % PARTS), a.w + (u64)(present ? n : 0) * a.depth + k + i % PARTS * 8,
+        copy_async(stage + tile_at<PARTS>(i / PARTS, i % PARTS), a.w + (u64)(present ? n : 0) * a.depth + k + i % PARTS * 8,
                    present);
     }
 }
@@ -79,7 +82,7 @@ template <int TileRows, int TileOutputs, int WarpRows, int WarpOutputs, int Stag
 __device__ __forceinline__ void multiply(const Matmul& a, u8* shared) {
     constexpr int Threads = 32 * WarpRows * WarpOutputs;
     constexpr int High = TileRows / WarpRows / 16, Wide = TileOutputs / WarpOutputs / 8;
-    constexpr int StageBytes = (TileRows + TileOutputs) * STEP_K * 2;
+    constexpr int StageBytes = (TileRows + TileOutputs) * STEP_K * 2, WeightsAt = TileRows * STEP_K * 2;
     static_assert(High >= 1 && Wide % 2 == 0, "a warp's tile is a multiple of 16 x 16");
     u32 row = blockIdx.x * TileRows, output = blockIdx.y * TileOutputs;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -95,9 +98,16 @@ __device__ __forceinline__ void multiply(const Matmul& a, u8* shared) {
     Held<High * Wide, Segmented> held;
     u32 segment = 0;
 
+    // Weights do not wait for the kernel before.
+    let_next_begin();
 #pragma unroll
     for (u32 s = 0; s < Stages - 1; s++) {
-        if (s < stages) load_stage<TileRows, TileOutputs, Threads>(a, shared + s * StageBytes, row, output, s * STEP_K);
+        if (s < stages) load_weights<TileOutputs, Threads>(a, shared + s * StageBytes + WeightsAt, output, s * STEP_K);
+    }
+    after_previous();
+#pragma unroll
+    for (u32 s = 0; s < Stages - 1; s++) {
+        if (s < stages) load_rows<TileRows, Threads>(a, shared + s * StageBytes, row, s * STEP_K);
         copy_commit();
     }
     for (u32 s = 0; s < stages; s++) {
@@ -105,11 +115,14 @@ __device__ __forceinline__ void multiply(const Matmul& a, u8* shared) {
         __syncthreads();
         // The stage that everyone has left takes in the next loads.
         u32 next = s + Stages - 1;
-        if (next < stages)
-            load_stage<TileRows, TileOutputs, Threads>(a, shared + next % Stages * StageBytes, row, output, next * STEP_K);
+        if (next < stages) {
+            u8* stage = shared + next % Stages * StageBytes;
+            load_rows<TileRows, Threads>(a, stage, row, next * STEP_K);
+            load_weights<TileOutputs, Threads>(a, stage + WeightsAt, output, next * STEP_K);
+        }
         copy_commit();
         const u8* x = shared + s % Stages * StageBytes;
-        const u8* w = x + TileRows * STEP_K * 2;
+        const u8* w = x + WeightsAt;
 #pragma unroll
         for (int k = 0; k < STEP_K / 16; k++) {
             if (Segmented) {

@@ -4,28 +4,53 @@
 
 // x (rows, hidden) = rows `ids` of table (vocab, stride).
 KERNEL void embed(const u32* ids, const u16* table, int stride, int hidden, float* x) {
+    begin();
     const u16* from = table + (u64)ids[blockIdx.x] * stride;
     for (int i = threadIdx.x; i < hidden; i += blockDim.x) x[(u64)blockIdx.x * hidden + i] = of_bf16(from[i]);
 }
 
+// Values that a thread of `add_rms_norm` keeps in registers: rows up to 8192 wide are read once.
+#define KEPT 32
+
 // x += delta, unless it is null; out = x / sqrt(mean(x^2) + eps) . weight. 256 threads.
 KERNEL void add_rms_norm(float* x, const float* delta, const float* weight, int width, float eps, u16* out, int stride) {
+    begin();
     float* row = x + (u64)blockIdx.x * width;
     const float* more = delta ? delta + (u64)blockIdx.x * width : (const float*)0;
-    float squares = 0.0f;
-    for (int i = threadIdx.x; i < width; i += 256) {
+    u16* to = out + (u64)blockIdx.x * stride;
+    float kept[KEPT], squares = 0.0f;
+#pragma unroll
+    for (int j = 0; j < KEPT; j++) {
+        int i = threadIdx.x + j * 256;
+        kept[j] = i < width ? row[i] : 0.0f;
+    }
+    if (more) {
+#pragma unroll
+        for (int j = 0; j < KEPT; j++) {
+            int i = threadIdx.x + j * 256;
+            if (i < width) row[i] = kept[j] = kept[j] + more[i];
+        }
+    }
+#pragma unroll
+    for (int j = 0; j < KEPT; j++) squares = fmaf(kept[j], kept[j], squares);
+    for (int i = threadIdx.x + KEPT * 256; i < width; i += 256) {
         float value = row[i];
         if (more) row[i] = value = value + more[i];
         squares = fmaf(value, value, squares);
     }
     float scale = 1.0f / sqrtf(block_sum<8>(squares) / (float)width + eps);
-    u16* to = out + (u64)blockIdx.x * stride;
+#pragma unroll
+    for (int j = 0; j < KEPT; j++) {
+        int i = threadIdx.x + j * 256;
+        if (i < width) to[i] = to_bf16(kept[j] * scale * weight[i]);
+    }
     // A thread reads what it wrote itself.
-    for (int i = threadIdx.x; i < width; i += 256) to[i] = to_bf16(row[i] * scale * weight[i]);
+    for (int i = threadIdx.x + KEPT * 256; i < width; i += 256) to[i] = to_bf16(row[i] * scale * weight[i]);
 }
 
 // out (rows, stride) = silu(gate) . up for rows of (gate | up), each `width` wide.
 KERNEL void silu_mul(const float* gate_up, int width, u16* out, int stride) {
+    begin();
     const float* gate = gate_up + (u64)blockIdx.x * 2 * width;
     int i = blockIdx.y * blockDim.x + threadIdx.x;
     if (i >= width) return;
@@ -70,14 +95,15 @@ __device__ __forceinline__ void turn(float* low, float* high, int count, const f
 #define HALF_PARTS 4
 
 // Splits rows of (q | k | v), normalises and rotates q and k, rounds q into `q`, and writes k and v into the arena.
-// `turns` is (position, cos then sin, head_dim / 2); `tables` holds each row's block table from `table_at` on.
+// `turns` is (position, cos then sin, head_dim / 2); `tables` holds each row's block table from `table_at` on. A warp per head.
 KERNEL void rope_store(Rope a, const float* qkv, const u32* positions, const u32* table_at, const u32* tables,
                        const float* turns, const float* q_norm, const float* k_norm, u16* q, u16* arena) {
-    u32 row = blockIdx.x;
+    begin();
+    u32 row = blockIdx.x, head = blockIdx.y * (blockDim.x / 32) + threadIdx.x / 32;
     int lane = threadIdx.x % 32, dim = a.layout.head_dim, count = (dim / 2 + 31) / 32;
     u32 position = positions[row], heads = a.heads, kv_heads = a.layout.kv_heads;
     const float* rotation = turns + (u64)position * dim;
-    for (u32 head = threadIdx.x / 32; head < heads + 2 * kv_heads; head += blockDim.x / 32) {
+    if (head < heads + 2 * kv_heads) {
         const float* from = qkv + ((u64)row * (heads + 2 * kv_heads) + head) * dim;
         float low[HALF_PARTS], high[HALF_PARTS];
 #pragma unroll
@@ -108,6 +134,7 @@ KERNEL void rope_store(Rope a, const float* qkv, const u32* positions, const u32
 
 // Rows `kept` of x (rows, width of 4-byte words), packed.
 KERNEL void keep_rows(const u32* x, const u32* kept, int width, u32* out) {
+    begin();
     const u32* from = x + (u64)kept[blockIdx.x] * width;
     for (int i = threadIdx.x; i < width; i += blockDim.x) out[(u64)blockIdx.x * width + i] = from[i];
 }

@@ -64,6 +64,7 @@ struct Alternative {
 
 // Copies a row of logits and changes it: each id has at most one edit of each kind.
 KERNEL void adjust(const float* logits, u32 vocab, const Adjust* draws, const Edit* edits, float* out) {
+    begin();
     Adjust a = draws[blockIdx.x];
     const float* from = logits + (u64)a.row * vocab;
     float* to = out + (u64)a.out * vocab;
@@ -372,6 +373,7 @@ __device__ __forceinline__ u32 pick(const Row& row, const Sample& a) {
 
 // Token of each draw.
 KERNEL void __launch_bounds__(THREADS) sample(const float* logits, const float* adjusted, u32 vocab, const Sample* draws, u32* tokens) {
+    begin();
     Sample a = draws[blockIdx.x];
     const float* from = (a.adjusted ? adjusted : logits) + (u64)a.row * vocab;
     Best best = largest(from, vocab);
@@ -401,6 +403,7 @@ __device__ __forceinline__ float log_sum_exp(const float* logits, u32 vocab) {
 
 // Log-probability of each reported token and of the `top` most likely ones, most likely first, ties by lowest id.
 KERNEL void __launch_bounds__(THREADS) report(const float* logits, u32 vocab, const Report* draws, const u32* tokens, float* logprobs, Alternative* top) {
+    begin();
     Report a = draws[blockIdx.x];
     const float* row = logits + (u64)a.row * vocab;
     u32 token = a.given ? a.token : tokens[a.draw];

@@ -1,5 +1,6 @@
-//! The GPU's backend, whole, over kernels that this machine's CPU emulates: the promises that the CPU's backend keeps
-//! (models.rs), and tokens that are about as likely as the CPU says.
+//! The GPU's backend, whole: the promises that the CPU's backend keeps (models.rs), and tokens that are about as likely as
+//! the CPU says. Over kernels that this machine's CPU emulates, or, where `BATON_TEST_GPU` names a folder for compiled
+//! kernels, on GPU 0 (tests/gpu/run.sh).
 
 use std::path::Path;
 
@@ -7,14 +8,17 @@ use baton_core::{Request, SampledToken, TokenId};
 use baton_engine::cuda::LoadedGpu;
 use baton_engine::testing::{TinyModel, drain, request, work};
 use baton_engine::{Backend, Choice, EngineConfig, Goal, ModelSpec, Work};
-use baton_kernels::cuda::Gpu;
+use baton_kernels::cuda::{Cubins, Gpu};
 
 use crate::common::{CONFIG, Choices, bits, carry, dir, load_tiny, model_engine, prefill, prompt};
 
 const TOKENS: u32 = 6;
 
 fn load(name: &str, tiny: &TinyModel) -> LoadedGpu {
-    let gpu = Gpu::emulated(Path::new(env!("CARGO_TARGET_TMPDIR"))).expect("a C++ compiler builds the emulation");
+    let gpu = match std::env::var_os("BATON_TEST_GPU") {
+        Some(cubins) => Gpu::open(0, &Cubins::new(cubins)).expect("a GPU"),
+        None => Gpu::emulated(Path::new(env!("CARGO_TARGET_TMPDIR"))).expect("a C++ compiler builds the emulation"),
+    };
     let dir = dir(name);
     tiny.write(&dir, 7).expect("write a model");
     LoadedGpu::on(gpu, &dir, 1, &mut |_| {}).expect("load")

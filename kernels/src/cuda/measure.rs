@@ -1,0 +1,197 @@
+//! How long kernels take on a GPU, as bandwidth and arithmetic rate, and as shares of ceilings that somebody else's copies and
+//! matmuls have reached on the same GPU in the same minute. Inputs are random, and of weights there are so many that a launch
+//! finds none of its own in the cache.
+
+use baton_core::Rng;
+use baton_core::arena::{BlockLayout, KvDtype};
+
+use super::{Floats, Gpu, GpuAttention, GpuError, GpuMatrix, GpuRope, Rows};
+use crate::limits::best;
+use crate::{Dtype, Heads, Matrix, RopeTable, Span};
+
+/// One measured number.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Measured {
+    pub name: String,
+    pub value: f64,
+    pub unit: &'static str,
+}
+
+/// What a GPU could do at most, to state shares of.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Ceilings {
+    /// GB/s of copies, read and written.
+    pub copy_gbps: Option<f64>,
+    /// TFLOP/s of bf16 matmuls.
+    pub matmul_tflops: Option<f64>,
+}
+
+/// Launches per timing, so that waiting for the GPU does not count.
+const LAUNCHES: usize = 20;
+const TRIES: usize = 5;
+/// Bytes of weights that take turns: several times any cache.
+const TURNING: usize = 512 << 20;
+
+/// Of a model of 8 billion parameters.
+const HIDDEN: usize = 4096;
+const WIDE: usize = 14_336;
+const HEADS: Heads = Heads { heads: 32, kv_heads: 8, head_dim: 128 };
+
+/// Every kernel of such a model's layer, at one row, some and many.
+pub fn all(gpu: &Gpu, ceilings: Ceilings) -> Result<Vec<Measured>, GpuError> {
+    let mut measure = Measure { gpu, ceilings, rng: Rng::new(1), found: Vec::new() };
+    for (outputs, inputs, segmented) in
+        [(6144, HIDDEN, false), (HIDDEN, HIDDEN, true), (2 * WIDE, HIDDEN, false), (HIDDEN, WIDE, true)]
+    {
+        measure.matmul(outputs, inputs, segmented)?;
+    }
+    measure.attention("decode, 1 of 1024", 1, 1, 1024)?;
+    measure.attention("decode, 1 of 8192", 1, 1, 8192)?;
+    measure.attention("decode, 64 of 1024", 1, 64, 1024)?;
+    measure.attention("prefill, 4096", 4096, 1, 0)?;
+    for rows in [1, 64, 4096] {
+        measure.rows(rows)?;
+    }
+    Ok(measure.found)
+}
+
+struct Measure<'a> {
+    gpu: &'a Gpu,
+    ceilings: Ceilings,
+    rng: Rng,
+    found: Vec<Measured>,
+}
+
+impl Measure<'_> {
+    fn halves(&mut self, count: usize) -> Vec<u16> {
+        // Between 1/8 and 1/2, of both signs.
+        let words = (0..count.div_ceil(4)).map(|_| self.rng.u64());
+        words.flat_map(|word| [0, 16, 32, 48].map(|shift| (word >> shift) as u16 & 0x80ff | 0x3e00)).take(count).collect()
+    }
+
+    fn rows_of(&mut self, rows: usize, width: usize) -> Result<Rows, GpuError> {
+        let halves = self.halves(rows * width);
+        let to = self.gpu.rows(rows, width)?;
+        to.write(&halves)?;
+        Ok(to)
+    }
+
+    fn floats_of(&mut self, count: usize) -> Result<Floats, GpuError> {
+        let values: Vec<f32> = self.halves(count).into_iter().map(crate::bf16::widen).collect();
+        self.gpu.floats_of(&values)
+    }
+
+    fn add(&mut self, name: String, value: f64, unit: &'static str, most: Option<f64>) {
+        let share = most.map(|most| Measured { name: format!("{name}, share"), value: 100.0 * value / most, unit: "%" });
+        self.found.push(Measured { name, value, unit });
+        self.found.extend(share);
+    }
+
+    fn matmul(&mut self, outputs: usize, inputs: usize, segmented: bool) -> Result<(), GpuError> {
+        let gpu = self.gpu;
+        let bytes: Vec<u8> = self.halves(outputs * inputs).into_iter().flat_map(u16::to_le_bytes).collect();
+        let matrix = Matrix { dtype: Dtype::Bf16, bytes: &bytes, rows: outputs, cols: inputs };
+        let turning = (0..TURNING.div_ceil(bytes.len()).max(1)).map(|_| gpu.matrix(&[matrix]));
+        let turning = turning.collect::<Result<Vec<GpuMatrix>, _>>()?;
+        for rows in [1, 16, 64, 256, 4096] {
+            let (x, mut y, mut turn) = (self.rows_of(rows, inputs)?, gpu.floats(rows * outputs)?, 0);
+            let seconds = time(gpu, || {
+                turn += 1;
+                let w = &turning[turn % turning.len()];
+                match segmented {
+                    true => gpu.matmul_segmented(&x, 0..rows, w, None, &mut y),
+                    false => gpu.matmul(&x, 0..rows, w, None, &mut y),
+                }
+            })?;
+            let kind = if segmented { "matmul_segmented" } else { "matmul" };
+            let name = format!("{kind} ({rows}, {outputs}, {inputs})");
+            let Ceilings { copy_gbps, matmul_tflops } = self.ceilings;
+            match rows <= 64 {
+                true => self.add(name, turning[0].bytes() as f64 / seconds / 1e9, "GB/s", copy_gbps),
+                false => {
+                    let flops = 2.0 * (rows * outputs * inputs) as f64;
+                    self.add(name, flops / seconds / 1e12, "TFLOP/s", matmul_tflops);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// One layer's attention over `sequences` of `rows` rows behind `context` positions.
+    fn attention(&mut self, name: &str, rows: usize, sequences: usize, context: usize) -> Result<(), GpuError> {
+        let gpu = self.gpu;
+        let heads = HEADS;
+        let layout = BlockLayout { layers: 1, kv_heads: 8, head_dim: 128, block_tokens: 16, dtype: KvDtype::Bf16 };
+        let each = (context + rows).div_ceil(16);
+        let mut arena = gpu.arena(layout, each * sequences)?;
+        let blocks: Vec<u32> = (0..(each * sequences) as u32).collect();
+        for block in &blocks {
+            let bytes: Vec<u8> =
+                self.halves(layout.block_bytes() / 2).into_iter().flat_map(u16::to_le_bytes).collect();
+            arena.write_block(*block, &bytes)?;
+        }
+        let spans: Vec<Span> = blocks
+            .chunks_exact(each)
+            .enumerate()
+            .map(|(i, blocks)| Span { row: i * rows, rows, position: context, blocks })
+            .collect();
+        let mut described = gpu.spans()?;
+        gpu.describe(&mut described, &vec![0; rows * sequences], &spans, &heads, &arena)?;
+        let q = self.rows_of(rows * sequences, heads.width())?;
+        let mut out = gpu.rows(rows * sequences, heads.width())?;
+        let attention = GpuAttention { heads, layer: 0, scale: 0.088, window: None };
+        let seconds = time(gpu, || gpu.attention(&attention, &described, &q, &arena, &mut out))?;
+        let Ceilings { copy_gbps, matmul_tflops } = self.ceilings;
+        let whole = context + rows;
+        let name = format!("attention, {name}");
+        match rows {
+            1 => {
+                self.add(format!("{name}, time"), seconds * 1e6, "us", None);
+                self.add(name, (sequences * whole * 2 * 8 * 128 * 2) as f64 / seconds / 1e9, "GB/s", copy_gbps);
+            }
+            // Two products, half of which a causal mask leaves.
+            _ => self.add(name, 2.0 * (rows * rows * 32 * 128) as f64 / seconds / 1e12, "TFLOP/s", matmul_tflops),
+        }
+        Ok(())
+    }
+
+    /// What works row by row: microseconds.
+    fn rows(&mut self, rows: usize) -> Result<(), GpuError> {
+        let gpu = self.gpu;
+        let (mut x, delta, weight) =
+            (self.floats_of(rows * HIDDEN)?, self.floats_of(rows * HIDDEN)?, self.floats_of(HIDDEN)?);
+        let mut normed = gpu.rows(rows, HIDDEN)?;
+        let seconds = time(gpu, || gpu.add_rms_norm(&mut x, Some(&delta), &weight, rows, 1e-5, &mut normed))?;
+        self.add(format!("add_rms_norm ({rows}, {HIDDEN})"), seconds * 1e6, "us", None);
+        let (gate_up, mut gated) = (self.floats_of(rows * 2 * WIDE)?, gpu.rows(rows, WIDE)?);
+        let seconds = time(gpu, || gpu.silu_mul(&gate_up, rows, &mut gated))?;
+        self.add(format!("silu_mul ({rows}, {WIDE})"), seconds * 1e6, "us", None);
+
+        let heads = HEADS;
+        let layout = BlockLayout { layers: 1, kv_heads: 8, head_dim: 128, block_tokens: 16, dtype: KvDtype::Bf16 };
+        let mut arena = gpu.arena(layout, rows.div_ceil(16))?;
+        let blocks: Vec<u32> = (0..rows.div_ceil(16) as u32).collect();
+        let spans = [Span { row: 0, rows, position: 0, blocks: &blocks }];
+        let mut described = gpu.spans()?;
+        gpu.describe(&mut described, &vec![0; rows], &spans, &heads, &arena)?;
+        let inv_freq: Vec<f64> = (0..64).map(|i| 0.8f64.powi(i)).collect();
+        let rotations = gpu.rotations(&RopeTable::new(&inv_freq, rows))?;
+        let (qkv, mut q) = (self.floats_of(rows * heads.qkv_width())?, gpu.rows(rows, heads.width())?);
+        let rope = GpuRope { heads, layer: 0, eps: 1e-5, rotations: &rotations, q_norm: None, k_norm: None };
+        let seconds = time(gpu, || gpu.rope_store(&rope, &described, &qkv, &mut q, &mut arena))?;
+        self.add(format!("rope_store ({rows}, {})", heads.qkv_width()), seconds * 1e6, "us", None);
+        Ok(())
+    }
+}
+
+/// Seconds of one launch, the best of some tries.
+fn time(gpu: &Gpu, mut launch: impl FnMut() -> Result<(), GpuError>) -> Result<f64, GpuError> {
+    let mut outcome = launch().and_then(|()| gpu.finish());
+    let seconds = best(TRIES, || {
+        for _ in 0..LAUNCHES {
+            outcome = outcome.clone().and_then(|()| launch());
+        }
+        outcome = outcome.clone().and_then(|()| gpu.finish());
+    });
+    outcome.map(|()| seconds / LAUNCHES as f64)
+}

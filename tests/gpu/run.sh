@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# Checks and measures everything on a machine with an NVIDIA GPU, in one call of under 10 minutes; builds nothing there:
+#
+#     tests/gpu/run.sh BATON ENGINE_TESTS OUT
+#
+# BATON is a release build with --features cuda, ENGINE_TESTS the engine's test binary of the same features. JSON lines go to
+# OUT/figures.json, the rest to OUT/log; the last line is `N passed, M failed`. Needs the driver, NVRTC (or compiled kernels in
+# $BATON_CUBINS), python3 with PyTorch and transformers for the ceilings and the peer, compute-sanitizer for the memory checks;
+# what is missing is named and left out.
+set -uo pipefail
+cd "$(dirname "$0")/../.."
+baton="$1" engine="$2" out="$3"
+mkdir -p "$out"
+figures="$out/figures.json" log="$out/log"
+: >"$figures"
+: >"$log"
+export BATON_CUBINS="${BATON_CUBINS:-$out/cubins}" BATON_TEST_GPU="${BATON_CUBINS:-$out/cubins}"
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+passed=0 failed=0
+
+# step NAME SECONDS COMMAND...: its JSON lines are figures, everything else is log.
+step() {
+    local name="$1" most="$2" start=$SECONDS
+    shift 2
+    echo "== $name" >>"$log"
+    timeout -k 5 "$most" "$@" >"$work/out" 2>>"$log"
+    local rc=$?
+    grep '^{' "$work/out" >>"$figures"
+    grep -v '^{' "$work/out" >>"$log"
+    if [ $rc -eq 0 ]; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
+    echo "$name: exit code $rc after $((SECONDS - start)) s"
+}
+value() { sed -n "s/.*\"name\": *\"$1\", *\"value\": *\([0-9.]*\).*/\1/p" "$figures" | head -1; }
+
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | tee -a "$log"
+if python3 -c 'import torch, transformers' 2>/dev/null; then
+    step "ceilings, model and peer" 150 python3 tests/gpu/peer.py "$work/model"
+else
+    echo "no PyTorch here: no ceilings, no peer, no large model"
+fi
+ceilings=()
+[ -z "$(value copy)" ] || ceilings+=(--copy-gbps "$(value copy)")
+[ -z "$(value matmul)" ] || ceilings+=(--matmul-tflops "$(value matmul)")
+
+step "kernels against the reference" 120 "$baton" doctor --gpu --json
+step "kernels measured" 90 "$baton" doctor --gpu --small --measure --json "${ceilings[@]}"
+step "same bytes" 120 "$engine" gpu --test-threads 4
+[ ! -e "$work/model/config.json" ] ||
+    step "engine" 120 "$baton" bench engine --device cuda --model "$work/model" --rounds 2 --json "${ceilings[@]}"
+step "cluster with killed workers" 100 python3 tests/gpu/cluster.py "$baton" "$work/data"
+if command -v compute-sanitizer >/dev/null; then
+    for tool in memcheck racecheck; do
+        step "$tool" 100 compute-sanitizer --tool "$tool" --error-exitcode 9 "$baton" doctor --gpu --small
+    done
+fi
+
+echo
+python3 - "$figures" <<'PY'
+import json, sys
+for line in open(sys.argv[1]):
+    f = json.loads(line)
+    if f["unit"] == "relative error" and f["ok"]:
+        continue
+    target = "" if f["target"] is None else f"target {f['target']:g}"
+    print(f"{f['name'][:64]:64} {f['value']:14.3f} {f['unit']:10} {target:14} {'' if f['ok'] else 'MISSED'}")
+PY
+wrong=$(grep -c '"unit": *"relative error".*"ok": *false' "$figures")
+checked=$(grep -c '"unit": *"relative error"' "$figures")
+echo "$checked kernel checks, $wrong wrong"
+echo "$passed passed, $failed failed"
+[ "$failed" -eq 0 ]
