@@ -93,6 +93,8 @@ mod tests {
             ("baton up --tp 0", false),
             ("baton decode-worker --tp 2", true),
             ("baton up --device cuda:1", true),
+            ("baton up --device cuda:0,1", true),
+            ("baton decode-worker --device cuda:0,1", false),
             ("baton up --device gpu", false),
             ("baton doctor", true),
             ("baton doctor --gpu --measure --json", true),

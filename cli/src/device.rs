@@ -7,6 +7,8 @@ mod gpu;
 use std::fmt;
 use std::str::FromStr;
 
+use baton_core::Role;
+
 pub(crate) use gpu::{bench, doctor, finding, read};
 
 /// A device by name.
@@ -39,6 +41,30 @@ impl fmt::Display for Device {
     }
 }
 
+/// What the workers of a cluster compute on: `cpu`, `cuda`, or GPUs that they take in turn, as `cuda:0,1`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Devices(Vec<Device>);
+
+impl Devices {
+    /// Prefill workers take the first ones, decode workers the last.
+    pub(crate) fn of(&self, role: Role, number: usize) -> Device {
+        let turn = number % self.0.len();
+        match role {
+            Role::Prefill => self.0[turn],
+            _ => self.0[self.0.len() - 1 - turn],
+        }
+    }
+}
+
+impl FromStr for Devices {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Devices, String> {
+        let Some(indices) = text.strip_prefix("cuda:") else { return Ok(Devices(vec![text.parse()?])) };
+        indices.split(',').map(|index| format!("cuda:{index}").parse()).collect::<Result<_, _>>().map(Devices)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -54,5 +80,17 @@ mod tests {
             assert!(text.parse::<Device>().is_err(), "{text}");
         }
         assert_eq!(Device::Cuda(1).to_string().parse(), Ok(Device::Cuda(1)));
+    }
+
+    #[test]
+    fn workers_take_gpus_in_turn() {
+        let devices: Devices = "cuda:2,5".parse().expect("two GPUs");
+        let of = |role| [0, 1, 2].map(|number| devices.of(role, number));
+        assert_eq!(of(Role::Prefill), [2, 5, 2].map(Device::Cuda));
+        assert_eq!(of(Role::Decode), [5, 2, 5].map(Device::Cuda));
+        assert_eq!("cpu".parse::<Devices>().map(|devices| devices.of(Role::Decode, 3)), Ok(Device::Cpu));
+        for text in ["cuda:", "cuda:0,", "cuda:0,cpu", "cpu,cuda:0", "cuda,1"] {
+            assert!(text.parse::<Devices>().is_err(), "{text}");
+        }
     }
 }

@@ -59,7 +59,10 @@ fn findings() -> Vec<(&'static str, String)> {
         ("model", shipped()),
         ("port", port()),
         ("open files", open_files()),
-        ("handoff links", "tcp and in-process; shared memory, UCX and NCCL are not in this build".to_string()),
+        (
+            "handoff links",
+            "shared memory (workers of one host), tcp and in-process; UCX and NCCL are not in this build".to_string(),
+        ),
         ("gpu", crate::device::finding()),
         ("data directory", data_directory()),
     ]

@@ -23,7 +23,7 @@ use self::control::Control;
 use self::lock::Lock;
 use self::plan::Topology;
 use self::supervisor::{Cluster, Supervisor};
-use crate::device::Device;
+use crate::device::Devices;
 use crate::exit::Failure;
 use crate::log::LogFlags;
 use crate::surroundings;
@@ -76,9 +76,9 @@ pub(crate) struct UpFlags {
     /// Tensor-parallel ranks of each decode worker [default: --tp]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=8))]
     decode_tp: Option<u64>,
-    /// What the workers compute on: cpu, cuda or cuda:INDEX [default: cpu]
-    #[arg(long, value_name = "DEVICE", default_value_t, hide_default_value = true)]
-    device: Device,
+    /// What the workers compute on: cpu, cuda, or GPUs they take in turn, as cuda:0,1 (a build with the feature cuda)
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    device: Devices,
     /// KV blocks (of 16 tokens) of each worker [default: 4096, or fewer if a quarter of the free memory holds fewer]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=(1 << 31)))]
     kv_blocks: Option<u64>,
@@ -173,7 +173,7 @@ fn topology(
         gateway,
         open: flags.open,
         data,
-        device: flags.device,
+        devices: flags.device.clone(),
         threads: flags.threads.map_or(default_threads, |threads| threads as usize),
         prefill_tp: flags.prefill_tp.unwrap_or(flags.tp) as usize,
         decode_tp: flags.decode_tp.unwrap_or(flags.tp) as usize,

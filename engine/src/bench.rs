@@ -81,12 +81,7 @@ impl Rates {
 }
 
 /// Rates of any backend. `seconds` is a monotonic clock.
-pub fn rates(
-    model: &mut dyn Backend,
-    spec: &ModelSpec,
-    options: &BenchOptions,
-    seconds: &dyn Fn() -> f64,
-) -> Rates {
+pub fn rates(model: &mut dyn Backend, spec: &ModelSpec, options: &BenchOptions, seconds: &dyn Fn() -> f64) -> Rates {
     let mut rates = Rates::none(options);
     (0..options.rounds.max(1)).for_each(|_| rates.round(model, spec, options, seconds));
     rates

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use baton_core::{Arena, BlockId, BlockLayout, SampledToken};
 use baton_kernels::cuda::{
     Floats, Gpu, GpuArena, GpuAttention, GpuDraw, GpuDrawKind, GpuDraws, GpuError, GpuMatrix, GpuNext, GpuRope,
-    GpuSpans, Rows,
+    GpuSpans, PinnedArena, Rows,
 };
 use baton_kernels::{RopeTable, Span};
 
@@ -66,6 +66,8 @@ pub(crate) struct Layer {
 #[derive(Default)]
 struct Mirror {
     host: Option<Arc<Arena>>,
+    /// Made when the first blocks arrive; None within is a host that the GPU cannot read by itself.
+    pinned: Option<Option<PinnedArena>>,
     /// Generation of each block that does.
     blocks: BTreeMap<u32, u32>,
 }
@@ -74,7 +76,7 @@ impl Mirror {
     /// Forgets everything when the host's arena is another one.
     fn attach(&mut self, host: &Arc<Arena>) {
         if !self.host.as_ref().is_some_and(|old| Arc::ptr_eq(old, host)) {
-            *self = Mirror { host: Some(host.clone()), blocks: BTreeMap::new() };
+            *self = Mirror { host: Some(host.clone()), ..Mirror::default() };
         }
     }
 
@@ -204,10 +206,11 @@ impl GpuModel {
     fn take_in(&mut self, batch: &Batch) -> Result<(), GpuError> {
         let GpuModel { gpu, mirror, cache: Some(cache), .. } = self else { return Ok(()) };
         let (arena, arrived) = (batch.arena(), batch.arrived());
-        for block in arrived.ids() {
+        if !arrived.ids().is_empty() {
+            let pinned = mirror.pinned.get_or_insert_with(|| gpu.pin(arena)).as_ref();
+            let blocks: Vec<u32> = arrived.ids().iter().map(|block| block.index).collect();
             // SAFETY: held filled by the guard `arrived`.
-            let bytes = unsafe { std::slice::from_raw_parts(arena.block(block.index), arena.layout().block_bytes()) };
-            cache.write_block(block.index, bytes)?;
+            unsafe { gpu.bring_blocks(arena, pinned, &blocks, cache)? };
         }
         mirror.add(arrived.ids());
         gpu.copy_blocks(cache, &batch.copies().collect::<Vec<_>>())

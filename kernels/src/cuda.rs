@@ -19,7 +19,7 @@ mod spans;
 pub use compile::{Cubins, compiler, source_hash};
 pub use draws::{GpuDraw, GpuDrawKind, GpuDraws, GpuNext};
 pub use error::GpuError;
-pub use gpu::{Gpu, GpuArena, check_heads};
+pub use gpu::{Gpu, GpuArena, PinnedArena, check_heads};
 pub use launch::HEAD_DIMS;
 pub use memory::{Floats, GpuMatrix, Rows};
 pub use nvidia::{GpuFound, driver_version, gpus};

@@ -24,7 +24,7 @@ def prompt(i):
 
 
 def stream(i, texts, arrived, firsts):
-    body = {"model": "any", "prompt": prompt(i), "max_tokens": TOKENS, "temperature": 0.8 if i % 2 else 0.0, "seed": i,
+    body = {"model": model, "prompt": prompt(i), "max_tokens": TOKENS, "temperature": 0.8 if i % 2 else 0.0, "seed": i,
             "ignore_eos": True, "stream": True}
     request = urllib.request.Request(f"http://127.0.0.1:{PORT}/v1/completions", json.dumps(body).encode(),
                                      {"content-type": "application/json"})
@@ -79,7 +79,7 @@ def flat(value):
 
 def ready():
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/readyz", timeout=1) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/health", timeout=1) as answer:
             return answer.status == 200
     except Exception:
         return False
@@ -95,6 +95,8 @@ while not ready():
     time.sleep(0.05)
 say("up to ready", time.monotonic() - start, "s", 60, True)
 failed = 0
+with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/v1/models") as answer:
+    model = json.load(answer)["data"][0]["id"]
 try:
     expected, took, firsts = all_streams()
     say("undisturbed streams", took, "s", None, True)

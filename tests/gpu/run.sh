@@ -48,6 +48,11 @@ step "kernels measured" 90 "$baton" doctor --gpu --small --measure --json "${cei
 step "same bytes" 120 "$engine" gpu --test-threads 4
 [ ! -e "$work/model/config.json" ] ||
     step "engine" 120 "$baton" bench engine --device cuda --model "$work/model" --rounds 2 --json "${ceilings[@]}"
+[ ! -e "$work/model/config.json" ] || {
+    # The random model has no tokenizer of its own; prompts are given as tokens.
+    cp models/baton-3m/tokenizer*.json "$work/model/"
+    step "handoff" 100 python3 tests/gpu/handoff.py "$baton" "$work/model" "$work/data-large"
+}
 step "cluster with killed workers" 100 python3 tests/gpu/cluster.py "$baton" "$work/data"
 if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do

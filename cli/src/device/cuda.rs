@@ -57,9 +57,11 @@ pub(crate) fn bench(flags: &EngineFlags, directory: &Path, index: usize, threads
     // A multiplication and an addition per weight, which has two bytes.
     let tflops = rates.prefill * model.layer_bytes() as f64 / 1e12;
     figures.push(Figure::new("prefill_rate", tflops, "TFLOP/s"));
-    figures.extend(flags.matmul_tflops.map(|most| {
-        Figure::at_least("prefill_share_of_matmul", 100.0 * tflops / most, "%", PREFILL_SHARE)
-    }));
+    figures.extend(
+        flags
+            .matmul_tflops
+            .map(|most| Figure::at_least("prefill_share_of_matmul", 100.0 * tflops / most, "%", PREFILL_SHARE)),
+    );
     let token_bytes = spec.layout.block_bytes() / spec.layout.block_tokens as usize;
     let context = options.context_tokens + options.decode_steps / 2;
     for (rate, batch) in rates.decode.iter().zip(options.batches) {

@@ -305,6 +305,9 @@ fn read(
             let blocks = room.blocks(&spec);
             (Box::new(model), spec, blocks)
         }
+        Device::Cuda(_) if options.ranks != 1 => {
+            anyhow::bail!("tensor parallelism is not over GPUs yet: --tp {} needs --device cpu", options.ranks)
+        }
         Device::Cuda(index) => crate::device::read(&directory, index, options.threads, room, &mut progress)?,
     };
     let card = baton_worker::card::read(&directory, &spec)?;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use baton_core::Role;
 
-use crate::device::Device;
+use crate::device::Devices;
 
 /// What the cluster shall be; every choice is made.
 #[derive(Clone, Debug)]
@@ -26,8 +26,7 @@ pub(crate) struct Topology {
     /// Tensor-parallel ranks per worker.
     pub(crate) prefill_tp: usize,
     pub(crate) decode_tp: usize,
-    /// Of every worker.
-    pub(crate) device: Device,
+    pub(crate) devices: Devices,
     /// Per worker; None lets it choose within `kv_bytes`.
     pub(crate) kv_blocks: Option<u64>,
     /// Per worker.
@@ -111,12 +110,7 @@ impl Topology {
         arguments.extend(flag("--threads", self.threads));
         let tp = if role == Role::Prefill { self.prefill_tp } else { self.decode_tp };
         arguments.extend(flag("--tp", tp));
-        arguments.extend(
-            Some(self.device)
-                .filter(|device| *device != Device::Cpu)
-                .iter()
-                .flat_map(|device| flag("--device", device)),
-        );
+        arguments.extend(flag("--device", self.devices.of(role, n)));
         arguments.extend(flag("--kv-bytes", self.kv_bytes));
         arguments.extend(self.kv_blocks.iter().flat_map(|blocks| flag("--kv-blocks", blocks)));
         arguments.extend(self.batch_tokens.iter().flat_map(|tokens| flag("--batch-tokens", tokens)));
@@ -161,7 +155,7 @@ mod tests {
             threads: 2,
             prefill_tp: 1,
             decode_tp: 2,
-            device: Device::Cuda(1),
+            devices: "cuda:0,1".parse().expect("two GPUs"),
             kv_blocks: Some(64),
             kv_bytes: 1 << 30,
             batch_tokens: Some(512),

@@ -58,6 +58,7 @@ fn load_on(gpu: Gpu, dir: &Path, threads: usize, progress: &mut dyn FnMut(Progre
     progress(Progress { phase: Phase::Open, bytes_done: 0, bytes_total: 0 });
     let config = ModelConfig::read(dir)?;
     check_heads(&config.heads)?;
+    enough(gpu.name(), gpu.memory()?.0 as u64, weight_bytes(&config))?;
     let checkpoint = Checkpoint::open(dir)?;
     let total = checkpoint.bytes();
     let mut loader = Loader {
@@ -92,6 +93,31 @@ fn load_on(gpu: Gpu, dir: &Path, threads: usize, progress: &mut dyn FnMut(Progre
         parameters,
     };
     Ok(LoadedGpu { model: GpuModel::new(gpu, config, weights)?, spec })
+}
+
+/// Bytes of all matrices in the GPU's memory.
+fn weight_bytes(config: &ModelConfig) -> u64 {
+    let heads = config.heads;
+    let attention = heads.qkv_width() + heads.width();
+    let layer = config.hidden * (attention + 3 * config.intermediate);
+    let embeddings = config.vocab * config.hidden * if config.tied { 1 } else { 2 };
+    2 * (config.layers * layer + embeddings) as u64
+}
+
+/// Refuses a model whose weights do not fit, before anything of it is read.
+fn enough(gpu: &str, free: u64, needed: u64) -> Result<(), LoadError> {
+    if needed < free {
+        return Ok(());
+    }
+    let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
+    Err(LoadError::Device(format!(
+        "{gpu} has {:.1} GiB free, and the weights alone need {:.1} GiB: {:.1} GiB are missing; free memory on it, name another \
+         GPU with --device cuda:INDEX, take a model of at most {:.1} billion parameters, or compute on the CPU",
+        gib(free),
+        gib(needed),
+        gib(needed - free),
+        free as f64 / 2e9,
+    )))
 }
 
 /// Reads tensor by tensor, as `load::Loader`, with the GPU's memory as the place they go to.
@@ -202,5 +228,17 @@ impl Loader<'_> {
             hasher.update(&digest.to_le_bytes());
         }
         format!("{:032x}", hasher.digest128())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn too_little_memory_says_how_much_is_missing() {
+        assert!(enough("GPU", 17 << 30, 16 << 30).is_ok());
+        let error = enough("GPU", 10 << 30, 15 << 30).expect_err("5 GiB are missing").to_string();
+        assert!(error.contains("10.0 GiB free") && error.contains("5.0 GiB are missing"), "{error}");
     }
 }

@@ -199,7 +199,8 @@ impl Checker<'_> {
         };
         gpu.rope_store(&rope, &described, &qkv_there, &mut q, &mut cache)?;
         let (q_norm, k_norm) = (Some(&q_norm[..]), Some(&k_norm[..]));
-        let store = RopeStore { heads, kv: KvHeads::default(), layer: 1, spans: &spans, rope: &table, q_norm, k_norm, eps };
+        let store =
+            RopeStore { heads, kv: KvHeads::default(), layer: 1, spans: &spans, rope: &table, q_norm, k_norm, eps };
         self.cpu.rope_store(&store, &mut qkv, &arena);
         let expected: Vec<f32> = qkv.chunks(heads.qkv_width()).flat_map(|row| row[..heads.width()].to_vec()).collect();
         self.close(format!("rope_store, q, {name}"), &widened(&q.read(rows)?), &expected);

@@ -31,6 +31,27 @@ pub(crate) trait Driver: Send + Sync {
     /// `to` is memory of this device with room for the bytes.
     unsafe fn upload(&self, to: u64, from: &[u8]) -> Result<(), GpuError>;
 
+    /// Lets the device read memory of the host by itself, which keeps it in place; false where that cannot be.
+    ///
+    /// # Safety
+    /// The memory exists until `unpin`.
+    unsafe fn pin(&self, _at: *const u8, _bytes: usize) -> bool {
+        false
+    }
+
+    /// # Safety
+    /// `at` was pinned, and nothing that was given reads it any more.
+    unsafe fn unpin(&self, _at: *const u8) {}
+
+    /// As `upload` from pinned memory, which must not change until what was given is done.
+    ///
+    /// # Safety
+    /// As `upload`; and the bytes are pinned.
+    unsafe fn upload_pinned(&self, to: u64, from: &[u8]) -> Result<(), GpuError> {
+        // SAFETY: the caller's.
+        unsafe { self.upload(to, from) }
+    }
+
     /// # Safety
     /// As `upload`.
     unsafe fn download(&self, from: u64, to: &mut [u8]) -> Result<(), GpuError>;
@@ -52,14 +73,20 @@ pub(crate) trait Driver: Send + Sync {
     /// `arguments` point to values of the types of the kernel's parameters, and what they point to on the device exists.
     unsafe fn launch(&self, kernel: Kernel, grid: [u32; 3], arguments: &mut [*mut c_void]) -> Result<(), GpuError>;
 
-    /// Thread blocks that stay on the device at a time when each fills a multiprocessor, if it has `launch::HOPPER`'s kernels.
+    /// Thread blocks that stay on the device at a time when each fills a multiprocessor, if it has `launch::HOPPERS`.
     fn hopper(&self) -> Option<usize> {
         None
     }
 
-    /// How the copy engine finds boxes of 64 x 64 in a matrix of bf16 of which a row has `columns` and the next begins
-    /// `stride` elements on. Only where there is `hopper`.
-    fn tensor_map(&self, _at: u64, _rows: usize, _columns: usize, _stride: usize) -> Result<TensorMap, GpuError> {
+    /// How the copy engine finds boxes of so many rows and 64 columns in a matrix of bf16, (rows, columns) of which the next
+    /// row begins `stride` elements on. Only where there is `hopper`.
+    fn tensor_map(
+        &self,
+        _at: u64,
+        _shape: (usize, usize),
+        _stride: usize,
+        _box_rows: usize,
+    ) -> Result<TensorMap, GpuError> {
         Err(GpuError::Call { call: "cuTensorMapEncodeTiled", what: "this device has no copy engine".to_string() })
     }
 

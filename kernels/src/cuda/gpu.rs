@@ -6,13 +6,15 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-use baton_core::{BlockLayout, KvDtype};
+use baton_core::{Arena, BlockLayout, KvDtype};
 
 use super::compile::{Cubins, source_hash};
 use super::driver::{Driver, Kernel, SLOTS};
 use super::emulated::Emulated;
 use super::error::GpuError;
-use super::launch::{self, Argument, HEAD_DIMS, HOPPER, HOPPER_UNIT, Layout, MATMULS, PREFILL_ROWS, Tiled};
+use super::launch::{
+    self, Argument, HEAD_DIMS, HOPPER_UNIT, HOPPERS, HOPPERS_NARROW, Hopper, Layout, MATMULS, PREFILL_ROWS,
+};
 use super::memory::{DEPTH_UNIT, Floats, GpuMatrix, Memory, Rows};
 use super::nvidia::{Nvidia, arch};
 use super::spans::GpuSpans;
@@ -120,10 +122,47 @@ impl Gpu {
     /// Blocks in the GPU's memory.
     pub fn arena(&self, layout: BlockLayout, blocks: usize) -> Result<GpuArena, GpuError> {
         assert!(layout.dtype == KvDtype::Bf16, "the GPU's cache holds bf16");
+        assert!(layout.block_tokens.is_power_of_two(), "the GPU's cache has blocks of a power of two of tokens");
         let memory = Memory::zeroed(&self.driver, layout.block_bytes() * blocks)?;
         let slot = || Memory::new(&self.driver, 1);
         let (gathered, lists) = ([slot()?, slot()?], [slot()?, slot()?]);
         Ok(GpuArena { memory, layout, blocks, gathered, lists })
+    }
+
+    /// Lets the GPU read the host's blocks by itself; None where it cannot, and they are copied on the way.
+    pub fn pin(&self, host: &Arc<Arena>) -> Option<PinnedArena> {
+        let bytes = host.layout().block_bytes() * host.blocks();
+        // SAFETY: the arena lives as long as what is returned.
+        let pinned = unsafe { self.driver.pin(host.block(0), bytes) };
+        pinned.then(|| PinnedArena { host: host.clone(), driver: self.driver.clone() })
+    }
+
+    /// Copies whole blocks of the host's to the same places of the GPU's, and waits for it if they are pinned.
+    ///
+    /// # Safety
+    /// Nobody writes these blocks meanwhile.
+    pub unsafe fn bring_blocks(
+        &self,
+        host: &Arena,
+        pinned: Option<&PinnedArena>,
+        blocks: &[u32],
+        to: &mut GpuArena,
+    ) -> Result<(), GpuError> {
+        to.check(blocks);
+        let bytes = to.layout.block_bytes();
+        assert!(*host.layout() == to.layout && blocks.iter().all(|block| (*block as usize) < host.blocks()));
+        for &block in blocks {
+            let at = to.memory.at() + u64::from(block) * bytes as u64;
+            // SAFETY: a block of either arena; the caller keeps others from writing it, and pinned ones are waited for.
+            unsafe {
+                let from = std::slice::from_raw_parts(host.block(block), bytes);
+                match pinned {
+                    Some(_) => self.driver.upload_pinned(at, from)?,
+                    None => self.driver.upload(at, from)?,
+                }
+            }
+        }
+        if pinned.is_some() { self.driver.finish() } else { Ok(()) }
     }
 
     /// x (rows, hidden) = the rows of `w` that the spans' tokens name.
@@ -201,29 +240,34 @@ impl Gpu {
         };
         let segments = if segmented { SEGMENTS } else { 1 };
         let fits = w.outputs.is_multiple_of(HOPPER_UNIT) && w.depth.is_multiple_of(HOPPER_UNIT * segments);
-        if let Some(resident) = self.driver.hopper().filter(|_| fits && rows > MATMULS[1][0].rows) {
-            return self.multiply_on_hopper(x, range, w, arguments, HOPPER[segmented as usize], resident);
+        if let Some(resident) = self.driver.hopper().filter(|_| fits) {
+            let index = HOPPERS.iter().position(|pair| rows <= pair[0].tiled.rows).unwrap_or(HOPPERS.len() - 1);
+            let wide = HOPPERS[index][segmented as usize];
+            let tiles = w.outputs / wide.tiled.outputs;
+            let narrow = HOPPERS_NARROW.get(index).filter(|(_, most)| !segmented && tiles < most * resident);
+            let hopper = narrow.map_or(wide, |(narrow, _)| *narrow);
+            return self.multiply_on_hopper(x, range, w, arguments, hopper, resident);
         }
         let tiled = MATMULS.iter().find(|pair| rows <= pair[0].rows).unwrap_or(&MATMULS[2])[segmented as usize];
         let grid = [rows.div_ceil(tiled.rows), w.outputs.div_ceil(tiled.outputs), 1];
         self.launch(tiled.kernel, grid, &[&arguments])
     }
 
-    /// As many clusters as stay `resident` take all tiles in turn.
     fn multiply_on_hopper(
         &self,
         x: &Rows,
         range: Range<usize>,
         w: &GpuMatrix,
         arguments: launch::Matmul,
-        tiled: Tiled,
+        hopper: Hopper,
         resident: usize,
     ) -> Result<(), GpuError> {
-        let xs = self.driver.tensor_map(x.at(), range.end, w.depth, x.stride() as usize)?;
-        let ws = self.driver.tensor_map(w.memory.at(), w.outputs, w.depth, w.depth)?;
+        let Hopper { tiled, boxes, cluster, stays } = hopper;
+        let xs = self.driver.tensor_map(x.at(), (range.end, w.depth), x.stride() as usize, boxes.0)?;
+        let ws = self.driver.tensor_map(w.memory.at(), (w.outputs, w.depth), w.depth, boxes.1)?;
         let tiles = range.len().div_ceil(tiled.rows) * w.outputs.div_ceil(tiled.outputs);
-        let blocks = 2 * tiles.min(resident / 2);
-        self.launch(tiled.kernel, [blocks, 1, 1], &[&xs, &ws, &arguments, &(range.start as u32)])
+        let clusters = if stays { tiles.min(resident / cluster) } else { tiles };
+        self.launch(tiled.kernel, [clusters * cluster, 1, 1], &[&xs, &ws, &arguments, &(range.start as u32)])
     }
 
     /// (rows, gate | up) → (rows, silu(gate)·up).
@@ -232,7 +276,7 @@ impl Gpu {
         out.check(rows, width);
         assert!(gate_up.len() >= rows * 2 * width, "inputs do not fit (rows, gate | up)");
         let (from, to, stride) = (gate_up.at(), out.at(), out.stride() as i32);
-        let grid = [rows, width.div_ceil(launch::SILU_MUL.threads as usize), 1];
+        let grid = [rows, width.div_ceil(4 * launch::SILU_MUL.threads as usize), 1];
         self.launch(launch::SILU_MUL, grid, &[&from, &(width as i32), &to, &stride])
     }
 
@@ -303,6 +347,21 @@ pub fn check_heads(heads: &Heads) -> Result<(), GpuError> {
     match HEAD_DIMS.contains(&heads.head_dim) && group <= PREFILL_ROWS {
         true => Ok(()),
         false => Err(GpuError::HeadDim { found: heads.head_dim, supported: HEAD_DIMS }),
+    }
+}
+
+/// Blocks of the host's that the GPU reads by itself, until this is dropped.
+pub struct PinnedArena {
+    host: Arc<Arena>,
+    driver: Arc<dyn Driver>,
+}
+
+impl Drop for PinnedArena {
+    fn drop(&mut self) {
+        if self.driver.finish().is_ok() {
+            // SAFETY: pinned when this was made; everything has ended.
+            unsafe { self.driver.unpin(self.host.block(0)) }
+        }
     }
 }
 

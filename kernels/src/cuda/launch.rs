@@ -9,7 +9,7 @@ const fn kernel(name: &'static str, threads: u32, shared: u32) -> Kernel {
 }
 
 pub(crate) const EMBED: Kernel = kernel("embed", 256, 0);
-pub(crate) const ADD_RMS_NORM: Kernel = kernel("add_rms_norm", 256, 0);
+pub(crate) const ADD_RMS_NORM: Kernel = kernel("add_rms_norm", 512, 0);
 pub(crate) const SILU_MUL: Kernel = kernel("silu_mul", 256, 0);
 pub(crate) const ROPE_STORE: Kernel = kernel("rope_store", 256, 0);
 pub(crate) const KEEP_ROWS: Kernel = kernel("keep_rows", 256, 0);
@@ -49,17 +49,67 @@ pub(crate) const MATMULS: [[Tiled; 2]; 3] = [
     ],
 ];
 
-/// matmul_hopper.cu: of (whole, segmented), the kernel and the outputs of its tile; 256 rows of a cluster of two thread blocks.
-pub(crate) const HOPPER: [Tiled; 2] = [
-    Tiled { kernel: kernel("matmul_hopper", 384, hopper(256, 0)), rows: 256, outputs: 256 },
-    Tiled { kernel: kernel("matmul_segmented_hopper", 384, hopper(128, 256 * 64 * 4)), rows: 256, outputs: 128 },
+/// A kernel of matmul_hopper.cu: its tile, and the rows of what the copy engine brings at a time.
+#[derive(Clone, Copy)]
+pub(crate) struct Hopper {
+    pub(crate) tiled: Tiled,
+    /// (x, W)
+    pub(crate) boxes: (usize, usize),
+    /// Thread blocks that share a tile.
+    pub(crate) cluster: usize,
+    /// Whether as many clusters as there is room for take tile after tile; otherwise each has one.
+    pub(crate) stays: bool,
+}
+
+/// By rows, fewest first; the second of each pair adds in segments.
+pub(crate) const HOPPERS: [[Hopper; 2]; 3] = [
+    [
+        few(kernel("matmul_16_hopper", 160, few_bytes(32, 8 * 2, 0)), 32),
+        few(kernel("matmul_segmented_16_hopper", 288, few_bytes(32, 16, 8)), 32),
+    ],
+    [
+        some(kernel("matmul_64_hopper", 160, some_bytes(128, 8, 0)), 128, 1),
+        some(kernel("matmul_segmented_64_hopper", 160, some_bytes(128, 7, 64 * 136 * 4)), 128, 4),
+    ],
+    [
+        many(kernel("matmul_hopper", 384, many_bytes(256, 4, 0)), 256),
+        many(kernel("matmul_segmented_hopper", 384, many_bytes(128, 5, 256 * 64 * 4)), 128),
+    ],
+];
+/// In place of the first two that add in no segments, where those have fewer tiles than so many per multiprocessor.
+pub(crate) const HOPPERS_NARROW: [(Hopper, usize); 2] = [
+    (few(kernel("matmul_16_narrow_hopper", 96, few_bytes(16, 8 * 2, 0)), 16), 3),
+    (some(kernel("matmul_64_narrow_hopper", 160, some_bytes(64, 12, 0)), 64, 1), 1),
 ];
 /// Outputs, and the K of a segment, are a multiple of this in those kernels.
 pub(crate) const HOPPER_UNIT: usize = 64;
+/// Bytes lost to alignment, and those of barriers.
+const HOPPER_MORE: usize = 1024 + 1024;
 
-/// Bytes of alignment, four stages of 64 k and barriers, and of what else there is.
-const fn hopper(outputs: usize, more: usize) -> u32 {
-    (1024 + (128 + outputs) * 128 * 4 + 1024 + more) as u32
+const fn few(kernel: Kernel, outputs: usize) -> Hopper {
+    Hopper { tiled: Tiled { kernel, rows: 16, outputs }, boxes: (16, outputs), cluster: 1, stays: false }
+}
+
+const fn some(kernel: Kernel, outputs: usize, cluster: usize) -> Hopper {
+    Hopper { tiled: Tiled { kernel, rows: 64, outputs }, boxes: (64, 64), cluster, stays: false }
+}
+
+const fn many(kernel: Kernel, outputs: usize) -> Hopper {
+    Hopper { tiled: Tiled { kernel, rows: 256, outputs }, boxes: (64, 64), cluster: 2, stays: true }
+}
+
+/// So many stages of 64 k, and the sums of segments.
+const fn few_bytes(outputs: usize, stages: usize, segments: usize) -> u32 {
+    (HOPPER_MORE + (16 + outputs) * 128 * stages + segments * 16 * outputs * 4) as u32
+}
+
+/// So many stages of 64 k, and what else there is.
+const fn some_bytes(outputs: usize, stages: usize, more: usize) -> u32 {
+    (HOPPER_MORE + (64 + outputs) * 128 * stages + more) as u32
+}
+
+const fn many_bytes(outputs: usize, stages: usize, more: usize) -> u32 {
+    (HOPPER_MORE + (128 + outputs) * 128 * stages + more) as u32
 }
 
 /// Positions per logical block of attention.

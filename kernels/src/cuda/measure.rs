@@ -66,7 +66,10 @@ impl Measure<'_> {
     fn halves(&mut self, count: usize) -> Vec<u16> {
         // Between 1/8 and 1/2, of both signs.
         let words = (0..count.div_ceil(4)).map(|_| self.rng.u64());
-        words.flat_map(|word| [0, 16, 32, 48].map(|shift| (word >> shift) as u16 & 0x80ff | 0x3e00)).take(count).collect()
+        words
+            .flat_map(|word| [0, 16, 32, 48].map(|shift| (word >> shift) as u16 & 0x80ff | 0x3e00))
+            .take(count)
+            .collect()
     }
 
     fn rows_of(&mut self, rows: usize, width: usize) -> Result<Rows, GpuError> {
@@ -82,7 +85,8 @@ impl Measure<'_> {
     }
 
     fn add(&mut self, name: String, value: f64, unit: &'static str, most: Option<f64>) {
-        let share = most.map(|most| Measured { name: format!("{name}, share"), value: 100.0 * value / most, unit: "%" });
+        let share =
+            most.map(|most| Measured { name: format!("{name}, share"), value: 100.0 * value / most, unit: "%" });
         self.found.push(Measured { name, value, unit });
         self.found.extend(share);
     }
@@ -126,8 +130,7 @@ impl Measure<'_> {
         let mut arena = gpu.arena(layout, each * sequences)?;
         let blocks: Vec<u32> = (0..(each * sequences) as u32).collect();
         for block in &blocks {
-            let bytes: Vec<u8> =
-                self.halves(layout.block_bytes() / 2).into_iter().flat_map(u16::to_le_bytes).collect();
+            let bytes: Vec<u8> = self.halves(layout.block_bytes() / 2).into_iter().flat_map(u16::to_le_bytes).collect();
             arena.write_block(*block, &bytes)?;
         }
         let spans: Vec<Span> = blocks

@@ -11,7 +11,7 @@ use cudarc::driver::sys;
 use super::compile::Cubins;
 use super::driver::{Driver, Kernel, SLOTS};
 use super::error::GpuError;
-use super::launch::{HOPPER, KERNELS, TensorMap, Tiled};
+use super::launch::{HOPPERS, HOPPERS_NARROW, Hopper, KERNELS, TensorMap};
 
 /// CUDA version of the driver, as 1000 · major + 10 · minor.
 const DRIVER_LEAST: i32 = 12_000;
@@ -115,7 +115,7 @@ pub(crate) struct Nvidia {
     copies: sys::CUstream,
     /// Whether launches may overlap: from Hopper on.
     overlaps: bool,
-    /// Multiprocessors, where `launch::HOPPER`'s kernels run.
+    /// Multiprocessors, where `launch::HOPPERS` run.
     hopper: Option<usize>,
     staging: Mutex<Staging>,
 }
@@ -189,8 +189,11 @@ impl Nvidia {
             });
         }
         let arch = arch(gpu.capability);
-        let own: &[Tiled] = if arch == HOPPER_ARCH { &HOPPER } else { &[] };
-        let kernels = || KERNELS.iter().chain(own.iter().map(|tiled| &tiled.kernel));
+        let own: Vec<Hopper> = match arch == HOPPER_ARCH {
+            true => HOPPERS.into_iter().flatten().chain(HOPPERS_NARROW.map(|(hopper, _)| hopper)).collect(),
+            false => Vec::new(),
+        };
+        let kernels = || KERNELS.iter().chain(own.iter().map(|hopper| &hopper.tiled.kernel));
         if let Some(kernel) = kernels().find(|kernel| kernel.shared as usize > gpu.shared_bytes) {
             return Err(GpuError::SharedMemory {
                 name: gpu.name.clone(),
@@ -313,6 +316,24 @@ impl Driver for Nvidia {
         Ok(())
     }
 
+    unsafe fn pin(&self, at: *const u8, bytes: usize) -> bool {
+        // SAFETY: the caller's.
+        self.enter().is_ok() && unsafe { sys::cuMemHostRegister_v2(at as *mut c_void, bytes, 0) }.result().is_ok()
+    }
+
+    unsafe fn unpin(&self, at: *const u8) {
+        if self.enter().is_ok() {
+            // SAFETY: the caller's.
+            let _ = unsafe { sys::cuMemHostUnregister(at as *mut c_void) };
+        }
+    }
+
+    unsafe fn upload_pinned(&self, to: u64, from: &[u8]) -> Result<(), GpuError> {
+        self.enter()?;
+        // SAFETY: the caller's.
+        unsafe { result::memcpy_htod_async(to, from, self.compute) }.map_err(failed("cuMemcpyHtoDAsync"))
+    }
+
     unsafe fn download(&self, from: u64, to: &mut [u8]) -> Result<(), GpuError> {
         self.enter()?;
         // SAFETY: the caller's; synchronised before the borrow ends.
@@ -383,10 +404,16 @@ impl Driver for Nvidia {
         self.hopper
     }
 
-    fn tensor_map(&self, at: u64, rows: usize, columns: usize, stride: usize) -> Result<TensorMap, GpuError> {
+    fn tensor_map(
+        &self,
+        at: u64,
+        (rows, columns): (usize, usize),
+        stride: usize,
+        box_rows: usize,
+    ) -> Result<TensorMap, GpuError> {
         let mut map = TensorMap([0; 16]);
         let (sizes, strides) = ([columns as u64, rows as u64], [stride as u64 * 2]);
-        let (boxes, steps) = ([64u32, 64], [1u32, 1]);
+        let (boxes, steps) = ([64u32, box_rows as u32], [1u32, 1]);
         // SAFETY: writes the map, which has the size and the alignment of the driver's; reads two sizes each.
         unsafe {
             sys::cuTensorMapEncodeTiled(

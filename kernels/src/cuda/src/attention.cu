@@ -41,16 +41,34 @@ struct Seen {
     u32 first[2], last[2];
 };
 
-// Copies keys or values of one block of positions into a tile; positions past `last` become zeros.
-template <int Dim>
-__device__ __forceinline__ void load_block(u8* tile, const Attention& a, const u16* arena, const u32* table, u32 kv_head,
-                                           u32 half, u32 block, u32 last, int thread, int threads) {
-    for (int i = thread; i < BLOCK * Dim / 8; i += threads) {
+// Where one KV head's keys of a layer lie, for one sequence. Values lie `half_elements` behind.
+struct Keys {
+    const u16* first;
+    const u32* table;
+    u64 block_elements, half_elements;
+    // log2 of a cache block's tokens.
+    u32 shift;
+};
+
+__device__ __forceinline__ Keys keys_of(const Attention& a, const u16* arena, const u32* table, u32 kv_head) {
+    Keys k = {arena + half_at(a.layout, kv_head, a.layer, 0), table, block_elements(a.layout), half_elements(a.layout),
+              (u32)(31 - __clz((int)a.layout.block_tokens))};
+    return k;
+}
+
+// Copies keys (0), values (1) or both (2) of one block of positions into tiles; positions past `last` become zeros.
+template <int Dim, int Threads, int What>
+__device__ __forceinline__ void load_block(u8* keys, u8* values, const Keys& from, u32 block, u32 last, int thread) {
+#pragma unroll
+    for (int i = thread; i < BLOCK * Dim / 8; i += Threads) {
         int token = i / (Dim / 8), part = i % (Dim / 8);
         u32 position = block * BLOCK + token;
         bool present = position <= last;
-        const u16* from = arena + kv_at(a.layout, table, present ? position : last, kv_head, a.layer, half) + part * 8;
-        copy_async(tile + tile_at<Dim / 8>(token, part), from, present);
+        u32 at = present ? position : last;
+        const u16* key = from.first + from.table[at >> from.shift] * from.block_elements +
+                         ((at & ((1u << from.shift) - 1)) * Dim + part * 8);
+        if (What != 1) copy_async(keys + tile_at<Dim / 8>(token, part), key, present);
+        if (What != 0) copy_async(values + tile_at<Dim / 8>(token, part), key + from.half_elements, present);
     }
 }
 
@@ -170,7 +188,7 @@ __device__ __forceinline__ void prefill(const Attention& a, const u16* q, const 
     constexpr int TileBytes = BLOCK * Dim * 2;
     Tile tile = tiles[blockIdx.x];
     u32 kv_head = blockIdx.y;
-    const u32* table = tables + tile.table;
+    Keys cached = keys_of(a, arena, tables + tile.table, kv_head);
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     Seen seen;
     const u16* from[2];
@@ -197,14 +215,12 @@ __device__ __forceinline__ void prefill(const Attention& a, const u16* q, const 
     u32 last = tile.position + tile.rows - 1;
     u32 block = first_seen(a.window, tile.position) / BLOCK, end = last / BLOCK;
     u32 stage = 0;
-    load_block<Dim>(shared, a, arena, table, kv_head, 0, block, last, threadIdx.x, 128);
-    load_block<Dim>(shared + TileBytes, a, arena, table, kv_head, 1, block, last, threadIdx.x, 128);
+    load_block<Dim, 128, 2>(shared, shared + TileBytes, cached, block, last, threadIdx.x);
     copy_commit();
     for (; block <= end; block++, stage ^= 1) {
         if (block < end) {
             u8* next = shared + (stage ^ 1) * 2 * TileBytes;
-            load_block<Dim>(next, a, arena, table, kv_head, 0, block + 1, last, threadIdx.x, 128);
-            load_block<Dim>(next + TileBytes, a, arena, table, kv_head, 1, block + 1, last, threadIdx.x, 128);
+            load_block<Dim, 128, 2>(next, next + TileBytes, cached, block + 1, last, threadIdx.x);
         }
         copy_commit();
         copy_wait<1>();
@@ -263,10 +279,10 @@ __device__ __forceinline__ void decode(const Attention& a, const u16* q, const u
     u32 first = first_seen(a.window, row.position) / BLOCK, block = first + blockIdx.x * 2 + warp;
     if (block > row.position / BLOCK) return;
     u8* keys = shared + warp * 2 * TileBytes;
-    const u32* table = tables + row.table;
-    load_block<Dim>(keys, a, arena, table, kv_head, 0, block, row.position, lane, 32);
+    Keys cached = keys_of(a, arena, tables + row.table, kv_head);
+    load_block<Dim, 32, 0>(keys, keys + TileBytes, cached, block, row.position, lane);
     copy_commit();
-    load_block<Dim>(keys + TileBytes, a, arena, table, kv_head, 1, block, row.position, lane, 32);
+    load_block<Dim, 32, 1>(keys, keys + TileBytes, cached, block, row.position, lane);
     copy_commit();
     Seen seen;
     const u16* from[2];

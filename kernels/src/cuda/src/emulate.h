@@ -22,6 +22,9 @@ struct uint4 {
 struct float2 {
     float x, y;
 };
+struct float4 {
+    float x, y, z, w;
+};
 struct dim3_of {
     unsigned x, y, z;
 };
@@ -59,6 +62,7 @@ template <class T> T __shfl_up_sync(unsigned, T own, int distance) {
     return of_lane(own, from < 0 ? emulated::lane() : from);
 }
 
+inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz((unsigned)x); }
 inline unsigned __float_as_uint(float x) { unsigned r; memcpy(&r, &x, 4); return r; }
 inline float __uint_as_float(unsigned x) { float r; memcpy(&r, &x, 4); return r; }
 inline u64 __umul64hi(u64 a, u64 b) { return (u64)((unsigned __int128)a * b >> 64); }

@@ -43,17 +43,22 @@ __device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// Arrives at the same barrier of a thread block of the cluster.
+// Arrives at the same barrier of a thread block of the cluster. What was read here came by the copy engine and is guarded by
+// barriers alone, so that no fence of ordinary memory, which costs a thousand cycles, is asked for.
 __device__ __forceinline__ void barrier_arrive(u32 barrier, u32 rank) {
     asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-                 "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(barrier), "r"(rank)
+                 "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier), "r"(rank)
                  : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive_here(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
 __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
     u32 done;
     do {
-        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
                      "selp.u32 %0, 1, 0, p;\n}"
                      : "=r"(done)
                      : "r"(barrier), "r"(parity)
@@ -138,6 +143,29 @@ __device__ __forceinline__ void wgmma(float (&d)[64], u64 x, u64 w) {
           "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
         : "l"(x), "l"(w));
 }
+__device__ __forceinline__ void wgmma(float (&d)[32], u64 x, u64 w) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+        "%32, %33, 1, 1, 1, 0, 0;"
+        :
+          "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+          "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+          "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+        : "l"(x), "l"(w));
+}
+
+// A float in the shared memory of a thread block of the cluster, at the place where it is here.
+__device__ __forceinline__ float read_of(u32 at, u32 rank) {
+    float value;
+    asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %1, %2;\nld.shared::cluster.f32 %0, [there];\n}"
+                 : "=f"(value)
+                 : "r"(at), "r"(rank)
+                 : "memory");
+    return value;
+}
 
 // Tile number `i`: neighbours share weights.
 struct TileAt {
@@ -167,20 +195,20 @@ template <int Outputs> __device__ __forceinline__ float2* place(const Matmul& a,
     return r < a.rows && n < a.outputs ? (float2*)(a.y + (u64)r * a.outputs + n) : (float2*)0;
 }
 
-template <int Outputs, int Stages, bool Segmented>
+template <int Outputs, int Stages, bool Segmented, int Cluster = 2>
 __device__ __forceinline__ void multiply_on_hopper(const TensorMap* xs, const TensorMap* ws, const Matmul& a, u32 first_row, u8* dynamic) {
     constexpr u32 StageBytes = (HOPPER_ROWS + Outputs) * HOPPER_STEP * 2, WeightsAt = HOPPER_ROWS * HOPPER_STEP * 2;
-    constexpr int Values = Outputs / 2, Half = Outputs / 2;
+    constexpr int Values = Outputs / 2, Half = Outputs / Cluster;
     u32 skip = (1024 - shared_at(dynamic) % 1024) % 1024;
     u32 stages = shared_at(dynamic) + skip, full = stages + Stages * StageBytes, empty = full + 8 * Stages;
     // Sums of two segments: (value, thread).
     float* two = (float*)(dynamic + skip + Stages * StageBytes + 1024) + threadIdx.x % 256;
-    u32 rank = cluster_rank(), group = threadIdx.x / 128;
+    u32 rank = Cluster == 1 ? 0 : cluster_rank(), group = threadIdx.x / 128;
     if (threadIdx.x == 0) {
         for (int s = 0; s < Stages; s++) {
             barrier_init(full + 8 * s, 1);
             // Two warpgroups of two thread blocks.
-            barrier_init(empty + 8 * s, 4);
+            barrier_init(empty + 8 * s, 2 * Cluster);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
@@ -189,15 +217,15 @@ __device__ __forceinline__ void multiply_on_hopper(const TensorMap* xs, const Te
     begin();
 
     u32 steps = a.depth / HOPPER_STEP, segment_steps = Segmented ? steps / SEGMENTS : steps;
-    u32 row_pairs = (a.rows + 2 * HOPPER_ROWS - 1) / (2 * HOPPER_ROWS), outputs = (a.outputs + Outputs - 1) / Outputs;
-    u32 tiles = row_pairs * outputs, clusters = gridDim.x / 2;
+    u32 row_pairs = (a.rows + Cluster * HOPPER_ROWS - 1) / (Cluster * HOPPER_ROWS), outputs = (a.outputs + Outputs - 1) / Outputs;
+    u32 tiles = row_pairs * outputs, clusters = gridDim.x / Cluster;
     if (group == 0) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
         if (threadIdx.x == 0) {
             Ring<Stages> ring = {0, 1};
-            for (u32 tile = blockIdx.x / 2; tile < tiles; tile += clusters) {
+            for (u32 tile = blockIdx.x / Cluster; tile < tiles; tile += clusters) {
                 TileAt at = tile_of(tile, row_pairs, outputs);
-                u32 row = first_row + (at.row_pair * 2 + rank) * HOPPER_ROWS, output = at.output * Outputs + rank * Half;
+                u32 row = first_row + (at.row_pair * Cluster + rank) * HOPPER_ROWS, output = at.output * Outputs + rank * Half;
                 for (u32 step = 0; step < steps; step++, ring.next()) {
                     u32 to = stages + ring.stage * StageBytes, barrier = full + 8 * ring.stage, k = step * HOPPER_STEP;
                     barrier_wait(empty + 8 * ring.stage, ring.parity);
@@ -205,8 +233,11 @@ __device__ __forceinline__ void multiply_on_hopper(const TensorMap* xs, const Te
 #pragma unroll
                     for (u32 i = 0; i < HOPPER_ROWS / 64; i++) load_slab(to + i * SLAB_BYTES, xs, barrier, k, row + i * 64);
 #pragma unroll
-                    for (u32 i = 0; i < Half / 64; i++)
-                        load_slab_for_both(to + WeightsAt + (rank * Half / 64 + i) * SLAB_BYTES, ws, barrier, k, output + i * 64);
+                    for (u32 i = 0; i < Half / 64; i++) {
+                        u32 at = to + WeightsAt + (rank * Half / 64 + i) * SLAB_BYTES;
+                        if (Cluster == 1) load_slab(at, ws, barrier, k, output + i * 64);
+                        else load_slab_for_both(at, ws, barrier, k, output + i * 64);
+                    }
                 }
             }
         }
@@ -216,9 +247,9 @@ __device__ __forceinline__ void multiply_on_hopper(const TensorMap* xs, const Te
         Ring<Stages> ring = {0, 0};
         float sum[Values];
         float one[Segmented ? Values : 1];
-        for (u32 tile = blockIdx.x / 2; tile < tiles; tile += clusters) {
+        for (u32 tile = blockIdx.x / Cluster; tile < tiles; tile += clusters) {
             TileAt at = tile_of(tile, row_pairs, outputs);
-            u32 row = (at.row_pair * 2 + rank) * HOPPER_ROWS + part * 64 + thread / 32 * 16 + lane / 4;
+            u32 row = (at.row_pair * Cluster + rank) * HOPPER_ROWS + part * 64 + thread / 32 * 16 + lane / 4;
             u32 output = at.output * Outputs + lane % 4 * 2;
 #pragma unroll 1
             for (u32 segment = 0; segment < (Segmented ? SEGMENTS : 1); segment++) {
@@ -235,12 +266,12 @@ __device__ __forceinline__ void multiply_on_hopper(const TensorMap* xs, const Te
                     wgmma_commit();
                     // The stage before has been read.
                     wgmma_wait<1>();
-                    if (step > 0 && thread < 2) barrier_arrive(empty + 8 * before, thread);
+                    if (step > 0 && thread < Cluster) barrier_arrive(empty + 8 * before, thread);
                     before = ring.stage;
                     ring.next();
                 }
                 wgmma_wait<0>();
-                if (thread < 2) barrier_arrive(empty + 8 * before, thread);
+                if (thread < Cluster) barrier_arrive(empty + 8 * before, thread);
                 if (!Segmented) break;
                 // As `fold`, with the sum of four segments in y.
                 if (segment % 2 == 0) {
@@ -290,6 +321,280 @@ KERNEL void __launch_bounds__(384, 1) __cluster_dims__(2, 1, 1)
 KERNEL void __launch_bounds__(384, 1) __cluster_dims__(2, 1, 1)
     matmul_segmented_hopper(const __grid_constant__ TensorMap xs, const __grid_constant__ TensorMap ws, Matmul a, u32 first_row) {
     DYNAMIC_SHARED(shared);
-    multiply_on_hopper<128, 4, true>(&xs, &ws, a, first_row, shared);
+    multiply_on_hopper<128, 5, true>(&xs, &ws, a, first_row, shared);
+}
+
+// Few rows: bound by reading W. A thread block has 16 or 32 outputs; one thread lets the copy engine fill a ring of items, whose
+// weights it asks for before the kernel before has ended. Without segments an item is 128 or 64 k, of which each warp multiplies
+// 8 outputs. With segments an item is 64 k of one segment, and each of eight warps has a segment.
+//
+//     shared = items | barriers | sums of segments (segment, row, output)
+//     item = (chunk of 64 k, row) of x, then (chunk, output) of W
+
+// Fragments of `Wide` times 8 outputs from `first` on, times all rows, over the 64 k of one chunk.
+template <int Rows, int Wide>
+__device__ __forceinline__ void multiply_chunk(float (&sum)[Rows / 16][Wide][4], const u8* x, const u8* w, int first, int lane) {
+#pragma unroll
+    for (int k = 0; k < 4; k += 2) {
+        u32 left[2][Rows / 16][4], right[Wide][4];
+#pragma unroll
+        for (int n = 0; n < Wide; n++) load_tiles(right[n], w + tile_at<PARTS>(first + n * 8 + lane % 8, k * 2 + lane / 8));
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+#pragma unroll
+            for (int h = 0; h < Rows / 16; h++)
+                load_tiles(left[i][h], x + tile_at<PARTS>(h * 16 + lane % 16, (k + i) * 2 + lane / 16));
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+#pragma unroll
+            for (int h = 0; h < Rows / 16; h++) {
+#pragma unroll
+                for (int n = 0; n < Wide; n++) mma(sum[h][n], left[i][h], right[n][i * 2], right[n][i * 2 + 1]);
+            }
+        }
+    }
+}
+
+template <int Rows, int Outputs, int Items, int Chunks, bool Segmented>
+__device__ __forceinline__ void multiply_few(const TensorMap* xs, const TensorMap* ws, const Matmul& a, u32 first_row, u8* dynamic) {
+    constexpr int Warps = Segmented ? SEGMENTS : Outputs / 8, Wide = Segmented ? Outputs / 8 : 1, High = Rows / 16;
+    constexpr u32 XBytes = Rows * HOPPER_STEP * 2, WBytes = Outputs * HOPPER_STEP * 2;
+    constexpr u32 ItemBytes = (XBytes + WBytes) * Chunks, WeightsAt = XBytes * Chunks;
+    u32 skip = (1024 - shared_at(dynamic) % 1024) % 1024;
+    u8* items = dynamic + skip;
+    u32 full = shared_at(items) + Items * ItemBytes, empty = full + 8 * Items;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    u32 output = blockIdx.x * Outputs, steps = a.depth / HOPPER_STEP, count = (steps + Chunks - 1) / Chunks;
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < Items; s++) {
+            barrier_init(full + 8 * s, 1);
+            barrier_init(empty + 8 * s, Segmented ? 1 : Warps);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+    let_next_begin();
+
+    float sum[High][Wide][4];
+    if (warp == Warps) {
+        if (lane == 0) {
+            u32 segment_steps = steps / SEGMENTS;
+            auto k_of = [&](u32 i) { return (Segmented ? i % SEGMENTS * segment_steps + i / SEGMENTS : i * Chunks) * HOPPER_STEP; };
+            auto weights = [&](u32 i, u32 slot) {
+                u32 to = shared_at(items) + slot * ItemBytes + WeightsAt, barrier = full + 8 * slot;
+                barrier_expect(barrier, ItemBytes);
+#pragma unroll
+                for (u32 c = 0; c < Chunks; c++) load_slab(to + c * WBytes, ws, barrier, k_of(i) + c * HOPPER_STEP, output);
+            };
+            auto rows = [&](u32 i, u32 slot) {
+                u32 to = shared_at(items) + slot * ItemBytes;
+#pragma unroll
+                for (u32 c = 0; c < Chunks; c++) load_slab(to + c * XBytes, xs, full + 8 * slot, k_of(i) + c * HOPPER_STEP, first_row);
+            };
+            u32 first = count < Items ? count : Items;
+            for (u32 i = 0; i < first; i++) weights(i, i);
+            after_previous();
+            for (u32 i = 0; i < first; i++) rows(i, i);
+            Ring<Items> ring = {0, 0};
+            for (u32 i = Items; i < count; i++, ring.next()) {
+                barrier_wait(empty + 8 * ring.stage, ring.parity);
+                weights(i, ring.stage);
+                rows(i, ring.stage);
+            }
+        }
+    } else {
+        after_previous();
+#pragma unroll
+        for (int h = 0; h < High; h++) {
+#pragma unroll
+            for (int n = 0; n < Wide; n++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) sum[h][n][i] = 0.0f;
+            }
+        }
+        // A warp with a segment takes every eighth item.
+        constexpr u32 Stride = Segmented ? SEGMENTS : 1;
+        u32 slot = Segmented ? warp % Items : 0, parity = 0;
+        for (u32 i = Segmented ? warp : 0; i < count; i += Stride) {
+            barrier_wait(full + 8 * slot, parity);
+            const u8* x = items + slot * ItemBytes;
+#pragma unroll
+            for (int c = 0; c < Chunks; c++)
+                multiply_chunk<Rows, Wide>(sum, x + c * XBytes, x + WeightsAt + c * WBytes, Segmented ? 0 : warp * 8, lane);
+            __syncwarp();
+            if (lane == 0) barrier_arrive_here(empty + 8 * slot);
+            slot += Stride;
+            if (slot >= Items) {
+                slot -= Items;
+                parity ^= 1;
+            }
+        }
+    }
+    if (!Segmented) {
+        if (warp == Warps) return;
+#pragma unroll
+        for (int h = 0; h < High; h++) {
+#pragma unroll
+            for (int i = 0; i < 4; i += 2) {
+                u32 r = h * 16 + lane / 4 + i / 2 * 8, n = output + warp * 8 + lane % 4 * 2;
+                if (r >= a.rows) continue;
+                float2 value = make_float2(sum[h][0][i], sum[h][0][i + 1]);
+                if (a.bias) value = make_float2(value.x + a.bias[n], value.y + a.bias[n + 1]);
+                *(float2*)(a.y + (u64)r * a.outputs + n) = value;
+            }
+        }
+        return;
+    }
+    float* sums = (float*)(items + Items * ItemBytes + 1024);
+    if (warp < Warps) {
+#pragma unroll
+        for (int h = 0; h < High; h++) {
+#pragma unroll
+            for (int n = 0; n < Wide; n++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    int r = h * 16 + lane / 4 + i / 2 * 8, at = n * 8 + lane % 4 * 2 + i % 2;
+                    sums[(warp * Rows + r) * Outputs + at] = sum[h][n][i];
+                }
+            }
+        }
+    }
+    __syncthreads();
+    for (u32 i = threadIdx.x; i < Rows * Outputs; i += 32 * (Warps + 1)) {
+        u32 r = i / Outputs, n = output + i % Outputs;
+        if (r >= a.rows) break;
+        float s[SEGMENTS];
+#pragma unroll
+        for (int segment = 0; segment < SEGMENTS; segment++) s[segment] = sums[segment * Rows * Outputs + i];
+        float all = ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]));
+        a.y[(u64)r * a.outputs + n] = a.bias ? all + a.bias[n] : all;
+    }
+}
+
+#define FEW_KERNEL(Name, Outputs, Items, Chunks, Segmented, Threads)                                                         \
+    KERNEL void __launch_bounds__(Threads)                                                                                   \
+        Name(const __grid_constant__ TensorMap xs, const __grid_constant__ TensorMap ws, Matmul a, u32 first_row) {          \
+        DYNAMIC_SHARED(shared);                                                                                              \
+        multiply_few<16, Outputs, Items, Chunks, Segmented>(&xs, &ws, a, first_row, shared);                                 \
+    }
+FEW_KERNEL(matmul_16_hopper, 32, 8, 2, false, 160)
+FEW_KERNEL(matmul_16_narrow_hopper, 16, 8, 2, false, 96)
+FEW_KERNEL(matmul_segmented_16_hopper, 32, 16, 1, true, 288)
+
+// Up to 64 rows, which a warpgroup multiplies with `Outputs` outputs while one thread of another warp loads. With segments a
+// cluster of four thread blocks has the outputs, and each two of the segments; each adds up 16 of the rows in the end.
+//
+//     shared = items | barriers | sums (row, output)
+//     item = 64 rows of x, then `Outputs` rows of W: 64 k
+template <int Outputs, int Items, bool Segmented>
+__device__ __forceinline__ void multiply_some(const TensorMap* xs, const TensorMap* ws, const Matmul& a, u32 first_row, u8* dynamic) {
+    constexpr u32 ItemBytes = (64 + Outputs) * HOPPER_STEP * 2, Parts = Segmented ? 2 : 1, Blocks = SEGMENTS / 2;
+    constexpr int Values = Outputs / 2, Stride = Outputs + 8;
+    u32 skip = (1024 - shared_at(dynamic) % 1024) % 1024;
+    u32 items = shared_at(dynamic) + skip, full = items + Items * ItemBytes, empty = full + 8 * Items;
+    u32 rank = Segmented ? cluster_rank() : 0, output = blockIdx.x / (Segmented ? Blocks : 1) * Outputs;
+    u32 steps = a.depth / HOPPER_STEP / (Segmented ? SEGMENTS : 1), count = steps * Parts, first_k = rank * count * HOPPER_STEP;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < Items; s++) {
+            barrier_init(full + 8 * s, 1);
+            barrier_init(empty + 8 * s, 1);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+    let_next_begin();
+
+    float sum[Values], one[Segmented ? Values : 1];
+    if (warp == 4) {
+        if (lane == 0) {
+            auto weights = [&](u32 i, u32 slot) {
+                u32 to = items + slot * ItemBytes + SLAB_BYTES, barrier = full + 8 * slot;
+                barrier_expect(barrier, ItemBytes);
+#pragma unroll
+                for (u32 part = 0; part < Outputs / 64; part++)
+                    load_slab(to + part * SLAB_BYTES, ws, barrier, first_k + i * HOPPER_STEP, output + part * 64);
+            };
+            auto rows = [&](u32 i, u32 slot) { load_slab(items + slot * ItemBytes, xs, full + 8 * slot, first_k + i * HOPPER_STEP, first_row); };
+            u32 first = count < Items ? count : Items;
+            for (u32 i = 0; i < first; i++) weights(i, i);
+            after_previous();
+            for (u32 i = 0; i < first; i++) rows(i, i);
+            Ring<Items> ring = {0, 0};
+            for (u32 i = Items; i < count; i++, ring.next()) {
+                barrier_wait(empty + 8 * ring.stage, ring.parity);
+                weights(i, ring.stage);
+                rows(i, ring.stage);
+            }
+        }
+    } else {
+        after_previous();
+        Ring<Items> ring = {0, 0};
+#pragma unroll
+        for (u32 part = 0; part < Parts; part++) {
+#pragma unroll
+            for (int i = 0; i < Values; i++) {
+                if (part == 1) one[Segmented ? i : 0] = sum[i];
+                sum[i] = 0.0f;
+            }
+            u32 before = 0;
+            for (u32 step = 0; step < steps; step++) {
+                barrier_wait(full + 8 * ring.stage, ring.parity);
+                u64 x = operand(items + ring.stage * ItemBytes), w = operand(items + ring.stage * ItemBytes + SLAB_BYTES);
+                wgmma_fence();
+#pragma unroll
+                for (int k = 0; k < HOPPER_STEP / 16; k++) wgmma(sum, x + 2 * k, w + 2 * k);
+                wgmma_commit();
+                wgmma_wait<1>();
+                if (step > 0 && threadIdx.x == 0) barrier_arrive_here(empty + 8 * before);
+                before = ring.stage;
+                ring.next();
+            }
+            wgmma_wait<0>();
+            if (threadIdx.x == 0) barrier_arrive_here(empty + 8 * before);
+        }
+        float* sums = (float*)(dynamic + skip + Items * ItemBytes + 1024);
+#pragma unroll
+        for (int i = 0; i < Values; i += 2) {
+            u32 r = warp * 16 + lane / 4 + i % 4 / 2 * 8, n = i / 4 * 8 + lane % 4 * 2;
+            if (Segmented) {
+                constexpr int Last = Segmented ? Values : 1;
+                *(float2*)(sums + r * Stride + n) = make_float2(one[i % Last] + sum[i], one[(i + 1) % Last] + sum[i + 1]);
+            } else if (r < a.rows && output + n < a.outputs) {
+                float2 value = make_float2(sum[i], sum[i + 1]);
+                if (a.bias) value = make_float2(value.x + a.bias[output + n], value.y + a.bias[output + n + 1]);
+                *(float2*)(a.y + (u64)r * a.outputs + output + n) = value;
+            }
+        }
+    }
+    if (!Segmented) return;
+    cluster_sync();
+    u32 sums = items + Items * ItemBytes + 1024;
+    for (u32 i = threadIdx.x; i < 16 * Outputs; i += 160) {
+        u32 r = rank * 16 + i / Outputs, n = i % Outputs;
+        if (r >= a.rows || output + n >= a.outputs) continue;
+        float pair[Blocks];
+#pragma unroll
+        for (u32 block = 0; block < Blocks; block++) pair[block] = read_of(sums + (r * Stride + n) * 4, block);
+        float all = (pair[0] + pair[1]) + (pair[2] + pair[3]);
+        a.y[(u64)r * a.outputs + output + n] = a.bias ? all + a.bias[output + n] : all;
+    }
+    // Nobody leaves while others may still read here.
+    cluster_sync();
+}
+
+#define SOME_KERNEL(Name, Outputs, Items)                                                                                    \
+    KERNEL void __launch_bounds__(160)                                                                                       \
+        Name(const __grid_constant__ TensorMap xs, const __grid_constant__ TensorMap ws, Matmul a, u32 first_row) {          \
+        DYNAMIC_SHARED(shared);                                                                                              \
+        multiply_some<Outputs, Items, false>(&xs, &ws, a, first_row, shared);                                                \
+    }
+SOME_KERNEL(matmul_64_hopper, 128, 8)
+SOME_KERNEL(matmul_64_narrow_hopper, 64, 12)
+KERNEL void __launch_bounds__(160) __cluster_dims__(4, 1, 1)
+    matmul_segmented_64_hopper(const __grid_constant__ TensorMap xs, const __grid_constant__ TensorMap ws, Matmul a, u32 first_row) {
+    DYNAMIC_SHARED(shared);
+    multiply_some<128, 7, true>(&xs, &ws, a, first_row, shared);
 }
 #endif

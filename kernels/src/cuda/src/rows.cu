@@ -9,53 +9,92 @@ KERNEL void embed(const u32* ids, const u16* table, int stride, int hidden, floa
     for (int i = threadIdx.x; i < hidden; i += blockDim.x) x[(u64)blockIdx.x * hidden + i] = of_bf16(from[i]);
 }
 
-// Values that a thread of `add_rms_norm` keeps in registers: rows up to 8192 wide are read once.
-#define KEPT 32
+// Fours of values that a thread of `add_rms_norm` keeps in registers: rows up to 8192 wide are read once.
+#define NORM_THREADS 512
+#define KEPT 4
 
-// x += delta, unless it is null; out = x / sqrt(mean(x^2) + eps) . weight. 256 threads.
+__device__ __forceinline__ float4 sum_of(float4 a, float4 b) {
+    float4 sum = {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w};
+    return sum;
+}
+
+__device__ __forceinline__ float squares_of(float4 a, float sum) {
+    return fmaf(a.w, a.w, fmaf(a.z, a.z, fmaf(a.y, a.y, fmaf(a.x, a.x, sum))));
+}
+
+__device__ __forceinline__ void norm_wide(float* row, const float* more, const float* weight, int width, float eps, u16* to) {
+    const float4* by = (const float4*)weight;
+    float4 kept[KEPT], factor[KEPT];
+    // Weights do not wait for the kernel before.
+#pragma unroll
+    for (int j = 0; j < KEPT; j++) {
+        int i = threadIdx.x + j * NORM_THREADS;
+        if (i < width / 4) factor[j] = by[i];
+    }
+    after_previous();
+    float squares = 0.0f;
+#pragma unroll
+    for (int j = 0; j < KEPT; j++) {
+        int i = threadIdx.x + j * NORM_THREADS;
+        if (i < width / 4) kept[j] = ((float4*)row)[i];
+    }
+#pragma unroll
+    for (int j = 0; j < KEPT; j++) {
+        int i = threadIdx.x + j * NORM_THREADS;
+        if (i >= width / 4) continue;
+        if (more) ((float4*)row)[i] = kept[j] = sum_of(kept[j], ((const float4*)more)[i]);
+        squares = squares_of(kept[j], squares);
+    }
+    float scale = 1.0f / sqrtf(block_sum<NORM_THREADS / 32>(squares) / (float)width + eps);
+#pragma unroll
+    for (int j = 0; j < KEPT; j++) {
+        int i = threadIdx.x + j * NORM_THREADS;
+        if (i >= width / 4) continue;
+        u32* pair = (u32*)(to + i * 4);
+        pair[0] = pair_bf16(kept[j].x * scale * factor[j].x, kept[j].y * scale * factor[j].y);
+        pair[1] = pair_bf16(kept[j].z * scale * factor[j].z, kept[j].w * scale * factor[j].w);
+    }
+}
+
+// x += delta, unless it is null; out = x / sqrt(mean(x^2) + eps) . weight. 512 threads.
 KERNEL void add_rms_norm(float* x, const float* delta, const float* weight, int width, float eps, u16* out, int stride) {
-    begin();
+    let_next_begin();
     float* row = x + (u64)blockIdx.x * width;
     const float* more = delta ? delta + (u64)blockIdx.x * width : (const float*)0;
     u16* to = out + (u64)blockIdx.x * stride;
-    float kept[KEPT], squares = 0.0f;
-#pragma unroll
-    for (int j = 0; j < KEPT; j++) {
-        int i = threadIdx.x + j * 256;
-        kept[j] = i < width ? row[i] : 0.0f;
+    if (width % 4 == 0 && width <= 4 * KEPT * NORM_THREADS) {
+        norm_wide(row, more, weight, width, eps, to);
+        return;
     }
-    if (more) {
-#pragma unroll
-        for (int j = 0; j < KEPT; j++) {
-            int i = threadIdx.x + j * 256;
-            if (i < width) row[i] = kept[j] = kept[j] + more[i];
-        }
-    }
-#pragma unroll
-    for (int j = 0; j < KEPT; j++) squares = fmaf(kept[j], kept[j], squares);
-    for (int i = threadIdx.x + KEPT * 256; i < width; i += 256) {
+    after_previous();
+    float squares = 0.0f;
+    for (int i = threadIdx.x; i < width; i += NORM_THREADS) {
         float value = row[i];
         if (more) row[i] = value = value + more[i];
         squares = fmaf(value, value, squares);
     }
-    float scale = 1.0f / sqrtf(block_sum<8>(squares) / (float)width + eps);
-#pragma unroll
-    for (int j = 0; j < KEPT; j++) {
-        int i = threadIdx.x + j * 256;
-        if (i < width) to[i] = to_bf16(kept[j] * scale * weight[i]);
-    }
+    float scale = 1.0f / sqrtf(block_sum<NORM_THREADS / 32>(squares) / (float)width + eps);
     // A thread reads what it wrote itself.
-    for (int i = threadIdx.x + KEPT * 256; i < width; i += 256) to[i] = to_bf16(row[i] * scale * weight[i]);
+    for (int i = threadIdx.x; i < width; i += NORM_THREADS) to[i] = to_bf16(row[i] * scale * weight[i]);
 }
 
-// out (rows, stride) = silu(gate) . up for rows of (gate | up), each `width` wide.
+__device__ __forceinline__ float gated(float gate, float up) { return gate / (1.0f + exp_of(-gate)) * up; }
+
+// out (rows, stride) = silu(gate) . up for rows of (gate | up), each `width` wide. Four values a thread.
 KERNEL void silu_mul(const float* gate_up, int width, u16* out, int stride) {
     begin();
     const float* gate = gate_up + (u64)blockIdx.x * 2 * width;
-    int i = blockIdx.y * blockDim.x + threadIdx.x;
-    if (i >= width) return;
-    float x = gate[i];
-    out[(u64)blockIdx.x * stride + i] = to_bf16(x / (1.0f + exp_of(-x)) * gate[width + i]);
+    u16* to = out + (u64)blockIdx.x * stride;
+    int i = (blockIdx.y * blockDim.x + threadIdx.x) * 4;
+    if (width % 4 == 0) {
+        if (i >= width) return;
+        float4 g = *(const float4*)(gate + i), up = *(const float4*)(gate + width + i);
+        u32* pair = (u32*)(to + i);
+        pair[0] = pair_bf16(gated(g.x, up.x), gated(g.y, up.y));
+        pair[1] = pair_bf16(gated(g.z, up.z), gated(g.w, up.w));
+        return;
+    }
+    for (int end = i + 4 < width ? i + 4 : width; i < end; i++) to[i] = to_bf16(gated(gate[i], gate[width + i]));
 }
 
 // What `rope_store` needs besides its rows.
