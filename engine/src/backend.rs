@@ -4,12 +4,18 @@ pub mod hash;
 
 pub use hash::HashBackend;
 
+use std::sync::Arc;
 use std::time::Duration;
+
+use baton_core::Arena;
 
 use crate::batch::{Batch, Output};
 
 /// Computes batches: a model on a device, or the hash that stands in for one in tests and simulations.
 pub trait Backend: Send {
+    /// Told once, before the first batch over it, of the arena whose blocks batches will name.
+    fn prepare(&mut self, _arena: &Arc<Arena>) {}
+
     /// Writes the KV of every row into its block and reads off the draws. Calls `layers(layer)` as soon as a layer's KV
     /// of the whole batch is in the arena, layer by layer.
     fn run(&mut self, batch: &Batch, layers: &mut dyn FnMut(usize)) -> Output;

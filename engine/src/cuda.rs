@@ -66,7 +66,7 @@ pub(crate) struct Layer {
 #[derive(Default)]
 struct Mirror {
     host: Option<Arc<Arena>>,
-    /// Made when the first blocks arrive; None within is a host that the GPU cannot read by itself.
+    /// Made before the first blocks arrive or leave; None within is a host that the GPU cannot reach by itself.
     pinned: Option<Option<PinnedArena>>,
     /// Generation of each block that does.
     blocks: BTreeMap<u32, u32>,
@@ -78,6 +78,12 @@ impl Mirror {
         if !self.host.as_ref().is_some_and(|old| Arc::ptr_eq(old, host)) {
             *self = Mirror { host: Some(host.clone()), ..Mirror::default() };
         }
+    }
+
+    /// The host's arena as the GPU reaches it.
+    fn pinned(&mut self, gpu: &Gpu) -> Option<&PinnedArena> {
+        let host = self.host.as_ref()?;
+        self.pinned.get_or_insert_with(|| gpu.pin(host)).as_ref()
     }
 
     fn has(&self, block: &BlockId) -> bool {
@@ -207,7 +213,7 @@ impl GpuModel {
         let GpuModel { gpu, mirror, cache: Some(cache), .. } = self else { return Ok(()) };
         let (arena, arrived) = (batch.arena(), batch.arrived());
         if !arrived.ids().is_empty() {
-            let pinned = mirror.pinned.get_or_insert_with(|| gpu.pin(arena)).as_ref();
+            let pinned = mirror.pinned(gpu);
             let blocks: Vec<u32> = arrived.ids().iter().map(|block| block.index).collect();
             // SAFETY: held filled by the guard `arrived`.
             unsafe { gpu.bring_blocks(arena, pinned, &blocks, cache)? };
@@ -237,7 +243,7 @@ impl GpuModel {
             let (q_norm, k_norm) = (layer.q_norm.as_ref(), layer.k_norm.as_ref());
             let rope = GpuRope { heads, layer: index, eps, rotations, q_norm, k_norm };
             gpu.rope_store(&rope, &scratch.spans, &scratch.qkv, &mut scratch.q, cache)?;
-            leaving.begin(gpu, cache, batch, index, layers)?;
+            leaving.begin(gpu, cache, mirror, batch, index, layers)?;
             if index + 1 == weights.layers.len() && drawn.len() < rows {
                 keep(gpu, config, &drawn, &spans, &rope, cache, scratch)?;
                 rows = drawn.len();
@@ -275,6 +281,13 @@ impl GpuModel {
 }
 
 impl Backend for GpuModel {
+    fn prepare(&mut self, arena: &Arc<Arena>) {
+        // What fails here fails in the first step too, which says so.
+        let _ = self.reserve(*arena.layout(), arena.blocks());
+        self.mirror.attach(arena);
+        self.mirror.pinned(&self.gpu);
+    }
+
     /// # Panics
     /// If the GPU fails, which ends the worker: what its memory holds is lost then.
     fn run(&mut self, batch: &Batch, layers: &mut dyn FnMut(usize)) -> Output {
@@ -310,6 +323,7 @@ impl Leaving {
         &mut self,
         gpu: &Gpu,
         cache: &mut GpuArena,
+        mirror: &mut Mirror,
         batch: &Batch,
         layer: usize,
         layers: &mut dyn FnMut(usize),
@@ -319,13 +333,18 @@ impl Leaving {
             return Ok(());
         }
         let indices: Vec<u32> = self.blocks.iter().map(|block| block.index).collect();
-        gpu.begin_gather(cache, layer % Gpu::GATHERS, layer, &indices)?;
+        let slot = layer % Gpu::GATHERS;
+        match mirror.pinned(gpu) {
+            // SAFETY: the export's guard keeps the blocks, and nobody reads this layer of them before it is reported.
+            Some(host) => unsafe { gpu.begin_give(cache, slot, layer, &indices, host)? },
+            None => gpu.begin_gather(cache, slot, layer, &indices)?,
+        }
         self.end(gpu, batch, layers)?;
         self.layer = Some(layer);
         Ok(())
     }
 
-    /// Writes the layer that is on its way into the host's arena and reports it.
+    /// Waits until the layer that is on its way is in the host's arena, and reports it.
     fn end(&mut self, gpu: &Gpu, batch: &Batch, layers: &mut dyn FnMut(usize)) -> Result<(), GpuError> {
         let Some(layer) = self.layer.take() else { return Ok(()) };
         let arena = batch.arena();

@@ -19,7 +19,7 @@ REGISTERS = 255
 # Registers beyond which fewer than two thread blocks fit (65536 registers of a multiprocessor).
 BOUNDS = {"matmul_128": 128, "matmul_segmented_128": 255, "sample": 64, "report": 64, "adjust": 64}
 SHARED_STATIC = 48 << 10
-KERNELS = {"sm_80": 27, "sm_90a": 35, "sm_100a": 27, "sm_120": 27}
+KERNELS = {"sm_80": 28, "sm_90a": 36, "sm_100a": 28, "sm_120": 28}
 # Kernels that give whole warpgroups to the tensor cores.
 WARPGROUPS = r"matmul_(segmented_)?(64_|64_narrow_)?hopper"
 

@@ -69,9 +69,11 @@ pub async fn open(role: Role, config: Config, model: LoadedModel, env: Env) -> R
     let LoadedModel { spec, backend, card } = model;
     let listen = net.listen(&config.listen).await;
     let listener = listen.map_err(|source| StartError::Listen { address: config.listen.clone(), source })?;
-    let (golden, backend) = golden(&spec, backend).await?;
+    let (golden, mut backend) = golden(&spec, backend).await?;
     metrics::describe(role, &spec, &config.engine);
-    let engine = Engine::over(cache(role, &*net, &spec, &config.engine), spec.clone(), config.engine);
+    let cache = cache(role, &*net, &spec, &config.engine);
+    backend.prepare(cache.arena());
+    let engine = Engine::over(cache, spec.clone(), config.engine);
     let engine = EngineThread::start(engine, backend).map_err(StartError::Thread)?;
     Ok(Opened { config, net, spec, engine, listener, card, role, rng, pid: process.id, golden })
 }

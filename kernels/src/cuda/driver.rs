@@ -31,13 +31,12 @@ pub(crate) trait Driver: Send + Sync {
     /// `to` is memory of this device with room for the bytes.
     unsafe fn upload(&self, to: u64, from: &[u8]) -> Result<(), GpuError>;
 
-    /// Lets the device read memory of the host by itself, which keeps it in place; false where that cannot be.
+    /// Lets the device read and write memory of the host by itself, which keeps it in place: where the device finds it, or
+    /// None where that cannot be.
     ///
     /// # Safety
     /// The memory exists until `unpin`.
-    unsafe fn pin(&self, _at: *const u8, _bytes: usize) -> bool {
-        false
-    }
+    unsafe fn pin(&self, at: *const u8, bytes: usize) -> Option<u64>;
 
     /// # Safety
     /// `at` was pinned, and nothing that was given reads it any more.
@@ -55,6 +54,19 @@ pub(crate) trait Driver: Send + Sync {
     /// # Safety
     /// As `upload`.
     unsafe fn download(&self, from: u64, to: &mut [u8]) -> Result<(), GpuError>;
+
+    /// Launches beside what is given later, after all that was given before. The slot's last download must have ended;
+    /// `end_download` waits for it and reads nothing.
+    ///
+    /// # Safety
+    /// As `launch`; and nothing given later touches what the kernel writes, or writes what it reads, before `end_download`.
+    unsafe fn launch_beside(
+        &self,
+        slot: usize,
+        kernel: Kernel,
+        grid: [u32; 3],
+        arguments: &mut [*mut c_void],
+    ) -> Result<(), GpuError>;
 
     /// Begins a download beside what is given later. The slot's last download must have ended.
     ///

@@ -180,6 +180,22 @@ impl Driver for Emulated {
         }
     }
 
+    unsafe fn launch_beside(
+        &self,
+        slot: usize,
+        kernel: Kernel,
+        grid: [u32; 3],
+        arguments: &mut [*mut c_void],
+    ) -> Result<(), GpuError> {
+        self.state().slots[slot].clear();
+        // SAFETY: the caller's.
+        unsafe { self.launch(kernel, grid, arguments) }
+    }
+
+    unsafe fn pin(&self, at: *const u8, _bytes: usize) -> Option<u64> {
+        Some(at as u64)
+    }
+
     fn finish(&self) -> Result<(), GpuError> {
         Ok(())
     }

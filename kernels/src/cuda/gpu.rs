@@ -129,12 +129,12 @@ impl Gpu {
         Ok(GpuArena { memory, layout, blocks, gathered, lists })
     }
 
-    /// Lets the GPU read the host's blocks by itself; None where it cannot, and they are copied on the way.
+    /// Lets the GPU read and write the host's blocks by itself; None where it cannot, and they are copied on the way.
     pub fn pin(&self, host: &Arc<Arena>) -> Option<PinnedArena> {
         let bytes = host.layout().block_bytes() * host.blocks();
         // SAFETY: the arena lives as long as what is returned.
-        let pinned = unsafe { self.driver.pin(host.block(0), bytes) };
-        pinned.then(|| PinnedArena { host: host.clone(), driver: self.driver.clone() })
+        let at = unsafe { self.driver.pin(host.block(0), bytes) };
+        at.map(|at| PinnedArena { host: host.clone(), driver: self.driver.clone(), at })
     }
 
     /// Copies whole blocks of the host's to the same places of the GPU's, and waits for it if they are pinned.
@@ -323,6 +323,33 @@ impl Gpu {
         unsafe { self.driver.begin_download(slot, to, bytes) }
     }
 
+    /// Begins to write one layer of the blocks into the same places of the host's, beside what is computed later. The slot's
+    /// last one has ended; `end_gather` waits for it.
+    ///
+    /// # Safety
+    /// Nobody else touches that layer of these blocks of the host's before it has ended.
+    pub unsafe fn begin_give(
+        &self,
+        arena: &mut GpuArena,
+        slot: usize,
+        layer: usize,
+        blocks: &[u32],
+        to: &PinnedArena,
+    ) -> Result<(), GpuError> {
+        arena.check(blocks);
+        assert!(layer < arena.layout.layers as usize && !blocks.is_empty(), "a layer of some blocks");
+        let inside = blocks.iter().all(|block| (*block as usize) < to.host.blocks());
+        assert!(inside && *to.host.layout() == arena.layout, "arenas of one shape");
+        arena.lists[slot].ensure(blocks.len() * 4)?;
+        arena.lists[slot].write(0, blocks)?;
+        let (layout, layer, list, count) = (arena.shape(), layer as u32, arena.lists[slot].at(), blocks.len() as u32);
+        let grid = [COPY_PARTS.min(count), layout.kv_heads, 1];
+        let arguments: [&dyn Argument; 6] = [&layout, &layer, &list, &count, &arena.memory.at(), &to.at];
+        let mut pointers = arguments.map(|argument| argument.at());
+        // SAFETY: blocks inside either arena; the host's are the caller's, the GPU's are written by later layers elsewhere.
+        unsafe { self.driver.launch_beside(slot, launch::GIVE_LAYER, grid, &mut pointers) }
+    }
+
     /// Waits for a slot's gather: per block (kv_head, K|V, token, head_dim).
     pub fn end_gather(&self, slot: usize, take: &mut dyn FnMut(&[u8])) -> Result<(), GpuError> {
         self.driver.end_download(slot, take)
@@ -350,10 +377,12 @@ pub fn check_heads(heads: &Heads) -> Result<(), GpuError> {
     }
 }
 
-/// Blocks of the host's that the GPU reads by itself, until this is dropped.
+/// Blocks of the host's that the GPU reads and writes by itself, until this is dropped.
 pub struct PinnedArena {
     host: Arc<Arena>,
     driver: Arc<dyn Driver>,
+    /// Where the GPU finds them.
+    at: u64,
 }
 
 impl Drop for PinnedArena {

@@ -16,6 +16,7 @@ pub(crate) const KEEP_ROWS: Kernel = kernel("keep_rows", 256, 0);
 pub(crate) const MERGE: &str = "attention_merge";
 pub(crate) const COPY_BLOCKS: Kernel = kernel("copy_blocks", 256, 0);
 pub(crate) const GATHER_LAYER: Kernel = kernel("gather_layer", 256, 0);
+pub(crate) const GIVE_LAYER: Kernel = kernel("give_layer", 256, 0);
 pub(crate) const ADJUST: Kernel = kernel("adjust", 512, 0);
 pub(crate) const SAMPLE: Kernel = kernel("sample", 512, 0);
 pub(crate) const REPORT: Kernel = kernel("report", 512, 0);
@@ -117,17 +118,17 @@ pub(crate) const BLOCK: usize = 64;
 /// Rows of a thread block of prefill's attention: (token, head of the group).
 pub(crate) const PREFILL_ROWS: usize = 64;
 /// Blocks of positions per thread block of decode's attention.
-pub(crate) const SPLIT_BLOCKS: usize = 2;
+pub(crate) const SPLIT_BLOCKS: usize = 1;
 /// Heads of a group per thread block of decode's attention.
 pub(crate) const DECODE_HEADS: usize = 16;
 
 /// Head dimensions with attention kernels.
 pub const HEAD_DIMS: [usize; 5] = [16, 32, 64, 96, 128];
 
-/// Attention of one head_dim: keys and values of two blocks of positions in shared memory.
+/// Attention of one head_dim: keys and values of two blocks of positions in shared memory, or of one.
 const fn attentions(prefill: &'static str, decode: &'static str, dim: u32) -> [Kernel; 2] {
     let shared = 4 * BLOCK as u32 * dim * 2;
-    [kernel(prefill, 128, shared), kernel(decode, 64, shared)]
+    [kernel(prefill, 128, shared), kernel(decode, 64, shared / 2)]
 }
 
 /// (prefill, decode) per `HEAD_DIMS`.
@@ -140,7 +141,7 @@ pub(crate) const ATTENTIONS: [[Kernel; 2]; 5] = [
 ];
 
 /// Every kernel but those of one architecture.
-pub(crate) const KERNELS: [Kernel; 27] = [
+pub(crate) const KERNELS: [Kernel; 28] = [
     EMBED,
     ADD_RMS_NORM,
     SILU_MUL,
@@ -149,6 +150,7 @@ pub(crate) const KERNELS: [Kernel; 27] = [
     kernel(MERGE, 128, 0),
     COPY_BLOCKS,
     GATHER_LAYER,
+    GIVE_LAYER,
     ADJUST,
     SAMPLE,
     REPORT,

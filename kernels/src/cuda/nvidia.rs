@@ -21,6 +21,9 @@ const CAPABILITY_LEAST: (i32, i32) = (8, 0);
 const HOPPER_ARCH: &str = "sm_90a";
 /// Half of the pinned memory that uploads go through.
 const STAGE_BYTES: usize = 16 << 20;
+/// Threads that make memory present at most, and the pieces they begin at.
+const TOUCHING: usize = 8;
+const TOUCHED_AT_ONCE: usize = 2 << 20;
 /// Shared memory a launch may ask for without having it raised.
 const SHARED_PLAIN: u32 = 48 << 10;
 
@@ -266,6 +269,20 @@ fn function(module: sys::CUmodule, kernel: &Kernel) -> Result<sys::CUfunction, G
     Ok(function)
 }
 
+/// Has the system make memory present by several threads, since it takes a second per GiB by one. What fails shows later.
+fn touch(at: *const u8, bytes: usize) {
+    #[cfg(target_os = "linux")]
+    std::thread::scope(|scope| {
+        let threads = std::thread::available_parallelism().map_or(1, |n| n.get()).min(TOUCHING);
+        let each = bytes.div_ceil(threads).next_multiple_of(TOUCHED_AT_ONCE);
+        for first in (0..bytes).step_by(each) {
+            let (from, len) = (at as usize + first, each.min(bytes - first));
+            // SAFETY: the caller's memory, whose content stays.
+            scope.spawn(move || unsafe { libc::madvise(from as *mut c_void, len, libc::MADV_POPULATE_WRITE) });
+        }
+    });
+}
+
 /// Lets a kernel begin while the one before it ends: every kernel waits for it where it has to (`after_previous` in
 /// src/common.cuh).
 fn overlapping() -> sys::CUlaunchAttribute {
@@ -316,9 +333,17 @@ impl Driver for Nvidia {
         Ok(())
     }
 
-    unsafe fn pin(&self, at: *const u8, bytes: usize) -> bool {
-        // SAFETY: the caller's.
-        self.enter().is_ok() && unsafe { sys::cuMemHostRegister_v2(at as *mut c_void, bytes, 0) }.result().is_ok()
+    unsafe fn pin(&self, at: *const u8, bytes: usize) -> Option<u64> {
+        self.enter().ok()?;
+        touch(at, bytes);
+        let mut there = 0;
+        // SAFETY: the caller's; a place for an address.
+        unsafe {
+            let flags = sys::CU_MEMHOSTREGISTER_DEVICEMAP;
+            sys::cuMemHostRegister_v2(at as *mut c_void, bytes, flags).result().ok()?;
+            sys::cuMemHostGetDevicePointer_v2(&mut there, at as *mut c_void, 0).result().ok()?;
+        }
+        Some(there)
     }
 
     unsafe fn unpin(&self, at: *const u8) {
@@ -340,6 +365,28 @@ impl Driver for Nvidia {
         unsafe {
             result::memcpy_dtoh_async(to, from, self.compute).map_err(failed("cuMemcpyDtoHAsync"))?;
             result::stream::synchronize(self.compute).map_err(failed("cuStreamSynchronize"))
+        }
+    }
+
+    unsafe fn launch_beside(
+        &self,
+        slot: usize,
+        kernel: Kernel,
+        grid: [u32; 3],
+        arguments: &mut [*mut c_void],
+    ) -> Result<(), GpuError> {
+        self.enter()?;
+        let mut staging = self.staging();
+        staging.taken[slot] = 0;
+        let (grid, threads) = ((grid[0], grid[1], grid[2]), (kernel.threads, 1, 1));
+        // SAFETY: the caller's.
+        unsafe {
+            result::event::record(staging.ready, self.compute).map_err(failed("cuEventRecord"))?;
+            let plain = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+            result::stream::wait_event(self.copies, staging.ready, plain).map_err(failed("cuStreamWaitEvent"))?;
+            result::launch_kernel(self.functions[kernel.name], grid, threads, kernel.shared, self.copies, arguments)
+                .map_err(failed(kernel.name))?;
+            result::event::record(staging.slots[slot].copied, self.copies).map_err(failed("cuEventRecord"))
         }
     }
 

@@ -267,8 +267,9 @@ struct Decode {
     u32 at;
 };
 
-// One row per sequence: a warp has one block of positions of one sequence and KV head, for up to 16 heads of the group. 64
-// threads: a split of two blocks. Partials: (block of the batch, head) of (max, sum) and of head_dim values.
+// One row per sequence: a thread block has one block of positions of one sequence and KV head, for up to 16 heads of the group.
+// 64 threads, whose warps share the loads and halve the dimensions. Partials: (block of the batch, head) of (max, sum) and of
+// head_dim values.
 template <int Dim>
 __device__ __forceinline__ void decode(const Attention& a, const u16* q, const u16* arena, const u32* tables, const Decode* rows,
                                        float* partials, float* values, u8* shared) {
@@ -276,13 +277,13 @@ __device__ __forceinline__ void decode(const Attention& a, const u16* q, const u
     Decode row = rows[blockIdx.z];
     u32 kv_head = blockIdx.y % a.layout.kv_heads, heads_at = blockIdx.y / a.layout.kv_heads * 16;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    u32 first = first_seen(a.window, row.position) / BLOCK, block = first + blockIdx.x * 2 + warp;
+    u32 first = first_seen(a.window, row.position) / BLOCK, block = first + blockIdx.x;
     if (block > row.position / BLOCK) return;
-    u8* keys = shared + warp * 2 * TileBytes;
+    u8* keys = shared;
     Keys cached = keys_of(a, arena, tables + row.table, kv_head);
-    load_block<Dim, 32, 0>(keys, keys + TileBytes, cached, block, row.position, lane);
+    load_block<Dim, 64, 0>(keys, keys + TileBytes, cached, block, row.position, threadIdx.x);
     copy_commit();
-    load_block<Dim, 32, 1>(keys, keys + TileBytes, cached, block, row.position, lane);
+    load_block<Dim, 64, 1>(keys, keys + TileBytes, cached, block, row.position, threadIdx.x);
     copy_commit();
     Seen seen;
     const u16* from[2];
@@ -297,21 +298,23 @@ __device__ __forceinline__ void decode(const Attention& a, const u16* q, const u
     u32 queries[Dim / 16][4];
     load_queries<Dim>(queries, from[0], from[1], lane);
     copy_wait<1>();
-    __syncwarp();
+    __syncthreads();
     Partial p = scores<Dim>(queries, keys, seen, block, a.scale, lane);
     u64 at[2];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         u32 head = kv_head * a.group + heads_at + lane / 4 + r * 8;
         at[r] = (u64)(row.at + block - first) * a.heads + head;
-        if (!from[r] || lane % 4 != 0) continue;
+        if (!from[r] || lane % 4 != 0 || warp != 0) continue;
         partials[at[r] * 2] = p.max[r];
         partials[at[r] * 2 + 1] = p.sum[r];
     }
     copy_wait<0>();
-    __syncwarp();
+    __syncthreads();
 #pragma unroll
-    for (int d = 0; d < Dim / 16; d++) {
+    for (int half = 0; half < (Dim / 16 + 1) / 2; half++) {
+        int d = half * 2 + warp;
+        if (d >= Dim / 16) break;
         float part[2][4];
         values_of<Dim>(part, p, keys + TileBytes, d, lane);
 #pragma unroll

@@ -18,3 +18,16 @@ KERNEL void gather_layer(Layout layout, u32 layer, const u32* ids, const u16* ar
     uint4* to = (uint4*)(out + ((u64)blockIdx.y * layout.kv_heads + blockIdx.x) * slice);
     for (u64 i = threadIdx.x; i < slice / 8; i += blockDim.x) to[i] = from[i];
 }
+
+// One layer of the blocks `ids` from one arena to the same places of another of the same shape, which is the host's. A grid of
+// (parts, kv_heads).
+KERNEL void give_layer(Layout layout, u32 layer, const u32* ids, u32 count, const u16* arena, u16* host) {
+    begin();
+    u64 words = 2 * half_elements(layout) / 8;
+    for (u32 i = blockIdx.x; i < count; i += gridDim.x) {
+        u64 at = ids[i] * block_elements(layout) + half_at(layout, blockIdx.y, layer, 0);
+        const uint4* from = (const uint4*)(arena + at);
+        uint4* to = (uint4*)(host + at);
+        for (u64 word = threadIdx.x; word < words; word += blockDim.x) to[word] = from[word];
+    }
+}
