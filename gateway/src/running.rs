@@ -87,7 +87,7 @@ pub async fn start(config: Config, mut env: Env, metrics: RenderMetrics) -> Resu
     let cluster = Arc::new(Cluster::new(&env, links.clone(), config.aliases.clone()));
     let access = Arc::new(Access::new(!config.open && !access::is_loopback(&address)));
     let (finishes, queue) = finish::queue();
-    let (assigner, asking) = assign::questions(finishes.clone());
+    let (assigner, asking) = assign::questions();
     let process_key = format!("{:032x}", env.rng.u128());
     let incarnation = 1 + env.rng.below(u64::from(u32::MAX));
     let member = member(&config, &address, incarnation, env.process.id);
