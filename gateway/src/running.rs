@@ -21,6 +21,7 @@ use crate::generate::Gateway;
 use crate::link::Links;
 use crate::prompt::Encoder;
 use crate::serve::Servers;
+use crate::shed::Shed;
 use crate::{access, assign, finish, http, membership, server};
 
 /// How long the start waits to hear whether keys are asked for, where others than this machine's can ask. Until it is
@@ -115,6 +116,7 @@ pub async fn start(config: Config, mut env: Env, metrics: RenderMetrics) -> Resu
         coordinators: coordinators.clone(),
         links,
         finishes,
+        shed: Shed::default(),
         gateway: life,
         leaving: AtomicBool::new(false),
     };
