@@ -25,7 +25,7 @@ struct World(Vec<(WorkerId, Model)>);
 
 impl World {
     fn new(names: &[&str]) -> World {
-        World(names.iter().map(|name| (WorkerId(name.to_string()), model())).collect())
+        World(names.iter().map(|name| (WorkerId((*name).into()), model())).collect())
     }
 
     fn candidates(&self) -> Vec<Candidate<'_>> {
@@ -66,8 +66,8 @@ fn question() -> Question<'static> {
 /// The chosen names: decode, then prefill or "-".
 fn names(result: &Result<Decision, Declined>) -> (String, String) {
     let decision = result.as_ref().expect("placed");
-    let prefill = decision.prefill.as_ref().map_or("-".to_string(), |(id, _)| id.0.clone());
-    (decision.decode.0.0.clone(), prefill)
+    let prefill = decision.prefill.as_ref().map_or("-".to_string(), |(id, _)| id.to_string());
+    (decision.decode.0.to_string(), prefill)
 }
 
 static NONE_BROKEN: BrokenPairs = BrokenPairs::new();

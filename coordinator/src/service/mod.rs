@@ -399,7 +399,7 @@ impl Shared {
         }
         let refused = |refused: Refusal| Status::failed_precondition(format!("{}: {}", refused.reason, refused.detail));
         self.leading().await.map_err(refused)?;
-        let (worker, incarnation) = (WorkerId(request.id), Incarnation(request.incarnation));
+        let (worker, incarnation) = (WorkerId(request.id.into()), Incarnation(request.incarnation));
         tracing::info!(%worker, %incarnation, "leaves");
         self.submit(Command::Leave { worker, incarnation }).await.map_err(refused)?;
         Ok(())
