@@ -122,7 +122,11 @@ impl Service {
             admission: Arc::new(Admission::new()),
             asking: gateways::Asking::default(),
             checked: AtomicU64::new(0),
-            policy_accepted: Policy { decode_waiting_max: u64::MAX, ..parts.policy.clone() },
+            policy_accepted: Policy {
+                decode_waiting_max: u64::MAX,
+                prefill_waiting_max: u64::MAX,
+                ..parts.policy.clone()
+            },
             policy: parts.policy,
             disk: parts.disk,
             net: parts.net.clone(),
