@@ -434,6 +434,9 @@ async fn a_leader_without_a_quorum_refuses_in_time() {
 
 const RING: &str = "in a ring";
 
+/// Which ways fall silent, by the leader and its two followers.
+type Between = fn(u64, u64, u64) -> Vec<(u64, u64)>;
+
 /// One acknowledged write: who took it, in which term, and when it was asked for and answered.
 #[derive(Debug)]
 struct Taken {
@@ -471,7 +474,7 @@ async fn offer(node: Arc<Node>, stop: watch::Receiver<bool>, taken: Arc<Mutex<Ve
 }
 
 /// One silence from its beginning to its end; returns by how much the term grew in it.
-async fn silence(kind: &str, between: fn(u64, u64, u64) -> Vec<(u64, u64)>) -> u64 {
+async fn silence(kind: &str, between: Between) -> u64 {
     let group = Group::start().await;
     group.commit(&ALL, 1..5).await;
     let leader = group.leader(&ALL).await;
@@ -522,7 +525,7 @@ async fn silence(kind: &str, between: fn(u64, u64, u64) -> Vec<(u64, u64)>) -> u
 /// is too busy for heartbeats elects without any silence: the least of three counts.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_way_silence_makes_no_second_leader() {
-    let kinds: [(&str, fn(u64, u64, u64) -> Vec<(u64, u64)>); 6] = [
+    let kinds: [(&str, Between); 6] = [
         ("one does not hear the leader", |l, f, _| vec![(l, f)]),
         ("the leader does not hear one", |l, f, _| vec![(f, l)]),
         ("nobody hears the leader", |l, f, g| vec![(l, f), (l, g)]),
