@@ -22,7 +22,7 @@ fn main() {
         ..Model::default()
     };
     let mut rng = Rng::new(1);
-    let ids: Vec<WorkerId> = (0..WORKERS).map(|nth| WorkerId(format!("worker-{nth:02}"))).collect();
+    let ids: Vec<WorkerId> = (0..WORKERS).map(|nth| WorkerId(format!("worker-{nth:02}").into())).collect();
     let prompts: Vec<Vec<BlockHash>> = (0..3_000)
         .map(|nth| BlockHash::chain("", &(nth * 2_000..nth * 2_000 + 1_024).collect::<Vec<u32>>(), 16))
         .collect();

@@ -2,7 +2,9 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 
+use serde::de::{Deserializer, Error, Visitor};
 use serde::{Deserialize, Serialize};
 
 /// Index of a token in the model's vocabulary.
@@ -41,9 +43,30 @@ impl FromStr for RequestId {
     }
 }
 
-/// A worker's name, chosen by its operator (`prefill-0`) and unique in the cluster.
-#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-pub struct WorkerId(pub String);
+/// A worker's name, chosen by its operator (`prefill-0`) and unique in the cluster. Copies are cheap: an assignment names
+/// its workers in many places.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+pub struct WorkerId(pub Arc<str>);
+
+impl<'de> Deserialize<'de> for WorkerId {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<WorkerId, D::Error> {
+        deserializer.deserialize_str(Name)
+    }
+}
+
+struct Name;
+
+impl Visitor<'_> for Name {
+    type Value = WorkerId;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a worker's name")
+    }
+
+    fn visit_str<E: Error>(self, name: &str) -> Result<WorkerId, E> {
+        Ok(WorkerId(name.into()))
+    }
+}
 
 impl fmt::Display for WorkerId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

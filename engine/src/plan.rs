@@ -1,5 +1,5 @@
 //! First half of a step: which rows to compute. Decodes first, then prefill chunks, then new admissions, under one
-//! budget of tokens. When blocks run out, the last in rank gives its own back and starts over later.
+//! budget of tokens; what has lost its worker before all that is fresh, and without it. When blocks run out, the last in rank gives its own back and starts over later.
 
 use std::sync::Arc;
 
@@ -21,8 +21,14 @@ impl Engine {
         let mut batch = Batch::new(self.cache.clone());
         self.make_way();
         self.plan_decodes(&mut batch);
-        self.plan_prefills(&mut batch);
-        self.plan_admissions(&mut batch);
+        // Somebody waits in the middle of a text: nothing fresh makes that step longer.
+        let decodes = batch.tokens.len();
+        self.plan_prefills(&mut batch, Rank::is_urgent);
+        self.plan_admissions(&mut batch, Rank::is_urgent);
+        if batch.tokens.len() == decodes {
+            self.plan_prefills(&mut batch, |_| true);
+            self.plan_admissions(&mut batch, |_| true);
+        }
         if batch.is_empty() && self.ready.is_empty() {
             return None;
         }
@@ -41,9 +47,9 @@ impl Engine {
         }
     }
 
-    fn plan_prefills(&mut self, batch: &mut Batch) {
+    fn plan_prefills(&mut self, batch: &mut Batch, of: impl Fn(&Rank) -> bool) {
         let prefilling = self.running.values().filter(|sequence| !sequence.is_decoding());
-        let ranks: Vec<Rank> = prefilling.map(|sequence| sequence.rank).collect();
+        let ranks: Vec<Rank> = prefilling.map(|sequence| sequence.rank).filter(of).collect();
         for rank in ranks {
             if self.budget(batch) > 0 {
                 self.add_span(batch, rank);
@@ -51,9 +57,11 @@ impl Engine {
         }
     }
 
-    fn plan_admissions(&mut self, batch: &mut Batch) {
+    /// Lets those that wait begin, up to the first that is not one `of` those to plan.
+    fn plan_admissions(&mut self, batch: &mut Batch, of: impl Fn(&Rank) -> bool) {
         while self.budget(batch) > 0 {
-            let Some((key, mut sequence)) = self.waiting.pop_first() else { return };
+            let Some(head) = self.waiting.first_entry().filter(|head| of(&head.key().1)) else { return };
+            let (key, mut sequence) = head.remove_entry();
             let placed = self.slots_free() >= sequence.width() && self.place(&mut sequence, batch).is_ok();
             if placed {
                 let rank = sequence.rank;

@@ -22,6 +22,11 @@ pub(crate) struct Rank {
 impl Rank {
     /// Before every other.
     pub(crate) const FIRST: Rank = Rank { lane: Lane::Interactive, fresh: false, arrival: 0, choice: 0 };
+
+    /// Its worker was lost while somebody reads.
+    pub(crate) fn is_urgent(&self) -> bool {
+        !self.fresh && self.lane == Lane::Interactive
+    }
 }
 
 /// One or more choices of a request that have all tokens in common so far.

@@ -5,22 +5,23 @@
 //! ```text
 //! ask ─┐                                   ┌─► answer
 //! ask ─┼─► open questions ─► stream ─► ... ┼─► answer
-//! ask ─┘        ▲  lost, not_leader │      └─► nobody waits for it any more: finished at once
+//! ask ─┘        ▲  lost, not_leader │      └─► nobody waits for it any more: forgotten
 //!               └───────────────────┘
 //! ```
+//! Whoever asks and leaves before the answer ends the request himself (`Serving`'s drop): the ledger takes that end
+//! whether it comes before or after the assignment.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
-use baton_core::{Aborted, Refused};
+use baton_core::Refused;
 use baton_proto::convert;
-use baton_proto::v1::{self, AssignBatch, AssignRequest, Assigned, FinishedRequest, assign_reply::Outcome};
+use baton_proto::v1::{self, AssignBatch, AssignRequest, Assigned, assign_reply::Outcome};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 
 use crate::coordinators::{Client, Coordinators, Refusal, deadline};
-use crate::finish::Finishes;
 use crate::measure;
 
 /// Questions that have not been taken up yet.
@@ -46,7 +47,6 @@ pub(crate) struct Asking {
     questions: mpsc::Receiver<Question>,
     /// Taken up and not answered yet, by request and attempt.
     open: BTreeMap<(String, u32), Question>,
-    finishes: Finishes,
 }
 
 struct Question {
@@ -65,9 +65,9 @@ enum Left {
     Unreached(Refusal),
 }
 
-pub(crate) fn questions(finishes: Finishes) -> (Assigner, Asking) {
+pub(crate) fn questions() -> (Assigner, Asking) {
     let (sender, questions) = mpsc::channel(QUEUE_MAX);
-    (Assigner(sender), Asking { questions, open: BTreeMap::new(), finishes })
+    (Assigner(sender), Asking { questions, open: BTreeMap::new() })
 }
 
 impl Assigner {
@@ -229,9 +229,8 @@ impl Asking {
             outcome.unwrap_or_else(|| Outcome::Refused(convert::refusal(Refused::Unavailable, "an empty answer")));
         match refused {
             Outcome::Assignment(assignment) => {
-                if let Err(Ok(assignment)) = question.answer.send(Ok(assignment)) {
-                    self.finishes.send(unwanted(assignment));
-                }
+                // Whoever asked and left has ended the request.
+                let _ = question.answer.send(Ok(assignment));
                 Ok(())
             }
             Outcome::Refused(refusal) => {
@@ -271,16 +270,6 @@ fn batch(unsent: &mut VecDeque<AssignRequest>) -> AssignBatch {
         requests.extend(unsent.pop_front());
     }
     AssignBatch { requests }
-}
-
-/// The end of a request that was given workers after its client had gone.
-fn unwanted(assignment: v1::Assignment) -> FinishedRequest {
-    FinishedRequest {
-        request: assignment.request,
-        epoch: assignment.epoch,
-        outcome: Aborted::Cancelled.as_str().into(),
-        ..FinishedRequest::default()
-    }
 }
 
 #[cfg(test)]

@@ -24,6 +24,7 @@ mod resume;
 mod running;
 mod serve;
 mod server;
+mod shed;
 mod text;
 
 pub use config::Config;

@@ -114,7 +114,7 @@ impl Links {
     pub(crate) fn fence(&self, view: &ClusterView) {
         let mut state = lock(&self.state);
         let is_over = |place: &Place| {
-            let member = view.members.iter().find(|m| m.member.as_ref().is_some_and(|m| m.id == place.worker.0));
+            let member = view.members.iter().find(|m| m.member.as_ref().is_some_and(|m| *m.id == *place.worker.0));
             member.is_some_and(|view| {
                 let incarnation = view.member.as_ref().map_or(0, |member| member.incarnation);
                 incarnation > place.incarnation.0 || incarnation == place.incarnation.0 && !view.live

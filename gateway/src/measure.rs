@@ -58,6 +58,11 @@ pub(crate) fn retried(reason: &'static str) {
     counter!("baton_gateway_attempts_failed_total", "reason" => reason).increment(1);
 }
 
+/// A request was refused on the word of one before it.
+pub(crate) fn shed() {
+    counter!("baton_gateway_shed_total").increment(1);
+}
+
 /// An HTTP request was answered.
 pub(crate) fn answered(route: &'static str, status: u16) {
     counter!("baton_gateway_http_responses_total", "route" => route, "status" => status.to_string()).increment(1);

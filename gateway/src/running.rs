@@ -21,6 +21,7 @@ use crate::generate::Gateway;
 use crate::link::Links;
 use crate::prompt::Encoder;
 use crate::serve::Servers;
+use crate::shed::Shed;
 use crate::{access, assign, finish, http, membership, server};
 
 /// How long the start waits to hear whether keys are asked for, where others than this machine's can ask. Until it is
@@ -87,7 +88,7 @@ pub async fn start(config: Config, mut env: Env, metrics: RenderMetrics) -> Resu
     let cluster = Arc::new(Cluster::new(&env, links.clone(), config.aliases.clone()));
     let access = Arc::new(Access::new(!config.open && !access::is_loopback(&address)));
     let (finishes, queue) = finish::queue();
-    let (assigner, asking) = assign::questions(finishes.clone());
+    let (assigner, asking) = assign::questions();
     let process_key = format!("{:032x}", env.rng.u128());
     let incarnation = 1 + env.rng.below(u64::from(u32::MAX));
     let member = member(&config, &address, incarnation, env.process.id);
@@ -115,6 +116,7 @@ pub async fn start(config: Config, mut env: Env, metrics: RenderMetrics) -> Resu
         coordinators: coordinators.clone(),
         links,
         finishes,
+        shed: Shed::default(),
         gateway: life,
         leaving: AtomicBool::new(false),
     };

@@ -29,6 +29,7 @@ use crate::link::{Closed, Inbox, Links};
 use crate::measure::{self, Phases};
 use crate::note::{Before, Look, Note};
 use crate::resume::TakenOver;
+use crate::shed::Shed;
 
 /// How long a client that already has tokens waits for workers.
 const NO_WORKERS_WAIT: Duration = Duration::from_millis(limits::NO_WORKERS_WAIT_MS);
@@ -52,6 +53,7 @@ pub(crate) struct Servers {
     pub coordinators: Arc<Coordinators>,
     pub links: Arc<Links>,
     pub finishes: Finishes,
+    pub shed: Shed,
     pub gateway: String,
     /// The gateway is about to end; what is resumable goes on without it.
     pub leaving: AtomicBool,
@@ -360,6 +362,7 @@ impl Serving {
                 },
                 Err(refusal) => refusal,
             };
+            self.servers.shed.refused(&self.request, &refusal);
             let unknown = matches!(refusal.reason, Refused::Unavailable | Refused::NotLeader);
             self.asking = unknown;
             if started.elapsed() >= self.patience(&refusal) {

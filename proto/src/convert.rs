@@ -103,19 +103,23 @@ pub fn aborted(abort: &v1::Abort) -> Aborted {
 
 impl From<&Place> for v1::WorkerLife {
     fn from(place: &Place) -> v1::WorkerLife {
-        v1::WorkerLife { id: place.worker.0.clone(), incarnation: place.incarnation.0 }
+        v1::WorkerLife { id: place.worker.to_string(), incarnation: place.incarnation.0 }
     }
 }
 
 impl From<Place> for v1::Place {
     fn from(place: Place) -> v1::Place {
-        v1::Place { worker: place.worker.0, incarnation: place.incarnation.0, address: place.address }
+        v1::Place { worker: place.worker.to_string(), incarnation: place.incarnation.0, address: place.address }
     }
 }
 
 impl From<v1::Place> for Place {
     fn from(place: v1::Place) -> Place {
-        Place { worker: WorkerId(place.worker), incarnation: Incarnation(place.incarnation), address: place.address }
+        Place {
+            worker: WorkerId(place.worker.into()),
+            incarnation: Incarnation(place.incarnation),
+            address: place.address,
+        }
     }
 }
 

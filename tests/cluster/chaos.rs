@@ -21,7 +21,10 @@ async fn leaders_killed_under_load() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn workers_killed_under_load() {
-    check(&chaos::workers::run(extent(4, 12)).await, false);
+    let report = chaos::workers::run(extent(4, 12)).await;
+    check(&report, false);
+    let touched = report.figures.iter().find(|figure| figure.name.ends_with("attempts that lost a worker"));
+    assert!(touched.is_some_and(|figure| figure.ok), "no kill met a stream: {report:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -166,7 +166,7 @@ impl Opened {
     fn member(&self) -> Member {
         let (spec, card) = (&self.spec, &self.card);
         Member {
-            id: self.config.id.0.clone(),
+            id: self.config.id.to_string(),
             role: baton_proto::v1::Role::from(self.role).into(),
             address: self.address(),
             pid: self.pid,

@@ -92,6 +92,20 @@ pub(super) fn decode_terms(question: &Question, c: &Candidate, mean: &Mean, poli
     ]
 }
 
+/// Whether requests wait at a prefill worker for longer than an interactive one should: further ones wait with the
+/// coordinator, where lanes and tenants take turns and budgets hold. Some may always be there, so that it has work and a crowd that comes
+/// at once is taken.
+pub(super) fn is_behind(c: &Candidate, mean: &Mean, policy: &Policy) -> bool {
+    let load = mean.decayed(&c.load);
+    load.running.saturating_add(load.waiting) >= policy.prefill_waiting_max
+        && mean.us(load.tokens_waiting, &load) > policy.interactive.ttft_ms.saturating_mul(1_000)
+}
+
+/// Milliseconds until all prompts that wait at a worker are prefilled.
+pub(super) fn backlog_ms(c: &Candidate, mean: &Mean) -> u64 {
+    mean.us(c.load.tokens_waiting, &c.load) / 1_000
+}
+
 /// In the order of `PREFILL_TERMS`; the link and what lies beyond the target depend on the decode worker.
 pub(super) fn prefill_terms(question: &Question, c: &Candidate, mean: &Mean, policy: &Policy) -> Terms {
     let load = mean.decayed(&c.load);

@@ -2,7 +2,8 @@
 
 use baton_core::{Refused, Role};
 
-use super::{Candidate, Pools, Question, Trace, block_tokens};
+use super::cost::{Mean, backlog_ms};
+use super::{Candidate, Pools, Priced, Question, Trace, block_tokens};
 
 /// How long a worker that fails, or is not there, may take to come back.
 const RETRY_NOBODY_MS: u64 = 1_000;
@@ -46,6 +47,14 @@ impl Declined {
             question.prompt_tokens, question.tokens_max, question.choices,
         );
         Declined::new(Refused::TooLarge, detail, 0, Trace::default())
+    }
+
+    /// Every prefill worker has as many prompts waiting as may wait there.
+    pub(super) fn behind(prefills: &[Priced], mean: &Mean, aside: Trace) -> Declined {
+        let backlog_ms = prefills.iter().map(|p| backlog_ms(p.candidate, mean)).min().unwrap_or(0);
+        let detail =
+            format!("all {} prefill workers are behind; the shortest queue takes {backlog_ms} ms", prefills.len());
+        Declined::new(Refused::NoCapacity, detail, backlog_ms.clamp(100, 10_000), aside)
     }
 
     /// Every queue is at its bound. The shortest of them, at its own pace, says when to come back.

@@ -7,6 +7,7 @@
 //! chosen   the lowest sum of both, among the best few decode workers and every prefill worker that pairs
 //! none     the part decode does not hold is short, nobody can pair, decode has no block free now, or an idle decode
 //!          worker is much sooner done by itself
+//! waits    where every prefill worker that pairs has more prompts waiting than the TTFT target allows
 //! ```
 
 mod cost;
@@ -174,10 +175,14 @@ pub fn place(question: &Question, pools: &Pools, policy: &Policy) -> Result<Deci
     }
     let open = field.prefills.iter().copied().filter(|c| c.load.waiting < policy.queue_max);
     let prefills = by_cost(open, |c| cost::prefill_terms(question, c, &field.prefill_mean, policy));
-    let desk = Desk { question, pools, policy, mean: &field.decode_mean, prefills: &prefills };
+    let (mean, prefill_mean) = (&field.decode_mean, &field.prefill_mean);
+    let desk = Desk { question, pools, policy, mean, prefill_mean, prefills: &prefills };
     let priced = decodes.iter().take(PAIRED_MAX).map(|decode| (decode, desk.prefill_for(decode.candidate)));
     // The first of equals: the decode workers are in order.
     let (decode, choice) = priced.min_by_key(|(decode, choice)| decode.cost.saturating_add(choice.cost)).expect("some");
+    if matches!(choice.why, Why::Behind) {
+        return Err(Declined::behind(&prefills, &field.prefill_mean, field.aside));
+    }
     Ok(decided(&desk, (decode, choice), &decodes, class_kept, field.aside))
 }
 
@@ -234,6 +239,7 @@ struct Desk<'a> {
     policy: &'a Policy,
     /// Of the decode workers.
     mean: &'a Mean,
+    prefill_mean: &'a Mean,
     /// By their own cost, the link not counted.
     prefills: &'a [Priced<'a>],
 }
@@ -252,6 +258,8 @@ enum Why {
     /// Microseconds by itself, and with the best prefill worker.
     Sooner(u64, u64),
     Handoff,
+    /// It would wait at a prefill worker, where no lane and no tenant has its turn: it waits with the coordinator.
+    Behind,
 }
 
 impl<'a> Desk<'a> {
@@ -268,13 +276,17 @@ impl<'a> Desk<'a> {
         }
         let partners = self.prefills.iter().filter(|p| self.pairs(p.candidate, decode));
         let priced = partners.map(|p| (p, cost::paired(self.question, p.candidate, &p.terms, decode, self.policy)));
-        let Some((prefill, terms)) = priced.min_by_key(|(_, terms)| cost::sum(terms)) else {
+        let behind = |p: &Priced| cost::is_behind(p.candidate, self.prefill_mean, self.policy);
+        let Some((prefill, terms)) = priced.min_by_key(|(p, terms)| (behind(p), cost::sum(terms))) else {
             return Choice { prefill: None, cost: disturbing, why: Why::NoPartner };
         };
         let remote = cost::ttft_remote(&terms);
         let idle = decode.load.running + decode.load.waiting == 0;
         if idle && terms[3] > 0 && local < remote / 2 {
             return Choice { prefill: None, cost: local, why: Why::Sooner(local, remote) };
+        }
+        if behind(prefill) {
+            return Choice { prefill: None, cost: u64::MAX, why: Why::Behind };
         }
         Choice { prefill: Some(prefill.candidate), cost: cost::sum(&terms), why: Why::Handoff }
     }
@@ -340,7 +352,7 @@ fn explanation(question: &Question, decode: &Candidate, choice: &Choice, class_k
         (Why::Handoff, Some(p)) => {
             format!("holds {} blocks, {} tokens queued", hits(question, p), p.load.tokens_waiting)
         }
-        (Why::NoPartner | Why::Handoff, _) => "no prefill worker that can pair is free".into(),
+        (Why::NoPartner | Why::Handoff | Why::Behind, _) => "no prefill worker that can pair is free".into(),
     };
     let class_note = if class_kept { "" } else { "; numerics class changed" };
     format!(

@@ -14,6 +14,9 @@ pub struct Policy {
     /// Requests that may wait on a decode worker for a sequence or for blocks; further ones wait with the coordinator,
     /// where lanes and tenants take turns. Default 4.
     pub decode_waiting_max: u64,
+    /// Requests that may always be on a prefill worker. When there are more, and their prompts take longer than the
+    /// interactive lane's TTFT, further ones wait with the coordinator. Default 64.
+    pub prefill_waiting_max: u64,
     /// What sharing a decode worker's steps with one more sequence is worth, in prompt tokens. Default 32.
     pub sequence_cost_tokens: u64,
     /// What taking all of a decode worker's available blocks is worth, in prompt tokens. Default 1024.
@@ -61,6 +64,7 @@ impl Default for Policy {
             prefill_tokens_min: 64,
             queue_max: WORKER_QUEUE_MAX as u64,
             decode_waiting_max: 4,
+            prefill_waiting_max: 64,
             sequence_cost_tokens: 32,
             pressure_cost_tokens: 1024,
             stale_cost_tokens: 64,

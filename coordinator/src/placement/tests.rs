@@ -25,7 +25,7 @@ struct World(Vec<(WorkerId, Model)>);
 
 impl World {
     fn new(names: &[&str]) -> World {
-        World(names.iter().map(|name| (WorkerId(name.to_string()), model())).collect())
+        World(names.iter().map(|name| (WorkerId((*name).into()), model())).collect())
     }
 
     fn candidates(&self) -> Vec<Candidate<'_>> {
@@ -66,8 +66,8 @@ fn question() -> Question<'static> {
 /// The chosen names: decode, then prefill or "-".
 fn names(result: &Result<Decision, Declined>) -> (String, String) {
     let decision = result.as_ref().expect("placed");
-    let prefill = decision.prefill.as_ref().map_or("-".to_string(), |(id, _)| id.0.clone());
-    (decision.decode.0.0.clone(), prefill)
+    let prefill = decision.prefill.as_ref().map_or("-".to_string(), |(id, _)| id.to_string());
+    (decision.decode.0.to_string(), prefill)
 }
 
 static NONE_BROKEN: BrokenPairs = BrokenPairs::new();
@@ -113,6 +113,40 @@ fn prefix_hits_and_load_move_the_choice() {
     c[1].load.running = 20;
     c[3].load.tokens_waiting = 1000;
     check(&question(), &c, "d0", "p0");
+}
+
+#[test]
+fn nobody_waits_long_where_no_lane_has_its_turn() {
+    let world = World::new(&["d0", "p0", "p1"]);
+    let mut c = world.candidates();
+    c[0].load.running = 1;
+    let policy = Policy::default();
+    for p in [1, 2] {
+        c[p].load =
+            Load { running: policy.prefill_waiting_max, tokens_waiting: 5_000, prefill_rate: 1_000, ..c[p].load };
+    }
+    check_declined(&question(), &c, Refused::NoCapacity);
+    assert_eq!(placed(&question(), &c).unwrap_err().retry_after_ms, 5_000);
+    let none_is_full = Policy { prefill_waiting_max: u64::MAX, ..policy };
+    let pools = Pools { candidates: c.clone(), broken: &NONE_BROKEN };
+    assert_eq!(
+        names(&place(&question(), &pools, &none_is_full)),
+        ("d0".into(), "p0".into()),
+        "what is accepted goes on"
+    );
+    check(&Question { prompt_tokens: 63, ..question() }, &c, "d0", "-");
+    c[0].load.running = 0;
+    check(&question(), &c, "d0", "-");
+    c[0].load.running = 1;
+    c[1].load.prefill_rate = 10_000;
+    check(&question(), &c, "d0", "p0");
+    c[1].load.prefill_rate = 1_000;
+    c[1].load.running = 63;
+    check(&question(), &c, "d0", "p0");
+    c[1].load.running = 99;
+    c[2].load.tokens_waiting = 900;
+    c[1].hits = 10;
+    check(&question(), &c, "d0", "p1");
 }
 
 #[test]

@@ -1,5 +1,7 @@
-//! Three nodes over real TCP on disks in memory: snapshots, partitions, elections. Each node's network can be cut.
+//! Three nodes over real TCP on disks in memory: snapshots, partitions, elections. Each node's network can be cut, and each
+//! way between two nodes can fall silent.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,17 +19,35 @@ use super::*;
 use crate::log::MemoryDisk;
 use crate::state::{self, Command};
 
+/// How often what is silent looks whether it may speak again.
+const LOOK_EVERY: Duration = Duration::from_millis(5);
+
+/// Which nodes cannot be heard by which: nothing passes from the first to the second, and nothing is lost, as with TCP.
+#[derive(Default)]
+struct Ways {
+    nodes: BTreeMap<String, u64>,
+    silent: BTreeSet<(u64, u64)>,
+}
+
 /// A node's sockets, all of which are dead while it is cut off.
 #[derive(Clone, Default)]
-struct Wire(Arc<AtomicBool>);
+struct Wire {
+    node: u64,
+    cut: Arc<AtomicBool>,
+    ways: Arc<Mutex<Ways>>,
+}
 
 impl Wire {
     fn cut(&self, cut: bool) {
-        self.0.store(cut, Ordering::Relaxed);
+        self.cut.store(cut, Ordering::Relaxed);
     }
 
     fn check(&self) -> io::Result<()> {
-        if self.0.load(Ordering::Relaxed) { Err(io::ErrorKind::ConnectionReset.into()) } else { Ok(()) }
+        if self.cut.load(Ordering::Relaxed) { Err(io::ErrorKind::ConnectionReset.into()) } else { Ok(()) }
+    }
+
+    fn is_silent(&self, from: u64, to: u64) -> bool {
+        self.ways.lock().unwrap().silent.contains(&(from, to))
     }
 }
 
@@ -35,8 +55,14 @@ impl Net for Wire {
     fn connect<'a>(&'a self, address: &'a str) -> BoxFuture<'a, io::Result<Stream>> {
         Box::pin(async move {
             self.check()?;
+            let to = self.ways.lock().unwrap().nodes.get(address).copied();
+            // A greeting needs both ways.
+            while to.is_some_and(|to| self.is_silent(self.node, to) || self.is_silent(to, self.node)) {
+                tokio::time::sleep(LOOK_EVERY).await;
+            }
             let stream = TcpNet.connect(address).await?;
-            Ok(Box::new(Wired { stream, wire: self.clone() }) as Stream)
+            Ok(Box::new(Wired { stream, wire: self.clone(), to, look: Box::pin(tokio::time::sleep(LOOK_EVERY)) })
+                as Stream)
         })
     }
 
@@ -57,7 +83,8 @@ impl Listener for WiredListener {
     fn accept(&mut self) -> BoxFuture<'_, io::Result<Stream>> {
         Box::pin(async {
             let stream = self.listener.accept().await?;
-            Ok(Box::new(Wired { stream, wire: self.wire.clone() }) as Stream)
+            let look = Box::pin(tokio::time::sleep(LOOK_EVERY));
+            Ok(Box::new(Wired { stream, wire: self.wire.clone(), to: None, look }) as Stream)
         })
     }
 
@@ -69,11 +96,28 @@ impl Listener for WiredListener {
 struct Wired {
     stream: Stream,
     wire: Wire,
+    /// Who was called. The caller's end holds back what either of them says.
+    to: Option<u64>,
+    look: Pin<Box<tokio::time::Sleep>>,
+}
+
+impl Wired {
+    /// Pending while the way is silent; looks again by itself.
+    fn poll_way(&mut self, speaks: bool, cx: &mut Context<'_>) -> Poll<()> {
+        let own = self.wire.node;
+        while self.to.is_some_and(|to| if speaks { self.wire.is_silent(own, to) } else { self.wire.is_silent(to, own) })
+        {
+            std::task::ready!(self.look.as_mut().poll(cx));
+            self.look.as_mut().reset(tokio::time::Instant::now() + LOOK_EVERY);
+        }
+        Poll::Ready(())
+    }
 }
 
 impl AsyncRead for Wired {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         self.wire.check()?;
+        std::task::ready!(self.poll_way(false, cx));
         Pin::new(&mut self.stream).poll_read(cx, buf)
     }
 }
@@ -81,6 +125,7 @@ impl AsyncRead for Wired {
 impl AsyncWrite for Wired {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         self.wire.check()?;
+        std::task::ready!(self.poll_way(true, cx));
         Pin::new(&mut self.stream).poll_write(cx, bytes)
     }
 
@@ -104,21 +149,25 @@ struct Group {
     addresses: BTreeMap<u64, String>,
     disks: BTreeMap<u64, MemoryDisk>,
     wires: BTreeMap<u64, Wire>,
+    ways: Arc<Mutex<Ways>>,
     members: BTreeMap<u64, Member>,
 }
 
 impl Group {
     async fn start() -> Group {
+        let ways = Arc::<Mutex<Ways>>::default();
         let mut listeners = BTreeMap::new();
         let mut group = Group {
             addresses: BTreeMap::new(),
             disks: BTreeMap::new(),
             wires: BTreeMap::new(),
+            ways: ways.clone(),
             members: BTreeMap::new(),
         };
         for id in 1..=3 {
-            let wire = Wire::default();
+            let wire = Wire { node: id, ways: ways.clone(), ..Wire::default() };
             let listener = wire.listen("127.0.0.1:0").await.unwrap();
+            ways.lock().unwrap().nodes.insert(listener.address(), id);
             group.addresses.insert(id, listener.address());
             group.disks.insert(id, MemoryDisk::new(Duration::ZERO));
             group.wires.insert(id, wire);
@@ -381,4 +430,117 @@ async fn a_leader_without_a_quorum_refuses_in_time() {
     group.agree(&ALL, 29).await;
     assert_eq!(group.node(old).ledger().time_ms(), 29);
     group.stop_all().await;
+}
+
+const RING: &str = "in a ring";
+
+/// Which ways fall silent, by the leader and its two followers.
+type Between = fn(u64, u64, u64) -> Vec<(u64, u64)>;
+
+/// One acknowledged write: who took it, in which term, and when it was asked for and answered.
+#[derive(Debug)]
+struct Taken {
+    node: u64,
+    term: u64,
+    asked: tokio::time::Instant,
+    answered: tokio::time::Instant,
+    request: u128,
+}
+
+/// Offers a write to one node again and again until `stop`; a write is the end of a request that nobody has heard of.
+async fn offer(node: Arc<Node>, stop: watch::Receiver<bool>, taken: Arc<Mutex<Vec<Taken>>>) {
+    for nth in 0u128.. {
+        if *stop.borrow() {
+            break;
+        }
+        let request = (u128::from(node.id().0) << 64) + nth;
+        let end = state::Finished {
+            request: baton_core::RequestId(request),
+            epoch: baton_core::Epoch(0),
+            outcome: "cancelled".into(),
+            prompt_tokens: 0,
+            cached_tokens: 0,
+            generated_tokens: 0,
+        };
+        let (term, asked) = (node.standing().borrow().term, tokio::time::Instant::now());
+        let answer = node.propose(&Batch { time_ms: 0, commands: vec![Command::Finish(end)] }).await;
+        let answered = tokio::time::Instant::now();
+        // A term that changed meanwhile leaves open in which one it was written.
+        if answer.is_ok() && node.standing().borrow().term == term {
+            taken.lock().unwrap().push(Taken { node: node.id().0, term, asked, answered, request });
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// One silence from its beginning to its end; returns by how much the term grew in it.
+async fn silence(kind: &str, between: Between) -> u64 {
+    let group = Group::start().await;
+    group.commit(&ALL, 1..5).await;
+    let leader = group.leader(&ALL).await;
+    let (term, others) = (group.node(leader).standing().borrow().term, others(leader));
+    let (stop, stopped) = watch::channel(false);
+    let taken = Arc::<Mutex<Vec<Taken>>>::default();
+    let offering: Vec<_> =
+        ALL.iter().map(|id| tokio::spawn(offer(group.node(*id), stopped.clone(), taken.clone()))).collect();
+    group.ways.lock().unwrap().silent = between(leader, others[0], others[1]).into_iter().collect();
+    let since = tokio::time::Instant::now();
+    tokio::time::sleep(Duration::from_millis(5 * ELECTION_MS_MAX)).await;
+    let during = || taken.lock().unwrap().iter().filter(|one| one.asked > since).count();
+    // In a ring no two can talk to each other, and two are a majority.
+    match kind {
+        RING => assert_eq!(during(), 0, "{kind}: somebody took a write"),
+        _ => wait(|| (during() > 0).then_some(())).await,
+    }
+    let grown = ALL.map(|id| group.node(id).standing().borrow().term).into_iter().max().unwrap() - term;
+    println!("{kind}: {} writes during it, the term grew by {grown}", during());
+    group.ways.lock().unwrap().silent.clear();
+    group.leader(&ALL).await;
+    stop.send_replace(true);
+    for offered in offering {
+        offered.await.unwrap();
+    }
+    let taken = std::mem::take(&mut *taken.lock().unwrap());
+    for one in &taken {
+        let other = taken.iter().find(|other| other.term == one.term && other.node != one.node);
+        assert!(other.is_none(), "{kind}: two nodes took writes in one term: {one:?} {other:?}");
+        let older = taken.iter().find(|other| other.asked > one.answered && other.term < one.term);
+        assert!(older.is_none(), "{kind}: an older leader took a write after a newer one: {one:?} {older:?}");
+    }
+    let last = 1_000_000;
+    group.commit(&ALL, last..last + 5).await;
+    group.agree(&ALL, last + 4).await;
+    for id in ALL {
+        let node = group.node(id);
+        let lost = taken.iter().find(|one| !node.ledger().has_ended(baton_core::RequestId(one.request)));
+        assert!(lost.is_none(), "{kind}: node {id} has lost {lost:?}");
+    }
+    group.stop_all().await;
+    grown
+}
+
+/// Goal: while some nodes cannot be heard by some others, never do two leaders take writes, somebody takes them where two can
+/// talk, there are two elections at most, and all agree when the ways are open again, with everything that was acknowledged.
+/// Method: every kind of one-way silence around the leader; writes are offered to all nodes all the while. A machine that
+/// is too busy for heartbeats elects without any silence: the least of three counts.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_way_silence_makes_no_second_leader() {
+    let kinds: [(&str, Between); 6] = [
+        ("one does not hear the leader", |l, f, _| vec![(l, f)]),
+        ("the leader does not hear one", |l, f, _| vec![(f, l)]),
+        ("nobody hears the leader", |l, f, g| vec![(l, f), (l, g)]),
+        ("the leader hears nobody", |l, f, g| vec![(f, l), (g, l)]),
+        ("one follower does not hear the other", |_, f, g| vec![(f, g)]),
+        (RING, |l, f, g| vec![(l, f), (f, g), (g, l)]),
+    ];
+    for (kind, between) in kinds {
+        let mut grown = u64::MAX;
+        for _ in 0..3 {
+            grown = grown.min(silence(kind, between).await);
+            if grown <= 2 {
+                break;
+            }
+        }
+        assert!(grown <= 2, "{kind}: {grown} elections");
+    }
 }

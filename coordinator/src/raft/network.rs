@@ -30,6 +30,8 @@ use super::wire::{decode, encode};
 
 /// A snapshot of the largest ledger, over a slow link.
 const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(30);
+/// Before a refused stream of entries is tried again.
+const REFUSED_PAUSE: Duration = Duration::from_millis(20);
 /// Bytes of a snapshot in one part.
 const SNAPSHOT_PART_BYTES: usize = 1 << 20;
 
@@ -125,7 +127,14 @@ impl RaftNetworkV2<Types> for Peer {
             let mut client = self.client()?;
             let (to, envelope) = (self.to, self.envelope.clone());
             let call = client.stream_append(input.map(move |append| envelope.seal(to, &append)));
-            let answers = tokio::time::timeout(option.soft_ttl(), call).await.map_err(failed)?.map_err(failed)?;
+            let answers = match tokio::time::timeout(option.soft_ttl(), call).await.map_err(failed)? {
+                Ok(answers) => answers,
+                Err(status) => {
+                    // Replication asks again at once, and who stands aside says no at once.
+                    tokio::time::sleep(REFUSED_PAUSE).await;
+                    return Err(failed(status));
+                }
+            };
             let decoded = answers.into_inner().map(|answer| match answer {
                 Ok(blob) => decode(&blob.data).map_err(failed),
                 Err(status) => Err(failed(status)),

@@ -107,7 +107,7 @@ impl v1::admin_server::Admin for Service {
         let order = v1::Order::try_from(request.order).map_err(|_| Status::invalid_argument("order is unknown"))?;
         let unknown = format!("no live worker is called {:?}", request.worker);
         tracing::info!(worker = request.worker, ?order, "ordered");
-        let command = Command::Order { worker: WorkerId(request.worker), order: ask::order(order) };
+        let command = Command::Order { worker: WorkerId(request.worker.into()), order: ask::order(order) };
         done(self.0.administer(command, unknown).await)
     }
 

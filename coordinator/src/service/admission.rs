@@ -4,7 +4,8 @@
 //! ```text
 //! lanes      interactive before batch, each with a budget of waiting and a bound
 //! tenants    the one that has been given the least comes next (virtual token counter, Sheng et al. 2024, section 4)
-//! refused    at once when the wait it would have is over its budget, going by how fast requests end
+//! refused    at once when the wait it would have is over its budget, going by how fast requests end while others wait:
+//!            what ends while nobody waits tells how much is asked, not how much could be served
 //! ```
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -16,6 +17,8 @@ use baton_core::{Lane, RequestId};
 const RATE_WINDOW_MS: u64 = 4_000;
 /// Ends counted together.
 const RATE_STEP_MS: u64 = 100;
+/// Requests must have waited in so many steps before a rate is believed.
+const RATE_STEPS_MIN: usize = 5;
 /// Counters of tenants are forgotten when nobody has waited for so long.
 const LULL_MS: u64 = 1_000;
 const RETRY_MS_MIN: u64 = 100;
@@ -226,13 +229,23 @@ impl Queue {
 
     /// Requests of this model have ended.
     pub(super) fn ended(&mut self, now_ms: u64, model: &str, count: u64) {
-        match self.rates.get_mut(model) {
-            Some(rate) => rate.count(now_ms, count),
-            None => {
-                self.rates.retain(|_, rate| rate.is_recent(now_ms));
-                self.rates.entry(model.to_string()).or_default().count(now_ms, count);
-            }
+        if self.lines.contains_key(model) {
+            self.rate(now_ms, model).ended(now_ms, count);
         }
+    }
+
+    /// Time passes while somebody waits; to be told often.
+    pub(super) fn pass(&mut self, now_ms: u64) {
+        for model in self.models() {
+            self.rate(now_ms, &model).ended(now_ms, 0);
+        }
+    }
+
+    fn rate(&mut self, now_ms: u64, model: &str) -> &mut Rate {
+        if !self.rates.contains_key(model) {
+            self.rates.retain(|_, rate| rate.is_recent(now_ms));
+        }
+        self.rates.entry(model.to_string()).or_default()
     }
 
     /// When a request of this lane is worth another try.
@@ -246,16 +259,16 @@ impl Queue {
     }
 }
 
-/// How many requests ended lately.
+/// How many requests ended lately while others waited.
 #[derive(Default)]
 struct Rate {
-    /// (step, ends in it), oldest first.
+    /// (step, ends in it) of the steps in which somebody waited, oldest first.
     steps: VecDeque<(u64, u64)>,
     sum: u64,
 }
 
 impl Rate {
-    fn count(&mut self, now_ms: u64, count: u64) {
+    fn ended(&mut self, now_ms: u64, count: u64) {
         let step = now_ms / RATE_STEP_MS;
         match self.steps.back_mut() {
             Some((last, ends)) if *last >= step => *ends += count,
@@ -276,12 +289,11 @@ impl Rate {
 
     /// How long until `count` more have ended; None when too little is known.
     fn wait_ms(&self, count: u64, now_ms: u64) -> Option<u64> {
-        let since = self.steps.front()?.0 * RATE_STEP_MS;
-        if !self.is_recent(now_ms) || self.sum < 4 {
+        if !self.is_recent(now_ms) || self.steps.len() < RATE_STEPS_MIN {
             return None;
         }
-        let span_ms = now_ms.saturating_sub(since).clamp(RATE_STEP_MS, RATE_WINDOW_MS + RATE_STEP_MS);
-        Some(count.saturating_mul(span_ms) / self.sum)
+        let span_ms = self.steps.len() as u64 * RATE_STEP_MS;
+        Some(count.saturating_mul(span_ms) / self.sum.max(1))
     }
 }
 
@@ -359,6 +371,7 @@ mod tests {
     #[test]
     fn a_wait_over_the_budget_is_refused_at_once() {
         let mut queue = Queue::default();
+        queue.enter(0, entry(1_000, "t", Lane::Batch, 1)).unwrap();
         (0..40).for_each(|at| queue.ended(at * 100, "m", 1));
         let now = 4_000;
         let mut entered = 0;
@@ -372,6 +385,20 @@ mod tests {
         assert!(refused.retry_after_ms >= RETRY_MS_MIN, "{refused:?}");
         assert!(queue.enter(now, entry(999, "t", Lane::Batch, 1)).is_ok(), "batch may wait longer");
         assert!(queue.enter(now, entry(998, "other", Lane::Interactive, 1)).is_ok(), "its tenant has had no turn yet");
+    }
+
+    /// Goal: a crowd that comes at once to a cluster that had little to do is not refused for how little that was.
+    /// Method: one request ends a second and nobody waits; then many come.
+    #[test]
+    fn little_asked_is_not_little_that_can_be_served() {
+        let mut queue = Queue::default();
+        (0..10).for_each(|at| queue.ended(at * 1_000, "m", 1));
+        for request in 0..100 {
+            queue.enter(10_000, entry(request, "t", Lane::Interactive, 1)).unwrap();
+        }
+        (0..20).for_each(|at| queue.pass(10_000 + at * 100));
+        let refused = queue.enter(12_000, entry(100, "t", Lane::Interactive, 1)).unwrap_err();
+        assert!(refused.retry_after_ms > 2_000, "nothing has ended in two seconds of waiting: {refused:?}");
     }
 
     #[derive(Clone, Debug)]

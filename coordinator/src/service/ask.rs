@@ -73,7 +73,7 @@ impl Ask {
         if [wire.exclude.len(), wire.exclude_pairs.len(), wire.killed.len()].iter().any(|count| *count > EXCLUDE_MAX) {
             return Err(bad("exclude, exclude_pairs or killed", "has more than 64 entries"));
         }
-        let life = |life: v1::WorkerLife| (WorkerId(life.id), Incarnation(life.incarnation));
+        let life = |life: v1::WorkerLife| (WorkerId(life.id.into()), Incarnation(life.incarnation));
         let pair = |pair: v1::WorkerPair| {
             let prefill = required("exclude_pairs.prefill", pair.prefill)?;
             Ok((life(prefill), life(required("exclude_pairs.decode", pair.decode)?)))
@@ -194,7 +194,7 @@ pub(super) fn order(wire: v1::Order) -> Order {
 pub(super) fn registration(member: v1::Member, process_key: String) -> Result<Registration, BadMessage> {
     let role = Role::try_from(member.role())?;
     Ok(Registration {
-        worker: WorkerId(name("member.id", member.id)?),
+        worker: WorkerId(name("member.id", member.id)?.into()),
         role,
         address: name("member.address", member.address)?,
         pid: member.pid,
@@ -234,7 +234,7 @@ pub(super) fn beat(wire: v1::HeartbeatRequest, member: v1::Member) -> Result<Bea
     }
     let hashes = |blocks: &[bytes::Bytes]| blocks.iter().map(|b| block_hash(b)).collect::<Result<Vec<_>, _>>();
     Ok(Beat {
-        worker: WorkerId(name("id", wire.id)?),
+        worker: WorkerId(name("id", wire.id)?.into()),
         incarnation: Incarnation(wire.incarnation),
         sequence: wire.sequence,
         added: hashes(&load.blocks_added)?,

@@ -11,8 +11,8 @@ use super::explain::Word;
 use super::queue::Parked;
 use super::roster::Roster;
 use super::{Refusal, Shared, unavailable, unexpected};
-use crate::placement::{self, Decision, Declined, Pools};
-use crate::state::{Apart, Assigned, Command, Ledger, Life, Limit, Outcome, OverLimit};
+use crate::placement::{self, Candidate, Decision, Declined, Pools};
+use crate::state::{Apart, Assigned, Command, Ledger, Life, Limit, OpenRequest, Outcome, OverLimit};
 
 /// Placements of one request: each further one because a chosen worker had just been fenced.
 const PLACEMENTS_MAX: usize = 4;
@@ -151,7 +151,10 @@ impl Shared {
         let before = ledger.request(ask.request);
         let mut question = ask.question(before.map(|open| &open.numerics));
         let policy = if before.is_some() { &self.policy_accepted } else { &self.policy };
-        let pools = roster.pools(ledger, &ask.chain, now);
+        let mut pools = roster.pools(ledger, &ask.chain, now);
+        if let Some(open) = before {
+            recall(&mut pools, open);
+        }
         let decision = match ledger.apart(ask.request, ask.attempt, &ask.killed) {
             None => placement::place(&question, &pools, policy)?,
             Some(apart) => {
@@ -218,6 +221,16 @@ impl Shared {
         trace.verdict.clone_from(&refused.detail);
         self.remember(ask, Word::Refused(baton_proto::convert::refused(&refused)), trace);
         refused
+    }
+}
+
+/// Whoever prefilled the request before has computed most of it, though no heartbeat may have told so yet.
+fn recall(pools: &mut Pools, before: &OpenRequest) {
+    let Some(prefill) = &before.prefill else { return };
+    let same = |c: &&mut Candidate| *c.worker == prefill.worker && c.incarnation == prefill.incarnation;
+    if let Some(candidate) = pools.candidates.iter_mut().find(same) {
+        let blocks = before.prompt_tokens / u64::from(candidate.model.block_tokens).max(1);
+        candidate.hits = candidate.hits.max(blocks);
     }
 }
 

@@ -288,7 +288,7 @@ fn judge(shared: &Shared, flight: &Flight, landing: Landing) {
     if !changed {
         return;
     }
-    let prefill = flight.prefill.as_ref().map_or("none", |place| place.worker.0.as_str());
+    let prefill = flight.prefill.as_ref().map_or("none", |place| &*place.worker.0);
     match landing {
         Landing::Good => tracing::info!(prefill, decode = %decode.0, "the pair works again"),
         bad => {

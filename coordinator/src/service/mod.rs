@@ -122,7 +122,11 @@ impl Service {
             admission: Arc::new(Admission::new()),
             asking: gateways::Asking::default(),
             checked: AtomicU64::new(0),
-            policy_accepted: Policy { decode_waiting_max: u64::MAX, ..parts.policy.clone() },
+            policy_accepted: Policy {
+                decode_waiting_max: u64::MAX,
+                prefill_waiting_max: u64::MAX,
+                ..parts.policy.clone()
+            },
             policy: parts.policy,
             disk: parts.disk,
             net: parts.net.clone(),
@@ -399,7 +403,7 @@ impl Shared {
         }
         let refused = |refused: Refusal| Status::failed_precondition(format!("{}: {}", refused.reason, refused.detail));
         self.leading().await.map_err(refused)?;
-        let (worker, incarnation) = (WorkerId(request.id), Incarnation(request.incarnation));
+        let (worker, incarnation) = (WorkerId(request.id.into()), Incarnation(request.incarnation));
         tracing::info!(%worker, %incarnation, "leaves");
         self.submit(Command::Leave { worker, incarnation }).await.map_err(refused)?;
         Ok(())

@@ -116,7 +116,7 @@ impl Pairs {
 pub(super) fn told(candidates: &[Candidate], pairs: &Pairs, now: Instant) -> Vec<v1::PairView> {
     let decodes = || candidates.iter().filter(|c| c.role == Role::Decode);
     let prefills = || candidates.iter().filter(|c| c.role == Role::Prefill);
-    let name = |c: Option<&Candidate>| c.map_or(String::new(), |c| c.worker.0.clone());
+    let name = |c: Option<&Candidate>| c.map_or(String::new(), |c| c.worker.to_string());
     let tell = |prefill: Option<&Candidate>, decode: &Candidate| {
         let known = pairs.get((prefill.map_or(ALONE, |p| p.index), decode.index));
         let (state, reason) = match known.map(|pair| &pair.health) {
@@ -127,7 +127,7 @@ pub(super) fn told(candidates: &[Candidate], pairs: &Pairs, now: Instant) -> Vec
         let ms = |at: fn(&Pair) -> Instant| known.map_or(0, |pair| (now - at(pair)).as_millis() as u64);
         v1::PairView {
             prefill: name(prefill),
-            decode: decode.worker.0.clone(),
+            decode: decode.worker.to_string(),
             state: state.into(),
             reason,
             since_ms: ms(|pair| pair.since),

@@ -207,6 +207,7 @@ impl Shared {
         let admission = &self.admission;
         let mut line = admission.line();
         let now_ms = admission.now_ms();
+        line.queue.pass(now_ms);
         for ticket in line.queue.overdue(now_ms) {
             let Some(desk) = line.parked.remove(&ticket) else { continue };
             let retry_after_ms = line.queue.retry_after_ms(now_ms, &desk.ask.model, desk.ask.lane);

@@ -120,7 +120,7 @@ impl Roster {
     /// A worker that has just registered counts as heard, so that its lease starts then.
     pub(crate) fn registered(&mut self, member: v1::Member, now: Instant) {
         let load = v1::Load { blocks_total: blocks(&member), blocks_free: blocks(&member), ..Default::default() };
-        let (worker, incarnation) = (WorkerId(member.id.clone()), Incarnation(member.incarnation));
+        let (worker, incarnation) = (WorkerId(member.id.as_str().into()), Incarnation(member.incarnation));
         if self.workers.get(&worker).is_some_and(|heard| heard.incarnation >= incarnation) {
             return;
         }

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::command::{Assigned, Finished, Proposed};
 use super::poison::{Life, Verdict};
 use super::tenant::{Charge, Usage};
-use super::{EXPIRE_MAX, Ledger, Outcome, REQUESTS_OPEN_MAX};
+use super::{EXPIRE_MAX, Ledger, Outcome, REQUESTS_OPEN_MAX, Worker};
 
 /// An accepted request that has not ended. It has exactly one assignment, the one under `epoch`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -81,6 +81,13 @@ impl EndedRequests {
     }
 }
 
+/// Where a request goes, and the decode worker's class.
+struct Places {
+    decode: Place,
+    prefill: Option<Place>,
+    numerics: NumericsClass,
+}
+
 /// What of an open request carries over to its next attempt.
 struct Kept {
     accepted_ms: u64,
@@ -120,7 +127,7 @@ impl Ledger {
             Err(outcome) => return outcome,
         };
         match self.places(&p) {
-            Some((decode, prefill, numerics)) => self.grant(p, epoch, kept, decode, prefill, numerics),
+            Some(places) => self.grant(p, epoch, kept, places),
             None => Outcome::Misplaced,
         }
     }
@@ -163,40 +170,32 @@ impl Ledger {
     }
 
     /// Where the proposed lives listen, if they are all in force and none has another suspect beside a suspect.
-    fn places(&self, p: &Proposed) -> Option<(Place, Option<Place>, NumericsClass)> {
+    fn places(&self, p: &Proposed) -> Option<Places> {
         let crowded = |life: &Life| self.is_suspect(p.request) && self.suspected(p.request, life);
         if crowded(&p.decode) || p.prefill.as_ref().is_some_and(crowded) {
             return None;
         }
-        let (decode, numerics) = self.lives(&p.decode, Role::Decode)?;
+        let decode = self.lives(&p.decode, Role::Decode)?;
         let prefill = match &p.prefill {
             None => None,
-            Some(life) => Some(self.lives(life, Role::Prefill)?.0),
+            Some(life) => Some(self.lives(life, Role::Prefill)?.place(&life.0)),
         };
-        Some((decode, prefill, numerics))
+        Some(Places { decode: decode.place(&p.decode.0), prefill, numerics: decode.model.numerics.clone() })
     }
 
-    fn lives(&self, (id, incarnation): &Life, role: Role) -> Option<(Place, NumericsClass)> {
-        let worker = self.workers.get(id).filter(|w| w.lives(*incarnation) && w.role == role)?;
-        Some((worker.place(id), worker.model.numerics.clone()))
+    fn lives(&self, (id, incarnation): &Life, role: Role) -> Option<&Worker> {
+        self.workers.get(id).filter(|w| w.lives(*incarnation) && w.role == role)
     }
 
-    fn grant(
-        &mut self,
-        p: Proposed,
-        epoch: Epoch,
-        kept: Kept,
-        decode: Place,
-        prefill: Option<Place>,
-        numerics: NumericsClass,
-    ) -> Outcome {
+    fn grant(&mut self, p: Proposed, epoch: Epoch, kept: Kept, places: Places) -> Outcome {
+        let Places { decode, prefill, numerics } = places;
         let (request, now, charge) = (p.request, self.time_ms, p.charge());
         let before = self.open.remove(&request);
         match &before {
             None => drop(self.tenants.get_mut(&p.tenant).map(|account| account.accept(&charge, now))),
-            Some(open) => self.gateway_leaves(&open.gateway.clone()),
+            Some(open) => self.gateway_leaves(&open.gateway),
         }
-        *self.gateways.entry(p.gateway.clone()).or_default() += 1;
+        self.gateway_comes(&p.gateway);
         let open = OpenRequest {
             attempt: p.attempt,
             epoch,
@@ -235,8 +234,15 @@ impl Ledger {
         };
         let before = std::mem::replace(&mut open.gateway, gateway.clone());
         self.gateway_leaves(&before);
-        *self.gateways.entry(gateway).or_default() += 1;
+        self.gateway_comes(&gateway);
         self.assigned(request, &self.open[&request])
+    }
+
+    fn gateway_comes(&mut self, gateway: &str) {
+        match self.gateways.get_mut(gateway) {
+            Some(requests) => *requests += 1,
+            None => drop(self.gateways.insert(gateway.to_string(), 1)),
+        }
     }
 
     fn gateway_leaves(&mut self, gateway: &str) {

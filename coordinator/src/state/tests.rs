@@ -31,7 +31,7 @@ pub(super) struct Shape {
 
 impl Shape {
     pub(super) fn registration(self) -> Registration {
-        Registration { worker: WorkerId(self.id), process_key: self.key, ..registration(2, 0) }
+        Registration { worker: WorkerId(self.id.into()), process_key: self.key, ..registration(2, 0) }
     }
 }
 

@@ -252,6 +252,27 @@ fn what_was_moved_goes_first() {
     assert_eq!(Choices::of(events).ids(3, 0), whole[2..]);
 }
 
+/// A moved request's step is not made longer by fresh prompts, even by one that has begun; those go on afterwards.
+#[test]
+fn nothing_fresh_is_computed_beside_what_was_moved() {
+    let mut engine = hash_engine(EngineConfig { blocks: 64, batch_tokens_max: 32, ..CONFIG });
+    let fresh = request(1, &prompt(1, 40, 1000), 4);
+    engine.admit(work(&fresh)).expect("room");
+    let mut events = Vec::new();
+    step(&mut engine, &mut backend(), &mut events);
+    let moved = request(2, &prompt(2, 20, 1000), 6);
+    let whole = alone(&moved.prompt, 6);
+    let choices = vec![Choice { index: 0, so_far: whole[..2].to_vec() }];
+    engine.admit(Work { choices, moved: true, ..work(&moved) }).expect("room");
+    let batch = engine.plan().expect("work");
+    assert_eq!(batch.tokens.len(), 22);
+    let output = backend().run(&batch, &mut |_| {});
+    engine.commit(batch, output, &mut events);
+    events.extend(drain(&mut engine, &mut backend()));
+    let choices = Choices::of(events);
+    assert_eq!((choices.ids(1, 0), choices.ids(2, 0)), (alone(&fresh.prompt, 4), whole[2..].to_vec()));
+}
+
 /// Refusals hold nothing.
 #[test]
 fn what_cannot_be_done_is_refused() {

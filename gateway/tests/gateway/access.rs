@@ -140,7 +140,7 @@ async fn the_lane_comes_from_the_header_or_the_service_tier() {
 async fn refusals_of_the_ledger_have_their_own_codes() {
     let world = World::hello().await;
     for (reason, status, code) in
-        [("quota", 429, "rate_limit_exceeded"), ("overloaded", 429, "overloaded"), ("poisoned", 500, "poisoned")]
+        [("quota", 429, "rate_limit_exceeded"), ("poisoned", 500, "poisoned"), ("overloaded", 429, "overloaded")]
     {
         world.refuse_assigns(&[reason]);
         let refused = post(&world.address(), PATH, &hi(json!({}))).await;

@@ -52,3 +52,23 @@ async fn a_request_ends_at_its_deadline() {
     world.until(|seen| seen.cancels.len() == 1 && seen.finishes.len() == 1).await;
     assert_eq!(world.seen.borrow().finishes[0].outcome, "deadline");
 }
+
+/// What the coordinator has just said of one request holds for the next ones of its tenant and lane, for a moment; others
+/// are asked about.
+#[tokio::test]
+async fn a_fresh_refusal_holds_for_those_who_come_next() {
+    let world = World::hello().await;
+    world.refuse_assigns(&["overloaded"; 64]);
+    let asked = || world.seen.borrow().assigns.len();
+    loop {
+        let before = asked();
+        let response = post(&world.address(), PATH, &hi(json!({}))).await;
+        assert_eq!((response.status, response.header("x-baton-refused")), (429, Some("overloaded")));
+        if asked() == before {
+            break;
+        }
+    }
+    let before = asked();
+    assert_eq!(post(&world.address(), PATH, &hi(json!({"service_tier": "batch"}))).await.status, 429);
+    assert_eq!(asked(), before + 1, "the batch lane was not refused before");
+}

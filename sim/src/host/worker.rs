@@ -61,7 +61,7 @@ async fn start(role: Role, config: Config, model: baton_worker::LoadedModel, env
 
 fn config(world: &World, host: &str, role: Role) -> Config {
     Config {
-        id: WorkerId(host.to_string()),
+        id: WorkerId(host.into()),
         role,
         listen: format!("0.0.0.0:{WORKER_PORT}"),
         kv_listen: format!("0.0.0.0:{KV_PORT}"),
