@@ -146,7 +146,7 @@ impl Reader<'_> {
         let start = self.at;
         match kind {
             8 => (0..count).try_for_each(|_| self.text().map(drop))?,
-            _ => drop(self.take(least)?),
+            _ => self.take(least).map(drop)?,
         }
         Ok(Value::List(kind, count as usize, start..self.at))
     }
