@@ -21,6 +21,9 @@ const Q4_K: u32 = 12;
 const Q6_K: u32 = 14;
 const BF16: u32 = 30;
 
+/// The type of the matrix of that name.
+type Kind<'a> = &'a dyn Fn(&str) -> u32;
+
 #[derive(Default)]
 struct Keys {
     bytes: Vec<u8>,
@@ -303,7 +306,7 @@ fn k_formats_are_near() {
     let tokens = tokens(tiny.vocab);
     let expected = log_probabilities(&dir, &tokens, None);
     let mixed = |name: &str| if name.contains("v_proj") || name.contains("lm_head") { Q6_K } else { Q4_K };
-    let kinds: [(&str, &dyn Fn(&str) -> u32, f64); 4] =
+    let kinds: [(&str, Kind, f64); 4] =
         [("q8_0", &|_| Q8_0, 0.08), ("q6_k", &|_| Q6_K, 0.18), ("q4_k", &|_| Q4_K, 0.7), ("q4_k_m", &mixed, 0.7)];
     for (name, kind, limit) in kinds {
         let file = dir.join(format!("{name}.gguf"));
