@@ -87,6 +87,8 @@ mod tests {
             ("baton up", true),
             ("baton up --prefill 2 --decode 2 --coordinators 3 --port 8001 --model /m", true),
             ("baton up --coordinators 2", false),
+            ("baton up --quantize q8_0", true),
+            ("baton up --quantize q3", false),
             ("baton up --decode 0", false),
             ("baton up --prefill 0", true),
             ("baton up --tp 2 --prefill-tp 1 --decode-tp 4", true),

@@ -5,9 +5,11 @@
 mod gpu;
 
 use std::fmt;
+use std::path::Path;
 use std::str::FromStr;
 
 use baton_core::Role;
+use baton_kernels::Quantize;
 
 pub(crate) use gpu::{bench, doctor, finding, read};
 
@@ -17,6 +19,18 @@ pub(crate) enum Device {
     #[default]
     Cpu,
     Cuda(usize),
+}
+
+impl Device {
+    /// Refuses weights that it cannot compute with.
+    pub(crate) fn check(self, model: &Path, quantize: Option<Quantize>) -> Result<(), String> {
+        match self {
+            Device::Cuda(_) if quantize.is_some() || model.is_file() => Err(format!(
+                "{self} computes in bf16 from a model directory; quantized weights and GGUF files are for --device cpu"
+            )),
+            _ => Ok(()),
+        }
+    }
 }
 
 impl FromStr for Device {
@@ -68,6 +82,16 @@ impl FromStr for Devices {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn gpus_refuse_quantized_weights() {
+        let check = |device: Device, model: &str, quantize| device.check(Path::new(model), quantize);
+        let file = concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml");
+        assert!(check(Device::Cpu, file, Some(Quantize::Q8_0)).is_ok());
+        assert!(check(Device::Cuda(0), "/models/a", None).is_ok());
+        assert!(check(Device::Cuda(1), "/models/a", Some(Quantize::Q8_0)).unwrap_err().contains("cuda:1"));
+        assert!(check(Device::Cuda(0), file, None).unwrap_err().contains("GGUF"));
+    }
 
     #[test]
     fn devices_have_one_name_each() {

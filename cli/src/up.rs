@@ -40,8 +40,9 @@ const INSIDE: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
     after_help = "Exit codes:\n  0  ended as asked\n  1  a process could not be brought to serve\n  2  refused before anything served: port in use, model unreadable, data directory in use; nothing is left running"
 )]
 pub(crate) struct UpFlags {
-    /// Hugging Face model directory; its last component is the model's name in the API [default: the model in the binary]
-    #[arg(long, value_name = "DIR")]
+    /// Hugging Face model directory, or GGUF file; its name without `.gguf` is the model's
+    /// name in the API [default: the model in the binary]
+    #[arg(long, value_name = "DIR|FILE.gguf")]
     model: Option<PathBuf>,
     /// Prefill workers; 0 lets decode workers prefill themselves
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(0..=64))]
@@ -85,6 +86,9 @@ pub(crate) struct UpFlags {
     /// Tokens one engine step computes at most [default: the engine's]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=(1 << 20)))]
     batch_tokens: Option<u64>,
+    /// Keep floating-point weights as q8_0 or q4_0: 8 or 4 bits and a scale per 32 weights [default: bf16]
+    #[arg(long, value_name = "FORMAT", value_parser = ["q8_0", "q4_0"])]
+    quantize: Option<String>,
     /// Fixes every random choice of the cluster's processes [default: from the operating system]
     #[arg(long)]
     seed: Option<u64>,
@@ -142,14 +146,15 @@ fn model_directory(asked: Option<&Path>, data: &Path) -> Result<PathBuf, Failure
         None => crate::model::unpack(data).map_err(Failure::refused),
         Some(path) => {
             let found = path.canonicalize();
-            found.with_context(|| format!("the model directory {}", path.display())).map_err(Failure::refused)
+            found.with_context(|| format!("the model {}", path.display())).map_err(Failure::refused)
         }
     }
 }
 
 /// What the API calls the model.
 fn model_name(directory: &Path) -> Result<String, Failure> {
-    let name = directory.file_name().and_then(|name| name.to_str());
+    let name = if directory.is_file() { directory.file_stem() } else { directory.file_name() };
+    let name = name.and_then(|name| name.to_str());
     name.map(str::to_string).ok_or_else(|| Failure::refuse(format!("{} has no name to serve as", directory.display())))
 }
 
@@ -180,6 +185,7 @@ fn topology(
         kv_blocks: flags.kv_blocks,
         kv_bytes: memory / 4 / workers as u64,
         batch_tokens: flags.batch_tokens,
+        quantize: flags.quantize.clone(),
         seed: flags.seed,
         log: log.to_arguments(),
     })

@@ -2,7 +2,7 @@
 //! same seconds. Neighbours move both, so each round measures the limits and the engine in turn, and the best counts.
 
 use baton_core::{Request, RequestId, Rng, TokenId};
-use baton_kernels::limits::{matmul_flops, read_bandwidth};
+use baton_kernels::limits::{byte_operations, matmul_flops, read_bandwidth};
 
 use crate::backend::Backend;
 use crate::engine::Engine;
@@ -93,16 +93,21 @@ pub fn bench(model: &mut CpuModel, spec: &ModelSpec, options: BenchOptions, seco
     let (threads, profile) = (model.threads(), model.cpu().profile());
     let (mut bandwidth, mut flops, mut rates) = (0f64, 0f64, Rates::none(&options));
     for _ in 0..options.rounds.max(1) {
-        flops = flops.max(matmul_flops(threads, profile, 5) * 1e9);
+        let measured = match model.is_quantized() {
+            true => byte_operations(threads, 5),
+            false => matmul_flops(threads, profile, 5),
+        };
+        flops = flops.max(measured * 1e9);
         rates.round(model, spec, &options, seconds);
         bandwidth = bandwidth.max(read_bandwidth(threads, 5) * 1e9);
     }
     let mut figures = rates.figures(&options);
     let figure = |name: String, value: f64, unit: &'static str| Figure { name, value, unit };
-    figures.push(figure("limit_flops".to_string(), flops / 1e9, "GFLOP/s"));
+    let operations = if model.is_quantized() { "GOP/s" } else { "GFLOP/s" };
+    figures.push(figure("limit_flops".to_string(), flops / 1e9, operations));
     figures.push(figure("limit_bandwidth".to_string(), bandwidth / 1e9, "GB/s"));
-    // A multiplication and an addition per weight, and two bytes per weight.
-    let prefill_share = rates.prefill * model.layer_bytes() as f64 / flops;
+    // A multiplication and an addition per weight.
+    let prefill_share = rates.prefill * 2.0 * model.layer_weights() as f64 / flops;
     figures.push(figure(format!("prefill_{}_share_of_flops", options.prefill_tokens), 100.0 * prefill_share, "%"));
     let decode_share = rates.decode[0] * (model.layer_bytes() + model.head_bytes()) as f64 / bandwidth;
     figures.push(figure("decode_batch_1_share_of_bandwidth".to_string(), 100.0 * decode_share, "%"));

@@ -1,9 +1,10 @@
-//! From a Hugging Face model directory to a model ready to run: config.json, generation_config.json, safetensors (one
-//! file or shards with an index). Reads weights through a mapping and gives the pages back as soon as they are packed.
+//! From a Hugging Face model directory (config.json, generation_config.json, safetensors in one file or in shards with an
+//! index) or a GGUF file to a model ready to run. Reads weights through a mapping and gives the pages back as soon as they are packed.
 
 pub mod checkpoint;
 pub mod config;
 pub mod error;
+pub mod gguf;
 
 use std::ops::Range;
 use std::path::Path;
@@ -12,7 +13,7 @@ use std::time::Duration;
 
 use baton_core::limits::BLOCK_TOKENS;
 use baton_core::{BlockLayout, KvDtype, NumericsClass};
-use baton_kernels::{Collective, Cpu, Matrix, Packed, Profile};
+use baton_kernels::{Collective, Cpu, Dtype, Matrix, Packed, Profile, Quantize};
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::load::checkpoint::{Checkpoint, Tensor};
@@ -36,11 +37,13 @@ pub struct LoadOptions {
     pub profile: Option<Profile>,
     /// Tensor-parallel ranks: 1, 2, 4 or 8.
     pub ranks: usize,
+    /// What floating-point weights become in memory; None: bf16.
+    pub quantize: Option<Quantize>,
 }
 
 impl Default for LoadOptions {
     fn default() -> LoadOptions {
-        LoadOptions { threads: 1, profile: None, ranks: 1 }
+        LoadOptions { threads: 1, profile: None, ranks: 1, quantize: None }
     }
 }
 
@@ -67,9 +70,9 @@ pub struct Loaded {
     pub spec: ModelSpec,
 }
 
-/// Loads the model in `dir`, or says which file and tensor is wrong and what was expected.
-pub fn load(dir: &Path, options: LoadOptions, progress: &mut dyn FnMut(Progress)) -> Result<Loaded, LoadError> {
-    let (mut ranks, spec) = load_ranks(dir, options, progress)?;
+/// Loads the model in a directory or a GGUF file, or says which file and tensor is wrong and what was expected.
+pub fn load(path: &Path, options: LoadOptions, progress: &mut dyn FnMut(Progress)) -> Result<Loaded, LoadError> {
+    let (mut ranks, spec) = load_ranks(path, options, progress)?;
     let others = ranks.split_off(1).into_iter().map(CpuModel::compute).collect();
     let model = CpuModel::group(ranks.remove(0), others).map_err(|error| LoadError::Threads(options.ranks, error))?;
     Ok(Loaded { model, spec })
@@ -77,24 +80,23 @@ pub fn load(dir: &Path, options: LoadOptions, progress: &mut dyn FnMut(Progress)
 
 /// As `load`, each rank for itself, in order: `CpuModel::group` makes one model of them.
 pub fn load_ranks(
-    dir: &Path,
+    path: &Path,
     options: LoadOptions,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<(Vec<CpuModel>, ModelSpec), LoadError> {
     progress(Progress { phase: Phase::Open, bytes_done: 0, bytes_total: 0 });
-    let config = ModelConfig::read(dir)?;
-    Shard::check(&config, options.ranks)?;
-    let checkpoint = Checkpoint::open(dir)?;
+    let (config, checkpoint) = open(path)?;
+    let shards = shards(&config, &checkpoint, options)?;
     let profile = options.profile.unwrap_or_else(Profile::best);
     let threads = options.threads / options.ranks;
     let device = || Cpu::new(threads, profile).map_err(|unsupported| LoadError::Profile(unsupported.to_string()));
     let total = checkpoint.bytes();
     let whole = device()?;
-    let shard = Shard::of(&config, 0, options.ranks);
     let mut loader = Loader {
         checkpoint: &checkpoint,
         cpu: &whole,
-        shard,
+        quantize: options.quantize,
+        shard: shards[0].clone(),
         progress,
         done: 0,
         total,
@@ -103,8 +105,8 @@ pub fn load_ranks(
     };
     let mut weights = vec![loader.weights(&config)?];
     let (parameters, weights_hash) = (loader.parameters, loader.hash(&config));
-    for rank in 1..options.ranks {
-        loader.shard = Shard::of(&config, rank, options.ranks);
+    for shard in &shards[1..] {
+        loader.shard = shard.clone();
         weights.push(loader.weights(&config)?);
     }
     progress(Progress { phase: Phase::Ready, bytes_done: total, bytes_total: total });
@@ -116,12 +118,12 @@ pub fn load_ranks(
         dtype: KvDtype::Bf16,
     };
     let spec = ModelSpec {
-        name: name(dir),
+        name: name(path),
         layout,
         vocab: config.vocab,
         positions_max: config.positions_max,
         eos: config.eos.clone(),
-        numerics: NumericsClass::new(&weights_hash, profile.as_str(), layout.dtype.as_str()),
+        numerics: NumericsClass::new(&weights_hash, &arithmetic(profile, options.quantize), layout.dtype.as_str()),
         weights_hash,
         parameters,
     };
@@ -129,18 +131,65 @@ pub fn load_ranks(
         1 => vec![Collective::alone()],
         ranks => Collective::threads(ranks, EXCHANGE, PATIENCE),
     };
-    let rank = |(weights, collective): (Weights, Collective)| {
-        let shard = Shard::of(&config, collective.rank(), collective.world());
+    let rank = |((weights, collective), shard): ((Weights, Collective), Shard)| {
         Ok(CpuModel::rank(device()?, config.clone(), weights, shard, collective))
     };
-    let ranks = weights.into_iter().zip(collectives).map(rank).collect::<Result<_, LoadError>>()?;
+    let ranks = weights.into_iter().zip(collectives).zip(shards).map(rank).collect::<Result<_, LoadError>>()?;
     Ok((ranks, spec))
 }
 
-/// The directory's own name, also when it was given as `.`.
-pub(crate) fn name(dir: &Path) -> String {
-    let whole = dir.canonicalize().unwrap_or_else(|_| dir.to_path_buf());
-    whole.file_name().map_or_else(|| "model".to_string(), |name| name.to_string_lossy().into_owned())
+/// The kernel profile, and what weights are turned into: both decide bits.
+fn arithmetic(profile: Profile, quantize: Option<Quantize>) -> String {
+    quantize.map_or_else(|| profile.to_string(), |quantize| format!("{profile}.{}", quantize.as_str()))
+}
+
+fn open(path: &Path) -> Result<(ModelConfig, Checkpoint), LoadError> {
+    if !path.is_file() {
+        return Ok((ModelConfig::read(path)?, Checkpoint::open(path)?));
+    }
+    let (checkpoint, config) = Checkpoint::open_gguf(path)?;
+    let mut config = ModelConfig::check(path, config, Vec::new())?;
+    // Llama 3's scaling of rotations comes as a tensor of divisors.
+    if let Some(tensor) = checkpoint.optional("rope_freqs.weight", &[config.inv_freq.len()])? {
+        let divisors = tensor.values()?;
+        if let Some(wrong) = divisors.iter().find(|by| !(by.is_finite() && **by > 0.0)) {
+            let (file, what) = (path.to_path_buf(), format!("tensor {}", tensor.name));
+            return Err(LoadError::Gguf { file, what, reason: format!("it holds {wrong}; expected positive numbers") });
+        }
+        config.inv_freq.iter_mut().zip(divisors).for_each(|(frequency, by)| *frequency /= f64::from(by));
+    }
+    Ok((config, checkpoint))
+}
+
+/// The ranks' shares. Refuses numbers of ranks that would cut a quantized matrix within a unit or elsewhere than between
+/// its segments.
+fn shards(config: &ModelConfig, checkpoint: &Checkpoint, options: LoadOptions) -> Result<Vec<Shard>, LoadError> {
+    let dtypes = |part: &str| -> Vec<Dtype> {
+        let name = |layer| format!("model.layers.{layer}.{part}.weight");
+        (0..config.layers).filter_map(|layer| checkpoint.dtype(&name(layer))).collect()
+    };
+    let (down, out) = (dtypes("mlp.down_proj"), dtypes("self_attn.o_proj"));
+    let step = down.iter().map(|dtype| dtype.step(options.quantize)).max().unwrap_or(1);
+    Shard::check(config, options.ranks, step)?;
+    let shards: Vec<Shard> = (0..options.ranks).map(|rank| Shard::of(config, rank, options.ranks, step)).collect();
+    for shard in &shards {
+        let dim = config.heads.head_dim;
+        let own = shard.q().start * dim..shard.q().end * dim;
+        for dtype in &out {
+            shard.check_columns("self_attn.o_proj", config.heads.width(), &own, *dtype, options.quantize)?;
+        }
+        for dtype in &down {
+            shard.check_columns("mlp.down_proj", config.intermediate, &shard.inner, *dtype, options.quantize)?;
+        }
+    }
+    Ok(shards)
+}
+
+/// The directory's own name, also when it was given as `.`, or that of the file without `.gguf`.
+pub fn name(path: &Path) -> String {
+    let whole = path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
+    let name = if whole.is_file() { whole.file_stem() } else { whole.file_name() };
+    name.map_or_else(|| "model".to_string(), |name| name.to_string_lossy().into_owned())
 }
 
 /// Some of a tensor's rows.
@@ -152,7 +201,7 @@ struct Rows {
 }
 
 fn rows_of(whole: Matrix<'_>, range: Range<usize>) -> Matrix<'_> {
-    let width = whole.cols * whole.dtype.bytes();
+    let width = whole.bytes.len() / whole.rows;
     Matrix { bytes: &whole.bytes[range.start * width..range.end * width], rows: range.len(), ..whole }
 }
 
@@ -161,6 +210,7 @@ struct Loader<'a> {
     cpu: &'a Cpu,
     /// What is loaded of each tensor; rank 0 checks and hashes all of it.
     shard: Shard,
+    quantize: Option<Quantize>,
     progress: &'a mut dyn FnMut(Progress),
     done: u64,
     total: u64,
@@ -229,7 +279,7 @@ impl Loader<'_> {
         tensors.iter().try_for_each(|tensor| self.inspect(tensor))?;
         let whole = tensors.iter().map(Tensor::matrix);
         let matrices: Vec<_> = whole.zip(parts).map(|(whole, part)| rows_of(whole, part.range.clone())).collect();
-        let packed = self.cpu.pack(&matrices);
+        let packed = self.cpu.pack_as(&matrices, self.quantize);
         tensors.iter().for_each(Tensor::give_pages_back);
         Ok(packed)
     }
@@ -242,10 +292,11 @@ impl Loader<'_> {
         let tensor = self.checkpoint.tensor(&part.tensor, &[part.of, cols])?;
         self.inspect(&tensor)?;
         let whole = tensor.matrix();
-        let bytes = whole.dtype.bytes();
-        let cut = |row: &[u8]| row[own.start * bytes..own.end * bytes].to_vec();
-        let kept: Vec<u8> = whole.bytes.chunks_exact(cols * bytes).flat_map(cut).collect();
-        let packed = self.cpu.pack(&[Matrix { bytes: &kept, cols: own.len(), ..whole }]);
+        // `shards` has seen to it that these are whole units.
+        let bytes = |cols: usize| cols / whole.dtype.unit() * whole.dtype.unit_bytes();
+        let cut = |row: &[u8]| row[bytes(own.start)..bytes(own.end)].to_vec();
+        let kept: Vec<u8> = whole.bytes.chunks_exact(bytes(cols)).flat_map(cut).collect();
+        let packed = self.cpu.pack_as(&[Matrix { bytes: &kept, cols: own.len(), ..whole }], self.quantize);
         tensor.give_pages_back();
         Ok(packed)
     }
@@ -253,7 +304,7 @@ impl Loader<'_> {
     fn vector(&mut self, name: &str, len: usize) -> Result<Vec<f32>, LoadError> {
         let tensor = self.checkpoint.tensor(name, &[len])?;
         self.inspect(&tensor)?;
-        Ok(tensor.values())
+        tensor.values()
     }
 
     fn norm(&mut self, present: bool, name: &str, len: usize) -> Result<Option<Vec<f32>>, LoadError> {

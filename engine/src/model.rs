@@ -93,7 +93,7 @@ impl CpuModel {
     /// # Panics
     /// If the weights do not have the configuration's number of layers.
     pub fn new(cpu: Cpu, config: ModelConfig, weights: Weights) -> CpuModel {
-        let shard = Shard::of(&config, 0, 1);
+        let shard = Shard::of(&config, 0, 1, 1);
         CpuModel::rank(cpu, config, weights, shard, Collective::alone())
     }
 
@@ -147,6 +147,18 @@ impl CpuModel {
     pub fn layer_bytes(&self) -> usize {
         let packed = |layer: &Layer| layer.qkv.bytes() + layer.out.bytes() + layer.gate_up.bytes() + layer.down.bytes();
         self.weights.layers.iter().map(packed).sum::<usize>() * self.ranks()
+    }
+
+    /// Weights of the packed matrices of all layers, of all ranks: each row is multiplied with all.
+    pub fn layer_weights(&self) -> usize {
+        let size = |matrix: &Packed| matrix.rows() * matrix.cols();
+        let packed = |layer: &Layer| size(&layer.qkv) + size(&layer.out) + size(&layer.gate_up) + size(&layer.down);
+        self.weights.layers.iter().map(packed).sum::<usize>() * self.ranks()
+    }
+
+    /// Whether the layers' products are of bytes.
+    pub fn is_quantized(&self) -> bool {
+        self.weights.layers.iter().any(|layer| layer.qkv.is_quantized())
     }
 
     /// Bytes of the output matrix: read once per step that draws.

@@ -14,7 +14,7 @@ use std::ops::Range;
 
 use baton_core::TokenId;
 use baton_kernels::collective::RANKS_MAX;
-use baton_kernels::{Heads, KvHeads, SEGMENTS, Segments};
+use baton_kernels::{Dtype, Heads, KvHeads, Quantize, SEGMENTS, Segments};
 
 use crate::load::config::ModelConfig;
 use crate::load::error::LoadError;
@@ -35,20 +35,20 @@ pub struct Shard {
 }
 
 impl Shard {
-    /// The share of one of `world` ranks, which `check` has let pass.
-    pub fn of(config: &ModelConfig, rank: usize, world: usize) -> Shard {
+    /// The share of one of `world` ranks, which `check` has let pass. K of `down` is multiplied in steps of `step`.
+    pub fn of(config: &ModelConfig, rank: usize, world: usize, step: usize) -> Shard {
         let all = config.heads;
         let heads = Heads { heads: all.heads / world, kv_heads: (all.kv_heads / world).max(1), ..all };
         let kv = KvHeads {
             first: rank * all.kv_heads / world,
             foreign: all.kv_heads < world && !(rank * all.kv_heads).is_multiple_of(world),
         };
-        let inner = Segments::of(config.intermediate, rank, world).columns();
+        let inner = Segments::of(config.intermediate, rank, world).columns(step);
         Shard { rank, world, heads, kv, inner, vocab: config.vocab }
     }
 
     /// Refuses numbers of ranks that cannot share this model.
-    pub fn check(config: &ModelConfig, world: usize) -> Result<(), LoadError> {
+    pub fn check(config: &ModelConfig, world: usize, step: usize) -> Result<(), LoadError> {
         let refuse = |reason: String| Err(LoadError::Ranks { ranks: world, reason });
         let Heads { heads, kv_heads, .. } = config.heads;
         if world == 0 || !SEGMENTS.is_multiple_of(world) {
@@ -60,11 +60,35 @@ impl Shard {
         if !kv_heads.is_multiple_of(world) && !world.is_multiple_of(kv_heads) {
             return refuse(format!("they neither divide the model's {kv_heads} kv heads nor are divided by them"));
         }
-        let narrow = (0..world).any(|rank| Segments::of(config.intermediate, rank, world).columns().is_empty());
+        let inner = |rank| Segments::of(config.intermediate, rank, world).columns(step);
+        let narrow = (0..world).any(|rank| inner(rank).is_empty());
         if narrow || config.vocab < RANKS_MAX {
             return refuse(format!("an inner width of {} leaves nothing for some", config.intermediate));
         }
         Ok(())
+    }
+
+    /// Refuses to cut columns `own` out of a matrix where they are not whole units of its file, or not just the rank's
+    /// segments of it.
+    pub(crate) fn check_columns(
+        &self,
+        tensor: &str,
+        cols: usize,
+        own: &Range<usize>,
+        dtype: Dtype,
+        quantize: Option<Quantize>,
+    ) -> Result<(), LoadError> {
+        let whole = |col: usize| col.is_multiple_of(dtype.unit()) || col == cols;
+        let (step, unit) = (dtype.step(quantize), dtype.unit().max(dtype.step(quantize)));
+        if whole(own.start) && whole(own.end) && *own == self.segments(cols).columns(step) {
+            return Ok(());
+        }
+        let reason = format!(
+            "rank {} would have columns {own:?} of {tensor}, whose quantized weights are cut at multiples of {unit} in equal \
+             segments only",
+            self.rank
+        );
+        Err(LoadError::Ranks { ranks: self.world, reason })
     }
 
     /// Tokens whose embedding and logits are this rank's.

@@ -81,9 +81,8 @@ impl TinyModel {
     pub fn write(&self, dir: &Path, seed: u64) -> io::Result<()> {
         std::fs::write(dir.join("config.json"), self.config_json().to_string())?;
         std::fs::write(dir.join("generation_config.json"), json!({"eos_token_id": [2, 3]}).to_string())?;
-        let mut rng = Rng::new(seed);
         let tensors = self.tensors();
-        let values: Vec<Vec<f32>> = tensors.iter().map(|(name, shape)| random(name, shape, &mut rng)).collect();
+        let values: Vec<Vec<f32>> = self.weights(seed).into_iter().map(|(.., values)| values).collect();
         let size = tensors.len().div_ceil(self.shards);
         let mut index = serde_json::Map::new();
         for (at, part) in tensors.chunks(size).enumerate() {
@@ -98,6 +97,16 @@ impl TinyModel {
             1 => Ok(()),
             _ => std::fs::write(dir.join("model.safetensors.index.json"), json!({"weight_map": index}).to_string()),
         }
+    }
+
+    /// Name, shape and values of every tensor.
+    pub fn weights(&self, seed: u64) -> Vec<(String, Vec<usize>, Vec<f32>)> {
+        let mut rng = Rng::new(seed);
+        let with_values = |(name, shape): (String, Vec<usize>)| {
+            let values = random(&name, &shape, &mut rng);
+            (name, shape, values)
+        };
+        self.tensors().into_iter().map(with_values).collect()
     }
 
     fn config_json(&self) -> Value {
@@ -169,11 +178,11 @@ fn write_safetensors(
     let name = match dtype {
         Dtype::F32 => "F32",
         Dtype::F16 => "F16",
-        Dtype::Bf16 => "BF16",
+        _ => "BF16",
     };
     let (mut header, mut offset) = (serde_json::Map::new(), 0);
     for ((tensor, shape), values) in tensors.iter().zip(values) {
-        let end = offset + values.len() * dtype.bytes();
+        let end = offset + values.len() * dtype.unit_bytes();
         header.insert(tensor.clone(), json!({"dtype": name, "shape": shape, "data_offsets": [offset, end]}));
         offset = end;
     }
@@ -184,8 +193,8 @@ fn write_safetensors(
     for value in values.iter().take(tensors.len()).flatten() {
         match dtype {
             Dtype::F32 => out.write_all(&value.to_le_bytes())?,
-            Dtype::Bf16 => out.write_all(&((value.to_bits() >> 16) as u16).to_le_bytes())?,
             Dtype::F16 => out.write_all(&to_f16(*value).to_le_bytes())?,
+            _ => out.write_all(&((value.to_bits() >> 16) as u16).to_le_bytes())?,
         }
     }
     out.flush()

@@ -1,10 +1,12 @@
 //! Speeds of the kernels in the shapes of Qwen2.5-0.5B, as shares of the limits measured in between.
 //!
-//! `cargo run --release -p baton-kernels --example speed [threads] [f32acc|bf16dp|best] [matmul|attention|rows]`
+//! `cargo run --release -p baton-kernels --example speed [threads] [f32acc|bf16dp|best] [matmul|attention|rows] [q8_0|q4_0]`
 
 use baton_core::{Arena, BlockLayout, KvDtype};
-use baton_kernels::limits::{best, matmul_flops, read_bandwidth};
-use baton_kernels::{Attention, Cpu, Dtype, Heads, KvHeads, Matrix, Packed, Profile, RopeStore, RopeTable, Span};
+use baton_kernels::limits::{best, byte_operations, matmul_flops, read_bandwidth};
+use baton_kernels::{
+    Attention, Cpu, Dtype, Heads, KvHeads, Matrix, Packed, Profile, Quantize, RopeStore, RopeTable, Span,
+};
 
 const HEADS: Heads = Heads { heads: 14, kv_heads: 2, head_dim: 64 };
 const HIDDEN: usize = 896;
@@ -23,7 +25,8 @@ fn main() {
     let cpu = Cpu::new(threads, profile).expect("this machine runs the profile");
     println!("{} {profile} on {threads} threads", cpu.isa());
     if wanted("matmul") {
-        matmuls(&cpu);
+        let named = |quantize: &Quantize| arguments.get(4).is_some_and(|name| name == quantize.as_str());
+        matmuls(&cpu, Quantize::ALL.into_iter().find(named));
     }
     if wanted("attention") {
         attention(&cpu);
@@ -33,9 +36,10 @@ fn main() {
     }
 }
 
-fn matmuls(cpu: &Cpu) {
-    let (qkv, gate_up) = (weights(cpu, HEADS.qkv_width(), HIDDEN), weights(cpu, 2 * INNER, HIDDEN));
-    let (down, head) = (weights(cpu, HIDDEN, INNER), weights(cpu, VOCABULARY, HIDDEN));
+fn matmuls(cpu: &Cpu, quantize: Option<Quantize>) {
+    let weights = |rows, cols| weights(cpu, rows, cols, quantize);
+    let (qkv, gate_up) = (weights(HEADS.qkv_width(), HIDDEN), weights(2 * INNER, HIDDEN));
+    let (down, head) = (weights(HIDDEN, INNER), weights(VOCABULARY, HIDDEN));
     for rows in [1, 2, 4, 8, 16, 32] {
         matmul(cpu, "head", &head, rows, false);
     }
@@ -51,11 +55,11 @@ fn matmuls(cpu: &Cpu) {
     }
 }
 
-fn weights(cpu: &Cpu, rows: usize, cols: usize) -> Packed {
+fn weights(cpu: &Cpu, rows: usize, cols: usize, quantize: Option<Quantize>) -> Packed {
     let bytes: Vec<u8> = (0..rows * cols).flat_map(|i| (0x3c00 + (i % 251) as u16).to_le_bytes()).collect();
     let mut packed = None;
     let matrix = Matrix { dtype: Dtype::Bf16, bytes: &bytes, rows, cols };
-    let seconds = best(1, || packed = Some(cpu.pack(&[matrix])));
+    let seconds = best(1, || packed = Some(cpu.pack_as(&[matrix], quantize)));
     println!("pack {rows}x{cols}: {:.2} GB/s", bytes.len() as f64 / seconds / 1e9);
     packed.expect("packed once")
 }
@@ -66,7 +70,10 @@ fn matmul(cpu: &Cpu, name: &str, w: &Packed, rows: usize, segmented: bool) {
     let (mut bandwidth, mut flops, mut seconds) = (0.0f64, 0.0f64, f64::INFINITY);
     for _ in 0..3 {
         bandwidth = bandwidth.max(read_bandwidth(cpu.threads(), 2));
-        flops = flops.max(matmul_flops(cpu.threads(), cpu.profile(), 10));
+        flops = flops.max(match w.is_quantized() {
+            true => byte_operations(cpu.threads(), 10),
+            false => matmul_flops(cpu.threads(), cpu.profile(), 10),
+        });
         let run = || match segmented {
             true => cpu.matmul_segmented(&x, rows, w, &mut y),
             false => cpu.matmul(&x, rows, w, &mut y),

@@ -36,6 +36,19 @@ pub(crate) fn widen_f16(x: u16) -> f32 {
     }
 }
 
+/// Nearest IEEE half, ties to even, of a number that is not NaN.
+pub(crate) fn round_f16(x: f32) -> u16 {
+    let sign = (x.to_bits() >> 16 & 0x8000) as u16;
+    let x = x.abs();
+    // Below 2^-14 halves are multiples of 2^-24; f32 rounds to those when 0.5, whose unit that is, is added.
+    if x < f32::from_bits(113 << 23) {
+        return sign | ((x + 0.5).to_bits() - 0.5f32.to_bits()) as u16;
+    }
+    let bits = x.to_bits();
+    let rounded = (bits + 0xfff + (bits >> 13 & 1)) >> 13;
+    sign | (rounded - (112 << 10)).min(0x7c00) as u16
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -64,6 +77,12 @@ mod tests {
         {
             assert_eq!(widen_f16(bits), value);
         }
+        for bits in (0..=u16::MAX).filter(|&b| !widen_f16(b).is_nan()) {
+            assert_eq!(round_f16(widen_f16(bits)), bits);
+        }
+        assert_eq!(round_f16(1.0 + f32::EPSILON), 0x3c00);
+        assert_eq!((round_f16(1.000_488_3), round_f16(1.001_464_8)), (0x3c00, 0x3c02));
+        assert_eq!((round_f16(65520.0), round_f16(65519.0), round_f16(1e-9)), (0x7c00, 0x7bff, 0));
         assert_eq!(widen_f16(0xfc00), f32::NEG_INFINITY);
         assert!(widen_f16(0x7e00).is_nan());
     }

@@ -6,6 +6,7 @@ pub(crate) mod ceiling;
 mod isa;
 mod lanes;
 mod matmul;
+mod quantized;
 mod rows;
 #[cfg(test)]
 mod tests;
@@ -22,9 +23,11 @@ use self::attend::{Attend, Operands, Plan};
 use self::isa::Isa;
 use self::lanes::{Kernel, Lanes};
 use self::matmul::{Dot, Exact, Full, Inputs, Matmul, Pack, Pairs, pieces};
+use self::quantized::{Grid, Multiply, Q4_0, Q4K, Q6K, Q8_0, Quantized, WORDS};
 use self::rows::{Add, ExpSum, Largest, Norm, Rope, SiluMul};
-use crate::packed::{PANEL, locate};
+use crate::packed::{Format, PANEL, Quantize, Run, locate};
 use crate::pool::{Part, Pool};
+use crate::quant::Block;
 use crate::reference::finish_log_sum;
 use crate::{Attention, Matrix, Packed, Profile, RopeStore, Segments, Unsupported, bf16};
 
@@ -48,6 +51,34 @@ struct State {
     inputs: Vec<u32>,
     /// Attention's tiles, one share per thread.
     scratch: Vec<Line>,
+}
+
+/// One run's part of y = x · Wᵀ.
+#[derive(Clone, Copy)]
+struct Product<'a> {
+    x: &'a [f32],
+    rows: usize,
+    w: &'a Run,
+    /// None: one chain.
+    segments: Option<Segments>,
+    /// The run's first output of the first row.
+    y: Out<f32>,
+    y_stride: usize,
+}
+
+/// Writes the blocks of some panels; rows past the last are zero.
+fn pack_blocks(run: &Run, parts: &[Matrix], panels: Range<usize>) {
+    let (mut values, mut blocks) = (vec![0.0; run.cols()], vec![Block::default(); run.blocks()]);
+    for row in panels.start * PANEL..panels.end * PANEL {
+        match locate(parts, row) {
+            Some((part, row)) => part.read_blocks(row, run.format, &mut values, &mut blocks),
+            None => blocks.fill(Block::default()),
+        }
+        for (at, block) in blocks.iter().enumerate() {
+            // SAFETY: each thread packs panels of its own, and nobody reads them yet.
+            unsafe { run.write_block(row, at, block) };
+        }
+    }
 }
 
 /// A cache line: vectors of scratch do not straddle two.
@@ -128,35 +159,46 @@ impl Cpu {
         self.threads
     }
 
-    /// Packs the rows of the parts one after another, rounded to bf16.
+    /// Packs the rows of the parts one after another: quantized ones as they are, others rounded to bf16.
     ///
     /// # Panics
     /// If the parts differ in width or their bytes do not fit their shapes.
     pub fn pack(&self, parts: &[Matrix]) -> Packed {
-        let packed = Packed::new(parts);
-        let job = |part: Part| {
-            let mut rows = vec![0u32; 16 * packed.pairs()];
-            for panel in part.share(packed.panels()) {
-                self.pack_panel(&packed, parts, panel, &mut rows);
-            }
-        };
-        self.state().run(packed.bytes(), &job);
+        self.pack_as(parts, None)
+    }
+
+    /// As `pack`, with floating-point parts quantized if asked.
+    pub fn pack_as(&self, parts: &[Matrix], quantize: Option<Quantize>) -> Packed {
+        let (packed, parts) = Packed::new(parts, quantize);
+        for (run, parts) in packed.runs().iter().zip(parts) {
+            let job = |part: Part| {
+                let panels = part.share(run.panels());
+                match run.format {
+                    Format::Bf16 => self.pack_pairs(run, parts, panels),
+                    _ => pack_blocks(run, parts, panels),
+                }
+            };
+            self.state().run(run.bytes(), &job);
+        }
         packed
     }
 
-    fn pack_panel(&self, packed: &Packed, parts: &[Matrix], panel: usize, rows: &mut [u32]) {
-        for lane in (0..PANEL).step_by(16) {
-            rows.fill(0);
-            for (i, to) in rows.chunks_exact_mut(packed.pairs().max(1)).enumerate() {
-                if let Some((part, row)) = locate(parts, panel * PANEL + lane + i) {
-                    part.read_row(row, &mut bf16::halves(to)[..packed.cols()]);
+    fn pack_pairs(&self, run: &Run, parts: &[Matrix], panels: Range<usize>) {
+        let mut rows = vec![0u32; 16 * run.pairs()];
+        for panel in panels {
+            for lane in (0..PANEL).step_by(16) {
+                rows.fill(0);
+                for (i, to) in rows.chunks_exact_mut(run.pairs().max(1)).enumerate() {
+                    if let Some((part, row)) = locate(parts, panel * PANEL + lane + i) {
+                        part.read_row(row, &mut bf16::halves(to)[..run.cols()]);
+                    }
                 }
+                self.launch(Pack { packed: run, rows: &rows, panel, lane });
             }
-            self.launch(Pack { packed, rows, panel, lane });
         }
     }
 
-    /// y (rows, N) = x (rows, K) · Wᵀ; x is rounded to bf16.
+    /// y (rows, N) = x (rows, K) · Wᵀ; x is rounded to bf16, or quantized where the weights are.
     pub fn matmul(&self, x: &[f32], rows: usize, w: &Packed, y: &mut [f32]) {
         self.multiply(x, rows, w, None, y);
     }
@@ -169,27 +211,36 @@ impl Cpu {
     /// One rank's part of `matmul_segmented`: w holds the columns of these segments only. The ranks' results, added as a
     /// binary tree, are the whole's.
     pub fn matmul_segments(&self, x: &[f32], rows: usize, w: &Packed, segments: Segments, y: &mut [f32]) {
-        assert_eq!(w.cols(), segments.columns().len(), "weights of other segments");
         self.multiply(x, rows, w, Some(segments), y);
     }
 
     fn multiply(&self, x: &[f32], rows: usize, w: &Packed, segments: Option<Segments>, y: &mut [f32]) {
         assert_eq!(x.len(), rows * w.cols(), "inputs do not fit (rows, K)");
         assert_eq!(y.len(), rows * w.rows(), "outputs do not fit (rows, N)");
-        let y = Out(y.as_mut_ptr());
-        match self.profile {
-            Profile::F32Acc => self.multiply_by::<Exact>(x, rows, w, segments, y),
-            Profile::Bf16Dp => self.multiply_by::<Pairs>(x, rows, w, segments, y),
+        for run in w.runs() {
+            if let Some(segments) = segments {
+                assert_eq!(w.cols(), segments.columns(run.format.step()).len(), "weights of other segments");
+            }
+            let y = Product { x, rows, w: run, segments, y: Out(y[run.first..].as_mut_ptr()), y_stride: w.rows() };
+            match (run.format, self.profile) {
+                (Format::Bf16, Profile::F32Acc) => self.multiply_pairs::<Exact>(y),
+                (Format::Bf16, Profile::Bf16Dp) => self.multiply_pairs::<Pairs>(y),
+                (Format::Q8_0, _) => self.multiply_blocks::<Q8_0>(y),
+                (Format::Q4_0, _) => self.multiply_blocks::<Q4_0>(y),
+                (Format::Q4K, _) => self.multiply_blocks::<Q4K>(y),
+                (Format::Q6K, _) => self.multiply_blocks::<Q6K>(y),
+            }
         }
     }
 
-    fn multiply_by<D: Dot>(&self, x: &[f32], rows: usize, w: &Packed, segments: Option<Segments>, y: Out<f32>) {
+    fn multiply_pairs<D: Dot>(&self, product: Product) {
+        let Product { x, rows, w, segments, y, y_stride } = product;
         let mut state = self.state();
         let words = rows * w.pairs() * D::WORDS;
         let mut inputs = std::mem::take(&mut state.inputs);
         inputs.resize(inputs.len().max(words), 0);
         let pieces = match segments {
-            Some(segments) => pieces::<D>(w.pairs(), rows, segments.chains()),
+            Some(segments) => pieces::<D>(w.pairs(), rows, segments.chains(w.format.step())),
             None => pieces::<D>(w.pairs(), rows, std::iter::once(0..w.pairs())),
         };
         let to = Out(inputs.as_mut_ptr());
@@ -200,7 +251,29 @@ impl Cpu {
         let cycles = (w.bytes() / 16).max(rows * w.panels() * w.pairs() * 4);
         state.run(cycles, &|part| {
             let (x, pieces, panels) = (&inputs[..words], &pieces, part.share(w.panels()));
-            self.launch(Matmul::<D> { w, x, rows, pieces, y, panels, dot: PhantomData });
+            self.launch(Matmul::<D> { w, x, rows, pieces, y, y_stride, panels, dot: PhantomData });
+        });
+        state.inputs = inputs;
+    }
+
+    fn multiply_blocks<G: Grid>(&self, product: Product) {
+        let Product { x, rows, w, segments, y, y_stride } = product;
+        let mut state = self.state();
+        let words = rows * w.blocks() * WORDS;
+        let mut inputs = std::mem::take(&mut state.inputs);
+        inputs.resize(inputs.len().max(words), 0);
+        let chains: Vec<Range<usize>> = match segments {
+            Some(segments) => segments.chains(w.format.step()).collect(),
+            None => std::iter::once(0..w.blocks()).collect(),
+        };
+        let to = Out(inputs.as_mut_ptr());
+        state.run(x.len() / 4, &|part| {
+            self.launch(Quantized { x, cols: w.cols(), to, shown: part.share(rows) });
+        });
+        let cycles = (w.bytes() / 16).max(rows * w.panels() * w.blocks() * 24);
+        state.run(cycles, &|part| {
+            let (x, chains, panels) = (&inputs[..words], &chains, part.share(w.panels()));
+            self.launch(Multiply::<G> { w, x, rows, chains, y, y_stride, panels, grid: PhantomData });
         });
         state.inputs = inputs;
     }
@@ -212,10 +285,9 @@ impl Cpu {
         let out = Out(out.as_mut_ptr());
         self.state().run(ids.len() * w.cols() * 4, &|part| {
             for i in part.share(ids.len()) {
-                for col in 0..w.cols() {
-                    // SAFETY: row i of out, this part's alone.
-                    unsafe { out.at(i * w.cols() + col).write(bf16::widen(w.at(ids[i] as usize, col))) };
-                }
+                // SAFETY: row i of out, this part's alone.
+                let row = unsafe { std::slice::from_raw_parts_mut(out.at(i * w.cols()), w.cols()) };
+                w.read_row(ids[i] as usize, row);
             }
         });
     }

@@ -1,4 +1,4 @@
-//! Math on one device. `Cpu` runs every operation of a decoder-only transformer over bf16 weights and paged KV, with
+//! Math on one device. `Cpu` runs every operation of a decoder-only transformer over bf16 or quantized weights and paged KV, with
 //! bits that depend on nothing but a row's own values: not on the batch around it, its chunking, or the thread count.
 //! `reference` defines those bits with plain loops; everything fast is tested against it. `Collective` is what the
 //! ranks of a tensor-parallel group tell one another.
@@ -19,6 +19,7 @@ mod memory;
 mod packed;
 mod pool;
 mod profile;
+mod quant;
 pub mod reference;
 mod rope;
 mod segments;
@@ -26,7 +27,7 @@ mod segments;
 pub use attention::{Attention, Heads, KvHeads, RopeStore, Span};
 pub use collective::{Broken, Collective};
 pub use cpu::Cpu;
-pub use packed::{Dtype, Matrix, Packed};
+pub use packed::{Dtype, Matrix, Packed, Quantize};
 pub use profile::{Profile, Unsupported};
 pub use rope::RopeTable;
 pub use segments::{SEGMENTS, Segments};

@@ -36,15 +36,24 @@ pub fn read_bandwidth(threads: usize, tries: usize) -> f64 {
 
 /// GFLOP/s of the profile's multiply-add on registers, `threads` together: the best of `tries`.
 pub fn matmul_flops(threads: usize, profile: Profile, tries: usize) -> f64 {
+    on_registers(threads, tries, || ceiling::multiply(profile, PASSES))
+}
+
+/// GOP/s of products of bytes on registers, as quantized weights are multiplied.
+pub fn byte_operations(threads: usize, tries: usize) -> f64 {
+    on_registers(threads, tries, || ceiling::multiply_bytes(PASSES))
+}
+
+fn on_registers(threads: usize, tries: usize, work: impl Fn() -> usize + Sync) -> f64 {
     let mut pool = Pool::new(threads.max(1));
-    let flops = AtomicUsize::new(0);
+    let done = AtomicUsize::new(0);
     let seconds = best(tries, || {
-        flops.store(0, Ordering::Relaxed);
+        done.store(0, Ordering::Relaxed);
         pool.run(&|_| {
-            flops.fetch_add(ceiling::multiply(profile, PASSES), Ordering::Relaxed);
-        })
+            done.fetch_add(work(), Ordering::Relaxed);
+        });
     });
-    flops.into_inner() as f64 / seconds / 1e9
+    done.into_inner() as f64 / seconds / 1e9
 }
 
 /// Shortest time of several tries, in seconds.

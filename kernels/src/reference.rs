@@ -1,11 +1,15 @@
 //! Every operation as plain loops on one thread. This is what the bits mean; the fast paths must equal it, always.
 //! Sums over lanes go through `tree`, so that vector code of any width can follow the same order.
 
+use std::ops::Range;
+
 use baton_core::arena::{Arena, Half, KvDtype};
 
 use crate::attention::{Attention, BLOCK, RopeStore, Span};
 use crate::kv::{load, store};
 use crate::math::{exp, larger, ln, silu};
+use crate::packed::{Format, Run};
+use crate::quant::{BLOCK_LEN, Block, quantize};
 use crate::{Packed, Profile, Segments, bf16};
 
 /// Values per partial sum of `log_sum_exp`.
@@ -45,7 +49,7 @@ fn flush(x: f32) -> f32 {
     if x.is_subnormal() { 0.0f32.copysign(x) } else { x }
 }
 
-fn weights(w: &Packed, row: usize, pair: usize) -> [f32; 2] {
+fn weights(w: &Run, row: usize, pair: usize) -> [f32; 2] {
     [bf16::widen(w.at(row, 2 * pair)), bf16::widen(w.at(row, 2 * pair + 1))]
 }
 
@@ -59,14 +63,45 @@ fn check_matmul(x: &[f32], rows: usize, w: &Packed, y: &[f32]) {
     assert_eq!(y.len(), rows * w.rows(), "outputs do not fit (rows, N)");
 }
 
+/// The chain of one output over some steps of k: pairs, or blocks of 32 where the weights are quantized.
+fn sum(profile: Profile, x: &[f32], w: &Run, n: usize, steps: Range<usize>) -> f32 {
+    match w.format {
+        Format::Bf16 => steps.fold(0.0, |acc, pair| chain(profile, acc, weights(w, n, pair), inputs(x, pair))),
+        _ => steps.fold(0.0, |acc, step| block(acc, &w.block(n, step), w.format, &x[step * BLOCK_LEN..])),
+    }
+}
+
+/// A block of 32 k: inputs become integers with one scale, products of integers are exact, scales are multiplied first.
+fn block(acc: f32, w: &Block, format: Format, x: &[f32]) -> f32 {
+    let (mut x_integers, w_integers) = ([0; BLOCK_LEN], w.integers(format));
+    let scale = quantize(&x[..x.len().min(BLOCK_LEN)], &mut x_integers);
+    let dot = |part: Range<usize>| part.map(|i| w_integers[i] * i32::from(x_integers[i])).sum::<i32>() as f32;
+    match format {
+        Format::Q6K => {
+            let [first, second] = w.halves().map(|half| w.scale(format) * half * scale);
+            dot(16..32).mul_add(second, dot(0..16).mul_add(first, acc))
+        }
+        Format::Q4K => {
+            let minus = -x_integers.iter().map(|q| i32::from(*q)).sum::<i32>() as f32 * scale;
+            w.minimum().mul_add(minus, dot(0..32).mul_add(w.scale(format) * scale, acc))
+        }
+        _ => dot(0..32).mul_add(w.scale(format) * scale, acc),
+    }
+}
+
+/// Steps of k of a run's chains.
+fn steps(w: &Run) -> usize {
+    if w.format == Format::Bf16 { w.pairs() } else { w.blocks() }
+}
+
 /// y (rows, N) = x (rows, K) · Wᵀ, one chain per output over all k.
 pub fn matmul(profile: Profile, x: &[f32], rows: usize, w: &Packed, y: &mut [f32]) {
     check_matmul(x, rows, w, y);
     for row in 0..rows {
         let x = &x[row * w.cols()..][..w.cols()];
         for n in 0..w.rows() {
-            y[row * w.rows() + n] =
-                (0..w.pairs()).fold(0.0, |acc, pair| chain(profile, acc, weights(w, n, pair), inputs(x, pair)));
+            let (run, at) = w.run_of(n);
+            y[row * w.rows() + n] = sum(profile, x, run, at, 0..steps(run));
         }
     }
 }
@@ -80,12 +115,13 @@ pub fn matmul_segmented(profile: Profile, x: &[f32], rows: usize, w: &Packed, y:
 /// binary tree, are the whole's.
 pub fn matmul_segments(profile: Profile, x: &[f32], rows: usize, w: &Packed, segments: Segments, y: &mut [f32]) {
     check_matmul(x, rows, w, y);
-    assert_eq!(w.cols(), segments.columns().len(), "weights of other segments");
     for row in 0..rows {
         let x = &x[row * w.cols()..][..w.cols()];
         for n in 0..w.rows() {
-            let step = |acc, pair| chain(profile, acc, weights(w, n, pair), inputs(x, pair));
-            let mut sums: Vec<f32> = segments.chains().map(|pairs| pairs.fold(0.0, step)).collect();
+            let (run, at) = w.run_of(n);
+            assert_eq!(w.cols(), segments.columns(run.format.step()).len(), "weights of other segments");
+            let chains = segments.chains(run.format.step());
+            let mut sums: Vec<f32> = chains.map(|steps| sum(profile, x, run, at, steps)).collect();
             while sums.len() > 1 {
                 sums = sums.chunks(2).map(|pair| pair[0] + pair[1]).collect();
             }
@@ -98,9 +134,7 @@ pub fn matmul_segments(profile: Profile, x: &[f32], rows: usize, w: &Packed, seg
 pub fn embed(w: &Packed, ids: &[u32], out: &mut [f32]) {
     assert_eq!(out.len(), ids.len() * w.cols(), "outputs do not fit (ids, K)");
     for (out, &id) in out.chunks_exact_mut(w.cols()).zip(ids) {
-        for (col, out) in out.iter_mut().enumerate() {
-            *out = bf16::widen(w.at(id as usize, col));
-        }
+        w.read_row(id as usize, out);
     }
 }
 

@@ -1,6 +1,8 @@
 //! How K of a row-parallel matmul is cut: into 8 segments, a constant of the model, of which each rank of a
 //! tensor-parallel group holds an equal number of neighbours. Every segment is one chain, and the chains' sums are added
 //! as one binary tree, first those of a rank, then those of the ranks: so 1, 2, 4 and 8 ranks give the same bits.
+//!
+//! A segment is of whole steps, in which K is multiplied: pairs of columns of bf16 weights, blocks of 32 of quantized ones.
 
 use std::ops::Range;
 
@@ -30,18 +32,18 @@ impl Segments {
         Segments { cols, rank, world }
     }
 
-    /// Columns of the whole matrix that the rank holds.
-    pub fn columns(self) -> Range<usize> {
-        let range = self.own();
-        let pairs = segment(self.pairs(), range.start).start..segment(self.pairs(), range.end - 1).end;
-        (2 * pairs.start).min(self.cols)..(2 * pairs.end).min(self.cols)
+    /// Columns of the whole matrix that the rank holds, when it is multiplied in steps of so many.
+    pub fn columns(self, step: usize) -> Range<usize> {
+        let (range, steps) = (self.own(), self.steps(step));
+        let own = segment(steps, range.start).start..segment(steps, range.end - 1).end;
+        (own.start * step).min(self.cols)..(own.end * step).min(self.cols)
     }
 
-    /// The pairs of columns of each segment, counted from the rank's first.
-    pub(crate) fn chains(self) -> impl Iterator<Item = Range<usize>> {
-        let pairs = self.pairs();
-        let first = segment(pairs, self.own().start).start;
-        self.own().map(move |index| segment(pairs, index)).map(move |part| part.start - first..part.end - first)
+    /// The steps of each segment, counted from the rank's first.
+    pub(crate) fn chains(self, step: usize) -> impl Iterator<Item = Range<usize>> {
+        let steps = self.steps(step);
+        let first = segment(steps, self.own().start).start;
+        self.own().map(move |index| segment(steps, index)).map(move |part| part.start - first..part.end - first)
     }
 
     fn own(self) -> Range<usize> {
@@ -49,14 +51,14 @@ impl Segments {
         self.rank * each..(self.rank + 1) * each
     }
 
-    /// Pairs of columns of the whole matrix; an odd last column counts as one.
-    fn pairs(self) -> usize {
-        self.cols.div_ceil(2)
+    /// Steps of the whole matrix; a last one that is not full counts.
+    fn steps(self, step: usize) -> usize {
+        self.cols.div_ceil(step)
     }
 }
 
-fn segment(pairs: usize, index: usize) -> Range<usize> {
-    pairs * index / SEGMENTS..pairs * (index + 1) / SEGMENTS
+fn segment(steps: usize, index: usize) -> Range<usize> {
+    steps * index / SEGMENTS..steps * (index + 1) / SEGMENTS
 }
 
 #[cfg(test)]
@@ -66,17 +68,17 @@ mod tests {
     /// The ranks' columns tile the matrix, and their chains tile their columns.
     #[test]
     fn segments_cover_every_column_once() {
-        for cols in [1, 2, 15, 16, 17, 31, 96, 101, 896, 4864] {
+        for (cols, step) in [1, 2, 15, 16, 17, 31, 96, 101, 896, 4864].into_iter().flat_map(|n| [(n, 2), (n, 32)]) {
             for world in [1, 2, 4, 8] {
                 let mut next = 0;
                 for rank in 0..world {
                     let segments = Segments::of(cols, rank, world);
-                    let columns = segments.columns();
+                    let columns = segments.columns(step);
                     assert_eq!(columns.start, next, "{cols} {rank}/{world}");
                     next = columns.end;
-                    let chains: Vec<_> = segments.chains().collect();
+                    let chains: Vec<_> = segments.chains(step).collect();
                     assert_eq!(chains.len(), SEGMENTS / world);
-                    assert_eq!(chains.iter().map(Range::len).sum::<usize>(), columns.len().div_ceil(2));
+                    assert_eq!(chains.iter().map(Range::len).sum::<usize>(), columns.len().div_ceil(step));
                     assert!(chains.windows(2).all(|pair| pair[0].end == pair[1].start));
                 }
                 assert_eq!(next, cols);

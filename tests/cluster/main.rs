@@ -11,6 +11,7 @@ mod late;
 mod ledger;
 mod poison;
 mod pools;
+mod quantized;
 mod recall;
 mod refusals;
 mod resume;

@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""Baton's engine and llama.cpp on the same bf16 weights, interleaved.
+"""Baton's engine and llama.cpp on the same weights, interleaved: a bf16 model directory and its GGUF, or, with --quantize,
+one GGUF file that llama.cpp quantizes from it and both read.
 
-usage: engine_vs_llama.py BATON MODEL_DIR GGUF [--threads 2] [--rounds 5] [--json]
+usage: engine_vs_llama.py BATON MODEL_DIR GGUF [--quantize q8_0|q4_0] [--threads 2] [--rounds 5] [--json]
 Each engine runs in a process of its own, one at a time. Prints one line a figure and round, then the medians.
 """
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -34,6 +36,19 @@ def llama(gguf, threads):
     print(json.dumps({"prefill": max(prefill), "decode": decode}))
 
 
+def quantized(gguf, kind):
+    """A quantized copy beside the file, made by llama.cpp unless it is there."""
+    import llama_cpp
+
+    path = f"{gguf.removesuffix('.gguf')}-{kind}.gguf"
+    if not os.path.exists(path):
+        params = llama_cpp.llama_model_quantize_default_params()
+        params.ftype = {"q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, "q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0}[kind]
+        if llama_cpp.llama_model_quantize(gguf.encode(), path.encode(), params) != 0:
+            raise SystemExit(f"llama.cpp cannot quantize {gguf} to {kind}")
+    return path
+
+
 def baton(binary, model, threads):
     output = subprocess.run(
         [binary, "bench", "engine", "--model", model, "--threads", str(threads), "--json"], check=True, capture_output=True, text=True
@@ -48,12 +63,16 @@ def main():
     parser.add_argument("gguf")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quantize", choices=["q8_0", "q4_0"])
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peer:
         return llama(args.gguf, args.threads)
 
+    if args.quantize:
+        args.model = args.gguf = quantized(args.gguf, args.quantize)
+    kind = f"_{args.quantize}" if args.quantize else ""
     names = {"prefill": "prefill_512", "decode": "decode_batch_1"}
     ratios = {name: [] for name in names}
     for round_number in range(args.rounds):
@@ -67,7 +86,7 @@ def main():
     for name, values in ratios.items():
         median = statistics.median(values)
         if args.json:
-            print(json.dumps({"name": f"{name}_vs_llama_cpp", "value": median, "unit": "ratio", "target": 1.0, "ok": median >= 1.0}))
+            print(json.dumps({"name": f"{name}{kind}_vs_llama_cpp", "value": median, "unit": "ratio", "target": 1.0, "ok": median >= 1.0}))
         else:
             print(f"{name}: median ratio {median:.2f} ({min(values):.2f} to {max(values):.2f})")
 

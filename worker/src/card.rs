@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
 use baton_core::limits::MESSAGE_BYTES_MAX;
+use baton_engine::load::gguf::{self, Texts};
 use baton_engine::{Backend, ModelSpec};
 use baton_proto::v1::ModelCard;
 use prost::Message;
@@ -23,6 +24,10 @@ pub struct LoadedModel {
 pub enum CardError {
     #[error("{path} is missing; a model directory needs it")]
     Missing { path: PathBuf },
+    #[error("the tokenizer in {model} cannot be used: {reason}; put the model's tokenizer.json beside it as {path}")]
+    Tokenizer { model: PathBuf, reason: String, path: PathBuf },
+    #[error(transparent)]
+    Model(#[from] baton_engine::LoadError),
     #[error("read {path}: {source}")]
     Read { path: PathBuf, source: std::io::Error },
     #[error("{path} is not valid JSON: {source}")]
@@ -33,10 +38,22 @@ pub enum CardError {
     TooLarge { path: PathBuf, bytes: usize, max: usize },
 }
 
-/// Reads the texts of a Hugging Face model directory beside its weights.
-pub fn read(dir: &Path, spec: &ModelSpec) -> Result<ModelCard, CardError> {
+/// Reads the texts of a Hugging Face model directory beside its weights, or those in a GGUF file and in its directory.
+pub fn read(model: &Path, spec: &ModelSpec) -> Result<ModelCard, CardError> {
+    let (dir, inside) = match model.is_file() {
+        true => (model.parent().unwrap_or(model), Some(gguf::texts(model)?)),
+        false => (model, None),
+    };
     let tokenizer = dir.join("tokenizer.json");
-    let tokenizer_json = text(&tokenizer)?.ok_or(CardError::Missing { path: tokenizer.clone() })?;
+    let tokenizer_json = match (text(&tokenizer)?, &inside) {
+        (Some(text), _) => text,
+        (None, None) => return Err(CardError::Missing { path: tokenizer }),
+        (None, Some(inside)) => inside.tokenizer_json.clone().map_err(|reason| CardError::Tokenizer {
+            model: model.to_path_buf(),
+            reason,
+            path: tokenizer.clone(),
+        })?,
+    };
     parse(&tokenizer, &tokenizer_json)?;
     let config_path = dir.join("tokenizer_config.json");
     let tokenizer_config_json = text(&config_path)?.unwrap_or_default();
@@ -49,28 +66,34 @@ pub fn read(dir: &Path, spec: &ModelSpec) -> Result<ModelCard, CardError> {
     if !generation_config_json.is_empty() {
         parse(&generation_path, &generation_config_json)?;
     }
+    let (inside_template, inside_bos, inside_eos, inside_add_bos) = match inside {
+        Some(Texts { chat_template, bos_token, eos_token, add_bos, .. }) => {
+            (chat_template, bos_token, eos_token, add_bos)
+        }
+        None => Default::default(),
+    };
     let template_file = text(&dir.join("chat_template.jinja"))?;
     let card = ModelCard {
         name: spec.name.clone(),
         hash: String::new(),
         tokenizer_json: tokenizer_json.into_bytes().into(),
-        chat_template: template_file.or_else(|| template(&config["chat_template"])).unwrap_or_default(),
+        chat_template: template_file.or_else(|| template(&config["chat_template"])).unwrap_or(inside_template),
         eos: spec.eos.clone(),
         positions_max: spec.positions_max as u64,
         block_tokens: spec.layout.block_tokens,
         vocab: spec.vocab as u64,
         numerics: spec.numerics.0.clone(),
-        bos_token: token(&config["bos_token"]),
-        eos_token: token(&config["eos_token"]),
+        bos_token: token(&config["bos_token"]).unwrap_or(inside_bos),
+        eos_token: token(&config["eos_token"]).unwrap_or(inside_eos),
         generation_config_json,
         created_unix_s: 0,
         tokenizer_config_json,
-        add_bos: config["add_bos_token"].as_bool().unwrap_or(false),
+        add_bos: config["add_bos_token"].as_bool().unwrap_or(inside_add_bos),
     };
     check_size(dir, card.encoded_len())?;
     // The hash names the contents; when the files were made is not part of them.
     let hash = blake3::hash(&card.encode_to_vec()).to_hex()[..32].to_string();
-    Ok(ModelCard { hash, created_unix_s: created(&tokenizer), ..card })
+    Ok(ModelCard { hash, created_unix_s: created(if tokenizer.exists() { &tokenizer } else { model }), ..card })
 }
 
 fn check_size(path: &Path, bytes: usize) -> Result<(), CardError> {
@@ -107,8 +130,8 @@ fn template(value: &Value) -> Option<String> {
 }
 
 /// A special token is its text, or an object that holds it.
-fn token(value: &Value) -> String {
-    value.as_str().or(value["content"].as_str()).unwrap_or_default().to_string()
+fn token(value: &Value) -> Option<String> {
+    value.as_str().or(value["content"].as_str()).map(str::to_string)
 }
 
 fn created(path: &Path) -> u64 {
@@ -163,8 +186,8 @@ mod tests {
         assert_eq!(template(&json!([{"name": "tool", "template": "t"}])).as_deref(), Some("t"));
         assert_eq!(template(&json!("x")).as_deref(), Some("x"));
         assert_eq!(template(&Value::Null), None);
-        assert_eq!(token(&json!({"content": "<s>"})), "<s>");
-        assert_eq!(token(&json!("<s>")), "<s>");
-        assert_eq!(token(&Value::Null), "");
+        assert_eq!(token(&json!({"content": "<s>"})), Some("<s>".to_string()));
+        assert_eq!(token(&json!("<s>")), Some("<s>".to_string()));
+        assert_eq!(token(&Value::Null), None);
     }
 }

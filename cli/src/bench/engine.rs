@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use baton_engine::bench::{self, BenchOptions};
 use baton_engine::{LoadOptions, Loaded};
-use baton_kernels::Profile;
+use baton_kernels::{Profile, Quantize};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use tokio::time::Instant;
@@ -22,8 +22,8 @@ use crate::table;
 /// reach. Each figure is the best of --rounds rounds.
 #[derive(Args, Debug)]
 pub(crate) struct EngineFlags {
-    /// Hugging Face model directory [default: the model in the binary]
-    #[arg(long, value_name = "DIR")]
+    /// Hugging Face model directory or GGUF file [default: the model in the binary]
+    #[arg(long, value_name = "DIR|FILE.gguf")]
     model: Option<PathBuf>,
     /// Threads to compute with [default: all cores]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
@@ -44,6 +44,9 @@ pub(crate) struct EngineFlags {
     /// TFLOP/s that a bf16 matmul reaches on the GPU, to state prefill's rate as a share of
     #[arg(long, value_name = "X")]
     pub(crate) matmul_tflops: Option<f64>,
+    /// Keep floating-point weights as q8_0 or q4_0 (8 or 4 bits and a scale per 32 weights) [default: bf16]
+    #[arg(long, value_name = "FORMAT")]
+    quantize: Option<String>,
     /// Rounds over all figures
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub(crate) rounds: u32,
@@ -57,6 +60,8 @@ pub(crate) fn run(flags: EngineFlags) -> Result<(), Failure> {
         Some(directory) => directory.clone(),
         None => crate::model::unpack(&surroundings::default_data()).map_err(Failure::refused)?,
     };
+    let quantize = quantize(flags.quantize.as_deref())?;
+    flags.device.check(&directory, quantize).map_err(Failure::refuse)?;
     if let Device::Cuda(index) = flags.device {
         let threads = flags.threads.map_or_else(surroundings::cores, |n| n as usize);
         return crate::device::bench(&flags, &directory, index, threads);
@@ -65,6 +70,7 @@ pub(crate) fn run(flags: EngineFlags) -> Result<(), Failure> {
         threads: flags.threads.map_or_else(surroundings::cores, |n| n as usize),
         profile: profile(flags.profile.as_deref())?,
         ranks: flags.tp as usize,
+        quantize,
     };
     let started = Instant::now();
     let Loaded { mut model, spec } = load(&directory, options)?;
@@ -114,4 +120,11 @@ pub(crate) fn profile(name: Option<&str>) -> Result<Option<Profile>, Failure> {
     let Some(name) = name else { return Ok(None) };
     let found = [Profile::F32Acc, Profile::Bf16Dp].into_iter().find(|profile| profile.as_str() == name);
     found.map(Some).ok_or_else(|| Failure::refuse(format!("{name:?} is no kernel profile; f32acc and bf16dp are")))
+}
+
+/// The format of that name.
+pub(crate) fn quantize(name: Option<&str>) -> Result<Option<Quantize>, Failure> {
+    let Some(name) = name else { return Ok(None) };
+    let found = Quantize::ALL.into_iter().find(|quantize| quantize.as_str() == name);
+    found.map(Some).ok_or_else(|| Failure::refuse(format!("{name:?} is no format to quantize to; q8_0 and q4_0 are")))
 }

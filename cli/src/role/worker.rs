@@ -6,7 +6,7 @@ use anyhow::Context;
 use baton_core::limits::{BLOCK_TOKENS, WORKER_QUEUE_MAX};
 use baton_core::{Env, Rng, Role};
 use baton_engine::{Backend, LoadOptions, Loaded, ModelSpec, Progress};
-use baton_kernels::Profile;
+use baton_kernels::{Profile, Quantize};
 use baton_worker::{Config, Ending, Error, Left, LoadedModel, Running, StartError};
 use clap::Args;
 use tokio::time::Instant;
@@ -32,7 +32,7 @@ const SEQUENCES_MAX: usize = 256;
 /// up for its silence drops what it had and registers anew.
 ///
 /// Keys of the TOML file, as the flags of these names: id, listen, kv_listen, kv_advertise, advertise_host, coordinators (a list), model,
-/// threads, tp, device, profile, metrics, kv_bytes, drain_ms, autonomy_ms. In the table [engine]: blocks (--kv-blocks), batch_tokens_max (--batch-tokens),
+/// threads, tp, device, profile, quantize, metrics, kv_bytes, drain_ms, autonomy_ms. In the table [engine]: blocks (--kv-blocks), batch_tokens_max (--batch-tokens),
 /// sequences_max (sequences worked on at a time, 256), queue_max (requests that wait before more are refused, 256),
 /// prefix_cache (whether finished blocks are kept and found by content, true).
 #[derive(Args, Debug)]
@@ -43,8 +43,8 @@ pub(crate) struct WorkerFlags {
     /// Name, unique in the cluster; a process that takes a name over fences its earlier holder [default: <role>-0]
     #[arg(long)]
     id: Option<String>,
-    /// Hugging Face model directory
-    #[arg(long, value_name = "DIR")]
+    /// Hugging Face model directory, or GGUF file
+    #[arg(long, value_name = "DIR|FILE.gguf")]
     model: Option<PathBuf>,
     /// gRPC address; port 0 takes a free one [default: 127.0.0.1:0]
     #[arg(long, value_name = "HOST:PORT")]
@@ -74,6 +74,9 @@ pub(crate) struct WorkerFlags {
     /// Kernel profile: f32acc or bf16dp; workers of one cluster should agree [default: the fastest this machine has]
     #[arg(long)]
     profile: Option<String>,
+    /// Keep floating-point weights as q8_0 or q4_0; workers of one cluster should agree [default: bf16]
+    #[arg(long, value_name = "FORMAT")]
+    quantize: Option<String>,
     /// KV blocks (of 16 tokens) [default: 4096, or as many as --kv-bytes hold]
     #[arg(long, value_name = "N")]
     kv_blocks: Option<u32>,
@@ -108,8 +111,15 @@ struct Own {
     tp: usize,
     device: Device,
     profile: Option<Profile>,
+    quantize: Option<Quantize>,
     kv_bytes: u64,
     metrics: String,
+}
+
+impl Own {
+    fn options(&self) -> LoadOptions {
+        LoadOptions { threads: self.threads, profile: self.profile, ranks: self.tp, quantize: self.quantize }
+    }
 }
 
 async fn serve(flags: WorkerFlags, role: Role) -> Result<(), Failure> {
@@ -240,6 +250,7 @@ fn settings(flags: WorkerFlags, role: Role) -> Result<(Own, Settings), Failure> 
         tp: flags.tp.or(settings.take("tp")?).map_or(1, |n: u32| n as usize),
         device: device(flags.device, settings.take("device")?)?,
         profile: crate::bench::engine::profile(flags.profile.or(settings.take("profile")?).as_deref())?,
+        quantize: crate::bench::engine::quantize(flags.quantize.or(settings.take("quantize")?).as_deref())?,
         kv_bytes: kv_bytes(flags.kv_bytes.or(settings.take("kv_bytes")?))?,
         metrics: flags.metrics.or(settings.take("metrics")?).unwrap_or_else(|| "127.0.0.1:0".to_string()),
     };
@@ -263,8 +274,8 @@ fn kv_bytes(asked: Option<i64>) -> Result<u64, Failure> {
 
 /// Loads on a thread of its own, so that signals and the supervisor's pipe stay served, and fills in what depends on the model.
 async fn load(own: &Own, mut settings: Settings, voice: Voice) -> Result<(LoadedModel, Settings), Failure> {
-    let options = LoadOptions { threads: own.threads, profile: own.profile, ranks: own.tp };
-    let (directory, device) = (own.model.clone(), own.device);
+    let (directory, device, options) = (own.model.clone(), own.device, own.options());
+    device.check(&directory, options.quantize).map_err(Failure::refuse)?;
     let room = Room { blocks: settings.count("engine.blocks"), kv_bytes: own.kv_bytes };
     let loading = tokio::task::spawn_blocking(move || read(directory, device, options, room, voice));
     let (model, blocks) = loading.await.context("the loading thread failed")?.map_err(Failure::refused)?;

@@ -32,6 +32,8 @@ pub(crate) struct Topology {
     /// Per worker.
     pub(crate) kv_bytes: u64,
     pub(crate) batch_tokens: Option<u64>,
+    /// What workers turn floating-point weights into.
+    pub(crate) quantize: Option<String>,
     pub(crate) seed: Option<u64>,
     /// Flags every child gets.
     pub(crate) log: Vec<String>,
@@ -114,6 +116,7 @@ impl Topology {
         arguments.extend(flag("--kv-bytes", self.kv_bytes));
         arguments.extend(self.kv_blocks.iter().flat_map(|blocks| flag("--kv-blocks", blocks)));
         arguments.extend(self.batch_tokens.iter().flat_map(|tokens| flag("--batch-tokens", tokens)));
+        arguments.extend(self.quantize.iter().flat_map(|format| flag("--quantize", format)));
         arguments.extend(self.coordinator_flags());
         Plan { role, id, arguments }
     }
@@ -159,6 +162,7 @@ mod tests {
             kv_blocks: Some(64),
             kv_bytes: 1 << 30,
             batch_tokens: Some(512),
+            quantize: Some("q8_0".into()),
             seed: Some(u64::MAX),
             log: vec!["--log-json".into()],
         }

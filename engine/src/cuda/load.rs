@@ -187,7 +187,7 @@ impl Loader<'_> {
     fn values(&mut self, name: &str, len: usize) -> Result<Vec<f32>, LoadError> {
         let tensor = self.checkpoint.tensor(name, &[len])?;
         self.inspect(&tensor)?;
-        Ok(tensor.values())
+        tensor.values()
     }
 
     fn vector(&mut self, name: &str, len: usize) -> Result<Floats, LoadError> {

@@ -1,18 +1,21 @@
-//! Safetensors files, mapped. Headers are checked before any tensor is touched; nothing here allocates more than the
-//! files hold.
+//! Weight files, mapped: safetensors or GGUF. Headers are checked before any tensor is touched; nothing here allocates more
+//! than the files hold.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use baton_kernels::{Dtype, Matrix};
 use memmap2::{Advice, Mmap, UncheckedAdvice};
 use safetensors::SafeTensorError;
-use safetensors::tensor::{Metadata, SafeTensors};
+use safetensors::tensor::SafeTensors;
 use serde::Deserialize;
 use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
 use crate::load::error::LoadError;
+use crate::load::gguf::{self, Header};
 
 /// Bytes hashed and checked as one piece of work.
 const PIECE_BYTES: usize = 4 << 20;
@@ -29,9 +32,7 @@ pub struct Checkpoint {
 struct File {
     path: PathBuf,
     map: Mmap,
-    /// Where the tensors' bytes begin.
-    start: usize,
-    metadata: Metadata,
+    tensors: BTreeMap<String, gguf::Tensor>,
 }
 
 /// One tensor in its file.
@@ -40,7 +41,9 @@ pub struct Tensor<'a> {
     pub name: String,
     pub dtype: Dtype,
     pub shape: Vec<usize>,
-    pub bytes: &'a [u8],
+    pub bytes: Cow<'a, [u8]>,
+    /// Where they lie in the file.
+    place: Range<usize>,
 }
 
 #[derive(Deserialize)]
@@ -55,9 +58,20 @@ impl Checkpoint {
         if whole.exists() {
             return Checkpoint::open_shards(dir, whole);
         }
-        let file = File::open(&dir.join("model.safetensors"))?;
-        let index = file.metadata.offset_keys().into_iter().map(|name| (name, 0)).collect();
-        Ok(Checkpoint { whole: file.path.clone(), files: vec![file], index })
+        Ok(Checkpoint::of(File::open(&dir.join("model.safetensors"))?))
+    }
+
+    /// Opens a GGUF file; its configuration comes with it, as config.json would say it.
+    pub fn open_gguf(path: &Path) -> Result<(Checkpoint, serde_json::Value), LoadError> {
+        let map = map(path)?;
+        let header = Header::read(path, &map)?;
+        let (config, tensors) = (header.config(path, &map)?, header.named(&map));
+        Ok((Checkpoint::of(File { path: path.to_path_buf(), map, tensors }), config))
+    }
+
+    fn of(file: File) -> Checkpoint {
+        let index = file.tensors.keys().map(|name| (name.clone(), 0)).collect();
+        Checkpoint { whole: file.path.clone(), files: vec![file], index }
     }
 
     fn open_shards(dir: &Path, whole: PathBuf) -> Result<Checkpoint, LoadError> {
@@ -88,49 +102,94 @@ impl Checkpoint {
         self.files.iter().map(|file| file.map.len() as u64).sum()
     }
 
+    /// Element type of the named tensor, if there is one and it is known.
+    pub fn dtype(&self, name: &str) -> Option<Dtype> {
+        self.files[*self.index.get(name)?].tensors.get(name)?.dtype.clone().ok()
+    }
+
+    /// The named tensor if there is one; it must have this shape.
+    pub fn optional(&self, name: &str, shape: &[usize]) -> Result<Option<Tensor<'_>>, LoadError> {
+        match self.index.contains_key(name) {
+            true => self.tensor(name, shape).map(Some),
+            false => Ok(None),
+        }
+    }
+
     /// The named tensor, which must have this shape.
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor<'_>, LoadError> {
         let file = self.index.get(name).map(|at| &self.files[*at]);
-        let found = file.and_then(|file| file.metadata.info(name).map(|info| (file, info)));
-        let Some((file, info)) = found else {
+        let found = file.and_then(|file| file.tensors.get(name).map(|tensor| (file, tensor)));
+        let Some((file, found)) = found else {
             let file = file.map_or(&self.whole, |file| &file.path).clone();
             return Err(LoadError::MissingTensor { file, tensor: name.to_string(), expected: shape.to_vec() });
         };
-        if info.shape != shape {
+        if found.shape != shape {
             return Err(LoadError::Shape {
                 file: file.path.clone(),
                 tensor: name.to_string(),
-                found: info.shape.clone(),
+                found: found.shape.clone(),
                 expected: shape.to_vec(),
             });
         }
-        let dtype = match info.dtype {
-            safetensors::Dtype::F32 => Dtype::F32,
-            safetensors::Dtype::F16 => Dtype::F16,
-            safetensors::Dtype::BF16 => Dtype::Bf16,
-            other => {
-                let (file, tensor) = (file.path.clone(), name.to_string());
-                return Err(LoadError::Dtype { file, tensor, found: format!("{other:?}") });
-            }
+        let dtype = found.dtype.clone().map_err(|found| {
+            let (file, tensor) = (file.path.clone(), name.to_string());
+            LoadError::Dtype { file, tensor, found }
+        })?;
+        let bytes = &file.map[found.bytes.clone()];
+        let bytes = match found.paired {
+            Some(head_dim) => Cow::Owned(unpaired(file, name, bytes, shape[0], head_dim)?),
+            None => Cow::Borrowed(bytes),
         };
-        let (from, to) = info.data_offsets;
-        let bytes = &file.map[file.start + from..file.start + to];
-        Ok(Tensor { file, name: name.to_string(), dtype, shape: shape.to_vec(), bytes })
+        Ok(Tensor { file, name: name.to_string(), dtype, shape: shape.to_vec(), bytes, place: found.bytes.clone() })
     }
+}
+
+/// Rows of heads as Hugging Face lays them: llama.cpp keeps rows i and i + head_dim/2, which rotate together, side by side.
+fn unpaired(file: &File, name: &str, bytes: &[u8], rows: usize, head_dim: usize) -> Result<Vec<u8>, LoadError> {
+    if head_dim == 0 || !head_dim.is_multiple_of(2) || !rows.is_multiple_of(head_dim) {
+        let reason = format!("its {rows} rows are not whole heads of {head_dim}");
+        return Err(LoadError::Gguf { file: file.path.clone(), what: format!("tensor {name}"), reason });
+    }
+    let (width, half) = (bytes.len() / rows, head_dim / 2);
+    let mut out = Vec::with_capacity(bytes.len());
+    for row in 0..rows {
+        let (head, within) = (row / head_dim, row % head_dim);
+        let from = head * head_dim + within % half * 2 + within / half;
+        out.extend_from_slice(&bytes[from * width..][..width]);
+    }
+    Ok(out)
 }
 
 impl File {
     fn open(path: &Path) -> Result<File, LoadError> {
-        let unreadable = |error| LoadError::Unreadable { file: path.to_path_buf(), error };
-        let file = std::fs::File::open(path).map_err(unreadable)?;
-        // SAFETY: the file is read only here. Someone who shortens it meanwhile ends this process by SIGBUS before it
-        // has registered, which is all that can be done about it.
-        let map = unsafe { Mmap::map(&file) }.map_err(unreadable)?;
+        let map = map(path)?;
         let (header, metadata) = SafeTensors::read_metadata(&map).map_err(|error| refused(path, &map, error))?;
-        // Advice only: refused, it costs speed.
-        let _ = map.advise(Advice::Sequential);
-        Ok(File { path: path.to_path_buf(), map, start: 8 + header, metadata })
+        let tensor = |name: String| {
+            let found = metadata.info(&name)?;
+            let dtype = match found.dtype {
+                safetensors::Dtype::F32 => Ok(Dtype::F32),
+                safetensors::Dtype::F16 => Ok(Dtype::F16),
+                safetensors::Dtype::BF16 => Ok(Dtype::Bf16),
+                other => Err(format!("{other:?}")),
+            };
+            let (from, to) = found.data_offsets;
+            let bytes = 8 + header + from..8 + header + to;
+            Some((name, gguf::Tensor { dtype, shape: found.shape.clone(), bytes, paired: None }))
+        };
+        let tensors = metadata.offset_keys().into_iter().filter_map(tensor).collect();
+        Ok(File { path: path.to_path_buf(), map, tensors })
     }
+}
+
+pub(crate) fn map(path: &Path) -> Result<Mmap, LoadError> {
+    let unreadable = |error| LoadError::Unreadable { file: path.to_path_buf(), error };
+    let file = std::fs::File::open(path).map_err(unreadable)?;
+    // SAFETY: the file is read only here. Someone who shortens it meanwhile ends this process by SIGBUS before it
+    // has registered, which is all that can be done about it.
+    let map = unsafe { Mmap::map(&file) }.map_err(unreadable)?;
+    // Advice only: refused, it costs speed.
+    let _ = map.advise(Advice::Sequential);
+    Ok(map)
 }
 
 /// What is wrong with a file whose header was refused.
@@ -159,25 +218,30 @@ fn data_bytes(bytes: &[u8], header: u64) -> u64 {
     tensors.filter_map(|tensor| tensor["data_offsets"][1].as_u64()).max().unwrap_or(0)
 }
 
-impl<'a> Tensor<'a> {
+impl Tensor<'_> {
     pub fn elements(&self) -> usize {
-        self.bytes.len() / self.dtype.bytes()
+        self.bytes.len() / self.dtype.unit_bytes() * self.dtype.unit()
     }
 
     /// As a matrix; a vector is one column wide.
-    pub fn matrix(&self) -> Matrix<'a> {
+    pub fn matrix(&self) -> Matrix<'_> {
         let cols = self.shape.get(1).copied().unwrap_or(1);
-        Matrix { dtype: self.dtype, bytes: self.bytes, rows: self.shape[0], cols }
+        Matrix { dtype: self.dtype, bytes: &self.bytes, rows: self.shape[0], cols }
     }
 
-    /// All values, exactly.
-    pub fn values(&self) -> Vec<f32> {
-        self.bytes.chunks_exact(self.dtype.bytes()).map(|bytes| value(self.dtype, bytes)).collect()
+    /// All values of a tensor of floating-point numbers, exactly.
+    pub fn values(&self) -> Result<Vec<f32>, LoadError> {
+        if !self.dtype.is_float() {
+            let (file, tensor) = (self.file.path.clone(), self.name.clone());
+            return Err(LoadError::Dtype { file, tensor, found: format!("{:?}", self.dtype) });
+        }
+        Ok(self.bytes.chunks_exact(self.dtype.unit_bytes()).map(|bytes| value(self.dtype, bytes)).collect())
     }
 
     /// Content hash of dtype, shape and bytes, or the first value that is not finite. Independent of `threads`.
     pub fn inspect(&self, threads: usize) -> Result<u128, LoadError> {
-        let pieces: Vec<&[u8]> = self.bytes.chunks(PIECE_BYTES).collect();
+        let size = self.dtype.unit_bytes();
+        let pieces: Vec<&[u8]> = self.bytes.chunks(PIECE_BYTES / size * size).collect();
         let next = AtomicUsize::new(0);
         let work = || {
             let mut results = Vec::new();
@@ -203,24 +267,36 @@ impl<'a> Tensor<'a> {
     }
 
     fn not_finite(&self) -> LoadError {
-        let mut values = self.bytes.chunks_exact(self.dtype.bytes()).map(|bytes| value(self.dtype, bytes)).enumerate();
-        let (index, value) = values.find(|(_, value)| !value.is_finite()).unwrap_or((0, f32::NAN));
+        let units = self.bytes.chunks_exact(self.dtype.unit_bytes()).enumerate();
+        let mut values = units.flat_map(|(at, unit)| numbers(self.dtype, unit).map(move |value| (at, value)));
+        let (at, value) = values.find(|(_, value)| !value.is_finite()).unwrap_or((0, f32::NAN));
+        let index = at * self.dtype.unit();
         LoadError::NotFinite { file: self.file.path.clone(), tensor: self.name.clone(), index, value }
     }
 
     /// Tells the system that these pages of the file are not needed any more.
     pub fn give_pages_back(&self) {
-        let offset = self.bytes.as_ptr() as usize - self.file.map.as_ptr() as usize;
+        let (offset, len) = (self.place.start, self.place.len());
         // SAFETY: the mapping is of a file and read only, so a page dropped is read again from the file when touched.
-        let _ = unsafe { self.file.map.unchecked_advise_range(UncheckedAdvice::DontNeed, offset, self.bytes.len()) };
+        let _ = unsafe { self.file.map.unchecked_advise_range(UncheckedAdvice::DontNeed, offset, len) };
     }
+}
+
+/// The floating-point number that is, or those that scale, a unit.
+fn numbers(dtype: Dtype, unit: &[u8]) -> impl Iterator<Item = f32> {
+    let places: &[usize] = match dtype {
+        Dtype::F32 | Dtype::F16 | Dtype::Bf16 | Dtype::Q8_0 | Dtype::Q4_0 => &[0],
+        Dtype::Q4K => &[0, 2],
+        Dtype::Q6K => &[208],
+    };
+    places.iter().map(move |&at| value(dtype, &unit[at..]))
 }
 
 fn value(dtype: Dtype, bytes: &[u8]) -> f32 {
     match dtype {
         Dtype::F32 => f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]),
         Dtype::Bf16 => f32::from_bits(u32::from(u16::from_le_bytes([bytes[0], bytes[1]])) << 16),
-        Dtype::F16 => from_f16(u16::from_le_bytes([bytes[0], bytes[1]])),
+        _ => from_f16(u16::from_le_bytes([bytes[0], bytes[1]])),
     }
 }
 
@@ -241,7 +317,7 @@ fn power_of_two(n: i32) -> f32 {
     f32::from_bits(((n + 127) as u32) << 23)
 }
 
-/// Whether no exponent is all ones.
+/// Whether no exponent, or that of no scale, is all ones.
 fn is_finite(dtype: Dtype, bytes: &[u8]) -> bool {
     let halves = |mask: u16| {
         let (pairs, _) = bytes.as_chunks::<2>();
@@ -254,6 +330,7 @@ fn is_finite(dtype: Dtype, bytes: &[u8]) -> bool {
             let (words, _) = bytes.as_chunks::<4>();
             !words.iter().fold(false, |found, word| found | (u32::from_le_bytes(*word) & 0x7f80_0000 == 0x7f80_0000))
         }
+        _ => bytes.chunks_exact(dtype.unit_bytes()).all(|unit| numbers(dtype, unit).all(f32::is_finite)),
     }
 }
 

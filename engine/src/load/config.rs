@@ -125,15 +125,22 @@ impl ModelConfig {
     /// Reads and checks the configuration in `dir`.
     pub fn read(dir: &Path) -> Result<ModelConfig, LoadError> {
         let file = dir.join("config.json");
-        let value: serde_json::Value = read_json(&file)?;
-        let family = family(&file, &value)?;
-        let raw: Raw = serde_json::from_value(value).map_err(|error| LoadError::Json { file: file.clone(), error })?;
-        let mut config = check(&file, family, raw)?;
+        let value = read_json(&file)?;
         let generation = dir.join("generation_config.json");
-        if generation.exists() {
-            let more: Generation = read_json(&generation)?;
-            config.eos.extend(more.eos_token_id.map(Ids::list).unwrap_or_default());
-        }
+        let more = match generation.exists() {
+            true => read_json::<Generation>(&generation)?.eos_token_id.map(Ids::list).unwrap_or_default(),
+            false => Vec::new(),
+        };
+        ModelConfig::check(&file, value, more)
+    }
+
+    /// Checks what config.json says, or what another file says in its words. `more` are further tokens that end sequences.
+    pub(crate) fn check(file: &Path, value: serde_json::Value, more: Vec<TokenId>) -> Result<ModelConfig, LoadError> {
+        let family = family(file, &value)?;
+        let raw: Raw =
+            serde_json::from_value(value).map_err(|error| LoadError::Json { file: file.to_path_buf(), error })?;
+        let mut config = check(file, family, raw)?;
+        config.eos.extend(more);
         config.eos.sort_unstable();
         config.eos.dedup();
         config.eos.retain(|id| (*id as usize) < config.vocab);

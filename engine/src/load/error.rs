@@ -20,7 +20,7 @@ pub enum LoadError {
     MissingTensor { file: PathBuf, tensor: String, expected: Vec<usize> },
     #[error("{}: tensor {tensor} has shape {found:?}; expected {expected:?} by config.json", file.display())]
     Shape { file: PathBuf, tensor: String, found: Vec<usize>, expected: Vec<usize> },
-    #[error("{}: tensor {tensor} holds {found}; expected F32, F16 or BF16", file.display())]
+    #[error("{}: tensor {tensor} holds {found}; expected F32, F16 or BF16, or in a matrix of a GGUF file Q8_0, Q4_0, Q4_K or Q6_K", file.display())]
     Dtype { file: PathBuf, tensor: String, found: String },
     #[error("{}: tensor {tensor} holds {value} at element {index}; expected finite numbers", file.display())]
     NotFinite { file: PathBuf, tensor: String, index: usize, value: f32 },
@@ -28,6 +28,8 @@ pub enum LoadError {
     Truncated { file: PathBuf, found: u64, expected: u64 },
     #[error("{}: not a safetensors header: {reason}", file.display())]
     Header { file: PathBuf, reason: String },
+    #[error("{}: {what}: {reason}", file.display())]
+    Gguf { file: PathBuf, what: String, reason: String },
     #[error("{}: tensor {tensor} is mapped to {found:?}; expected the name of a file in the same directory", file.display())]
     Shard { file: PathBuf, tensor: String, found: String },
     #[error("{ranks} tensor-parallel ranks cannot share this model: {reason}; choose another --tp")]

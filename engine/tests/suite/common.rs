@@ -8,6 +8,7 @@ use baton_engine::testing::{TinyModel, hash_spec};
 use baton_engine::{
     Backend, Blocks, Engine, EngineConfig, Event, Filled, LoadOptions, Loaded, ModelSpec, Usage, Work, load,
 };
+use baton_kernels::Quantize;
 
 pub(crate) const CONFIG: EngineConfig =
     EngineConfig { blocks: 64, batch_tokens_max: 16, sequences_max: 8, queue_max: 64, prefix_cache: true };
@@ -26,6 +27,10 @@ pub(crate) fn dir(name: &str) -> PathBuf {
 
 pub(crate) fn load_tiny(name: &str, model: &TinyModel, threads: usize) -> Loaded {
     load_tiny_as(name, model, LoadOptions { threads, ..LoadOptions::default() })
+}
+
+pub(crate) fn load_quantized(name: &str, model: &TinyModel, threads: usize, quantize: Option<Quantize>) -> Loaded {
+    load_tiny_as(name, model, LoadOptions { threads, quantize, ..LoadOptions::default() })
 }
 
 pub(crate) fn load_tiny_as(name: &str, model: &TinyModel, options: LoadOptions) -> Loaded {

@@ -3,9 +3,11 @@
 mod bad_models;
 mod cache;
 mod common;
+mod gguf;
 #[cfg(feature = "cuda")]
 mod gpu;
 mod models;
+mod quantized;
 mod references;
 mod scheduler;
 mod tensor_parallel;

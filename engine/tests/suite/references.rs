@@ -6,13 +6,14 @@ use std::path::Path;
 use baton_core::{Request, TokenId};
 use baton_engine::testing::{drain, request, work};
 use baton_engine::{Engine, LoadOptions, load};
+use baton_kernels::Quantize;
 use serde_json::Value;
 
 use crate::common::{CONFIG, Choices};
 
 /// Log-probabilities of all tokens after each prefix of `tokens`, by position of the last token.
-fn log_probabilities(dir: &Path, tokens: &[TokenId]) -> Vec<Vec<f32>> {
-    let loaded = load(dir, LoadOptions::default(), &mut |_| {}).expect("load");
+pub(crate) fn log_probabilities(dir: &Path, tokens: &[TokenId], quantize: Option<Quantize>) -> Vec<Vec<f32>> {
+    let loaded = load(dir, LoadOptions { quantize, ..LoadOptions::default() }, &mut |_| {}).expect("load");
     let (mut model, spec) = (loaded.model, loaded.spec);
     let vocab = spec.vocab as u32;
     let asked = Request { logprobs: Some(vocab), prompt_logprobs: Some(vocab), ..request(1, tokens, 1) };
@@ -35,7 +36,7 @@ fn centered(row: &[f32]) -> Vec<f64> {
 }
 
 /// |found − expected| / |expected| of two rows without their means.
-fn relative_error(found: &[f32], expected: &[f32]) -> f64 {
+pub(crate) fn relative_error(found: &[f32], expected: &[f32]) -> f64 {
     let (found, expected) = (centered(found), centered(expected));
     let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
     norm(&mut found.iter().zip(&expected).map(|(a, b)| a - b)) / norm(&mut expected.iter().copied())
@@ -46,14 +47,19 @@ fn read(file: &Path) -> Value {
 }
 
 fn check(name: &str) {
+    check_as(name, None, 2e-2);
+}
+
+/// Every row of a fixture's logits to within a relative error.
+pub(crate) fn check_as(name: &str, quantize: Option<Quantize>, limit: f64) {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name);
     let fixture = read(&dir.join("logits.json"));
     let tokens: Vec<TokenId> = serde_json::from_value(fixture["tokens"].clone()).expect("tokens");
-    let found = log_probabilities(&dir, &tokens);
+    let found = log_probabilities(&dir, &tokens, quantize);
     for (row, expected) in fixture["rows"].as_object().expect("rows") {
         let expected: Vec<f32> = serde_json::from_value(expected.clone()).expect("logits");
         let error = relative_error(&found[row.parse::<usize>().expect("a row")], &expected);
-        assert!(error < 2e-2, "{name}: the logits after position {row} are off by {error}");
+        assert!(error < limit, "{name}: the logits after position {row} are off by {error}");
     }
 }
 
@@ -93,7 +99,7 @@ fn the_model_that_ships() {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/baton-3m");
     for fixture in read(&dir.join("logits.json"))["fixtures"].as_array().expect("fixtures") {
         let ids: Vec<TokenId> = serde_json::from_value(fixture["ids"].clone()).expect("ids");
-        let rows = log_probabilities(&dir, &ids);
+        let rows = log_probabilities(&dir, &ids, None);
         let row = rows.last().expect("a row");
         let top = fixture["top"].as_array().expect("top");
         let expected: Vec<f32> = top.iter().map(|entry| entry["logit"].as_f64().expect("a logit") as f32).collect();

@@ -12,7 +12,8 @@ use serde_json::json;
 
 use crate::common::{Bits, CONFIG, Choices, bits, carry, dir, load_tiny_as, model_engine, prefill, prompt};
 
-const ROOMY: EngineConfig = EngineConfig { blocks: 256, batch_tokens_max: 1024, sequences_max: 64, ..CONFIG };
+pub(crate) const ROOMY: EngineConfig =
+    EngineConfig { blocks: 256, batch_tokens_max: 1024, sequences_max: 64, ..CONFIG };
 
 /// Every family with heads for eight ranks, kv heads for as many, fewer and one, and widths that nothing divides.
 fn models() -> Vec<TinyModel> {
@@ -48,7 +49,7 @@ fn name(test: &str, index: usize, ranks: usize) -> String {
 }
 
 /// Everything a group says about a few requests together: each choice's tokens and bits, and the prompts'.
-fn said(loaded: &mut Loaded, config: EngineConfig) -> Vec<(Vec<Bits>, Vec<Bits>)> {
+pub(crate) fn said(loaded: &mut Loaded, config: EngineConfig) -> Vec<(Vec<Bits>, Vec<Bits>)> {
     let Loaded { model, spec } = loaded;
     let mut engine = model_engine(spec, config);
     let requests: Vec<Request> = (0..5).map(|id| asking(id, 9 + 17 * id as usize, spec.vocab)).collect();

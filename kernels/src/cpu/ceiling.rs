@@ -18,6 +18,14 @@ pub(crate) fn multiply(profile: Profile, passes: usize) -> usize {
     flops
 }
 
+/// Products of bytes on registers; returns how many integer operations that was.
+pub(crate) fn multiply_bytes(passes: usize) -> usize {
+    // SAFETY: the best set is supported.
+    let (operations, sum) = unsafe { Isa::best().launch(MultiplyBytes { passes }) };
+    std::hint::black_box(sum);
+    operations
+}
+
 struct Read<'a>(&'a [u8]);
 
 // SAFETY (of each block): `Kernel::run`'s contract; reads stay within the chunks.
@@ -77,6 +85,43 @@ unsafe fn chains<L: Lanes, const PAIRED: bool, const N: usize>(passes: usize) ->
         let mut total = L::splat(0.0);
         for sum in sums {
             total = L::add(total, sum);
+        }
+        L::sum(total)
+    }
+}
+
+struct MultiplyBytes {
+    passes: usize,
+}
+
+impl Kernel for MultiplyBytes {
+    type Output = (usize, f32);
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) -> (usize, f32) {
+        unsafe {
+            match L::WIDE {
+                true => (128 * 24 * self.passes, bytes::<L, 24>(self.passes)),
+                false => (128 * 4 * self.passes, bytes::<L, 4>(self.passes)),
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn bytes<L: Lanes, const N: usize>(passes: usize) -> f32 {
+    unsafe {
+        let w = std::hint::black_box([0x0101_0101u32; 16]);
+        let (w, x) = (L::load_words(w.as_ptr().cast()), std::hint::black_box(0x0102_0304u32));
+        let mut sums = [L::words(0); N];
+        for _ in 0..passes {
+            for sum in &mut sums {
+                *sum = L::dot_bytes(*sum, w, x);
+            }
+        }
+        let mut total = L::splat(0.0);
+        for sum in sums {
+            total = L::add(total, L::to_f32(sum));
         }
         L::sum(total)
     }

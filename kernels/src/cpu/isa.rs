@@ -9,11 +9,12 @@ pub(crate) enum Isa {
     Scalar,
     Avx2,
     Avx512,
+    Avx512Vnni,
     Avx512Bf16,
 }
 
 impl Isa {
-    pub(crate) const ALL: [Isa; 4] = [Isa::Avx512Bf16, Isa::Avx512, Isa::Avx2, Isa::Scalar];
+    pub(crate) const ALL: [Isa; 5] = [Isa::Avx512Bf16, Isa::Avx512Vnni, Isa::Avx512, Isa::Avx2, Isa::Scalar];
 
     pub(crate) fn best() -> Isa {
         Isa::ALL.into_iter().find(|isa| isa.supported()).unwrap_or(Isa::Scalar)
@@ -24,14 +25,17 @@ impl Isa {
             Isa::Scalar => "scalar",
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512f",
+            Isa::Avx512Vnni => "avx512vnni",
             Isa::Avx512Bf16 => "avx512bf16",
         }
     }
 
     #[cfg(target_arch = "x86_64")]
     pub(crate) fn supported(self) -> bool {
-        let avx2 =
-            is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("bmi2");
+        let avx2 = is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("bmi2")
+            && is_x86_feature_detected!("f16c");
         let avx512 = avx2
             && is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
@@ -41,7 +45,8 @@ impl Isa {
             Isa::Scalar => true,
             Isa::Avx2 => avx2,
             Isa::Avx512 => avx512,
-            Isa::Avx512Bf16 => avx512 && is_x86_feature_detected!("avx512bf16"),
+            Isa::Avx512Vnni => avx512 && is_x86_feature_detected!("avx512vnni"),
+            Isa::Avx512Bf16 => Isa::Avx512Vnni.supported() && is_x86_feature_detected!("avx512bf16"),
         }
     }
 
@@ -62,6 +67,7 @@ impl Isa {
                 Isa::Scalar => kernel.run::<Scalar>(),
                 Isa::Avx2 => x86::launch_avx2(kernel),
                 Isa::Avx512 => x86::launch_avx512(kernel),
+                Isa::Avx512Vnni => x86::launch_avx512vnni(kernel),
                 Isa::Avx512Bf16 => x86::launch_avx512bf16(kernel),
             }
         }

@@ -7,6 +7,8 @@ use crate::math;
 /// The machine has the instruction set, and pointers are valid for the lanes they touch, in any alignment.
 pub(crate) trait Lanes: 'static {
     type F: Copy;
+    /// 16 words.
+    type I: Copy;
     /// 32 registers of 16 lanes: big tiles fit.
     const WIDE: bool;
 
@@ -45,6 +47,21 @@ pub(crate) trait Lanes: 'static {
     unsafe fn zip_bf16(to: *mut u32, a: *const u16, b: *const u16);
     /// Sixteen words of each of sixteen rows, transposed; `to` has rows of 64 words.
     unsafe fn transpose(from: [*const u32; 16], to: *mut u32);
+
+    unsafe fn words(x: u32) -> Self::I;
+    unsafe fn load_words(from: *const u8) -> Self::I;
+    unsafe fn and(a: Self::I, b: Self::I) -> Self::I;
+    unsafe fn or(a: Self::I, b: Self::I) -> Self::I;
+    /// Each word shifted to the right; `by` is a constant where it matters.
+    unsafe fn shift_right(x: Self::I, by: u32) -> Self::I;
+    unsafe fn shift_left(x: Self::I, by: u32) -> Self::I;
+    /// acc + the product of 16 times four unsigned bytes at `w` with four signed bytes.
+    unsafe fn dot_bytes(acc: Self::I, w: Self::I, x: u32) -> Self::I;
+    /// Signed words as f32.
+    unsafe fn to_f32(x: Self::I) -> Self::F;
+    unsafe fn load_f16(from: *const u8) -> Self::F;
+    unsafe fn load_u8(from: *const u8) -> Self::F;
+    unsafe fn load_i8(from: *const u8) -> Self::F;
 
     /// Asks for a line of memory, any address, to come into L2.
     #[inline(always)]
@@ -123,6 +140,7 @@ fn each(f: impl Fn(usize) -> f32) -> [f32; 16] {
 // SAFETY (of each block below): the trait's contract.
 impl Lanes for Scalar {
     type F = [f32; 16];
+    type I = [u32; 16];
     const WIDE: bool = false;
 
     unsafe fn splat(x: f32) -> [f32; 16] {
@@ -196,6 +214,43 @@ impl Lanes for Scalar {
                 unsafe { to.add(i * 64 + lane).write(row.add(i).read_unaligned()) };
             }
         }
+    }
+    unsafe fn words(x: u32) -> [u32; 16] {
+        [x; 16]
+    }
+    unsafe fn load_words(from: *const u8) -> [u32; 16] {
+        unsafe { from.cast::<[u32; 16]>().read_unaligned() }
+    }
+    unsafe fn and(a: [u32; 16], b: [u32; 16]) -> [u32; 16] {
+        std::array::from_fn(|i| a[i] & b[i])
+    }
+    unsafe fn or(a: [u32; 16], b: [u32; 16]) -> [u32; 16] {
+        std::array::from_fn(|i| a[i] | b[i])
+    }
+    unsafe fn shift_right(x: [u32; 16], by: u32) -> [u32; 16] {
+        x.map(|x| x >> by)
+    }
+    unsafe fn shift_left(x: [u32; 16], by: u32) -> [u32; 16] {
+        x.map(|x| x << by)
+    }
+    unsafe fn dot_bytes(acc: [u32; 16], w: [u32; 16], x: u32) -> [u32; 16] {
+        let x = x.to_le_bytes().map(|byte| i32::from(byte as i8));
+        std::array::from_fn(|i| {
+            let w = w[i].to_le_bytes().map(i32::from);
+            acc[i].wrapping_add((w[0] * x[0] + w[1] * x[1] + w[2] * x[2] + w[3] * x[3]) as u32)
+        })
+    }
+    unsafe fn to_f32(x: [u32; 16]) -> [f32; 16] {
+        x.map(|x| x as i32 as f32)
+    }
+    unsafe fn load_f16(from: *const u8) -> [f32; 16] {
+        unsafe { from.cast::<[u16; 16]>().read_unaligned() }.map(crate::bf16::widen_f16)
+    }
+    unsafe fn load_u8(from: *const u8) -> [f32; 16] {
+        unsafe { from.cast::<[u8; 16]>().read() }.map(f32::from)
+    }
+    unsafe fn load_i8(from: *const u8) -> [f32; 16] {
+        unsafe { from.cast::<[i8; 16]>().read() }.map(f32::from)
     }
     unsafe fn sum(x: [f32; 16]) -> f32 {
         crate::reference::tree(x)

@@ -11,8 +11,8 @@ use std::ops::Range;
 
 use super::lanes::{Kernel, Lanes};
 use super::{Out, put};
-use crate::packed::{PANEL, STEP};
-use crate::{Packed, bf16};
+use crate::bf16;
+use crate::packed::{PANEL, Run, STEP};
 
 /// Steps per block: 32 KiB of a panel, which stays in L1 while all row tiles pass over it.
 const BLOCK_STEPS: usize = 128;
@@ -279,12 +279,14 @@ fn widens<D: Dot>(rows: usize) -> bool {
 
 /// Some panels of y = x · Wᵀ.
 pub(crate) struct Matmul<'a, D> {
-    pub(crate) w: &'a Packed,
+    pub(crate) w: &'a Run,
     /// As `Inputs` leaves it.
     pub(crate) x: &'a [u32],
     pub(crate) rows: usize,
     pub(crate) pieces: &'a [Vec<Range<usize>>],
+    /// The run's first output of the first row.
     pub(crate) y: Out<f32>,
+    pub(crate) y_stride: usize,
     pub(crate) panels: Range<usize>,
     pub(crate) dot: PhantomData<D>,
 }
@@ -384,7 +386,7 @@ impl<D: Dot> Matmul<'_, D> {
         unsafe {
             let width = PANEL.min(self.w.rows() - panel * PANEL);
             for r in 0..rows {
-                let y = self.y.at((row + r) * self.w.rows() + panel * PANEL);
+                let y = self.y.at((row + r) * self.y_stride + panel * PANEL);
                 for i in (0..width).step_by(16) {
                     put::<L>(y, i, width, L::load(sums.add(r * PANEL + i)));
                 }
@@ -461,7 +463,7 @@ unsafe fn round<L: Lanes, D: Dot>(x: *const f32, len: usize, to: *mut u32) {
 
 /// Sixteen outputs of a row of k, transposed into a panel.
 pub(crate) struct Pack<'a> {
-    pub(crate) packed: &'a Packed,
+    pub(crate) packed: &'a Run,
     /// (16, pairs of k)
     pub(crate) rows: &'a [u32],
     pub(crate) panel: usize,

@@ -1,5 +1,7 @@
 //! Every fast path equals the reference bit for bit, whatever the instruction set, thread count, batch or chunk.
 
+mod quantized;
+
 use baton_core::Rng;
 use baton_core::arena::{Arena, BlockLayout, KvDtype};
 use proptest::prelude::*;
@@ -87,7 +89,7 @@ fn ranks_together_multiply_as_one() {
             for world in [1, 2, 4, 8] {
                 let of = |rank| {
                     let segments = Segments::of(k, rank, world);
-                    let columns = segments.columns();
+                    let columns = segments.columns(2);
                     let cut = |values: &[f32]| -> Vec<f32> {
                         values.chunks_exact(k).flat_map(|row| &row[columns.clone()]).copied().collect()
                     };
@@ -117,7 +119,7 @@ fn the_reference_multiplies() {
     let (w, x) = (pack(&cpu, &numbers(1, n * k), n, k), numbers(2, rows * k));
     for profile in PROFILES {
         for (i, y) in reference_matmul(profile, &x, &w, true).into_iter().enumerate() {
-            let product = |j: usize| bf16::rounded(x[i / n * k + j]) as f64 * bf16::widen(w.at(i % n, j)) as f64;
+            let product = |j: usize| bf16::rounded(x[i / n * k + j]) as f64 * w.value(i % n, j) as f64;
             let exact: f64 = (0..k).map(product).sum();
             assert!((y as f64 - exact).abs() < 1e-5, "{profile} {y} {exact}");
         }
@@ -237,7 +239,7 @@ proptest! {
             let cpu = device(2, profile);
             let (weights, x) = (numbers(1, n * k), numbers(2, rows * k));
             let sums: Vec<Vec<f32>> = (0..SEGMENTS).map(|index| {
-                let cols = Segments::of(k, index, SEGMENTS).columns();
+                let cols = Segments::of(k, index, SEGMENTS).columns(2);
                 let slice = |rows: &[f32]| rows.chunks(k).flat_map(|row| row[cols.clone()].to_vec()).collect::<Vec<f32>>();
                 matmul(&cpu, &slice(&x), &pack(&cpu, &slice(&weights), n, cols.len()), false)
             }).collect();

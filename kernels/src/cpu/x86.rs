@@ -5,28 +5,37 @@ use std::arch::x86_64::*;
 use super::lanes::{Kernel, Lanes};
 
 pub(crate) struct Avx512;
+pub(crate) struct Avx512Vnni;
 pub(crate) struct Avx512Bf16;
 pub(crate) struct Avx2;
 
 /// # Safety
-/// The machine has AVX-512 F, BW, DQ, VL and BF16; the kernel's pointers are valid.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,bmi2")]
+/// The machine has AVX-512 F, BW, DQ, VL, VNNI and BF16; the kernel's pointers are valid.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma,bmi2,f16c")]
 pub(crate) unsafe fn launch_avx512bf16<K: Kernel>(kernel: K) -> K::Output {
     // SAFETY: the caller's.
     unsafe { kernel.run::<Avx512Bf16>() }
 }
 
 /// # Safety
+/// The machine has AVX-512 F, BW, DQ, VL and VNNI; the kernel's pointers are valid.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,bmi2,f16c")]
+pub(crate) unsafe fn launch_avx512vnni<K: Kernel>(kernel: K) -> K::Output {
+    // SAFETY: the caller's.
+    unsafe { kernel.run::<Avx512Vnni>() }
+}
+
+/// # Safety
 /// The machine has AVX-512 F, BW, DQ and VL; the kernel's pointers are valid.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2,f16c")]
 pub(crate) unsafe fn launch_avx512<K: Kernel>(kernel: K) -> K::Output {
     // SAFETY: the caller's.
     unsafe { kernel.run::<Avx512>() }
 }
 
 /// # Safety
-/// The machine has AVX2 and FMA; the kernel's pointers are valid.
-#[target_feature(enable = "avx2,fma,bmi2")]
+/// The machine has AVX2, FMA and F16C; the kernel's pointers are valid.
+#[target_feature(enable = "avx2,fma,bmi2,f16c")]
 pub(crate) unsafe fn launch_avx2<K: Kernel>(kernel: K) -> K::Output {
     // SAFETY: the caller's.
     unsafe { kernel.run::<Avx2>() }
@@ -43,10 +52,11 @@ macro_rules! fold_256 {
 }
 
 macro_rules! avx512_lanes {
-    ($name:ident, $dot:expr) => {
+    ($name:ident, $dot:expr, $dot_bytes:expr) => {
         // SAFETY (of each block): the trait's contract.
         impl Lanes for $name {
             type F = __m512;
+            type I = __m512i;
             const WIDE: bool = true;
 
             #[inline(always)]
@@ -157,6 +167,50 @@ macro_rules! avx512_lanes {
                 unsafe { transpose_512(from, to) }
             }
             #[inline(always)]
+            unsafe fn words(x: u32) -> __m512i {
+                unsafe { _mm512_set1_epi32(x as i32) }
+            }
+            #[inline(always)]
+            unsafe fn load_words(from: *const u8) -> __m512i {
+                unsafe { _mm512_loadu_si512(from.cast()) }
+            }
+            #[inline(always)]
+            unsafe fn and(a: __m512i, b: __m512i) -> __m512i {
+                unsafe { _mm512_and_si512(a, b) }
+            }
+            #[inline(always)]
+            unsafe fn or(a: __m512i, b: __m512i) -> __m512i {
+                unsafe { _mm512_or_si512(a, b) }
+            }
+            #[inline(always)]
+            unsafe fn shift_right(x: __m512i, by: u32) -> __m512i {
+                unsafe { _mm512_srlv_epi32(x, _mm512_set1_epi32(by as i32)) }
+            }
+            #[inline(always)]
+            unsafe fn shift_left(x: __m512i, by: u32) -> __m512i {
+                unsafe { _mm512_sllv_epi32(x, _mm512_set1_epi32(by as i32)) }
+            }
+            #[inline(always)]
+            unsafe fn dot_bytes(acc: __m512i, w: __m512i, x: u32) -> __m512i {
+                unsafe { $dot_bytes(acc, w, x) }
+            }
+            #[inline(always)]
+            unsafe fn to_f32(x: __m512i) -> __m512 {
+                unsafe { _mm512_cvtepi32_ps(x) }
+            }
+            #[inline(always)]
+            unsafe fn load_f16(from: *const u8) -> __m512 {
+                unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) }
+            }
+            #[inline(always)]
+            unsafe fn load_u8(from: *const u8) -> __m512 {
+                unsafe { _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()))) }
+            }
+            #[inline(always)]
+            unsafe fn load_i8(from: *const u8) -> __m512 {
+                unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast()))) }
+            }
+            #[inline(always)]
             unsafe fn prefetch(line: *const u8) {
                 unsafe { _mm_prefetch::<_MM_HINT_T1>(line.cast()) }
             }
@@ -186,8 +240,28 @@ macro_rules! avx512_lanes {
     };
 }
 
-avx512_lanes!(Avx512, dot_lanes);
-avx512_lanes!(Avx512Bf16, dot_512);
+avx512_lanes!(Avx512, dot_lanes, dot_bytes_512);
+avx512_lanes!(Avx512Vnni, dot_lanes, dot_vnni);
+avx512_lanes!(Avx512Bf16, dot_512, dot_vnni);
+
+#[inline(always)]
+unsafe fn dot_vnni(acc: __m512i, w: __m512i, x: u32) -> __m512i {
+    // SAFETY: the trait's contract.
+    unsafe { _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(x as i32)) }
+}
+
+/// Even and odd bytes as 16-bit numbers: `vpmaddubsw` would saturate.
+#[inline(always)]
+unsafe fn dot_bytes_512(acc: __m512i, w: __m512i, x: u32) -> __m512i {
+    // SAFETY: the trait's contract.
+    unsafe {
+        let x = _mm512_set1_epi32(x as i32);
+        let (w_even, w_odd) = (_mm512_and_si512(w, _mm512_set1_epi16(0xff)), _mm512_srli_epi16::<8>(w));
+        let (x_even, x_odd) = (_mm512_srai_epi16::<8>(_mm512_slli_epi16::<8>(x)), _mm512_srai_epi16::<8>(x));
+        let products = _mm512_add_epi32(_mm512_madd_epi16(w_even, x_even), _mm512_madd_epi16(w_odd, x_odd));
+        _mm512_add_epi32(acc, products)
+    }
+}
 
 #[inline(always)]
 unsafe fn dot_512(acc: __m512, w: *const u8, x: u32) -> __m512 {
@@ -248,6 +322,7 @@ macro_rules! both {
 // SAFETY (of each block): the trait's contract.
 impl Lanes for Avx2 {
     type F = [__m256; 2];
+    type I = [__m256i; 2];
     const WIDE: bool = false;
 
     #[inline(always)]
@@ -356,6 +431,70 @@ impl Lanes for Avx2 {
         unsafe { super::lanes::Scalar::transpose(from, to) }
     }
     #[inline(always)]
+    unsafe fn words(x: u32) -> [__m256i; 2] {
+        unsafe { [_mm256_set1_epi32(x as i32); 2] }
+    }
+    #[inline(always)]
+    unsafe fn load_words(from: *const u8) -> [__m256i; 2] {
+        unsafe { [_mm256_loadu_si256(from.cast()), _mm256_loadu_si256(from.add(32).cast())] }
+    }
+    #[inline(always)]
+    unsafe fn and(a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
+        unsafe { both!(_mm256_and_si256(a, b)) }
+    }
+    #[inline(always)]
+    unsafe fn or(a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
+        unsafe { both!(_mm256_or_si256(a, b)) }
+    }
+    #[inline(always)]
+    unsafe fn shift_right(x: [__m256i; 2], by: u32) -> [__m256i; 2] {
+        unsafe {
+            let by = [_mm256_set1_epi32(by as i32); 2];
+            both!(_mm256_srlv_epi32(x, by))
+        }
+    }
+    #[inline(always)]
+    unsafe fn shift_left(x: [__m256i; 2], by: u32) -> [__m256i; 2] {
+        unsafe {
+            let by = [_mm256_set1_epi32(by as i32); 2];
+            both!(_mm256_sllv_epi32(x, by))
+        }
+    }
+    #[inline(always)]
+    unsafe fn dot_bytes(acc: [__m256i; 2], w: [__m256i; 2], x: u32) -> [__m256i; 2] {
+        unsafe {
+            let x = [_mm256_set1_epi32(x as i32); 2];
+            both!(dot_bytes_256(acc, w, x))
+        }
+    }
+    #[inline(always)]
+    unsafe fn to_f32(x: [__m256i; 2]) -> [__m256; 2] {
+        unsafe { both!(_mm256_cvtepi32_ps(x)) }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(from: *const u8) -> [__m256; 2] {
+        unsafe {
+            let halves = [_mm_loadu_si128(from.cast()), _mm_loadu_si128(from.add(16).cast())];
+            both!(_mm256_cvtph_ps(halves))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_u8(from: *const u8) -> [__m256; 2] {
+        unsafe {
+            let bytes = [_mm_loadl_epi64(from.cast()), _mm_loadl_epi64(from.add(8).cast())];
+            let words = both!(_mm256_cvtepu8_epi32(bytes));
+            both!(_mm256_cvtepi32_ps(words))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_i8(from: *const u8) -> [__m256; 2] {
+        unsafe {
+            let bytes = [_mm_loadl_epi64(from.cast()), _mm_loadl_epi64(from.add(8).cast())];
+            let words = both!(_mm256_cvtepi8_epi32(bytes));
+            both!(_mm256_cvtepi32_ps(words))
+        }
+    }
+    #[inline(always)]
     unsafe fn prefetch(line: *const u8) {
         unsafe { _mm_prefetch::<_MM_HINT_T1>(line.cast()) }
     }
@@ -370,6 +509,16 @@ impl Lanes for Avx2 {
 }
 
 // SAFETY (of the helpers below): as for the trait's functions that call them.
+#[inline(always)]
+unsafe fn dot_bytes_256(acc: __m256i, w: __m256i, x: __m256i) -> __m256i {
+    unsafe {
+        let (w_even, w_odd) = (_mm256_and_si256(w, _mm256_set1_epi16(0xff)), _mm256_srli_epi16::<8>(w));
+        let (x_even, x_odd) = (_mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(x)), _mm256_srai_epi16::<8>(x));
+        let products = _mm256_add_epi32(_mm256_madd_epi16(w_even, x_even), _mm256_madd_epi16(w_odd, x_odd));
+        _mm256_add_epi32(acc, products)
+    }
+}
+
 #[inline(always)]
 unsafe fn power_of_two_256(t: __m256) -> __m256 {
     unsafe {

@@ -88,7 +88,7 @@ impl Gpu {
         let inputs = parts.first().map_or(0, |part| part.cols);
         for part in parts {
             assert_eq!(part.cols, inputs, "parts of one matrix differ in width");
-            assert_eq!(part.bytes.len(), part.rows * inputs * part.dtype.bytes(), "bytes do not fit the shape");
+            assert_eq!(part.bytes.len(), part.rows * inputs * part.dtype.unit_bytes(), "bytes do not fit the shape");
         }
         let outputs = parts.iter().map(|part| part.rows).sum::<usize>();
         let depth = inputs.next_multiple_of(DEPTH_UNIT);
