@@ -36,6 +36,8 @@ pub fn all(gpu: &Gpu, extent: Extent, seed: u64) -> Result<Vec<Check>, GpuError>
     checker.matmul(&[1, 3, 16, 17, 64, 65, 130], 70, 200)?;
     checker.matmul(&[2, 20, 90], 33, 64)?;
     checker.matmul(&[4], 40, 1000)?;
+    // What Hopper's own kernels take.
+    checker.matmul(&[1, 20, 70], 64, 512)?;
     let shapes = [(4, 2, 16, None), (6, 2, 32, Some(40)), (8, 1, 64, None), (5, 5, 96, Some(64)), (20, 1, 128, None)];
     for (heads, kv_heads, head_dim, window) in shapes {
         checker.attention(Heads { heads, kv_heads, head_dim }, window, &[(37, 0), (1, 70), (9, 100), (1, 0)])?;
