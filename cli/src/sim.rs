@@ -40,12 +40,34 @@ struct RunFlags {
     /// Everything of a run follows from it: hosts, requests, faults
     #[arg(long, value_name = "N", required_unless_present = "plan")]
     seed: Option<u64>,
-    /// Which faults are drawn: swarm, calm, network, crash, disk, handoff
+    /// Which faults are drawn: swarm, calm, network, crash, disk, operator, handoff
     #[arg(long, value_name = "NAME", default_value = "swarm")]
     profile: String,
     /// Run a saved plan instead
     #[arg(long, value_name = "FILE", conflicts_with = "seed")]
     plan: Option<PathBuf>,
+    #[command(flatten)]
+    bug: BugFlag,
+}
+
+/// A bug on purpose.
+#[derive(Args, Clone, Debug)]
+struct BugFlag {
+    /// With this bug on purpose (only in a build with the feature `planted`)
+    #[arg(long, value_name = "NAME")]
+    bug: Option<String>,
+}
+
+impl BugFlag {
+    /// Puts it into this process.
+    fn plant(&self) -> Result<(), Failure> {
+        self.bug.iter().try_for_each(|name| baton_sim::planted::plant(name)).map_err(Failure::refused)
+    }
+
+    /// The flag that names it again.
+    fn again(&self) -> String {
+        self.bug.as_ref().map_or_else(String::new, |name| format!(" --bug {name}"))
+    }
 }
 
 /// Run seeds; a failing one is printed with the command that repeats it.
@@ -60,7 +82,7 @@ pub(crate) struct FaultsFlags {
     /// Seeds from A up to, not including, B
     #[arg(long, value_name = "A..B", conflicts_with = "plan")]
     seeds: Option<Seeds>,
-    /// Which faults are drawn: swarm, calm, network, crash, disk, handoff
+    /// Which faults are drawn: swarm, calm, network, crash, disk, operator, handoff
     #[arg(long, value_name = "NAME", default_value = "swarm")]
     profile: String,
     /// Run a saved plan; - reads it from the standard input
@@ -78,6 +100,8 @@ pub(crate) struct FaultsFlags {
     /// Print each run's report as one JSON object
     #[arg(long)]
     reports: bool,
+    #[command(flatten)]
+    bug: BugFlag,
     /// Print figures as JSON, an object a line
     #[arg(long)]
     json: bool,
@@ -198,8 +222,8 @@ impl RunFlags {
     /// The flags that name this run again.
     fn again(&self) -> String {
         match (&self.plan, self.seed) {
-            (None, Some(seed)) => format!("--seed {seed} --profile {}", self.profile),
-            (plan, _) => format!("--plan {}", plan.clone().unwrap_or_default().display()),
+            (None, Some(seed)) => format!("--seed {seed} --profile {}{}", self.profile, self.bug.again()),
+            (plan, _) => format!("--plan {}{}", plan.clone().unwrap_or_default().display(), self.bug.again()),
         }
     }
 }
@@ -214,6 +238,7 @@ fn range(seed: Option<u64>, seeds: Option<Seeds>) -> Range<u64> {
 
 fn faults(flags: FaultsFlags) -> Result<(), Failure> {
     let (profile, since) = (profile(&flags.profile)?, Instant::now());
+    flags.bug.plant()?;
     if let Some(path) = &flags.plan {
         let report = baton_sim::run(&read(path)?);
         tell(&flags, &report, &format!("--plan {}", path.display()));
@@ -239,7 +264,7 @@ fn faults(flags: FaultsFlags) -> Result<(), Failure> {
                     if seed >= seeds.end || until.is_some_and(|until| Instant::now() >= until) {
                         return;
                     }
-                    let result = apart(&Plan::draw(seed, &profile));
+                    let result = apart(&Plan::draw(seed, &profile), &flags.bug);
                     let fails = result.as_ref().map_or(true, |report| report.violation.is_some());
                     ran.fetch_add(1, Ordering::Relaxed);
                     failed.fetch_add(u64::from(fails), Ordering::Relaxed);
@@ -256,10 +281,11 @@ fn faults(flags: FaultsFlags) -> Result<(), Failure> {
 }
 
 /// Runs a plan in a process of its own: what one run leaves behind in its process must not reach the next.
-fn apart(plan: &Plan) -> Result<Report, Failure> {
+fn apart(plan: &Plan, bug: &BugFlag) -> Result<Report, Failure> {
     let binary = std::env::current_exe().context("find this binary")?;
     let mut child = Command::new(binary)
         .args(["--log", "off", "sim", "faults", "--reports", "--plan", "-"])
+        .args(bug.bug.iter().flat_map(|name| ["--bug", name]))
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
@@ -274,6 +300,7 @@ fn apart(plan: &Plan) -> Result<Report, Failure> {
 
 /// Prints what a run's report says: all of it if asked for, else what failed.
 fn tell(flags: &FaultsFlags, report: &Report, again: &str) {
+    let again = format!("{again}{}", flags.bug.again());
     if flags.reports {
         println!("{}", serde_json::to_string(report).expect("a report is plain data"));
     } else if report.violation.is_some() {
@@ -344,7 +371,8 @@ fn sorted(reports: &str) -> Vec<String> {
 
 fn shrink(flags: ShrinkFlags) -> Result<(), Failure> {
     let (plan, since) = (flags.run.plan()?, Instant::now());
-    let Some(shrunk) = baton_sim::shrink::shrink(&plan, apart)? else {
+    flags.run.bug.plant()?;
+    let Some(shrunk) = baton_sim::shrink::shrink(&plan, |plan| apart(plan, &flags.run.bug))? else {
         return Err(Failure::refuse(format!("{} does not fail: nothing to make smaller", flags.run.again())));
     };
     let (before, after) = (plan.faults.len(), shrunk.plan.faults.len());
@@ -353,12 +381,14 @@ fn shrink(flags: ShrinkFlags) -> Result<(), Failure> {
     println!("{}", shrunk.plan.text());
     if let Some(path) = &flags.save {
         save(path, &shrunk.plan)?;
-        println!("repeat: baton sim faults --plan {0}\nread:   baton sim show --plan {0}", path.display());
+        let again = format!("--plan {}{}", path.display(), flags.run.bug.again());
+        println!("repeat: baton sim faults {again}\nread:   baton sim show {again}");
     }
     Ok(())
 }
 
 fn show(flags: ShowFlags) -> Result<(), Failure> {
+    flags.run.bug.plant()?;
     let report = baton_sim::run_with(&flags.run.plan()?, flags.network);
     print!("{}", baton_sim::show::text(&report));
     if let Some(path) = &flags.html {
@@ -373,9 +403,11 @@ fn show(flags: ShowFlags) -> Result<(), Failure> {
 
 fn planted(flags: PlantedFlags) -> Result<(), Failure> {
     let profile = profile(&flags.profile)?;
+    baton_sim::planted::possible().map_err(Failure::refused)?;
     let mut missed = 0;
     for bug in Bug::ALL.iter().filter(|bug| format!("{bug:?}").contains(&flags.only)) {
-        let hunt = baton_sim::planted::hunt(*bug, &profile, flags.seeds).map_err(Failure::refused)?;
+        let flag = BugFlag { bug: Some(format!("{bug:?}")) };
+        let hunt = baton_sim::planted::hunt(&profile, flags.seeds, |plan| apart(plan, &flag))?;
         missed += usize::from(hunt.found.is_none());
         match (flags.json, hunt.found) {
             (true, found) => {

@@ -1,5 +1,5 @@
 //! A look at a running coordinator from inside its process: what it holds and who it says leads. For checks that compare
-//! nodes; it changes nothing and asks nobody.
+//! nodes; it changes nothing in the ledger and asks nobody.
 
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
@@ -61,6 +61,13 @@ impl Observer {
         let node = self.node()?;
         let ledger = node.ledger();
         Some((ledger.index(), state::hash(&ledger)))
+    }
+
+    /// Makes the node save its ledger, as it does when its log has become long.
+    pub fn ask_to_save(&self) {
+        if let Some(node) = self.node() {
+            node.ask_to_save();
+        }
     }
 
     /// A copy of the ledger.

@@ -11,6 +11,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use baton_core::planted::{self, Bug};
 use baton_core::{Arena, BlockHash, BlockId, BlockLayout, Refused};
 
 use crate::journal::{Changes, Journal, Mark};
@@ -167,6 +168,19 @@ impl Cache {
         CacheStats { total, free, used, in_flight: places.in_flight, cached, evictions: places.evictions }
     }
 
+    /// Counts every block anew and compares with what the lists say. For checks: it takes as long as there are blocks.
+    ///
+    /// # Errors
+    /// What does not fit.
+    pub fn audit(&self) -> Result<(), String> {
+        lock(&self.inner.places).audit()
+    }
+
+    /// The blocks that have a name, with it, in order of the name. For checks that compare their bytes.
+    pub fn named(&self) -> Vec<(BlockHash, u32)> {
+        lock(&self.inner.places).index.iter().map(|(hash, index)| (*hash, *index)).collect()
+    }
+
     fn wake(&self) {
         if let Some(waker) = &*lock(&self.inner.freed) {
             waker();
@@ -182,6 +196,38 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Places {
     fn id(&self, index: u32) -> BlockId {
         BlockId { index, generation: self.all[index as usize].generation }
+    }
+
+    fn audit(&self) -> Result<(), String> {
+        let free: BTreeSet<u32> = self.free.iter().copied().collect();
+        if free.len() != self.free.len() {
+            return Err(format!("{} blocks are free more than once", self.free.len() - free.len()));
+        }
+        let mut reserved = 0;
+        let (mut listed, mut named) = (0, 0);
+        for (index, place) in (0u32..).zip(&self.all) {
+            let (is_free, is_cached, name) = match place.state {
+                State::Free => (true, false, None),
+                State::Reserved => (false, false, None),
+                State::Held { hash, .. } => (false, false, hash),
+                State::Cached { hash, since } => (false, self.lru.get(&since) == Some(&index), Some(hash)),
+            };
+            reserved += usize::from(matches!(place.state, State::Reserved));
+            listed += usize::from(is_cached);
+            named += usize::from(name.is_some());
+            if free.contains(&index) != is_free {
+                return Err(format!("block {index} is {:?}, and the list of free blocks differs", place.state));
+            }
+            if name.is_some_and(|name| self.index.get(&name) != Some(&index)) {
+                return Err(format!("block {index} is {:?}, and its name leads elsewhere", place.state));
+            }
+        }
+        let counts = (reserved, listed, named);
+        let lists = (self.in_flight, self.lru.len(), self.index.len());
+        match counts == lists {
+            true => Ok(()),
+            false => Err(format!("(in flight, cached, named) are {counts:?}, and the lists say {lists:?}")),
+        }
     }
 
     /// Another guard on a held or cached block.
@@ -255,6 +301,9 @@ impl Places {
     }
 
     fn abandon(&mut self, index: u32) {
+        if planted::is(Bug::FreeTwice) {
+            self.free.push(index);
+        }
         self.all[index as usize].state = State::Free;
         self.free.push(index);
         self.in_flight -= 1;

@@ -58,6 +58,12 @@ pub enum What {
     Flips { host: String, count: u64 },
     /// An operator drains the worker; it is started again at the end.
     Drain { host: String },
+    /// The worker is another version, whose arithmetic differs and says so; at the beginning and the end it starts anew.
+    Upgrade { host: String },
+    /// The coordinator saves its ledger, as it does when its log has become long.
+    Save { host: String },
+    /// The clients' tenant has limits; 0 is none.
+    Limit { requests_open: u64, requests_per_minute: u64 },
 }
 
 /// A plan that cannot be run.
@@ -118,9 +124,12 @@ impl What {
             | What::DiskSlow { host, .. }
             | What::Hang { host }
             | What::Flips { host, .. }
-            | What::Drain { host } => vec![host],
+            | What::Drain { host }
+            | What::Upgrade { host }
+            | What::Save { host } => vec![host],
             What::Partition { a, b } | What::Hold { a, b } | What::Latency { a, b, .. } => vec![a, b],
             What::OneWay { from, to } => vec![from, to],
+            What::Limit { .. } => vec![],
         }
     }
 }
@@ -171,6 +180,9 @@ fn draw(rng: &mut baton_core::Rng, topology: &Topology, weights: &[(Weight, u64)
         Weight::Hang => What::Hang { host: one(rng, &workers)? },
         Weight::Flips => What::Flips { host: one(rng, &["prefill"])?, count: between(rng, 1, 6) },
         Weight::Drain => What::Drain { host: one(rng, &workers)? },
+        Weight::Upgrade => What::Upgrade { host: one(rng, &["prefill"])? },
+        Weight::Save => What::Save { host: one(rng, &["coordinator"])? },
+        Weight::Limit => What::Limit { requests_open: between(rng, 0, 4), requests_per_minute: between(rng, 1, 12) },
     };
     Some(Fault { at_ms, for_ms, what })
 }

@@ -20,11 +20,14 @@ pub enum Weight {
     Hang,
     Flips,
     Drain,
+    Upgrade,
+    Save,
+    Limit,
 }
 
 use Weight::{
-    CrashCoordinator, CrashGateway, CrashWorker, DiskFull, DiskSlow, Drain, Flips, Hang, Hold, Isolate, Latency,
-    Partition,
+    CrashCoordinator, CrashGateway, CrashWorker, DiskFull, DiskSlow, Drain, Flips, Hang, Hold, Isolate, Latency, Limit,
+    Partition, Save, Upgrade,
 };
 
 /// How faults are drawn.
@@ -63,6 +66,9 @@ const PROFILES: &[Profile] = &[
             (Hang, 2),
             (Flips, 3),
             (Drain, 1),
+            (Upgrade, 1),
+            (Save, 2),
+            (Limit, 2),
         ],
         left_out: 40,
     },
@@ -88,15 +94,32 @@ const PROFILES: &[Profile] = &[
         about: "coordinators' disks are slow, full, and lose what was not synced",
         faults_min: 2,
         faults_max: 8,
-        weights: &[(CrashCoordinator, 4), (DiskFull, 2), (DiskSlow, 3), (Isolate, 1)],
+        weights: &[(CrashCoordinator, 4), (DiskFull, 2), (DiskSlow, 3), (Isolate, 2), (Save, 2)],
         left_out: 0,
+    },
+    Profile {
+        name: "operator",
+        about: "drains, other versions, limits of tenants, saved ledgers, while coordinators and workers die",
+        faults_min: 2,
+        faults_max: 10,
+        weights: &[
+            (Drain, 2),
+            (Upgrade, 2),
+            (Limit, 4),
+            (Save, 2),
+            (CrashCoordinator, 4),
+            (CrashWorker, 2),
+            (CrashGateway, 2),
+            (Isolate, 2),
+        ],
+        left_out: 20,
     },
     Profile {
         name: "handoff",
         about: "workers die, hang and damage blocks in the middle of handoffs",
         faults_min: 2,
         faults_max: 10,
-        weights: &[(CrashWorker, 3), (Partition, 3), (Hold, 2), (Hang, 2), (Flips, 5), (Drain, 1)],
+        weights: &[(CrashWorker, 3), (Partition, 3), (Hold, 2), (Hang, 2), (Flips, 5), (Drain, 1), (Upgrade, 2)],
         left_out: 0,
     },
 ];

@@ -17,6 +17,7 @@ use turmoil::Sim;
 
 use crate::draw::{Purpose, seed_of};
 use crate::host::client::{End, Notes, Told};
+use crate::host::operator::Order;
 use crate::host::{World, client, coordinator, gateway, worker};
 use crate::invariant::{self, Invariant, Look};
 use crate::network::Network;
@@ -131,7 +132,7 @@ fn drive(plan: &Plan, world: &World, notes: &Notes) -> Option<Violation> {
         .tcp_capacity(1 << 16)
         .build();
     let (heal, healed) = watch::channel(false);
-    let (drains, orders) = mpsc::channel(64);
+    let (operator, orders) = mpsc::channel(64);
     add_hosts(&mut sim, world);
     sim.client(CLIENTS, client::run(world.clone(), notes.clone(), healed, orders));
     let mut drive = Drive {
@@ -139,7 +140,7 @@ fn drive(plan: &Plan, world: &World, notes: &Notes) -> Option<Violation> {
         world,
         notes,
         invariants: invariant::all(),
-        faults: Faults::new(plan, topology, drains),
+        faults: Faults::new(plan, topology, operator),
         restarts: Vec::new(),
         healed_at: None,
         steps: 0,
@@ -295,11 +296,11 @@ struct Faults {
     down: std::collections::BTreeMap<String, usize>,
     network: Network,
     servers: Vec<String>,
-    drains: mpsc::Sender<String>,
+    operator: mpsc::Sender<Order>,
 }
 
 impl Faults {
-    fn new(plan: &Plan, topology: &Topology, drains: mpsc::Sender<String>) -> Faults {
+    fn new(plan: &Plan, topology: &Topology, operator: mpsc::Sender<Order>) -> Faults {
         let count = plan.faults.len();
         Faults {
             faults: plan.faults.clone(),
@@ -308,7 +309,7 @@ impl Faults {
             down: Default::default(),
             network: Network::default(),
             servers: topology.servers(),
-            drains,
+            operator,
         }
     }
 
@@ -368,8 +369,19 @@ impl Faults {
             }
             What::Drain { host } => {
                 *self.down.entry(host.clone()).or_default() += 1;
-                // A full queue of orders: the operator has enough to do.
-                let _ = self.drains.try_send(host.clone());
+                self.order(Order::Drain(host.clone()));
+            }
+            What::Limit { requests_open, requests_per_minute } => {
+                self.order(Order::Limit { requests_open: *requests_open, requests_per_minute: *requests_per_minute });
+            }
+            What::Save { host } => {
+                if let Some(observer) = world.seen().coordinators.get(host) {
+                    observer.ask_to_save();
+                }
+            }
+            What::Upgrade { host } => {
+                world.seen().upgraded.insert(host.clone());
+                self.start_anew(sim, world, host);
             }
             What::Latency { a, b, ms } => {
                 sim.set_link_max_message_latency(a.as_str(), b.as_str(), Duration::from_millis(*ms));
@@ -386,6 +398,20 @@ impl Faults {
         }
     }
 
+    /// A full queue of orders: the operator has enough to do.
+    fn order(&self, order: Order) {
+        let _ = self.operator.try_send(order);
+    }
+
+    /// Ends the process and starts it again, unless a fault keeps it down.
+    fn start_anew(&self, sim: &mut Sim, world: &World, host: &str) {
+        stop(sim, world, host);
+        if !self.is_down(host) {
+            world.record.note(host, "is started again");
+            sim.bounce(host);
+        }
+    }
+
     fn end_one(&mut self, sim: &mut Sim, world: &World, what: &What) {
         match what {
             What::Crash { host, .. } | What::Drain { host } => {
@@ -396,6 +422,13 @@ impl Faults {
                     world.record.note(host, "is started again");
                     sim.bounce(host.as_str());
                 }
+            }
+            What::Upgrade { host } if !self.any_other(what) => {
+                world.seen().upgraded.remove(host);
+                self.start_anew(sim, world, host);
+            }
+            What::Limit { .. } if !self.any_other(what) => {
+                self.order(Order::Limit { requests_open: 0, requests_per_minute: 0 });
             }
             What::Latency { a, b, .. } if !self.any_other(what) => {
                 sim.set_link_max_message_latency(a.as_str(), b.as_str(), world.topology.latency_max);

@@ -210,6 +210,11 @@ impl Node {
         Some(Check { version: VERSION, index, hash })
     }
 
+    /// The ledger is to be saved soon, however long the log is.
+    pub(crate) fn ask_to_save(&self) {
+        self.log_bytes.store(LOG_BYTES_MAX, Ordering::Relaxed);
+    }
+
     /// Saves the ledger and drops the log before it when the entries since the last time are many bytes.
     pub(crate) async fn save_when_long(&self) {
         if self.log_bytes.load(Ordering::Relaxed) < LOG_BYTES_MAX {

@@ -2,12 +2,16 @@
 //! everything has healed and should be quiet.
 
 mod blocks;
+mod contents;
 mod ends_once;
 mod healed;
 mod leaders;
 mod ledgers;
+mod lives;
 mod own_disk;
+mod owners;
 mod quiet;
+mod quotas;
 mod same_bytes;
 mod typed_errors;
 
@@ -47,7 +51,11 @@ pub fn all() -> Vec<Box<dyn Invariant>> {
         Box::new(same_bytes::SameBytes::default()),
         Box::new(ends_once::EndsOnce),
         Box::new(typed_errors::TypedErrors::default()),
+        Box::new(owners::Owners::default()),
         Box::new(blocks::Blocks),
+        Box::new(contents::Contents::default()),
+        Box::new(lives::Lives::default()),
+        Box::new(quotas::Quotas::default()),
         Box::new(leaders::Leaders::default()),
         Box::new(ledgers::Ledgers::default()),
         Box::new(own_disk::OwnDisk::default()),
