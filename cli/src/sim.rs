@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::Context;
 use baton_core::planted::Bug;
-use baton_sim::{Plan, Profile, Report};
+use baton_sim::{Plan, Profile, Report, Violation, planted as hunting, scenario};
 use clap::{Args, Subcommand};
 use tokio::time::{Duration, Instant};
 
@@ -32,6 +32,8 @@ pub(crate) enum Sim {
     Show(ShowFlags),
     /// Find each bug on purpose (only in a build with the feature `planted`)
     Planted(PlantedFlags),
+    /// Run the kept plans; in a build with the feature `planted`, each once more with the bug that makes it fail
+    Scenarios(ScenariosFlags),
 }
 
 /// Which run.
@@ -61,7 +63,7 @@ struct BugFlag {
 impl BugFlag {
     /// Puts it into this process.
     fn plant(&self) -> Result<(), Failure> {
-        self.bug.iter().try_for_each(|name| baton_sim::planted::plant(name)).map_err(Failure::refused)
+        self.bug.iter().try_for_each(|name| hunting::plant(name)).map_err(Failure::refused)
     }
 
     /// The flag that names it again.
@@ -150,13 +152,24 @@ pub(crate) struct ShowFlags {
 /// Run seeds with one bug on purpose at a time until it is found.
 #[derive(Args, Debug)]
 pub(crate) struct PlantedFlags {
-    /// Which faults are drawn
-    #[arg(long, value_name = "NAME", default_value = "swarm")]
-    profile: String,
+    /// Which faults are drawn [default: for each bug the profile most likely to bring it out]
+    #[arg(long, value_name = "NAME")]
+    profile: Option<String>,
     /// Seeds to try for each bug
     #[arg(long, value_name = "N", default_value_t = 500)]
     seeds: u64,
     /// Only bugs whose name contains this
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    only: String,
+    /// Print figures as JSON, an object a line
+    #[arg(long)]
+    json: bool,
+}
+
+/// Run the failures that are kept by name: each must hold, and fail with its bug on purpose.
+#[derive(Args, Debug)]
+pub(crate) struct ScenariosFlags {
+    /// Only those whose name contains this
     #[arg(long, value_name = "TEXT", default_value = "")]
     only: String,
     /// Print figures as JSON, an object a line
@@ -189,6 +202,7 @@ pub(crate) fn run(sim: Sim) -> Result<(), Failure> {
         Sim::Shrink(flags) => shrink(flags),
         Sim::Show(flags) => show(flags),
         Sim::Planted(flags) => planted(flags),
+        Sim::Scenarios(flags) => scenarios(flags),
     }
 }
 
@@ -402,28 +416,74 @@ fn show(flags: ShowFlags) -> Result<(), Failure> {
 }
 
 fn planted(flags: PlantedFlags) -> Result<(), Failure> {
-    let profile = profile(&flags.profile)?;
-    baton_sim::planted::possible().map_err(Failure::refused)?;
+    flags.profile.as_ref().map_or(Ok(()), |name| profile(name).map(drop))?;
+    hunting::possible().map_err(Failure::refused)?;
+    let mut counts = Vec::new();
     let mut missed = 0;
     for bug in Bug::ALL.iter().filter(|bug| format!("{bug:?}").contains(&flags.only)) {
+        let profile = profile(flags.profile.as_deref().unwrap_or_else(|| hunting::profile_of(*bug)))?;
         let flag = BugFlag { bug: Some(format!("{bug:?}")) };
-        let hunt = baton_sim::planted::hunt(&profile, flags.seeds, |plan| apart(plan, &flag))?;
+        let hunt = hunting::hunt(&profile, flags.seeds, |plan| apart(plan, &flag))?;
         missed += usize::from(hunt.found.is_none());
+        counts.push(hunt.seeds);
         match (flags.json, hunt.found) {
             (true, found) => {
                 let name = format!("sim_planted_{bug:?}");
                 let figure = Figure { ok: found.is_some(), ..Figure::new(name, hunt.seeds as f64, "seeds") };
                 figure::print(&[Figure { target: Some(flags.seeds as f64), ..figure }]);
             }
-            (false, Some((seed, violation))) => {
-                println!("{:<16} seed {seed:<4} {}: {}", format!("{bug:?}"), violation.invariant, violation.what);
+            (false, Some((seed, Violation { invariant, what, .. }))) => {
+                println!("{:<18} {:<8} seed {seed:<4} {invariant}: {what}", format!("{bug:?}"), profile.name);
             }
-            (false, None) => println!("{:<16} not found in {} seeds", format!("{bug:?}"), hunt.seeds),
+            (false, None) => {
+                println!("{:<18} {:<8} not found in {} seeds", format!("{bug:?}"), profile.name, hunt.seeds);
+            }
         }
+    }
+    counts.sort_unstable();
+    match (counts.get(counts.len() / 2), flags.json) {
+        (None, _) => return Err(Failure::refuse(format!("no planted bug has {:?} in its name", flags.only))),
+        (Some(median), true) => figure::print(&[Figure::new("sim_planted_median", *median as f64, "seeds")]),
+        (Some(median), false) => println!("{} bugs, {missed} not found, median {median} seeds", counts.len()),
     }
     match missed {
         0 => Ok(()),
         _ => Err(anyhow::anyhow!("{missed} planted bugs were not found").into()),
+    }
+}
+
+fn scenarios(flags: ScenariosFlags) -> Result<(), Failure> {
+    let with_bugs = hunting::possible().is_ok();
+    let (mut ran, mut wrong) = (0, 0);
+    for scenario in scenario::ALL.iter().filter(|scenario| scenario.name.contains(&flags.only)) {
+        let plan = scenario.plan();
+        let mut verdicts = vec![("holds", apart(&plan, &BugFlag { bug: None })?.violation.is_none())];
+        if with_bugs {
+            let bug = BugFlag { bug: Some(format!("{:?}", scenario.bug)) };
+            verdicts.push(("fails with its bug", apart(&plan, &bug)?.violation.is_some()));
+        }
+        ran += 1;
+        wrong += u32::from(verdicts.iter().any(|(_, so)| !so));
+        if !flags.json {
+            let verdicts: Vec<String> =
+                verdicts.iter().map(|(what, so)| format!("{what}: {}", if *so { "yes" } else { "NO" })).collect();
+            println!("{:<45} {} ({})", scenario.name, verdicts.join(", "), scenario.about);
+        }
+    }
+    if flags.json {
+        figure::print(&[
+            Figure::new("sim_scenarios", f64::from(ran), "scenarios"),
+            Figure {
+                ok: wrong == 0,
+                target: Some(0.0),
+                ..Figure::new("sim_scenarios_wrong", f64::from(wrong), "scenarios")
+            },
+        ]);
+    }
+    match (ran, wrong) {
+        (0, _) => Err(Failure::refuse(format!("no kept run has {:?} in its name", flags.only))),
+        (_, 0) => Ok(()),
+        _ => Err(anyhow::anyhow!("{wrong} of {ran} kept runs are not as they should be").into()),
     }
 }
 

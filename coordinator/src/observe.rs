@@ -5,7 +5,8 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use baton_core::{NodeId, RequestId};
 
-use crate::raft::Node;
+use crate::log::{self, MemoryDisk};
+use crate::raft::{Node, term_of};
 use crate::state::{self, Ledger};
 
 /// Looks at one coordinator for as long as it runs. Clones look at the same one.
@@ -70,8 +71,26 @@ impl Observer {
         }
     }
 
-    /// A copy of the ledger.
-    pub fn ledger(&self) -> Option<Ledger> {
-        Some(self.node()?.ledger().clone())
+    /// Reads the ledger; entries wait meanwhile.
+    pub fn read<T>(&self, read: impl FnOnce(&Ledger) -> T) -> Option<T> {
+        Some(read(&self.node()?.ledger()))
+    }
+}
+
+/// What a loss of power would leave of a coordinator now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Durable {
+    /// Of its vote; 0 without one.
+    pub term: u64,
+    /// Of its last entry.
+    pub index: u64,
+}
+
+impl Durable {
+    /// None: there is nothing it could start from.
+    pub fn on(disk: &MemoryDisk) -> Option<Durable> {
+        let (vote, index) = log::durable(disk).ok()?;
+        let term = vote.map_or(Some(0), |vote| term_of(&vote))?;
+        Some(Durable { term, index })
     }
 }

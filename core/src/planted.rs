@@ -55,7 +55,7 @@ pub enum Bug {
     WrongName,
     /// A block that was given back is free twice.
     FreeTwice,
-    /// A prefill worker of another numerics class fills a decode worker's blocks.
+    /// Neither placement nor the link sees that a prefill worker computes otherwise than the decode worker.
     IgnoreNumerics,
     /// A gateway gives a request the name of one whose cancelling is still under way.
     SameHandle,

@@ -199,9 +199,9 @@ impl Places {
     }
 
     fn audit(&self) -> Result<(), String> {
-        let free: BTreeSet<u32> = self.free.iter().copied().collect();
-        if free.len() != self.free.len() {
-            return Err(format!("{} blocks are free more than once", self.free.len() - free.len()));
+        let mut free = vec![false; self.all.len()];
+        if let Some(twice) = self.free.iter().find(|index| std::mem::replace(&mut free[**index as usize], true)) {
+            return Err(format!("block {twice} is free more than once"));
         }
         let mut reserved = 0;
         let (mut listed, mut named) = (0, 0);
@@ -215,7 +215,7 @@ impl Places {
             reserved += usize::from(matches!(place.state, State::Reserved));
             listed += usize::from(is_cached);
             named += usize::from(name.is_some());
-            if free.contains(&index) != is_free {
+            if free[index as usize] != is_free {
                 return Err(format!("block {index} is {:?}, and the list of free blocks differs", place.state));
             }
             if name.is_some_and(|name| self.index.get(&name) != Some(&index)) {

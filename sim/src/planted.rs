@@ -14,6 +14,20 @@ pub struct Hunt {
     pub found: Option<(u64, Violation)>,
 }
 
+/// The profile whose faults are most likely to bring the bug out.
+pub fn profile_of(bug: Bug) -> &'static str {
+    match bug {
+        Bug::VoteNotDurable | Bug::EntryNotDurable | Bug::TornTailRefused | Bug::TruncateForgotten => "disk",
+        Bug::StreamsOutliveNode => "disk",
+        Bug::SnapshotForgets | Bug::RefillOnLead | Bug::QuotaUnchecked | Bug::IgnoreNumerics => "operator",
+        Bug::SkipChecksum | Bug::CommitEarly | Bug::FreeEarly => "handoff",
+        Bug::ResumeLosesToken | Bug::OrphansKept | Bug::SameLife | Bug::SkipLifeCheck | Bug::SilentEnd => "crash",
+        Bug::ApplyTwice | Bug::SkipEpochCheck => "network",
+        Bug::SameHandle => "calm",
+        _ => "swarm",
+    }
+}
+
 /// A bug that cannot be put in.
 #[derive(Debug, thiserror::Error)]
 pub enum NotPlanted {

@@ -11,6 +11,7 @@ pub enum Weight {
     CrashCoordinator,
     CrashWorker,
     CrashGateway,
+    CrashAmid,
     Partition,
     Isolate,
     Hold,
@@ -26,8 +27,8 @@ pub enum Weight {
 }
 
 use Weight::{
-    CrashCoordinator, CrashGateway, CrashWorker, DiskFull, DiskSlow, Drain, Flips, Hang, Hold, Isolate, Latency, Limit,
-    Partition, Save, Upgrade,
+    CrashAmid, CrashCoordinator, CrashGateway, CrashWorker, DiskFull, DiskSlow, Drain, Flips, Hang, Hold, Isolate,
+    Latency, Limit, Partition, Save, Upgrade,
 };
 
 /// How faults are drawn.
@@ -57,6 +58,7 @@ const PROFILES: &[Profile] = &[
             (CrashCoordinator, 3),
             (CrashWorker, 4),
             (CrashGateway, 1),
+            (CrashAmid, 3),
             (Partition, 4),
             (Isolate, 2),
             (Hold, 2),
@@ -86,7 +88,7 @@ const PROFILES: &[Profile] = &[
         about: "processes die and come back",
         faults_min: 2,
         faults_max: 10,
-        weights: &[(CrashCoordinator, 3), (CrashWorker, 4), (CrashGateway, 1), (Drain, 1)],
+        weights: &[(CrashCoordinator, 3), (CrashWorker, 4), (CrashGateway, 1), (CrashAmid, 4), (Drain, 1)],
         left_out: 0,
     },
     Profile {
@@ -94,7 +96,7 @@ const PROFILES: &[Profile] = &[
         about: "coordinators' disks are slow, full, and lose what was not synced",
         faults_min: 2,
         faults_max: 8,
-        weights: &[(CrashCoordinator, 4), (DiskFull, 2), (DiskSlow, 3), (Isolate, 2), (Save, 2)],
+        weights: &[(CrashCoordinator, 3), (CrashAmid, 3), (DiskFull, 2), (DiskSlow, 3), (Isolate, 2), (Save, 2)],
         left_out: 0,
     },
     Profile {
@@ -119,7 +121,17 @@ const PROFILES: &[Profile] = &[
         about: "workers die, hang and damage blocks in the middle of handoffs",
         faults_min: 2,
         faults_max: 10,
-        weights: &[(CrashWorker, 3), (Partition, 3), (Hold, 2), (Hang, 2), (Flips, 5), (Drain, 1), (Upgrade, 2)],
+        weights: &[
+            (CrashWorker, 2),
+            (CrashAmid, 3),
+            (Partition, 3),
+            (Hold, 2),
+            (Latency, 3),
+            (Hang, 2),
+            (Flips, 5),
+            (Drain, 1),
+            (Upgrade, 2),
+        ],
         left_out: 0,
     },
 ];

@@ -281,6 +281,12 @@ impl Node {
     }
 }
 
+/// The term of a vote as the log holds it.
+pub(crate) fn term_of(vote: &[u8]) -> Option<u64> {
+    let vote: openraft::alias::VoteOf<types::Types> = wire::decode(vote).ok()?;
+    Some(vote.leader_id.term)
+}
+
 fn config(nodes: usize) -> Config {
     let config = Config {
         cluster_name: "baton".into(),

@@ -3,6 +3,7 @@
 
 mod blocks;
 mod contents;
+mod durable;
 mod ends_once;
 mod healed;
 mod leaders;
@@ -23,10 +24,19 @@ use crate::host::client::Told;
 /// What an invariant looks at.
 pub struct Look<'a> {
     pub now: Duration,
+    /// Looks before this one.
+    pub number: u64,
     pub world: &'a World,
     pub told: &'a [Told],
     /// Since when there are no faults any more.
     pub healed: Option<Duration>,
+}
+
+impl Look<'_> {
+    /// Whether it is the turn of what looks at one of so many, because it takes long.
+    pub fn is_one_of(&self, many: u64) -> bool {
+        self.number.is_multiple_of(many)
+    }
 }
 
 /// One property.
@@ -57,6 +67,7 @@ pub fn all() -> Vec<Box<dyn Invariant>> {
         Box::new(lives::Lives::default()),
         Box::new(quotas::Quotas::default()),
         Box::new(leaders::Leaders::default()),
+        Box::new(durable::OnDisks::default()),
         Box::new(ledgers::Ledgers::default()),
         Box::new(own_disk::OwnDisk::default()),
         Box::new(healed::Healed),

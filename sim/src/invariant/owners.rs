@@ -66,7 +66,7 @@ impl Invariant for Owners {
         for (host, observer) in &seen.coordinators {
             let Some(index) = observer.index() else { continue };
             if self.looked.insert(host.clone(), index) != Some(index) {
-                observer.ledger().map_or(Ok(()), |ledger| self.learn(&ledger))?;
+                observer.read(|ledger| self.learn(ledger)).unwrap_or(Ok(()))?;
             }
         }
         for (host, shell) in &seen.workers {

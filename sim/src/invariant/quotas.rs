@@ -70,7 +70,7 @@ impl Invariant for Quotas {
         for (host, observer) in &look.world.seen().coordinators {
             let Some(index) = observer.index() else { continue };
             if self.looked.insert(host.clone(), index) != Some(index) {
-                observer.ledger().map_or(Ok(()), |ledger| self.look(&ledger))?;
+                observer.read(|ledger| self.look(ledger)).unwrap_or(Ok(()))?;
             }
         }
         Ok(())
