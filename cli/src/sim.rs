@@ -1,7 +1,7 @@
 //! `baton sim`: the production code of a whole cluster in one process, on a simulated network and disk, under faults that
 //! follow from a seed.
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::ops::Range;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -294,6 +294,9 @@ fn faults(flags: FaultsFlags) -> Result<(), Failure> {
     end(&flags, ran.into_inner(), failed.into_inner(), since)
 }
 
+/// A run takes less than a second of its core. One that takes so long goes round in a circle.
+const STUCK: Duration = Duration::from_secs(180);
+
 /// Runs a plan in a process of its own: what one run leaves behind in its process must not reach the next.
 fn apart(plan: &Plan, bug: &BugFlag) -> Result<Report, Failure> {
     let binary = std::env::current_exe().context("find this binary")?;
@@ -308,8 +311,20 @@ fn apart(plan: &Plan, bug: &BugFlag) -> Result<Report, Failure> {
     let mut stdin = child.stdin.take().context("the run's standard input")?;
     stdin.write_all(plan.text().as_bytes()).context("hand the plan over")?;
     drop(stdin);
-    let output = child.wait_with_output().context("wait for the run")?;
-    serde_json::from_slice(&output.stdout).context("the run ended without a report").map_err(Failure::from)
+    let mut stdout = child.stdout.take().context("the run's standard output")?;
+    let (said, heard) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let mut text = Vec::new();
+        // Nobody listens any more where the run was stuck.
+        let _ = said.send(stdout.read_to_end(&mut text).map(|_| text));
+    });
+    let Ok(text) = heard.recv_timeout(STUCK) else {
+        child.kill().and_then(|()| child.wait()).context("end the run")?;
+        return Ok(Report::stuck(plan, STUCK));
+    };
+    child.wait().context("wait for the run")?;
+    let text = text.context("read the run's report")?;
+    serde_json::from_slice(&text).context("the run ended without a report").map_err(Failure::from)
 }
 
 /// Prints what a run's report says: all of it if asked for, else what failed.
@@ -458,8 +473,8 @@ fn scenarios(flags: ScenariosFlags) -> Result<(), Failure> {
     for scenario in scenario::ALL.iter().filter(|scenario| scenario.name.contains(&flags.only)) {
         let plan = scenario.plan();
         let mut verdicts = vec![("holds", apart(&plan, &BugFlag { bug: None })?.violation.is_none())];
-        if with_bugs {
-            let bug = BugFlag { bug: Some(format!("{:?}", scenario.bug)) };
+        if let Some(bug) = scenario.bug.filter(|_| with_bugs) {
+            let bug = BugFlag { bug: Some(format!("{bug:?}")) };
             verdicts.push(("fails with its bug", apart(&plan, &bug)?.violation.is_some()));
         }
         ran += 1;

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use baton_core::{NodeId, RequestId};
 
 use crate::log::{self, MemoryDisk};
-use crate::raft::{Node, term_of};
+use crate::raft::{Node, read_vote};
 use crate::state::{self, Ledger};
 
 /// Looks at one coordinator for as long as it runs. Clones look at the same one.
@@ -80,8 +80,9 @@ impl Observer {
 /// What a loss of power would leave of a coordinator now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Durable {
-    /// Of its vote; 0 without one.
-    pub term: u64,
+    /// Term and candidate it has voted for. Later votes are greater: of two candidates in a term the one with the larger
+    /// number may still be voted for.
+    pub vote: Option<(u64, NodeId)>,
     /// Of its last entry.
     pub index: u64,
 }
@@ -90,7 +91,6 @@ impl Durable {
     /// None: there is nothing it could start from.
     pub fn on(disk: &MemoryDisk) -> Option<Durable> {
         let (vote, index) = log::durable(disk).ok()?;
-        let term = vote.map_or(Some(0), |vote| term_of(&vote))?;
-        Some(Durable { term, index })
+        Some(Durable { vote: vote.and_then(|vote| read_vote(&vote)), index })
     }
 }

@@ -52,6 +52,14 @@ impl CacheStats {
     }
 }
 
+/// Blocks that a lookup would find.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Hits {
+    pub count: usize,
+    /// Of them, those that nobody holds: once they are taken, `reserve` cannot give them any more.
+    pub unheld: usize,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     Free,
@@ -116,10 +124,15 @@ impl Cache {
         Blocks { cache: self.clone(), ids }
     }
 
-    /// How many of `hashes`, from the first on, are held here. Takes nothing and touches no age.
-    pub fn hits(&self, hashes: &[BlockHash]) -> usize {
+    /// How many of `hashes`, from the first on, are here. Takes nothing and touches no age.
+    pub fn hits(&self, hashes: &[BlockHash]) -> Hits {
         let places = lock(&self.inner.places);
-        hashes.iter().take_while(|hash| places.index.contains_key(hash)).count()
+        let mut hits = Hits::default();
+        for index in hashes.iter().map_while(|hash| places.index.get(hash)) {
+            hits.count += 1;
+            hits.unheld += usize::from(matches!(places.all[*index as usize].state, State::Cached { .. }));
+        }
+        hits
     }
 
     /// Content names of all indexed blocks, at most `max`, in order of the name.

@@ -63,6 +63,25 @@ pub struct Report {
     pub lines: Vec<Line>,
 }
 
+impl Report {
+    /// Of a run that had to be ended from outside, because it went on without virtual time passing.
+    pub fn stuck(plan: &Plan, after: Duration) -> Report {
+        let what = format!("after {} s of real time something still goes on in no virtual time", after.as_secs());
+        Report {
+            seed: plan.seed,
+            profile: plan.profile.clone(),
+            hosts: Topology::draw(plan.seed).servers().len() + 1,
+            faults: plan.faults.len(),
+            virtual_ms: 0,
+            digest: String::new(),
+            network_events: 0,
+            requests: Requests::default(),
+            violation: Some(Violation { invariant: "L1 time passes".to_string(), at_ms: 0, what }),
+            lines: Vec::new(),
+        }
+    }
+}
+
 /// How the requests of a run ended.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Requests {

@@ -281,10 +281,10 @@ impl Node {
     }
 }
 
-/// The term of a vote as the log holds it.
-pub(crate) fn term_of(vote: &[u8]) -> Option<u64> {
+/// Term and candidate of a vote as the log holds it.
+pub(crate) fn read_vote(vote: &[u8]) -> Option<(u64, NodeId)> {
     let vote: openraft::alias::VoteOf<types::Types> = wire::decode(vote).ok()?;
-    Some(vote.leader_id.term)
+    Some((vote.leader_id.term, NodeId(vote.leader_id.node_id)))
 }
 
 fn config(nodes: usize) -> Config {

@@ -6,7 +6,6 @@ mod contents;
 mod durable;
 mod ends_once;
 mod healed;
-mod leaders;
 mod ledgers;
 mod lives;
 mod own_disk;
@@ -66,7 +65,6 @@ pub fn all() -> Vec<Box<dyn Invariant>> {
         Box::new(contents::Contents::default()),
         Box::new(lives::Lives::default()),
         Box::new(quotas::Quotas::default()),
-        Box::new(leaders::Leaders::default()),
         Box::new(durable::OnDisks::default()),
         Box::new(ledgers::Ledgers::default()),
         Box::new(own_disk::OwnDisk::default()),
