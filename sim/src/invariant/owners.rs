@@ -29,7 +29,7 @@ impl Owners {
                 let attempt = open.attempt;
                 return Err(format!("attempt {attempt} of {request} has the epochs {epoch} and {}", open.epoch));
             }
-            let life = |place: &baton_core::Place| (place.worker.0.clone(), place.incarnation);
+            let life = |place: &baton_core::Place| (place.worker.to_string(), place.incarnation);
             let lives = (life(&open.decode), open.prefill.as_ref().map(life));
             let first = self.assigned.entry((*request, epoch)).or_insert_with(|| lives.clone());
             if *first != lives {
