@@ -1,7 +1,7 @@
 //! `baton sim`: the production code of a whole cluster in one process, on a simulated network and disk, under faults that
 //! follow from a seed.
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::ops::Range;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::Context;
 use baton_core::planted::Bug;
-use baton_sim::{Plan, Profile, Report};
+use baton_sim::{Plan, Profile, Report, Violation, planted as hunting, scenario};
 use clap::{Args, Subcommand};
 use tokio::time::{Duration, Instant};
 
@@ -32,6 +32,8 @@ pub(crate) enum Sim {
     Show(ShowFlags),
     /// Find each bug on purpose (only in a build with the feature `planted`)
     Planted(PlantedFlags),
+    /// Run the kept plans; in a build with the feature `planted`, each once more with the bug that makes it fail
+    Scenarios(ScenariosFlags),
 }
 
 /// Which run.
@@ -40,12 +42,34 @@ struct RunFlags {
     /// Everything of a run follows from it: hosts, requests, faults
     #[arg(long, value_name = "N", required_unless_present = "plan")]
     seed: Option<u64>,
-    /// Which faults are drawn: swarm, calm, network, crash, disk, handoff
+    /// Which faults are drawn: swarm, calm, network, crash, disk, operator, handoff
     #[arg(long, value_name = "NAME", default_value = "swarm")]
     profile: String,
     /// Run a saved plan instead
     #[arg(long, value_name = "FILE", conflicts_with = "seed")]
     plan: Option<PathBuf>,
+    #[command(flatten)]
+    bug: BugFlag,
+}
+
+/// A bug on purpose.
+#[derive(Args, Clone, Debug)]
+struct BugFlag {
+    /// With this bug on purpose (only in a build with the feature `planted`)
+    #[arg(long, value_name = "NAME")]
+    bug: Option<String>,
+}
+
+impl BugFlag {
+    /// Puts it into this process.
+    fn plant(&self) -> Result<(), Failure> {
+        self.bug.iter().try_for_each(|name| hunting::plant(name)).map_err(Failure::refused)
+    }
+
+    /// The flag that names it again.
+    fn again(&self) -> String {
+        self.bug.as_ref().map_or_else(String::new, |name| format!(" --bug {name}"))
+    }
 }
 
 /// Run seeds; a failing one is printed with the command that repeats it.
@@ -60,7 +84,7 @@ pub(crate) struct FaultsFlags {
     /// Seeds from A up to, not including, B
     #[arg(long, value_name = "A..B", conflicts_with = "plan")]
     seeds: Option<Seeds>,
-    /// Which faults are drawn: swarm, calm, network, crash, disk, handoff
+    /// Which faults are drawn: swarm, calm, network, crash, disk, operator, handoff
     #[arg(long, value_name = "NAME", default_value = "swarm")]
     profile: String,
     /// Run a saved plan; - reads it from the standard input
@@ -78,6 +102,8 @@ pub(crate) struct FaultsFlags {
     /// Print each run's report as one JSON object
     #[arg(long)]
     reports: bool,
+    #[command(flatten)]
+    bug: BugFlag,
     /// Print figures as JSON, an object a line
     #[arg(long)]
     json: bool,
@@ -126,13 +152,24 @@ pub(crate) struct ShowFlags {
 /// Run seeds with one bug on purpose at a time until it is found.
 #[derive(Args, Debug)]
 pub(crate) struct PlantedFlags {
-    /// Which faults are drawn
-    #[arg(long, value_name = "NAME", default_value = "swarm")]
-    profile: String,
+    /// Which faults are drawn [default: for each bug the profile most likely to bring it out]
+    #[arg(long, value_name = "NAME")]
+    profile: Option<String>,
     /// Seeds to try for each bug
     #[arg(long, value_name = "N", default_value_t = 500)]
     seeds: u64,
     /// Only bugs whose name contains this
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    only: String,
+    /// Print figures as JSON, an object a line
+    #[arg(long)]
+    json: bool,
+}
+
+/// Run the failures that are kept by name: each must hold, and fail with its bug on purpose.
+#[derive(Args, Debug)]
+pub(crate) struct ScenariosFlags {
+    /// Only those whose name contains this
     #[arg(long, value_name = "TEXT", default_value = "")]
     only: String,
     /// Print figures as JSON, an object a line
@@ -165,6 +202,7 @@ pub(crate) fn run(sim: Sim) -> Result<(), Failure> {
         Sim::Shrink(flags) => shrink(flags),
         Sim::Show(flags) => show(flags),
         Sim::Planted(flags) => planted(flags),
+        Sim::Scenarios(flags) => scenarios(flags),
     }
 }
 
@@ -198,8 +236,8 @@ impl RunFlags {
     /// The flags that name this run again.
     fn again(&self) -> String {
         match (&self.plan, self.seed) {
-            (None, Some(seed)) => format!("--seed {seed} --profile {}", self.profile),
-            (plan, _) => format!("--plan {}", plan.clone().unwrap_or_default().display()),
+            (None, Some(seed)) => format!("--seed {seed} --profile {}{}", self.profile, self.bug.again()),
+            (plan, _) => format!("--plan {}{}", plan.clone().unwrap_or_default().display(), self.bug.again()),
         }
     }
 }
@@ -214,6 +252,7 @@ fn range(seed: Option<u64>, seeds: Option<Seeds>) -> Range<u64> {
 
 fn faults(flags: FaultsFlags) -> Result<(), Failure> {
     let (profile, since) = (profile(&flags.profile)?, Instant::now());
+    flags.bug.plant()?;
     if let Some(path) = &flags.plan {
         let report = baton_sim::run(&read(path)?);
         tell(&flags, &report, &format!("--plan {}", path.display()));
@@ -239,7 +278,7 @@ fn faults(flags: FaultsFlags) -> Result<(), Failure> {
                     if seed >= seeds.end || until.is_some_and(|until| Instant::now() >= until) {
                         return;
                     }
-                    let result = apart(&Plan::draw(seed, &profile));
+                    let result = apart(&Plan::draw(seed, &profile), &flags.bug);
                     let fails = result.as_ref().map_or(true, |report| report.violation.is_some());
                     ran.fetch_add(1, Ordering::Relaxed);
                     failed.fetch_add(u64::from(fails), Ordering::Relaxed);
@@ -255,11 +294,15 @@ fn faults(flags: FaultsFlags) -> Result<(), Failure> {
     end(&flags, ran.into_inner(), failed.into_inner(), since)
 }
 
+/// A run takes less than a second of its core. One that takes so long goes round in a circle.
+const STUCK: Duration = Duration::from_secs(180);
+
 /// Runs a plan in a process of its own: what one run leaves behind in its process must not reach the next.
-fn apart(plan: &Plan) -> Result<Report, Failure> {
+fn apart(plan: &Plan, bug: &BugFlag) -> Result<Report, Failure> {
     let binary = std::env::current_exe().context("find this binary")?;
     let mut child = Command::new(binary)
         .args(["--log", "off", "sim", "faults", "--reports", "--plan", "-"])
+        .args(bug.bug.iter().flat_map(|name| ["--bug", name]))
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
@@ -268,12 +311,25 @@ fn apart(plan: &Plan) -> Result<Report, Failure> {
     let mut stdin = child.stdin.take().context("the run's standard input")?;
     stdin.write_all(plan.text().as_bytes()).context("hand the plan over")?;
     drop(stdin);
-    let output = child.wait_with_output().context("wait for the run")?;
-    serde_json::from_slice(&output.stdout).context("the run ended without a report").map_err(Failure::from)
+    let mut stdout = child.stdout.take().context("the run's standard output")?;
+    let (said, heard) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let mut text = Vec::new();
+        // Nobody listens any more where the run was stuck.
+        let _ = said.send(stdout.read_to_end(&mut text).map(|_| text));
+    });
+    let Ok(text) = heard.recv_timeout(STUCK) else {
+        child.kill().and_then(|()| child.wait()).context("end the run")?;
+        return Ok(Report::stuck(plan, STUCK));
+    };
+    child.wait().context("wait for the run")?;
+    let text = text.context("read the run's report")?;
+    serde_json::from_slice(&text).context("the run ended without a report").map_err(Failure::from)
 }
 
 /// Prints what a run's report says: all of it if asked for, else what failed.
 fn tell(flags: &FaultsFlags, report: &Report, again: &str) {
+    let again = format!("{again}{}", flags.bug.again());
     if flags.reports {
         println!("{}", serde_json::to_string(report).expect("a report is plain data"));
     } else if report.violation.is_some() {
@@ -344,7 +400,8 @@ fn sorted(reports: &str) -> Vec<String> {
 
 fn shrink(flags: ShrinkFlags) -> Result<(), Failure> {
     let (plan, since) = (flags.run.plan()?, Instant::now());
-    let Some(shrunk) = baton_sim::shrink::shrink(&plan, apart)? else {
+    flags.run.bug.plant()?;
+    let Some(shrunk) = baton_sim::shrink::shrink(&plan, |plan| apart(plan, &flags.run.bug))? else {
         return Err(Failure::refuse(format!("{} does not fail: nothing to make smaller", flags.run.again())));
     };
     let (before, after) = (plan.faults.len(), shrunk.plan.faults.len());
@@ -353,12 +410,14 @@ fn shrink(flags: ShrinkFlags) -> Result<(), Failure> {
     println!("{}", shrunk.plan.text());
     if let Some(path) = &flags.save {
         save(path, &shrunk.plan)?;
-        println!("repeat: baton sim faults --plan {0}\nread:   baton sim show --plan {0}", path.display());
+        let again = format!("--plan {}{}", path.display(), flags.run.bug.again());
+        println!("repeat: baton sim faults {again}\nread:   baton sim show {again}");
     }
     Ok(())
 }
 
 fn show(flags: ShowFlags) -> Result<(), Failure> {
+    flags.run.bug.plant()?;
     let report = baton_sim::run_with(&flags.run.plan()?, flags.network);
     print!("{}", baton_sim::show::text(&report));
     if let Some(path) = &flags.html {
@@ -372,26 +431,74 @@ fn show(flags: ShowFlags) -> Result<(), Failure> {
 }
 
 fn planted(flags: PlantedFlags) -> Result<(), Failure> {
-    let profile = profile(&flags.profile)?;
+    flags.profile.as_ref().map_or(Ok(()), |name| profile(name).map(drop))?;
+    hunting::possible().map_err(Failure::refused)?;
+    let mut counts = Vec::new();
     let mut missed = 0;
     for bug in Bug::ALL.iter().filter(|bug| format!("{bug:?}").contains(&flags.only)) {
-        let hunt = baton_sim::planted::hunt(*bug, &profile, flags.seeds).map_err(Failure::refused)?;
+        let profile = profile(flags.profile.as_deref().unwrap_or_else(|| hunting::profile_of(*bug)))?;
+        let flag = BugFlag { bug: Some(format!("{bug:?}")) };
+        let hunt = hunting::hunt(&profile, flags.seeds, |plan| apart(plan, &flag))?;
         missed += usize::from(hunt.found.is_none());
+        counts.push(hunt.seeds);
         match (flags.json, hunt.found) {
             (true, found) => {
                 let name = format!("sim_planted_{bug:?}");
                 let figure = Figure { ok: found.is_some(), ..Figure::new(name, hunt.seeds as f64, "seeds") };
                 figure::print(&[Figure { target: Some(flags.seeds as f64), ..figure }]);
             }
-            (false, Some((seed, violation))) => {
-                println!("{:<16} seed {seed:<4} {}: {}", format!("{bug:?}"), violation.invariant, violation.what);
+            (false, Some((seed, Violation { invariant, what, .. }))) => {
+                println!("{:<18} {:<8} seed {seed:<4} {invariant}: {what}", format!("{bug:?}"), profile.name);
             }
-            (false, None) => println!("{:<16} not found in {} seeds", format!("{bug:?}"), hunt.seeds),
+            (false, None) => {
+                println!("{:<18} {:<8} not found in {} seeds", format!("{bug:?}"), profile.name, hunt.seeds);
+            }
         }
+    }
+    counts.sort_unstable();
+    match (counts.get(counts.len() / 2), flags.json) {
+        (None, _) => return Err(Failure::refuse(format!("no planted bug has {:?} in its name", flags.only))),
+        (Some(median), true) => figure::print(&[Figure::new("sim_planted_median", *median as f64, "seeds")]),
+        (Some(median), false) => println!("{} bugs, {missed} not found, median {median} seeds", counts.len()),
     }
     match missed {
         0 => Ok(()),
         _ => Err(anyhow::anyhow!("{missed} planted bugs were not found").into()),
+    }
+}
+
+fn scenarios(flags: ScenariosFlags) -> Result<(), Failure> {
+    let with_bugs = hunting::possible().is_ok();
+    let (mut ran, mut wrong) = (0, 0);
+    for scenario in scenario::ALL.iter().filter(|scenario| scenario.name.contains(&flags.only)) {
+        let plan = scenario.plan();
+        let mut verdicts = vec![("holds", apart(&plan, &BugFlag { bug: None })?.violation.is_none())];
+        if let Some(bug) = scenario.bug.filter(|_| with_bugs) {
+            let bug = BugFlag { bug: Some(format!("{bug:?}")) };
+            verdicts.push(("fails with its bug", apart(&plan, &bug)?.violation.is_some()));
+        }
+        ran += 1;
+        wrong += u32::from(verdicts.iter().any(|(_, so)| !so));
+        if !flags.json {
+            let verdicts: Vec<String> =
+                verdicts.iter().map(|(what, so)| format!("{what}: {}", if *so { "yes" } else { "NO" })).collect();
+            println!("{:<45} {} ({})", scenario.name, verdicts.join(", "), scenario.about);
+        }
+    }
+    if flags.json {
+        figure::print(&[
+            Figure::new("sim_scenarios", f64::from(ran), "scenarios"),
+            Figure {
+                ok: wrong == 0,
+                target: Some(0.0),
+                ..Figure::new("sim_scenarios_wrong", f64::from(wrong), "scenarios")
+            },
+        ]);
+    }
+    match (ran, wrong) {
+        (0, _) => Err(Failure::refuse(format!("no kept run has {:?} in its name", flags.only))),
+        (_, 0) => Ok(()),
+        _ => Err(anyhow::anyhow!("{wrong} of {ran} kept runs are not as they should be").into()),
     }
 }
 

@@ -1,11 +1,12 @@
 //! A look at a running coordinator from inside its process: what it holds and who it says leads. For checks that compare
-//! nodes; it changes nothing and asks nobody.
+//! nodes; it changes nothing in the ledger and asks nobody.
 
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use baton_core::{NodeId, RequestId};
 
-use crate::raft::Node;
+use crate::log::{self, MemoryDisk};
+use crate::raft::{Node, read_vote};
 use crate::state::{self, Ledger};
 
 /// Looks at one coordinator for as long as it runs. Clones look at the same one.
@@ -63,8 +64,33 @@ impl Observer {
         Some((ledger.index(), state::hash(&ledger)))
     }
 
-    /// A copy of the ledger.
-    pub fn ledger(&self) -> Option<Ledger> {
-        Some(self.node()?.ledger().clone())
+    /// Makes the node save its ledger, as it does when its log has become long.
+    pub fn ask_to_save(&self) {
+        if let Some(node) = self.node() {
+            node.ask_to_save();
+        }
+    }
+
+    /// Reads the ledger; entries wait meanwhile.
+    pub fn read<T>(&self, read: impl FnOnce(&Ledger) -> T) -> Option<T> {
+        Some(read(&self.node()?.ledger()))
+    }
+}
+
+/// What a loss of power would leave of a coordinator now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Durable {
+    /// Term and candidate it has voted for. Later votes are greater: of two candidates in a term the one with the larger
+    /// number may still be voted for.
+    pub vote: Option<(u64, NodeId)>,
+    /// Of its last entry.
+    pub index: u64,
+}
+
+impl Durable {
+    /// None: there is nothing it could start from.
+    pub fn on(disk: &MemoryDisk) -> Option<Durable> {
+        let (vote, index) = log::durable(disk).ok()?;
+        Some(Durable { vote: vote.and_then(|vote| read_vote(&vote)), index })
     }
 }

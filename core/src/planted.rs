@@ -37,6 +37,42 @@ pub enum Bug {
     TornTailRefused,
     /// A coordinator that follows skips an entry now and then.
     SkipEntry,
+    /// The log forgets that its end was cut off.
+    TruncateForgotten,
+    /// A snapshot leaves out which requests have ended.
+    SnapshotForgets,
+    /// A worker that starts again is given the number of its earlier life.
+    SameLife,
+    /// A worker serves what was assigned to an earlier life of it.
+    SkipLifeCheck,
+    /// A worker takes an assignment that a newer one has superseded.
+    SkipEpochCheck,
+    /// Blocks of a handoff that was given up are free while its sender still writes them.
+    FreeEarly,
+    /// A handoff is complete as soon as its sender says so.
+    CommitEarly,
+    /// Blocks are named after those before them.
+    WrongName,
+    /// A block that was given back is free twice.
+    FreeTwice,
+    /// Neither placement nor the link sees that a prefill worker computes otherwise than the decode worker.
+    IgnoreNumerics,
+    /// A gateway gives a request the name of one whose cancelling is still under way.
+    SameHandle,
+    /// A stream that another gateway takes over loses the last token said before.
+    ResumeLosesToken,
+    /// Of choices that end in the same step all but one are never said to have ended.
+    CompletionLost,
+    /// A decode worker does not notice that a handoff has failed.
+    PrefillDeathWedges,
+    /// A coordinator that stands aside keeps its streams of assignments open.
+    StreamsOutliveNode,
+    /// What a lost gateway left behind stays open.
+    OrphansKept,
+    /// A new leader gives tenants their quotas anew.
+    RefillOnLead,
+    /// The ledger does not look at a tenant's account, only the leader before it proposes.
+    QuotaUnchecked,
 }
 
 impl Bug {
@@ -54,5 +90,28 @@ impl Bug {
         Bug::EntryNotDurable,
         Bug::TornTailRefused,
         Bug::SkipEntry,
+        Bug::TruncateForgotten,
+        Bug::SnapshotForgets,
+        Bug::SameLife,
+        Bug::SkipLifeCheck,
+        Bug::SkipEpochCheck,
+        Bug::FreeEarly,
+        Bug::CommitEarly,
+        Bug::WrongName,
+        Bug::FreeTwice,
+        Bug::IgnoreNumerics,
+        Bug::SameHandle,
+        Bug::ResumeLosesToken,
+        Bug::CompletionLost,
+        Bug::PrefillDeathWedges,
+        Bug::StreamsOutliveNode,
+        Bug::OrphansKept,
+        Bug::RefillOnLead,
+        Bug::QuotaUnchecked,
     ];
+
+    /// The bug of this name, as `Debug` writes it.
+    pub fn named(name: &str) -> Option<Bug> {
+        Bug::ALL.iter().find(|bug| format!("{bug:?}") == name).copied()
+    }
 }

@@ -4,6 +4,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use baton_core::planted::{self, Bug};
 use baton_engine::{Event, Usage};
 use baton_proto::convert::{abort, finish_word, prompt_logprobs, refusal};
 use baton_proto::v1::request_output::Output;
@@ -96,7 +97,22 @@ fn step_output(notes: Notes) -> StepOutput {
         let output = Some(output(note)?);
         Some(RequestOutput { handle, output })
     });
-    StepOutput { outputs: outputs.collect() }
+    match planted::is(Bug::CompletionLost) {
+        true => StepOutput { outputs: first_end_only(outputs) },
+        false => StepOutput { outputs: outputs.collect() },
+    }
+}
+
+/// The planted bug: of the ends in one step only the first is said.
+fn first_end_only(outputs: impl Iterator<Item = RequestOutput>) -> Vec<RequestOutput> {
+    let mut ended = false;
+    let said = |said: &RequestOutput| {
+        let ends = matches!(said.output, Some(Output::Finished(_)));
+        let again = ended && ends;
+        ended |= ends;
+        !again
+    };
+    outputs.filter(said).collect()
 }
 
 /// What a gateway is told; None for what concerns handoffs only.

@@ -110,12 +110,16 @@ async fn receive(decode: &Decode, assigned: &Assigned, pair: Pair<'_>, room: Roo
     let broken = |error: TransferError| End::from(pair.blame_both(error.reason(), error.to_string()));
     tokio::select! {
         reply = &mut call => {
+            if reply.is_err() && planted::is(Bug::PrefillDeathWedges) {
+                return std::future::pending().await;
+            }
             let prefilled = reply?;
             let (room, _) = arrival.await.map_err(broken)?;
             Ok((prefilled, room))
         }
         arrived = &mut arrival => match arrived {
             Ok((room, _)) => Ok((call.await?, room)),
+            Err(_) if planted::is(Bug::PrefillDeathWedges) => std::future::pending().await,
             Err(error) => match timeout(VERDICT, call).await {
                 Ok(Err(abort)) => Err(abort.into()),
                 Ok(Ok(_)) | Err(_) => Err(broken(error)),
@@ -153,7 +157,8 @@ fn fill(
         return Err(pair.blame_prefill(Aborted::Internal, "its answer does not fit the request").into());
     }
     let Room { held: mut blocks, reserved } = room;
-    blocks.append(reserved.fill(&hashes[blocks.len().min(hashes.len())..]));
+    let named = if planted::is(Bug::WrongName) { 0 } else { blocks.len().min(hashes.len()) };
+    blocks.append(reserved.fill(&hashes[named..]));
     Ok(Filled { blocks, tokens: tokens.len(), first, prompt_logprobs: prompt_logprobs_back(prefilled.prompt_logprobs) })
 }
 

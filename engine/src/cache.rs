@@ -11,6 +11,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use baton_core::planted::{self, Bug};
 use baton_core::{Arena, BlockHash, BlockId, BlockLayout, Refused};
 
 use crate::journal::{Changes, Journal, Mark};
@@ -49,6 +50,14 @@ impl CacheStats {
     pub fn available(&self) -> usize {
         self.free + self.cached
     }
+}
+
+/// Blocks that a lookup would find.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Hits {
+    pub count: usize,
+    /// Of them, those that nobody holds: once they are taken, `reserve` cannot give them any more.
+    pub unheld: usize,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -115,10 +124,15 @@ impl Cache {
         Blocks { cache: self.clone(), ids }
     }
 
-    /// How many of `hashes`, from the first on, are held here. Takes nothing and touches no age.
-    pub fn hits(&self, hashes: &[BlockHash]) -> usize {
+    /// How many of `hashes`, from the first on, are here. Takes nothing and touches no age.
+    pub fn hits(&self, hashes: &[BlockHash]) -> Hits {
         let places = lock(&self.inner.places);
-        hashes.iter().take_while(|hash| places.index.contains_key(hash)).count()
+        let mut hits = Hits::default();
+        for index in hashes.iter().map_while(|hash| places.index.get(hash)) {
+            hits.count += 1;
+            hits.unheld += usize::from(matches!(places.all[*index as usize].state, State::Cached { .. }));
+        }
+        hits
     }
 
     /// Content names of all indexed blocks, at most `max`, in order of the name.
@@ -167,6 +181,19 @@ impl Cache {
         CacheStats { total, free, used, in_flight: places.in_flight, cached, evictions: places.evictions }
     }
 
+    /// Counts every block anew and compares with what the lists say. For checks: it takes as long as there are blocks.
+    ///
+    /// # Errors
+    /// What does not fit.
+    pub fn audit(&self) -> Result<(), String> {
+        lock(&self.inner.places).audit()
+    }
+
+    /// The blocks that have a name, with it, in order of the name. For checks that compare their bytes.
+    pub fn named(&self) -> Vec<(BlockHash, u32)> {
+        lock(&self.inner.places).index.iter().map(|(hash, index)| (*hash, *index)).collect()
+    }
+
     fn wake(&self) {
         if let Some(waker) = &*lock(&self.inner.freed) {
             waker();
@@ -182,6 +209,38 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Places {
     fn id(&self, index: u32) -> BlockId {
         BlockId { index, generation: self.all[index as usize].generation }
+    }
+
+    fn audit(&self) -> Result<(), String> {
+        let mut free = vec![false; self.all.len()];
+        if let Some(twice) = self.free.iter().find(|index| std::mem::replace(&mut free[**index as usize], true)) {
+            return Err(format!("block {twice} is free more than once"));
+        }
+        let mut reserved = 0;
+        let (mut listed, mut named) = (0, 0);
+        for (index, place) in (0u32..).zip(&self.all) {
+            let (is_free, is_cached, name) = match place.state {
+                State::Free => (true, false, None),
+                State::Reserved => (false, false, None),
+                State::Held { hash, .. } => (false, false, hash),
+                State::Cached { hash, since } => (false, self.lru.get(&since) == Some(&index), Some(hash)),
+            };
+            reserved += usize::from(matches!(place.state, State::Reserved));
+            listed += usize::from(is_cached);
+            named += usize::from(name.is_some());
+            if free[index as usize] != is_free {
+                return Err(format!("block {index} is {:?}, and the list of free blocks differs", place.state));
+            }
+            if name.is_some_and(|name| self.index.get(&name) != Some(&index)) {
+                return Err(format!("block {index} is {:?}, and its name leads elsewhere", place.state));
+            }
+        }
+        let counts = (reserved, listed, named);
+        let lists = (self.in_flight, self.lru.len(), self.index.len());
+        match counts == lists {
+            true => Ok(()),
+            false => Err(format!("(in flight, cached, named) are {counts:?}, and the lists say {lists:?}")),
+        }
     }
 
     /// Another guard on a held or cached block.
@@ -255,6 +314,9 @@ impl Places {
     }
 
     fn abandon(&mut self, index: u32) {
+        if planted::is(Bug::FreeTwice) {
+            self.free.push(index);
+        }
         self.all[index as usize].state = State::Free;
         self.free.push(index);
         self.in_flight -= 1;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use baton_core::{BlockHash, Lane, Refused, TokenId};
 
 use crate::batch::{Batch, Draw, DrawKind, Next, Span};
+use crate::cache::Hits;
 use crate::engine::Engine;
 use crate::sequence::{Rank, Sequence};
 use crate::work::Goal;
@@ -99,16 +100,16 @@ impl Engine {
         }
     }
 
-    /// Whether the blocks a waiting sequence lacks could be given now, leaving one for each sequence that grows.
+    /// Whether the blocks a waiting sequence lacks could be given now, leaving one for each sequence that grows. A yes that
+    /// `place` then refused would free what it had looked up, and so wake the engine for the same again, without end.
     fn fits_now(&self, sequence: &mut Sequence) -> bool {
         let hits = match sequence.blocks {
-            Some(_) => sequence.block_count(),
+            Some(_) => Hits { count: sequence.block_count(), unheld: 0 },
             None => self.cache.hits(self.lookup_names(sequence)),
         };
-        let lacking = sequence.tokens.len().div_ceil(self.block_tokens()).saturating_sub(hits);
+        let lacking = sequence.tokens.len().div_ceil(self.block_tokens()).saturating_sub(hits.count);
         let growing = self.running.values().filter(|other| other.goal == Goal::Generate).count();
-        // Hits that nobody holds are counted as available too, so this may say yes to what `place` then refuses.
-        self.cache.stats().available() >= lacking + growing
+        self.cache.stats().available() >= lacking + hits.unheld + growing
     }
 
     /// Names of the blocks a sequence may take from the cache: at least its last token is always computed.

@@ -12,6 +12,7 @@ use std::error::Error;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use baton_core::planted::{self, Bug};
 use baton_core::{Net, Place, RequestId, limits};
 use baton_proto::v1::decode_client::DecodeClient;
 use baton_proto::v1::generate_command::Command;
@@ -223,6 +224,9 @@ impl Link {
 
 impl Requests {
     fn next_handle(&mut self) -> u32 {
+        if planted::is(Bug::SameHandle) {
+            return (1..).find(|handle| !self.open.contains_key(handle)).expect("fewer are open");
+        }
         loop {
             self.last_handle = self.last_handle.wrapping_add(1);
             if !self.open.contains_key(&self.last_handle) {

@@ -345,6 +345,10 @@ impl Shared {
                 if let Some(done) = done {
                     let _ = done.send(Err(error));
                 }
+                if planted::is(Bug::FreeEarly) {
+                    let freed = lock(pending).part();
+                    drop(freed);
+                }
             }
         }
     }

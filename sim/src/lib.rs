@@ -15,6 +15,7 @@ pub mod planted;
 pub mod profile;
 pub mod record;
 pub mod run;
+pub mod scenario;
 pub mod show;
 pub mod shrink;
 pub mod topology;

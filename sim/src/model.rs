@@ -16,6 +16,9 @@ pub const VOCAB: u32 = 257;
 pub const POSITIONS_MAX: usize = 512;
 pub const BLOCK_TOKENS: u32 = 4;
 
+/// What the arithmetic of the other version of the model adds to its hashes.
+const OTHER_SALT: u64 = 1 << 40;
+
 pub fn spec() -> ModelSpec {
     let layout = BlockLayout { layers: 2, kv_heads: 1, head_dim: 4, block_tokens: BLOCK_TOKENS, dtype: KvDtype::Bf16 };
     ModelSpec {
@@ -30,11 +33,16 @@ pub fn spec() -> ModelSpec {
     }
 }
 
-/// A model whose steps take the time that `pace` says.
-pub fn loaded(pace: Pace) -> LoadedModel {
-    let spec = spec();
-    let backend = Box::new(Paced { backend: HashBackend::new(spec.vocab), pace });
-    LoadedModel { spec, backend, card: card() }
+/// A model whose steps take the time that `pace` says. `other`: of a version with other arithmetic.
+pub fn loaded(pace: Pace, other: bool) -> LoadedModel {
+    let (mut spec, mut card) = (spec(), card());
+    let mut backend = HashBackend::new(spec.vocab);
+    if other {
+        spec.numerics = NumericsClass::new("hash", "other", "bf16");
+        card.numerics.clone_from(&spec.numerics.0);
+        backend = backend.salted(OTHER_SALT);
+    }
+    LoadedModel { spec, backend: Box::new(Paced { backend, pace }), card }
 }
 
 fn card() -> ModelCard {

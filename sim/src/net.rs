@@ -117,7 +117,7 @@ impl Flips {
         Flips(Arc::new(Mutex::new(Armed { count: 0, rng })))
     }
 
-    /// One bit in each of the next `count` writes.
+    /// One bit in each of `count` writes, of the next few.
     pub fn arm(&self, count: u64) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).count = count;
     }
@@ -125,6 +125,10 @@ impl Flips {
     fn damage(&self, bytes: &[u8]) -> Option<Vec<u8>> {
         let mut armed = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if armed.count == 0 || bytes.len() < KV_BYTES_MIN {
+            return None;
+        }
+        // Not each one: what carries KV follows messages that carry none, and those end the link.
+        if armed.rng.below(3) > 0 {
             return None;
         }
         armed.count -= 1;

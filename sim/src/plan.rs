@@ -13,6 +13,10 @@ pub const VERSION: u32 = 1;
 pub const FAULTS_FROM_MS: u64 = 1_200;
 pub const FAULTS_UNTIL_MS: u64 = 8_000;
 
+/// Most faults are over within so long; the others may last as long as there are faults.
+const SHORT_MS: u64 = 3_000;
+const LONG_PERCENT: u64 = 20;
+
 /// Everything that decides a run: hosts and requests follow from the seed, faults stand here.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -38,6 +42,9 @@ pub struct Fault {
 pub enum What {
     /// The process dies; of what a disk was not told to sync the first `kept` bytes survive. It is started again at the end.
     Crash { host: String, kept: usize },
+    /// The process dies likewise once it is in the middle of something: a coordinator between writing and syncing, a worker
+    /// while blocks are on their way or its engine works.
+    CrashAmid { host: String, kept: usize },
     /// Nothing passes between the two.
     Partition { a: String, b: String },
     /// Nothing passes from the one to the other.
@@ -58,6 +65,12 @@ pub enum What {
     Flips { host: String, count: u64 },
     /// An operator drains the worker; it is started again at the end.
     Drain { host: String },
+    /// The worker is another version, whose arithmetic differs and says so; at the beginning and the end it starts anew.
+    Upgrade { host: String },
+    /// The coordinator saves its ledger, as it does when its log has become long.
+    Save { host: String },
+    /// The clients' tenant has limits; 0 is none.
+    Limit { requests_open: u64, requests_per_minute: u64 },
 }
 
 /// A plan that cannot be run.
@@ -113,14 +126,18 @@ impl What {
     pub fn hosts(&self) -> Vec<&String> {
         match self {
             What::Crash { host, .. }
+            | What::CrashAmid { host, .. }
             | What::Isolate { host }
             | What::DiskFull { host }
             | What::DiskSlow { host, .. }
             | What::Hang { host }
             | What::Flips { host, .. }
-            | What::Drain { host } => vec![host],
+            | What::Drain { host }
+            | What::Upgrade { host }
+            | What::Save { host } => vec![host],
             What::Partition { a, b } | What::Hold { a, b } | What::Latency { a, b, .. } => vec![a, b],
             What::OneWay { from, to } => vec![from, to],
+            What::Limit { .. } => vec![],
         }
     }
 }
@@ -135,7 +152,8 @@ fn draw(rng: &mut baton_core::Rng, topology: &Topology, weights: &[(Weight, u64)
         here
     })?;
     let at_ms = between(rng, FAULTS_FROM_MS, FAULTS_UNTIL_MS - 1_000);
-    let longest = (FAULTS_UNTIL_MS - at_ms).min(3_000);
+    let longest = if chance(rng, LONG_PERCENT) { FAULTS_UNTIL_MS } else { SHORT_MS };
+    let longest = (FAULTS_UNTIL_MS - at_ms).min(longest);
     let for_ms = between(rng, 20, longest);
     let servers = topology.servers();
     let one = |rng: &mut baton_core::Rng, kinds: &[&str]| {
@@ -153,6 +171,10 @@ fn draw(rng: &mut baton_core::Rng, topology: &Topology, weights: &[(Weight, u64)
         Weight::CrashCoordinator => What::Crash { host: one(rng, &["coordinator"])?, kept: rng.below(200) as usize },
         Weight::CrashWorker => What::Crash { host: one(rng, &workers)?, kept: 0 },
         Weight::CrashGateway => What::Crash { host: one(rng, &["gateway"])?, kept: 0 },
+        Weight::CrashAmid => {
+            let host = one(rng, &["coordinator", "prefill", "decode"])?;
+            What::CrashAmid { host, kept: rng.below(200) as usize }
+        }
         Weight::Partition => {
             let (a, b) = two(rng)?;
             if chance(rng, 30) { What::OneWay { from: a, to: b } } else { What::Partition { a, b } }
@@ -171,7 +193,12 @@ fn draw(rng: &mut baton_core::Rng, topology: &Topology, weights: &[(Weight, u64)
         Weight::Hang => What::Hang { host: one(rng, &workers)? },
         Weight::Flips => What::Flips { host: one(rng, &["prefill"])?, count: between(rng, 1, 6) },
         Weight::Drain => What::Drain { host: one(rng, &workers)? },
+        Weight::Upgrade => What::Upgrade { host: one(rng, &["prefill"])? },
+        Weight::Save => What::Save { host: one(rng, &["coordinator"])? },
+        Weight::Limit => What::Limit { requests_open: between(rng, 0, 4), requests_per_minute: between(rng, 1, 12) },
     };
+    // A limit that is soon lifted limits nobody.
+    let for_ms = if matches!(what, What::Limit { .. }) { FAULTS_UNTIL_MS - at_ms } else { for_ms };
     Some(Fault { at_ms, for_ms, what })
 }
 

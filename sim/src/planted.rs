@@ -4,30 +4,61 @@ use baton_core::planted::{self, Bug};
 
 use crate::plan::Plan;
 use crate::profile::Profile;
-use crate::run::{Violation, run};
+use crate::run::{Report, Violation};
 
 /// What became of one bug.
 pub struct Hunt {
-    pub bug: Bug,
     /// Seeds run, the one that found it included.
     pub seeds: u64,
     /// Its seed and what it violated; None: not found.
     pub found: Option<(u64, Violation)>,
 }
 
-/// This build has no bugs on purpose.
-#[derive(Debug, thiserror::Error)]
-#[error("this build has no planted bugs: build with --features planted")]
-pub struct NotPlanted;
-
-/// Runs seeds from 0 with the bug in force until one fails, at most `seeds_max`. One hunt at a time in a process.
-pub fn hunt(bug: Bug, profile: &Profile, seeds_max: u64) -> Result<Hunt, NotPlanted> {
-    if !planted::plant(Some(bug)) {
-        return Err(NotPlanted);
+/// The profile whose faults are most likely to bring the bug out.
+pub fn profile_of(bug: Bug) -> &'static str {
+    match bug {
+        Bug::VoteNotDurable | Bug::EntryNotDurable | Bug::TornTailRefused | Bug::TruncateForgotten => "disk",
+        Bug::StreamsOutliveNode => "disk",
+        Bug::SnapshotForgets | Bug::RefillOnLead | Bug::QuotaUnchecked | Bug::IgnoreNumerics => "operator",
+        Bug::SkipChecksum | Bug::CommitEarly | Bug::FreeEarly => "handoff",
+        Bug::ResumeLosesToken | Bug::OrphansKept | Bug::SameLife | Bug::SkipLifeCheck | Bug::SilentEnd => "crash",
+        Bug::ApplyTwice | Bug::SkipEpochCheck => "network",
+        Bug::SameHandle => "calm",
+        _ => "swarm",
     }
-    let failing = |seed| run(&Plan::draw(seed, profile)).violation.map(|violation| (seed, violation));
-    let found = (0..seeds_max).find_map(failing);
-    planted::plant(None);
-    let seeds = found.as_ref().map_or(seeds_max, |(seed, _)| seed + 1);
-    Ok(Hunt { bug, seeds, found })
+}
+
+/// A bug that cannot be put in.
+#[derive(Debug, thiserror::Error)]
+pub enum NotPlanted {
+    #[error("this build has no planted bugs: build with --features planted")]
+    Build,
+    #[error("no planted bug is named {0:?}; there are: {names}", names = names())]
+    Unknown(String),
+}
+
+fn names() -> String {
+    Bug::ALL.iter().map(|bug| format!("{bug:?}")).collect::<Vec<_>>().join(", ")
+}
+
+/// Puts the bug of that name into this process, for all that it runs.
+pub fn plant(name: &str) -> Result<(), NotPlanted> {
+    let bug = Bug::named(name).ok_or_else(|| NotPlanted::Unknown(name.to_string()))?;
+    if planted::plant(Some(bug)) { Ok(()) } else { Err(NotPlanted::Build) }
+}
+
+/// Whether this build has any.
+pub fn possible() -> Result<(), NotPlanted> {
+    if planted::plant(Some(Bug::ALL[0])) && planted::plant(None) { Ok(()) } else { Err(NotPlanted::Build) }
+}
+
+/// Runs seeds from 0 until one fails, at most `seeds_max`. `run` runs a plan with the bug in force, each time as if nothing
+/// had run before.
+pub fn hunt<E>(profile: &Profile, seeds_max: u64, mut run: impl FnMut(&Plan) -> Result<Report, E>) -> Result<Hunt, E> {
+    for seed in 0..seeds_max {
+        if let Some(violation) = run(&Plan::draw(seed, profile))?.violation {
+            return Ok(Hunt { seeds: seed + 1, found: Some((seed, violation)) });
+        }
+    }
+    Ok(Hunt { seeds: seeds_max, found: None })
 }

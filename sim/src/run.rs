@@ -17,6 +17,7 @@ use turmoil::Sim;
 
 use crate::draw::{Purpose, seed_of};
 use crate::host::client::{End, Notes, Told};
+use crate::host::operator::Order;
 use crate::host::{World, client, coordinator, gateway, worker};
 use crate::invariant::{self, Invariant, Look};
 use crate::network::Network;
@@ -25,7 +26,6 @@ use crate::record::Line;
 use crate::topology::{CLIENTS, Topology};
 use crate::workload;
 
-const TICK: Duration = Duration::from_millis(1);
 /// Time between the last fault and the requests that must succeed: leases run out, leaders are elected, workers register.
 const HEALING: Duration = Duration::from_millis(3_000);
 /// All clients have ended so long after the last fault.
@@ -34,8 +34,9 @@ const ENDING: Duration = Duration::from_secs(60);
 const REST: Duration = Duration::from_secs(12);
 /// How long a supervisor waits before it starts an ended process again.
 const RESTART: Duration = Duration::from_millis(500);
-/// How often the costlier invariants look.
-const LOOK_EVERY: u32 = 10;
+/// How often the invariants look, and how often a run that is to come to rest is asked whether it has.
+const LOOK_EVERY: Duration = Duration::from_millis(10);
+const REST_EVERY: Duration = Duration::from_millis(100);
 
 /// A property that did not hold.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -60,6 +61,25 @@ pub struct Report {
     pub violation: Option<Violation>,
     #[serde(skip)]
     pub lines: Vec<Line>,
+}
+
+impl Report {
+    /// Of a run that had to be ended from outside, because it went on without virtual time passing.
+    pub fn stuck(plan: &Plan, after: Duration) -> Report {
+        let what = format!("after {} s of real time something still goes on in no virtual time", after.as_secs());
+        Report {
+            seed: plan.seed,
+            profile: plan.profile.clone(),
+            hosts: Topology::draw(plan.seed).servers().len() + 1,
+            faults: plan.faults.len(),
+            virtual_ms: 0,
+            digest: String::new(),
+            network_events: 0,
+            requests: Requests::default(),
+            violation: Some(Violation { invariant: "L1 time passes".to_string(), at_ms: 0, what }),
+            lines: Vec::new(),
+        }
+    }
 }
 
 /// How the requests of a run ended.
@@ -125,13 +145,13 @@ fn drive(plan: &Plan, world: &World, notes: &Notes) -> Option<Violation> {
     let mut sim = turmoil::Builder::new()
         .rng_seed(seed_of(plan.seed, Purpose::Network, 0))
         .simulation_duration(Duration::from_secs(3_600))
-        .tick_duration(TICK)
+        .tick_duration(topology.tick)
         .min_message_latency(topology.latency_min)
         .max_message_latency(topology.latency_max)
         .tcp_capacity(1 << 16)
         .build();
     let (heal, healed) = watch::channel(false);
-    let (drains, orders) = mpsc::channel(64);
+    let (operator, orders) = mpsc::channel(64);
     add_hosts(&mut sim, world);
     sim.client(CLIENTS, client::run(world.clone(), notes.clone(), healed, orders));
     let mut drive = Drive {
@@ -139,10 +159,11 @@ fn drive(plan: &Plan, world: &World, notes: &Notes) -> Option<Violation> {
         world,
         notes,
         invariants: invariant::all(),
-        faults: Faults::new(plan, topology, drains),
+        faults: Faults::new(plan, topology, operator),
         restarts: Vec::new(),
         healed_at: None,
-        steps: 0,
+        looked: Duration::ZERO,
+        looks: 0,
     };
     let result = drive.until_rest(heal);
     world.record.set_now(drive.sim.elapsed());
@@ -176,7 +197,9 @@ struct Drive<'a> {
     /// (when, which host).
     restarts: Vec<(Duration, String)>,
     healed_at: Option<Duration>,
-    steps: u32,
+    /// When the invariants looked last.
+    looked: Duration,
+    looks: u64,
 }
 
 impl Drive<'_> {
@@ -204,7 +227,8 @@ impl Drive<'_> {
             if self.sim.elapsed() > ended + REST {
                 return Err(violation);
             }
-            for _ in 0..100 {
+            let asked = self.sim.elapsed();
+            while self.sim.elapsed() < asked + REST_EVERY {
                 self.step()?;
             }
         }
@@ -217,8 +241,8 @@ impl Drive<'_> {
         self.supervise();
         let ended = self.sim.step().map_err(|error| self.violation("P1 no panic", error.to_string()))?;
         self.world.record.set_now(self.sim.elapsed());
-        self.steps += 1;
-        if ended || self.steps.is_multiple_of(LOOK_EVERY) {
+        if ended || self.sim.elapsed() >= self.looked + LOOK_EVERY {
+            self.looked = self.sim.elapsed();
             self.look(|invariant, look| invariant.step(look))?;
         }
         Ok(ended)
@@ -234,7 +258,8 @@ impl Drive<'_> {
     ) -> Result<(), Violation> {
         let told = self.notes.lock();
         let now = self.sim.elapsed();
-        let look = Look { now, world: self.world, told: &told, healed: self.healed_at };
+        let look = Look { now, number: self.looks, world: self.world, told: &told, healed: self.healed_at };
+        self.looks += 1;
         for invariant in &mut self.invariants {
             check(&mut **invariant, &look).map_err(|what| Violation {
                 invariant: invariant.name().to_string(),
@@ -291,24 +316,27 @@ struct Faults {
     faults: Vec<crate::plan::Fault>,
     begun: Vec<bool>,
     over: Vec<bool>,
+    /// Crashes that waited for their moment and have had it.
+    struck: Vec<bool>,
     /// Faults in force that keep a host down.
     down: std::collections::BTreeMap<String, usize>,
     network: Network,
     servers: Vec<String>,
-    drains: mpsc::Sender<String>,
+    operator: mpsc::Sender<Order>,
 }
 
 impl Faults {
-    fn new(plan: &Plan, topology: &Topology, drains: mpsc::Sender<String>) -> Faults {
+    fn new(plan: &Plan, topology: &Topology, operator: mpsc::Sender<Order>) -> Faults {
         let count = plan.faults.len();
         Faults {
             faults: plan.faults.clone(),
             begun: vec![false; count],
             over: vec![false; count],
+            struck: vec![false; count],
             down: Default::default(),
             network: Network::default(),
             servers: topology.servers(),
-            drains,
+            operator,
         }
     }
 
@@ -347,7 +375,10 @@ impl Faults {
                 self.over[number] = true;
                 changed = true;
                 world.record.note("", format!("fault {number} is over"));
-                self.end_one(sim, world, &fault.what);
+                self.end_one(sim, world, &fault.what, self.struck[number]);
+            }
+            if self.begun[number] && !self.over[number] && !self.struck[number] {
+                self.struck[number] = self.strike(sim, world, &fault.what);
             }
         }
         if changed {
@@ -359,17 +390,22 @@ impl Faults {
 
     fn begin(&mut self, sim: &mut Sim, world: &World, what: &What, now_ms: u64, for_ms: u64) {
         match what {
-            What::Crash { host, kept } => {
-                *self.down.entry(host.clone()).or_default() += 1;
-                stop(sim, world, host);
-                if let Some(disk) = world.disks.get(host) {
-                    disk.crash(*kept);
-                }
-            }
+            What::Crash { host, kept } => self.crash(sim, world, host, *kept),
             What::Drain { host } => {
                 *self.down.entry(host.clone()).or_default() += 1;
-                // A full queue of orders: the operator has enough to do.
-                let _ = self.drains.try_send(host.clone());
+                self.order(Order::Drain(host.clone()));
+            }
+            What::Limit { requests_open, requests_per_minute } => {
+                self.order(Order::Limit { requests_open: *requests_open, requests_per_minute: *requests_per_minute });
+            }
+            What::Save { host } => {
+                if let Some(observer) = world.seen().coordinators.get(host) {
+                    observer.ask_to_save();
+                }
+            }
+            What::Upgrade { host } => {
+                world.seen().upgraded.insert(host.clone());
+                self.start_anew(sim, world, host);
             }
             What::Latency { a, b, ms } => {
                 sim.set_link_max_message_latency(a.as_str(), b.as_str(), Duration::from_millis(*ms));
@@ -382,13 +418,52 @@ impl Faults {
                 }
             }
             What::Flips { host, count } => world.flips[host].arm(*count),
-            What::Partition { .. } | What::OneWay { .. } | What::Hold { .. } | What::Isolate { .. } => {}
+            What::Partition { .. }
+            | What::OneWay { .. }
+            | What::Hold { .. }
+            | What::Isolate { .. }
+            | What::CrashAmid { .. } => {}
         }
     }
 
-    fn end_one(&mut self, sim: &mut Sim, world: &World, what: &What) {
+    fn crash(&mut self, sim: &mut Sim, world: &World, host: &str, kept: usize) {
+        *self.down.entry(host.to_string()).or_default() += 1;
+        stop(sim, world, host);
+        if let Some(disk) = world.disks.get(host) {
+            disk.crash(kept);
+        }
+    }
+
+    /// True when a crash that waits for its moment has had it now.
+    fn strike(&mut self, sim: &mut Sim, world: &World, what: &What) -> bool {
+        let What::CrashAmid { host, kept } = what else { return false };
+        if self.is_down(host) || !is_amid(world, host) {
+            return false;
+        }
+        world.record.note(host, "dies in the middle of something");
+        self.crash(sim, world, host, *kept);
+        true
+    }
+
+    /// A full queue of orders: the operator has enough to do.
+    fn order(&self, order: Order) {
+        let _ = self.operator.try_send(order);
+    }
+
+    /// Ends the process and starts it again, unless a fault keeps it down.
+    fn start_anew(&self, sim: &mut Sim, world: &World, host: &str) {
+        stop(sim, world, host);
+        if !self.is_down(host) {
+            world.record.note(host, "is started again");
+            sim.bounce(host);
+        }
+    }
+
+    /// `struck`: a crash that waited for its moment has had it.
+    fn end_one(&mut self, sim: &mut Sim, world: &World, what: &What, struck: bool) {
         match what {
-            What::Crash { host, .. } | What::Drain { host } => {
+            What::CrashAmid { .. } if !struck => {}
+            What::CrashAmid { host, .. } | What::Crash { host, .. } | What::Drain { host } => {
                 if let Some(faults) = self.down.get_mut(host) {
                     *faults -= 1;
                 }
@@ -396,6 +471,13 @@ impl Faults {
                     world.record.note(host, "is started again");
                     sim.bounce(host.as_str());
                 }
+            }
+            What::Upgrade { host } if !self.any_other(what) => {
+                world.seen().upgraded.remove(host);
+                self.start_anew(sim, world, host);
+            }
+            What::Limit { .. } if !self.any_other(what) => {
+                self.order(Order::Limit { requests_open: 0, requests_per_minute: 0 });
             }
             What::Latency { a, b, .. } if !self.any_other(what) => {
                 sim.set_link_max_message_latency(a.as_str(), b.as_str(), world.topology.latency_max);
@@ -406,6 +488,16 @@ impl Faults {
             _ => {}
         }
     }
+}
+
+/// Whether a coordinator has written what is not synced yet, or a worker waits for blocks or computes.
+fn is_amid(world: &World, host: &str) -> bool {
+    if let Some(disk) = world.disks.get(host) {
+        return disk.unsynced() > 0;
+    }
+    let seen = world.seen();
+    let Some(shell) = seen.workers.get(host) else { return false };
+    shell.engine.cache().stats().in_flight > 0 || shell.engine.load().running > 0
 }
 
 thread_local! {

@@ -29,6 +29,8 @@ pub struct Topology {
     pub latency_max: Duration,
     /// How long a write of the log takes.
     pub fsync: Duration,
+    /// Messages arrive at multiples of it. Most runs are coarse, because a run costs as much as it has ticks.
+    pub tick: Duration,
 }
 
 impl Topology {
@@ -52,6 +54,7 @@ impl Topology {
             latency_min: Duration::from_micros(between(&mut rng, 100, 1_000)),
             latency_max: Duration::from_micros(between(&mut rng, 1_500, 6_000)),
             fsync: Duration::from_millis(between(&mut rng, 1, 4)),
+            tick: Duration::from_millis([1, 2, 5, 5, 5][rng.below(5) as usize]),
         }
     }
 

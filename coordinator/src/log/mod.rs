@@ -55,6 +55,15 @@ impl LogError {
     }
 }
 
+/// What of a log a loss of power would leave now: the vote, and the index of the last entry. For checks.
+pub(crate) fn durable(disk: &MemoryDisk) -> Result<(Option<Vec<u8>>, u64), LogError> {
+    let left = disk.copy();
+    left.crash(0);
+    let log = recover::recover(&left)?;
+    let purged = log.purged.map_or(0, |(index, _)| index);
+    Ok((log.vote, purged.max((log.first + log.locations.len() as u64).saturating_sub(1))))
+}
+
 /// Whether a disk has never held a log nor a snapshot, or has lost them.
 pub fn is_empty(disk: &dyn Disk) -> Result<bool, LogError> {
     let names = disk.list().map_err(|error| LogError::io(disk, "", error))?;

@@ -249,7 +249,10 @@ impl RaftSnapshotBuilder<Types> for Machine {
     type SnapshotData = Vec<u8>;
 
     async fn build_snapshot(&mut self) -> io::Result<SnapshotOf<Types, Vec<u8>>> {
-        let body = state::encode_ledger(&self.ledger.read().expect("ledger lock"));
+        let body = match planted::is(Bug::SnapshotForgets) {
+            true => state::encode_ledger(&self.ledger.read().expect("ledger lock").without_ended()),
+            false => state::encode_ledger(&self.ledger.read().expect("ledger lock")),
+        };
         let applied = self.applied.lock().expect("applied lock").clone();
         let meta = Meta { last_log_id: applied.last, last_membership: applied.membership };
         let snapshot = self.save(&meta, body).await?;

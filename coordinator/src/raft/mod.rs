@@ -210,6 +210,11 @@ impl Node {
         Some(Check { version: VERSION, index, hash })
     }
 
+    /// The ledger is to be saved soon, however long the log is.
+    pub(crate) fn ask_to_save(&self) {
+        self.log_bytes.store(LOG_BYTES_MAX, Ordering::Relaxed);
+    }
+
     /// Saves the ledger and drops the log before it when the entries since the last time are many bytes.
     pub(crate) async fn save_when_long(&self) {
         if self.log_bytes.load(Ordering::Relaxed) < LOG_BYTES_MAX {
@@ -274,6 +279,12 @@ impl Node {
         *self.machine_open.lock().expect("open lock") = false;
         self.log.close().await;
     }
+}
+
+/// Term and candidate of a vote as the log holds it.
+pub(crate) fn read_vote(vote: &[u8]) -> Option<(u64, NodeId)> {
+    let vote: openraft::alias::VoteOf<types::Types> = wire::decode(vote).ok()?;
+    Some((vote.leader_id.term, NodeId(vote.leader_id.node_id)))
 }
 
 fn config(nodes: usize) -> Config {

@@ -1,6 +1,7 @@
 //! Assignments: many requests are looked at under one lock and committed in one entry. One that finds no room waits in
 //! the queue (`queue`), one whose worker ended meanwhile is placed again.
 
+use baton_core::planted::{self, Bug};
 use baton_core::{Refused, Role, WorkerId};
 use baton_proto::convert::refusal;
 use baton_proto::v1;
@@ -104,7 +105,9 @@ impl Shared {
 
     fn look_at(&self, ask: Ask, ledger: &Ledger, roster: &mut Roster, now: Instant) -> Looked {
         let now_ms = self.lead.stamp().unwrap_or(ledger.time_ms());
-        if let Some(assigned) = ledger.assignment(ask.request, ask.attempt, now_ms) {
+        if let Some(assigned) = ledger.assignment(ask.request, ask.attempt, now_ms)
+            && !planted::is(Bug::ApplyTwice)
+        {
             return Looked::Fate(Box::new(Fate::Answered(Ok(granted(assigned, String::new())))));
         }
         let accepted = ledger.request(ask.request).is_some();

@@ -29,6 +29,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use baton_core::limits::{HEARTBEAT_MS, WORKER_LEASE_MS};
+use baton_core::planted::{self, Bug};
 use baton_core::{Incarnation, Net, NodeId, Refused, Rng, Role, WorkerId};
 use baton_proto::convert::{gateway_life, refusal};
 use baton_proto::{WIRE_VERSION, v1};
@@ -481,7 +482,12 @@ impl v1::coordinator_server::Coordinator for Service {
     ) -> Result<Response<Self::AssignmentsStream>, Status> {
         // A node that stops has no more answers: whoever asks goes elsewhere, instead of waiting on an old connection.
         let mut stopping = self.0.stopping.subscribe();
-        let stopped = async move { stopped(&mut stopping).await };
+        let stopped = async move {
+            match planted::is(Bug::StreamsOutliveNode) {
+                true => std::future::pending().await,
+                false => stopped(&mut stopping).await,
+            }
+        };
         let answers = stream::assignments(self.0.clone(), request.into_inner());
         Ok(Response::new(Box::pin(answers.take_until(Box::pin(stopped)))))
     }

@@ -16,6 +16,7 @@ mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use baton_core::planted::{self, Bug};
 use baton_core::{Epoch, Incarnation, RequestId, WorkerId};
 use serde::{Deserialize, Serialize};
 
@@ -154,6 +155,9 @@ impl Ledger {
     }
 
     fn found(&mut self, cluster: String) -> Outcome {
+        if planted::is(Bug::RefillOnLead) {
+            self.tenants.values_mut().for_each(tenant::Account::refill);
+        }
         if self.cluster.is_empty() {
             self.cluster = cluster;
         }

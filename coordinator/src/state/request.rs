@@ -164,6 +164,7 @@ impl Ledger {
             return Err(Outcome::Refused(Refused::Unknown));
         }
         match self.tenants.get(&p.tenant) {
+            Some(_) if planted::is(Bug::QuotaUnchecked) => Ok(kept),
             Some(account) => account.check(&p.charge(), now).map(|()| kept).map_err(Outcome::OverLimit),
             None => Ok(kept),
         }
@@ -243,6 +244,11 @@ impl Ledger {
             Some(requests) => *requests += 1,
             None => drop(self.gateways.insert(gateway.to_string(), 1)),
         }
+    }
+
+    /// The planted bug: this ledger without what it knows of ended requests.
+    pub(crate) fn without_ended(&self) -> Ledger {
+        Ledger { ended: EndedRequests::default(), ..self.clone() }
     }
 
     fn gateway_leaves(&mut self, gateway: &str) {

@@ -1,5 +1,6 @@
 //! A worker as the ledger knows it: its latest life, whether that is live, and what is wanted of it.
 
+use baton_core::planted::{self, Bug};
 use baton_core::{Incarnation, Place, Refused, Role, WorkerId};
 use serde::{Deserialize, Serialize};
 
@@ -72,6 +73,10 @@ impl Ledger {
             return Outcome::Refused(Refused::Incompatible);
         }
         let id = registration.worker.clone();
+        let incarnation = match self.workers.get(&id) {
+            Some(known) if planted::is(Bug::SameLife) => known.incarnation,
+            _ => incarnation,
+        };
         if let Some(before) = self.workers.get(&id).filter(|w| w.live) {
             self.record_death(&(id.clone(), before.incarnation));
         }

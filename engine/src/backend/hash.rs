@@ -11,6 +11,8 @@ use crate::batch::{Batch, Draw, DrawKind, Next, Output, Span};
 /// Deterministic stand-in for a model with `vocab` tokens.
 pub struct HashBackend {
     vocab: u32,
+    /// Of what it writes: another salt is another model's arithmetic.
+    salt: u64,
 }
 
 impl HashBackend {
@@ -18,7 +20,12 @@ impl HashBackend {
     /// If `vocab` is zero.
     pub fn new(vocab: usize) -> HashBackend {
         assert!(vocab > 0, "a vocabulary has tokens");
-        HashBackend { vocab: vocab as u32 }
+        HashBackend { vocab: vocab as u32, salt: 0 }
+    }
+
+    /// The same with other arithmetic: whatever it writes differs.
+    pub fn salted(self, salt: u64) -> HashBackend {
+        HashBackend { salt, ..self }
     }
 
     fn draw(&self, draw: &Draw, prefix: u64) -> SampledToken {
@@ -47,7 +54,7 @@ impl HashBackend {
 impl Backend for HashBackend {
     fn run(&mut self, batch: &Batch, layers: &mut dyn FnMut(usize)) -> Output {
         batch.copy_shared_blocks();
-        let prefixes: Vec<u64> = batch.spans.iter().flat_map(|span| write_span(batch, span)).collect();
+        let prefixes: Vec<u64> = batch.spans.iter().flat_map(|span| write_span(batch, span, self.salt)).collect();
         (0..batch.arena().layout().layers as usize).for_each(layers);
         Output { drawn: batch.draws.iter().map(|draw| self.draw(draw, prefixes[draw.row])).collect() }
     }
@@ -59,7 +66,7 @@ fn logprob(prefix: u64, token: TokenId) -> f32 {
 }
 
 /// Writes the span's rows and returns the hash of the prefix up to each of them, itself included.
-fn write_span(batch: &Batch, span: &Span) -> Vec<u64> {
+fn write_span(batch: &Batch, span: &Span, salt: u64) -> Vec<u64> {
     let (arena, table) = (batch.arena(), batch.table(span));
     let mut prefix = Xxh3::new();
     let mut bytes = Vec::new();
@@ -69,7 +76,7 @@ fn write_span(batch: &Batch, span: &Span) -> Vec<u64> {
     }
     let tokens = &batch.tokens[span.row..span.row + span.rows];
     let rows = tokens.iter().enumerate().map(|(i, token)| {
-        let state = xxh3_64_with_seed(&prefix.digest().to_le_bytes(), u64::from(*token));
+        let state = xxh3_64_with_seed(&prefix.digest().to_le_bytes(), u64::from(*token) ^ salt);
         write_token(arena, table, span.position + i, state);
         token_bytes(arena, table, span.position + i, &mut bytes);
         prefix.update(&bytes);

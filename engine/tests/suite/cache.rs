@@ -132,7 +132,7 @@ impl Model {
 
     fn lookup(&mut self, cache: &Cache, first: u8, count: usize) {
         let expected: Vec<BlockId> = names(first, count).into_iter().map_while(|name| self.named(name)).collect();
-        assert_eq!(cache.hits(&names(first, count)), expected.len());
+        assert_eq!(cache.hits(&names(first, count)).count, expected.len());
         let blocks = cache.lookup(&names(first, count));
         assert_eq!(blocks.ids(), expected);
         self.cached.retain(|id| !expected.contains(id));

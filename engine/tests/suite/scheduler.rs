@@ -398,6 +398,30 @@ fn work_waits_for_blocks_held_outside() {
     assert_eq!(choices.ids(1, 0), alone(&prompt(1, 20, 1000), 4));
 }
 
+/// Work that has to wait takes nothing while it does: what it took and gave back would wake the engine to plan the same
+/// again, without end. Here all but the blocks that it finds in the cache are held by a handoff.
+#[test]
+fn what_waits_for_blocks_wakes_nobody() {
+    let mut engine = hash_engine(EngineConfig { blocks: 8, ..CONFIG });
+    let long = prompt(1, 24, 1000);
+    engine.admit(work(&request(1, &long[..16], 1))).expect("room");
+    drain(&mut engine, &mut backend());
+    let stats = engine.cache().stats();
+    assert_eq!((stats.free, stats.cached), (4, 4), "blocks of four tokens");
+    let held = engine.cache().reserve(4).expect("room");
+    let (sender, receiver) = std::sync::mpsc::sync_channel(16);
+    engine.cache().on_freed(move || sender.send(()).expect("the test listens"));
+    engine.admit(work(&request(2, &long, 4))).expect("room");
+    assert!(engine.plan().is_none());
+    assert!(receiver.try_recv().is_err(), "the engine wakes itself");
+    drop(held);
+    assert_eq!(receiver.try_recv(), Ok(()));
+    drop(receiver);
+    engine.cache().on_freed(|| {});
+    let choices = Choices::of(drain(&mut engine, &mut backend()));
+    assert_eq!(choices.ids(2, 0), alone(&long, 4));
+}
+
 /// Ends: the end-of-sequence token, a stop token, neither before `tokens_min`, and not at all when they are ignored.
 #[test]
 fn sequences_end_where_they_should() {

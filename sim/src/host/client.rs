@@ -19,6 +19,7 @@ use tokio::time::{sleep, sleep_until, timeout};
 
 use super::World;
 use super::gateway::DEADLINE_MS;
+use super::operator::Order;
 use crate::model;
 use crate::net::TurmoilNet;
 use crate::topology::{CLIENTS, GATEWAY_PORT};
@@ -95,12 +96,12 @@ pub async fn run(
     world: World,
     notes: Notes,
     healed: watch::Receiver<bool>,
-    drains: mpsc::Receiver<String>,
+    orders: mpsc::Receiver<Order>,
 ) -> turmoil::Result {
     let start = tokio::time::Instant::now();
     let asks: Vec<Ask> = notes.lock().iter().map(|told| told.ask.clone()).collect();
     let mut operator = JoinSet::new();
-    operator.spawn(super::operator::run(world.clone(), drains));
+    operator.spawn(super::operator::run(world.clone(), orders));
     let mut clients = JoinSet::new();
     for ask in asks {
         let (world, notes, mut healed) = (world.clone(), notes.clone(), healed.clone());

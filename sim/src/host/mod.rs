@@ -50,6 +50,8 @@ pub struct Seen {
     pub crashed: BTreeMap<String, BTreeSet<u64>>,
     /// Workers that were drained and are not to come back by themselves.
     pub drained: BTreeSet<String>,
+    /// Workers that start as the other version.
+    pub upgraded: BTreeSet<String>,
 }
 
 impl World {

@@ -1,10 +1,10 @@
-//! The operator of a run: passes orders to whichever coordinator leads, as `baton drain` does.
+//! The operator of a run: passes orders to whichever coordinator leads, as `baton drain` and `baton tenant` do.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use baton_proto::v1::admin_client::AdminClient;
-use baton_proto::v1::{Done, Order, OrderRequest, done};
+use baton_proto::v1::{self, Done, OrderRequest, Tenant, done};
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 
@@ -14,31 +14,55 @@ use crate::topology::CLIENTS;
 
 const CALL: Duration = Duration::from_millis(1_000);
 const PAUSE: Duration = Duration::from_millis(100);
-/// Times all coordinators are asked before an operator gives up.
-const ROUNDS: usize = 20;
+/// Times all coordinators are asked before an operator gives up a drain; it is over when the faults are.
+const ROUNDS_DRAIN: usize = 20;
+const ROUNDS: usize = 600;
+/// Whose requests are those of a cluster without keys.
+const TENANT: &str = "default";
 
-/// Drains the workers that are named.
-pub async fn run(world: World, mut drains: mpsc::Receiver<String>) {
-    while let Some(worker) = drains.recv().await {
-        let told = drain(&world, &worker).await;
-        let what = if told { "is ordered to drain" } else { "cannot be ordered to drain: no coordinator takes it" };
-        world.record.note(CLIENTS, format!("{worker} {what}"));
+/// What an operator wants done.
+#[derive(Clone, Debug)]
+pub enum Order {
+    Drain(String),
+    /// Limits of the clients' tenant; 0 is none.
+    Limit {
+        requests_open: u64,
+        requests_per_minute: u64,
+    },
+}
+
+/// Carries out one order after the other.
+pub async fn run(world: World, mut orders: mpsc::Receiver<Order>) {
+    while let Some(order) = orders.recv().await {
+        let done = carry_out(&world, &order).await;
+        let what = if done { "is taken" } else { "is not taken by any coordinator" };
+        world.record.note(CLIENTS, format!("the operator's {order:?} {what}"));
     }
 }
 
-async fn drain(world: &World, worker: &str) -> bool {
-    for _ in 0..ROUNDS {
+async fn carry_out(world: &World, order: &Order) -> bool {
+    let rounds = if matches!(order, Order::Drain(_)) { ROUNDS_DRAIN } else { ROUNDS };
+    for _ in 0..rounds {
         for address in world.topology.coordinator_addresses() {
-            let Ok(channel) = baton_proto::channel(Arc::new(TurmoilNet), &address) else { continue };
-            let request = OrderRequest { worker: worker.to_string(), order: Order::Drain.into() };
-            let answered = timeout(CALL, AdminClient::new(channel).order_worker(request)).await;
-            if let Ok(Ok(answer)) = answered
-                && let Done { outcome: Some(done::Outcome::Done(_)) } = answer.into_inner()
-            {
+            if let Ok(true) = timeout(CALL, tell(&address, order)).await {
                 return true;
             }
         }
         sleep(PAUSE).await;
     }
     false
+}
+
+async fn tell(address: &str, order: &Order) -> bool {
+    let Ok(channel) = baton_proto::channel(Arc::new(TurmoilNet), address) else { return false };
+    let mut admin = AdminClient::new(channel);
+    let answered = match order.clone() {
+        Order::Drain(worker) => admin.order_worker(OrderRequest { worker, order: v1::Order::Drain.into() }).await,
+        Order::Limit { requests_open, requests_per_minute } => {
+            let name = TENANT.to_string();
+            let tenant = Tenant { name, requests_open_max: requests_open, requests_per_minute, ..Tenant::default() };
+            admin.set_tenant(tenant).await
+        }
+    };
+    answered.is_ok_and(|answer| matches!(answer.into_inner(), Done { outcome: Some(done::Outcome::Done(_)) }))
 }

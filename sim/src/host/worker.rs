@@ -17,7 +17,8 @@ pub async fn run(world: World, host: String, role: Role) -> turmoil::Result {
     let pace = Pace::new(world.topology.step, world.topology.row);
     world.seen().paces.insert(host.clone(), pace.clone());
     let mut config = config(&world, &host, role);
-    let mut model = loaded(pace);
+    let other = world.seen().upgraded.contains(&host);
+    let mut model = loaded(pace, other);
     loop {
         let (net, clock, process) = (env.net.clone(), env.clock.clone(), env.process);
         let life = Env { net, clock, rng: Rng::new(env.rng.u64()), process };

@@ -2,12 +2,16 @@
 //! everything has healed and should be quiet.
 
 mod blocks;
+mod contents;
+mod durable;
 mod ends_once;
 mod healed;
-mod leaders;
 mod ledgers;
+mod lives;
 mod own_disk;
+mod owners;
 mod quiet;
+mod quotas;
 mod same_bytes;
 mod typed_errors;
 
@@ -19,10 +23,19 @@ use crate::host::client::Told;
 /// What an invariant looks at.
 pub struct Look<'a> {
     pub now: Duration,
+    /// Looks before this one.
+    pub number: u64,
     pub world: &'a World,
     pub told: &'a [Told],
     /// Since when there are no faults any more.
     pub healed: Option<Duration>,
+}
+
+impl Look<'_> {
+    /// Whether it is the turn of what looks at one of so many, because it takes long.
+    pub fn is_one_of(&self, many: u64) -> bool {
+        self.number.is_multiple_of(many)
+    }
 }
 
 /// One property.
@@ -47,8 +60,12 @@ pub fn all() -> Vec<Box<dyn Invariant>> {
         Box::new(same_bytes::SameBytes::default()),
         Box::new(ends_once::EndsOnce),
         Box::new(typed_errors::TypedErrors::default()),
+        Box::new(owners::Owners::default()),
         Box::new(blocks::Blocks),
-        Box::new(leaders::Leaders::default()),
+        Box::new(contents::Contents::default()),
+        Box::new(lives::Lives::default()),
+        Box::new(quotas::Quotas::default()),
+        Box::new(durable::OnDisks::default()),
         Box::new(ledgers::Ledgers::default()),
         Box::new(own_disk::OwnDisk::default()),
         Box::new(healed::Healed),

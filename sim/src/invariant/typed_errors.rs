@@ -1,19 +1,14 @@
-//! S3: an error tells what happened in the world, never that Baton itself is at fault.
+//! S3: an error tells what happened in the world, never that Baton itself is at fault. No request waits out its deadline:
+//! that is longer than faults last.
 
 use std::collections::BTreeSet;
 
 use super::{Invariant, Look};
 use crate::host::client::End;
 
-/// What can be the matter with a cluster under faults.
-const TYPED: &[&str] = &[
-    "overloaded",
-    "service_unavailable",
-    "deadline_exceeded",
-    "rate_limit_exceeded",
-    "stream_not_found",
-    "stream_lost",
-];
+/// What can be the matter with a cluster under faults. Faults kill workers under a request as a poisoned one does.
+const TYPED: &[&str] =
+    &["overloaded", "service_unavailable", "rate_limit_exceeded", "poisoned", "stream_not_found", "stream_lost"];
 
 #[derive(Default)]
 pub(super) struct TypedErrors {

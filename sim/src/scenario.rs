@@ -1,0 +1,114 @@
+//! Runs that are kept, by name: failures that others had, or that this project had, as plans of a few faults. Each holds,
+//! and fails with the planted bug that brings the failure back.
+
+use baton_core::planted::Bug;
+
+use crate::plan::Plan;
+
+/// One kept run.
+pub struct Scenario {
+    pub name: &'static str,
+    /// What went wrong where it did.
+    pub about: &'static str,
+    /// What brings it back; None: nothing planted does.
+    pub bug: Option<Bug>,
+    plan: &'static str,
+}
+
+macro_rules! scenario {
+    ($name:literal, $bug:expr, $about:literal) => {
+        Scenario { name: $name, about: $about, bug: $bug, plan: include_str!(concat!("../plans/", $name, ".json")) }
+    };
+}
+
+pub const ALL: &[Scenario] = &[
+    scenario!(
+        "nobody_gets_another_prompts_answer",
+        Some(Bug::SameHandle),
+        "vLLM #52234: 200 with the previous prompt's answer, because the name of what was cancelled was used again"
+    ),
+    scenario!(
+        "damaged_blocks_are_not_committed",
+        Some(Bug::CommitEarly),
+        "vLLM #52234: blocks that never arrived whole are read, and the answer is another one"
+    ),
+    scenario!(
+        "an_aborted_handoff_keeps_no_block",
+        Some(Bug::LeakOnAbort),
+        "vLLM #46283: blocks of an aborted load are never reclaimed"
+    ),
+    scenario!(
+        "a_dead_prefill_worker_wedges_nobody",
+        Some(Bug::PrefillDeathWedges),
+        "SGLang #28651, #29482: one dead worker holds the other pool's requests until their timeout"
+    ),
+    scenario!(
+        "a_completion_is_not_lost",
+        Some(Bug::CompletionLost),
+        "an end that is never said: the client waits out its deadline"
+    ),
+    scenario!(
+        "a_resumed_stream_has_every_token",
+        Some(Bug::ResumeLosesToken),
+        "a stream that moves on to another gateway without a token of it"
+    ),
+    scenario!(
+        "a_worker_serves_its_own_life_only",
+        Some(Bug::SkipLifeCheck),
+        "Dynamo #11068: a worker that came back goes on with what was given to its earlier life"
+    ),
+    scenario!(
+        "streams_end_with_their_node",
+        Some(Bug::StreamsOutliveNode),
+        "Dynamo #3493: the control plane is back, and nobody asks it again"
+    ),
+    scenario!(
+        "a_gateways_life_ends_what_it_left",
+        Some(Bug::OrphansKept),
+        "found here: a gateway that came back under its name kept the requests of its earlier life open"
+    ),
+    scenario!("a_gateways_life_ends_its_handoff", None, "found here: the same, while blocks were on their way"),
+    scenario!(
+        "ends_are_told_while_coordinators_are_away",
+        None,
+        "found here: a gateway gave up telling the ledger of ends while the coordinators were away"
+    ),
+    scenario!(
+        "a_lost_worker_is_no_internal_error",
+        None,
+        "found here: a lost decode worker was called an internal error, without Retry-After"
+    ),
+    scenario!(
+        "what_waits_for_blocks_wakes_nobody",
+        None,
+        "found here: an engine that waited for blocks woke itself for the same plan again, without end"
+    ),
+    scenario!(
+        "a_snapshot_and_the_log_are_the_ledger",
+        Some(Bug::SnapshotForgets),
+        "a node that starts from its snapshot holds another ledger than its peers"
+    ),
+    scenario!(
+        "a_quota_holds_in_a_burst",
+        Some(Bug::QuotaUnchecked),
+        "requests that are looked at together pass a limit that each alone would keep"
+    ),
+];
+
+impl Scenario {
+    pub fn plan(&self) -> Plan {
+        Plan::read(self.plan).expect("kept plans are checked")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kept_plan_can_be_read() {
+        for scenario in ALL {
+            assert!(Plan::read(scenario.plan).is_ok(), "{}", scenario.name);
+        }
+    }
+}
