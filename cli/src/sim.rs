@@ -6,8 +6,9 @@ use std::ops::Range;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::str::FromStr;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::Context;
 use baton_core::planted::Bug;
@@ -312,18 +313,26 @@ fn apart(plan: &Plan, bug: &BugFlag) -> Result<Report, Failure> {
     stdin.write_all(plan.text().as_bytes()).context("hand the plan over")?;
     drop(stdin);
     let mut stdout = child.stdout.take().context("the run's standard output")?;
-    let (said, heard) = std::sync::mpsc::channel();
-    std::thread::spawn(move || {
-        let mut text = Vec::new();
-        // Nobody listens any more where the run was stuck.
-        let _ = said.send(stdout.read_to_end(&mut text).map(|_| text));
+    let (done, over) = mpsc::sync_channel::<()>(1);
+    let (child, mut text) = (Mutex::new(child), Vec::new());
+    let watched = &child;
+    let (read, stuck) = std::thread::scope(|scope| {
+        let watch = scope.spawn(move || {
+            let stuck = over.recv_timeout(STUCK) == Err(RecvTimeoutError::Timeout);
+            if stuck {
+                let _ = watched.lock().unwrap_or_else(PoisonError::into_inner).kill();
+            }
+            stuck
+        });
+        let read = stdout.read_to_end(&mut text);
+        drop(done);
+        (read, watch.join().unwrap_or(false))
     });
-    let Ok(text) = heard.recv_timeout(STUCK) else {
-        child.kill().and_then(|()| child.wait()).context("end the run")?;
+    child.into_inner().unwrap_or_else(PoisonError::into_inner).wait().context("wait for the run")?;
+    if stuck {
         return Ok(Report::stuck(plan, STUCK));
-    };
-    child.wait().context("wait for the run")?;
-    let text = text.context("read the run's report")?;
+    }
+    read.context("read the run's report")?;
     serde_json::from_slice(&text).context("the run ended without a report").map_err(Failure::from)
 }
 

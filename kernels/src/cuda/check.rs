@@ -395,7 +395,7 @@ fn pick(logits: &[f32], next: &GpuNext) -> TokenId {
         kept += units(*logit);
     }
     let word = Philox::new(sampling.seed).at([next.position, next.choice, 0, 0])[0] >> 8;
-    let target = (u128::from(word) * u128::from(kept) >> 24) as u64;
+    let target = ((u128::from(word) * u128::from(kept)) >> 24) as u64;
     let mut sum = 0;
     let beyond = |entry: &&(TokenId, f32)| {
         sum += units(entry.1);
