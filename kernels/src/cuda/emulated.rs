@@ -43,13 +43,16 @@ const FLAGS: [&str; 7] =
 
 /// Builds the library in `folder`, unless it is there.
 fn build(folder: &Path) -> Result<PathBuf, GpuError> {
+    // Threads of one process would build in one folder.
+    static BUILDING: Mutex<()> = Mutex::new(());
+    let _alone = BUILDING.lock().unwrap_or_else(PoisonError::into_inner);
     let failed = |what: String| GpuError::Emulation(what);
     let own = blake3::hash(OWN.map(|file| file.1).concat().as_bytes()).to_hex();
     let library = folder.join(format!("emulated-{}-{}.so", source_hash(), &own[..8]));
     if library.exists() {
         return Ok(library);
     }
-    // Tests of several processes may build at the same time.
+    // Tests of several processes may build at the same time, each in a folder of its own.
     let sources = folder.join(format!("emulated.{}", std::process::id()));
     std::fs::create_dir_all(&sources).map_err(|error| failed(format!("{}: {error}", sources.display())))?;
     for (name, text) in FILES.into_iter().chain(OWN).chain([("common.cuh", COMMON)]) {
