@@ -117,8 +117,6 @@ const fn many_bytes(outputs: usize, stages: usize, more: usize) -> u32 {
 pub(crate) const BLOCK: usize = 64;
 /// Rows of a thread block of prefill's attention: (token, head of the group).
 pub(crate) const PREFILL_ROWS: usize = 64;
-/// Blocks of positions per thread block of decode's attention.
-pub(crate) const SPLIT_BLOCKS: usize = 1;
 /// Heads of a group per thread block of decode's attention.
 pub(crate) const DECODE_HEADS: usize = 16;
 

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::error::GpuError;
 use super::gpu::{Gpu, GpuArena};
-use super::launch::{self, ATTENTIONS, BLOCK, DECODE_HEADS, Decode, HEAD_DIMS, PREFILL_ROWS, SPLIT_BLOCKS, Tile};
+use super::launch::{self, ATTENTIONS, BLOCK, DECODE_HEADS, Decode, HEAD_DIMS, PREFILL_ROWS, Tile};
 use super::memory::{Floats, Memory, Rows};
 use crate::{Heads, Span};
 
@@ -248,7 +248,7 @@ impl Gpu {
         let merge = super::driver::Kernel { name: launch::MERGE, threads: a.heads.head_dim as u32, shared: 0 };
         for (range, blocks, _) in &spans.plan.groups {
             let rows = spans.decodes_at() + (range.start * size_of::<Decode>()) as u64;
-            let grid = [blocks.div_ceil(SPLIT_BLOCKS), kv_heads * group.div_ceil(DECODE_HEADS), range.len()];
+            let grid = [*blocks, kv_heads * group.div_ceil(DECODE_HEADS), range.len()];
             self.launch(decode, grid, &[&arguments, &q, &memory, &tables, &rows, &partials, &values])?;
             let grid = [a.heads.heads, range.len(), 1];
             self.launch(merge, grid, &[&arguments, &rows, &partials, &values, &to])?;

@@ -15,6 +15,8 @@
 #define HOPPER_ROWS 128
 #define HOPPER_STEP 64
 #define SLAB_BYTES 8192
+// Thread blocks that share the weights of a tile.
+#define CLUSTER 2
 // Pairs of row tiles whose weights are used together, while they are in the cache.
 #define GROUP 8
 
@@ -195,20 +197,20 @@ template <int Outputs> __device__ __forceinline__ float2* place(const Matmul& a,
     return r < a.rows && n < a.outputs ? (float2*)(a.y + (u64)r * a.outputs + n) : (float2*)0;
 }
 
-template <int Outputs, int Stages, bool Segmented, int Cluster = 2>
+template <int Outputs, int Stages, bool Segmented>
 __device__ __forceinline__ void multiply_on_hopper(const TensorMap* xs, const TensorMap* ws, const Matmul& a, u32 first_row, u8* dynamic) {
     constexpr u32 StageBytes = (HOPPER_ROWS + Outputs) * HOPPER_STEP * 2, WeightsAt = HOPPER_ROWS * HOPPER_STEP * 2;
-    constexpr int Values = Outputs / 2, Half = Outputs / Cluster;
+    constexpr int Values = Outputs / 2, Half = Outputs / CLUSTER;
     u32 skip = (1024 - shared_at(dynamic) % 1024) % 1024;
     u32 stages = shared_at(dynamic) + skip, full = stages + Stages * StageBytes, empty = full + 8 * Stages;
     // Sums of two segments: (value, thread).
     float* two = (float*)(dynamic + skip + Stages * StageBytes + 1024) + threadIdx.x % 256;
-    u32 rank = Cluster == 1 ? 0 : cluster_rank(), group = threadIdx.x / 128;
+    u32 rank = cluster_rank(), group = threadIdx.x / 128;
     if (threadIdx.x == 0) {
         for (int s = 0; s < Stages; s++) {
             barrier_init(full + 8 * s, 1);
             // Two warpgroups of two thread blocks.
-            barrier_init(empty + 8 * s, 2 * Cluster);
+            barrier_init(empty + 8 * s, 2 * CLUSTER);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
@@ -217,15 +219,15 @@ __device__ __forceinline__ void multiply_on_hopper(const TensorMap* xs, const Te
     begin();
 
     u32 steps = a.depth / HOPPER_STEP, segment_steps = Segmented ? steps / SEGMENTS : steps;
-    u32 row_pairs = (a.rows + Cluster * HOPPER_ROWS - 1) / (Cluster * HOPPER_ROWS), outputs = (a.outputs + Outputs - 1) / Outputs;
-    u32 tiles = row_pairs * outputs, clusters = gridDim.x / Cluster;
+    u32 row_pairs = (a.rows + CLUSTER * HOPPER_ROWS - 1) / (CLUSTER * HOPPER_ROWS), outputs = (a.outputs + Outputs - 1) / Outputs;
+    u32 tiles = row_pairs * outputs, clusters = gridDim.x / CLUSTER;
     if (group == 0) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
         if (threadIdx.x == 0) {
             Ring<Stages> ring = {0, 1};
-            for (u32 tile = blockIdx.x / Cluster; tile < tiles; tile += clusters) {
+            for (u32 tile = blockIdx.x / CLUSTER; tile < tiles; tile += clusters) {
                 TileAt at = tile_of(tile, row_pairs, outputs);
-                u32 row = first_row + (at.row_pair * Cluster + rank) * HOPPER_ROWS, output = at.output * Outputs + rank * Half;
+                u32 row = first_row + (at.row_pair * CLUSTER + rank) * HOPPER_ROWS, output = at.output * Outputs + rank * Half;
                 for (u32 step = 0; step < steps; step++, ring.next()) {
                     u32 to = stages + ring.stage * StageBytes, barrier = full + 8 * ring.stage, k = step * HOPPER_STEP;
                     barrier_wait(empty + 8 * ring.stage, ring.parity);
@@ -235,8 +237,7 @@ __device__ __forceinline__ void multiply_on_hopper(const TensorMap* xs, const Te
 #pragma unroll
                     for (u32 i = 0; i < Half / 64; i++) {
                         u32 at = to + WeightsAt + (rank * Half / 64 + i) * SLAB_BYTES;
-                        if (Cluster == 1) load_slab(at, ws, barrier, k, output + i * 64);
-                        else load_slab_for_both(at, ws, barrier, k, output + i * 64);
+                        load_slab_for_both(at, ws, barrier, k, output + i * 64);
                     }
                 }
             }
@@ -247,9 +248,9 @@ __device__ __forceinline__ void multiply_on_hopper(const TensorMap* xs, const Te
         Ring<Stages> ring = {0, 0};
         float sum[Values];
         float one[Segmented ? Values : 1];
-        for (u32 tile = blockIdx.x / Cluster; tile < tiles; tile += clusters) {
+        for (u32 tile = blockIdx.x / CLUSTER; tile < tiles; tile += clusters) {
             TileAt at = tile_of(tile, row_pairs, outputs);
-            u32 row = (at.row_pair * Cluster + rank) * HOPPER_ROWS + part * 64 + thread / 32 * 16 + lane / 4;
+            u32 row = (at.row_pair * CLUSTER + rank) * HOPPER_ROWS + part * 64 + thread / 32 * 16 + lane / 4;
             u32 output = at.output * Outputs + lane % 4 * 2;
 #pragma unroll 1
             for (u32 segment = 0; segment < (Segmented ? SEGMENTS : 1); segment++) {
@@ -266,12 +267,12 @@ __device__ __forceinline__ void multiply_on_hopper(const TensorMap* xs, const Te
                     wgmma_commit();
                     // The stage before has been read.
                     wgmma_wait<1>();
-                    if (step > 0 && thread < Cluster) barrier_arrive(empty + 8 * before, thread);
+                    if (step > 0 && thread < CLUSTER) barrier_arrive(empty + 8 * before, thread);
                     before = ring.stage;
                     ring.next();
                 }
                 wgmma_wait<0>();
-                if (thread < Cluster) barrier_arrive(empty + 8 * before, thread);
+                if (thread < CLUSTER) barrier_arrive(empty + 8 * before, thread);
                 if (!Segmented) break;
                 // As `fold`, with the sum of four segments in y.
                 if (segment % 2 == 0) {
