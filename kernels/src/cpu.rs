@@ -23,7 +23,7 @@ use self::attend::{Attend, Operands, Plan};
 use self::isa::Isa;
 use self::lanes::{Kernel, Lanes};
 use self::matmul::{Dot, Exact, Full, Inputs, Matmul, Pack, Pairs, pieces};
-use self::quantized::{Grid, Multiply, Q4_0, Q4K, Q6K, Q8_0, Quantized, WORDS};
+use self::quantized::{Grid, Multiply, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0, Quantized, WORDS};
 use self::rows::{Add, ExpSum, Largest, Norm, Rope, SiluMul};
 use crate::packed::{Format, PANEL, Quantize, Run, locate};
 use crate::pool::{Part, Pool};
@@ -227,7 +227,11 @@ impl Cpu {
                 (Format::Bf16, Profile::Bf16Dp) => self.multiply_pairs::<Pairs>(y),
                 (Format::Q8_0, _) => self.multiply_blocks::<Q8_0>(y),
                 (Format::Q4_0, _) => self.multiply_blocks::<Q4_0>(y),
+                (Format::Q4_1, _) => self.multiply_blocks::<Q4_1>(y),
+                (Format::Q5_0, _) => self.multiply_blocks::<Q5_0>(y),
+                (Format::Q5_1, _) => self.multiply_blocks::<Q5_1>(y),
                 (Format::Q4K, _) => self.multiply_blocks::<Q4K>(y),
+                (Format::Q5K, _) => self.multiply_blocks::<Q5K>(y),
                 (Format::Q6K, _) => self.multiply_blocks::<Q6K>(y),
             }
         }

@@ -3,12 +3,16 @@
 //! ```text
 //! panel = 64 outputs, one after another; N padded with zeros
 //! bf16:      [K/2][64 outputs][2] bf16; K padded with zeros
-//! quantized: per 32 k a block of 128 bytes of scales, then words of 4 bytes as [words][64 outputs]; K padded with zeros
+//! quantized: per 32 k a block: scales, then words of 4 bytes as [words][64 outputs]; K padded with zeros
 //!   q8_0   64 f16 scales; 8 words, k in order, each q + 128 in a byte
 //!   q4_0   64 f16 scales; 4 words, byte j: k = j in its low half, k = j + 16 in its high half, each q + 8
+//!   q4_1   64 f16 scales, 64 f16 minima; 4 words as q4_0, each q
+//!   q5_0   64 f16 scales; 4 words as q4_0, the low 4 bits of q + 16; 1 word of the high bits: bit t of byte j is of k = 4·t + j
+//!   q5_1   64 f16 scales, 64 f16 minima; words as q5_0, each q
 //!   q4_k   64 u8 scales, 64 u8 minima; 4 words as q4_0, each q
+//!   q5_k   64 u8 scales, 64 u8 minima; words as q5_0, each q
 //!   q6_k   2 × 64 i8 scales, one per 16 k; 4 words as q4_0, the low 4 bits of q + 32; 2 words of the high 2 bits
-//! ahead of every 8 blocks: q4_k 64 f16 scales and 64 f16 scales of minima, q6_k 64 f16 scales
+//! ahead of every 8 blocks: q4_k and q5_k 64 f16 scales and 64 f16 scales of minima, q6_k 64 f16 scales
 //! ```
 
 use crate::bf16;
@@ -19,8 +23,8 @@ use crate::quant::{self, BLOCK_LEN, Block, SUPER};
 pub(crate) const PANEL: usize = 64;
 /// Bytes of one pair of k for a whole panel, and of one word of quantized weights.
 pub(crate) const STEP: usize = PANEL * 4;
-/// Bytes of scales at the beginning of a quantized block.
-pub(crate) const HEAD: usize = PANEL * 2;
+/// Bytes of a half, or of two bytes, of every output.
+pub(crate) const HALVES: usize = PANEL * 2;
 
 /// Element type of weights as stored on disk, little endian. The quantized ones are GGUF's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,7 +34,11 @@ pub enum Dtype {
     Bf16,
     Q8_0,
     Q4_0,
+    Q4_1,
+    Q5_0,
+    Q5_1,
     Q4K,
+    Q5K,
     Q6K,
 }
 
@@ -39,8 +47,8 @@ impl Dtype {
     pub fn unit(self) -> usize {
         match self {
             Dtype::F32 | Dtype::F16 | Dtype::Bf16 => 1,
-            Dtype::Q8_0 | Dtype::Q4_0 => BLOCK_LEN,
-            Dtype::Q4K | Dtype::Q6K => BLOCK_LEN * SUPER,
+            Dtype::Q8_0 | Dtype::Q4_0 | Dtype::Q4_1 | Dtype::Q5_0 | Dtype::Q5_1 => BLOCK_LEN,
+            Dtype::Q4K | Dtype::Q5K | Dtype::Q6K => BLOCK_LEN * SUPER,
         }
     }
 
@@ -51,7 +59,11 @@ impl Dtype {
             Dtype::F16 | Dtype::Bf16 => 2,
             Dtype::Q8_0 => 34,
             Dtype::Q4_0 => 18,
+            Dtype::Q4_1 => 20,
+            Dtype::Q5_0 => 22,
+            Dtype::Q5_1 => 24,
             Dtype::Q4K => 144,
+            Dtype::Q5K => 176,
             Dtype::Q6K => 210,
         }
     }
@@ -98,7 +110,11 @@ pub(crate) enum Format {
     Bf16,
     Q8_0,
     Q4_0,
+    Q4_1,
+    Q5_0,
+    Q5_1,
     Q4K,
+    Q5K,
     Q6K,
 }
 
@@ -107,7 +123,11 @@ impl Format {
         match (dtype, quantize) {
             (Dtype::Q8_0, _) => Format::Q8_0,
             (Dtype::Q4_0, _) => Format::Q4_0,
+            (Dtype::Q4_1, _) => Format::Q4_1,
+            (Dtype::Q5_0, _) => Format::Q5_0,
+            (Dtype::Q5_1, _) => Format::Q5_1,
             (Dtype::Q4K, _) => Format::Q4K,
+            (Dtype::Q5K, _) => Format::Q5K,
             (Dtype::Q6K, _) => Format::Q6K,
             (_, None) => Format::Bf16,
             (_, Some(Quantize::Q8_0)) => Format::Q8_0,
@@ -128,28 +148,44 @@ impl Format {
         match self {
             Format::Bf16 => 16,
             Format::Q8_0 => 8,
-            Format::Q4_0 | Format::Q4K => 4,
+            Format::Q4_0 | Format::Q4_1 | Format::Q4K => 4,
+            Format::Q5_0 | Format::Q5_1 | Format::Q5K => 5,
             Format::Q6K => 6,
         }
     }
 
+    /// Whether something is subtracted from every weight of a block.
+    pub(crate) const fn minima(self) -> bool {
+        matches!(self, Format::Q4_1 | Format::Q5_1 | Format::Q4K | Format::Q5K)
+    }
+
+    /// Whether a block's scale is a product with one above 8 blocks.
+    pub(crate) const fn two_scales(self) -> bool {
+        matches!(self, Format::Q4K | Format::Q5K | Format::Q6K)
+    }
+
+    /// Bytes of scales at a block's beginning for a whole panel.
+    pub(crate) const fn head_bytes(self) -> usize {
+        if self.minima() && !self.two_scales() { 2 * HALVES } else { HALVES }
+    }
+
     /// Bytes of a block for a whole panel.
     pub(crate) const fn block_bytes(self) -> usize {
-        HEAD + self.words() * STEP
+        self.head_bytes() + self.words() * STEP
     }
 
     /// Bytes ahead of every 8 blocks for a whole panel.
     pub(crate) const fn super_bytes(self) -> usize {
         match self {
-            Format::Q4K => 2 * HEAD,
-            Format::Q6K => HEAD,
+            Format::Q4K | Format::Q5K => 2 * HALVES,
+            Format::Q6K => HALVES,
             _ => 0,
         }
     }
 
     /// Halves that an output has there.
     const fn halves_ahead(self) -> usize {
-        self.super_bytes() / HEAD
+        self.super_bytes() / HALVES
     }
 
     /// Where a block begins in its panel.
@@ -361,12 +397,14 @@ impl Run {
         let (mut found, places) = (Block::default(), self.places(row, block));
         // SAFETY: inside the panel, all of which was written by `pack`.
         unsafe {
-            found.head = places.head.map(|byte| byte.read());
+            for (to, byte) in found.head.iter_mut().zip(places.head).take(self.format.head_bytes() / PANEL) {
+                *to = byte.read();
+            }
             for (i, word) in found.words.chunks_exact_mut(4).take(self.format.words()).enumerate() {
                 word.copy_from_slice(&places.words.wrapping_add(i * STEP).cast::<[u8; 4]>().read());
             }
             for (i, half) in found.ahead.chunks_exact_mut(2).take(self.format.halves_ahead()).enumerate() {
-                half.copy_from_slice(&places.ahead.wrapping_add(i * HEAD).cast::<[u8; 2]>().read());
+                half.copy_from_slice(&places.ahead.wrapping_add(i * HALVES).cast::<[u8; 2]>().read());
             }
         }
         found
@@ -381,12 +419,14 @@ impl Run {
         let places = self.places(row, block);
         // SAFETY: inside the panel by the assertion; alone by the caller.
         unsafe {
-            places.head.iter().zip(value.head).for_each(|(to, byte)| to.write(byte));
+            for (to, byte) in places.head.iter().zip(value.head).take(self.format.head_bytes() / PANEL) {
+                to.write(byte);
+            }
             for (i, word) in value.words.as_chunks::<4>().0.iter().take(self.format.words()).enumerate() {
                 places.words.wrapping_add(i * STEP).cast::<[u8; 4]>().write(*word);
             }
             for (i, half) in value.ahead.as_chunks::<2>().0.iter().take(self.format.halves_ahead()).enumerate() {
-                places.ahead.wrapping_add(i * HEAD).cast::<[u8; 2]>().write(*half);
+                places.ahead.wrapping_add(i * HALVES).cast::<[u8; 2]>().write(*half);
             }
         }
     }
@@ -394,21 +434,23 @@ impl Run {
     fn places(&self, row: usize, block: usize) -> Places {
         let (panel, lane) = (self.panel(row / PANEL).cast_mut(), row % PANEL);
         let start = panel.wrapping_add(self.format.block_at(block));
-        let head = match self.format {
-            Format::Q8_0 | Format::Q4_0 => [start.wrapping_add(lane * 2), start.wrapping_add(lane * 2 + 1)],
-            _ => [start.wrapping_add(lane), start.wrapping_add(PANEL + lane)],
+        let head = match self.format.two_scales() {
+            true => [lane, PANEL + lane, 0, 0],
+            false => [lane * 2, lane * 2 + 1, HALVES + lane * 2, HALVES + lane * 2 + 1],
         };
         let ahead = panel.wrapping_add(self.format.block_at(block / SUPER * SUPER) - self.format.super_bytes());
-        Places { head, words: start.wrapping_add(HEAD + lane * 4), ahead: ahead.wrapping_add(lane * 2) }
+        let words = start.wrapping_add(self.format.head_bytes() + lane * 4);
+        Places { head: head.map(|at| start.wrapping_add(at)), words, ahead: ahead.wrapping_add(lane * 2) }
     }
 }
 
 /// Where the bytes of one output's block lie.
 struct Places {
-    head: [*mut u8; 2],
+    /// As many as the format has.
+    head: [*mut u8; 4],
     /// The first word; the next is `STEP` on.
     words: *mut u8,
-    /// The first half; the next is `HEAD` on.
+    /// The first half; the next is `HALVES` on.
     ahead: *mut u8,
 }
 

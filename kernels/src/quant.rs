@@ -13,7 +13,8 @@ pub(crate) const SUPER: usize = 8;
 /// One output's block of 32 weights, in the bytes that `packed` describes.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(crate) struct Block {
-    pub(crate) head: [u8; 2],
+    /// Scale and minimum as two halves, or a byte each.
+    pub(crate) head: [u8; 4],
     pub(crate) words: [u8; 32],
     pub(crate) ahead: [u8; 4],
 }
@@ -26,9 +27,20 @@ impl Block {
             Format::Bf16 => unreachable!("bf16 has no blocks"),
             Format::Q8_0 => i32::from(self.words[i]) - 128,
             Format::Q4_0 => low(i) - 8,
-            Format::Q4K => low(i),
+            Format::Q4_1 | Format::Q4K => low(i),
+            Format::Q5_0 => low(i) + self.fifth(i) - 16,
+            Format::Q5_1 | Format::Q5K => low(i) + self.fifth(i),
             Format::Q6K => low(i) + self.high(i) - 32,
         })
+    }
+
+    /// Bit 4 of one of 32 five-bit numbers.
+    fn fifth(&self, i: usize) -> i32 {
+        i32::from(self.words[16 + i % 4] >> (i / 4) & 1) << 4
+    }
+
+    fn set_fifth(&mut self, i: usize, set: bool) {
+        self.words[16 + i % 4] |= u8::from(set) << (i / 4);
     }
 
     /// Bits 4 and 5 of one of 32 six-bit numbers.
@@ -37,23 +49,27 @@ impl Block {
         i32::from((byte >> HIGH_SHIFT[i / 4 % 4] & 3) << 4)
     }
 
-    /// Scale of all integers: of q8_0 and q4_0 whole, of q6_k that above the blocks, of q4_k the product of both.
+    /// Scale of all integers; of q6_k that above the blocks, of q4_k and q5_k the product of both.
     pub(crate) fn scale(&self, format: Format) -> f32 {
         match format {
-            Format::Q8_0 | Format::Q4_0 => f16(self.head),
-            Format::Q4K => f16([self.ahead[0], self.ahead[1]]) * f32::from(self.head[0]),
-            _ => f16([self.ahead[0], self.ahead[1]]),
+            Format::Q4K | Format::Q5K => f16([self.ahead[0], self.ahead[1]]) * f32::from(self.head[0]),
+            Format::Q6K => f16([self.ahead[0], self.ahead[1]]),
+            _ => f16([self.head[0], self.head[1]]),
         }
     }
 
-    /// What q4_k subtracts from every weight.
-    pub(crate) fn minimum(&self) -> f32 {
-        f16([self.ahead[2], self.ahead[3]]) * f32::from(self.head[1])
+    /// What is subtracted from every weight, where the format has that.
+    pub(crate) fn minimum(&self, format: Format) -> f32 {
+        match format.two_scales() {
+            true => f16([self.ahead[2], self.ahead[3]]) * f32::from(self.head[1]),
+            // In the file it is added.
+            false => -f16([self.head[2], self.head[3]]),
+        }
     }
 
     /// q6_k's factors of the two halves.
     pub(crate) fn halves(&self) -> [f32; 2] {
-        self.head.map(|byte| f32::from(byte as i8))
+        [self.head[0], self.head[1]].map(|byte| f32::from(byte as i8))
     }
 
     /// The values of its first weights.
@@ -61,7 +77,7 @@ impl Block {
         let (integers, scale) = (self.integers(format), self.scale(format));
         for (i, (to, q)) in out.iter_mut().zip(integers).enumerate() {
             *to = match format {
-                Format::Q4K => q as f32 * scale - self.minimum(),
+                _ if format.minima() => q as f32 * scale - self.minimum(format),
                 Format::Q6K => q as f32 * self.halves()[i / 16] * scale,
                 _ => q as f32 * scale,
             };
@@ -91,7 +107,11 @@ pub(crate) fn read_blocks(dtype: Dtype, bytes: &[u8], out: &mut [Block]) {
         match dtype {
             Dtype::Q8_0 => blocks[0] = q8_0(unit),
             Dtype::Q4_0 => blocks[0] = q4_0(unit),
-            Dtype::Q4K => blocks.iter_mut().enumerate().for_each(|(i, block)| *block = q4_k(unit, i)),
+            Dtype::Q4_1 => blocks[0] = block_of(&unit[..4], [0; 4], &unit[4..]),
+            Dtype::Q5_0 => blocks[0] = block_of(&unit[..2], [unit[2], unit[3], unit[4], unit[5]], &unit[6..]),
+            Dtype::Q5_1 => blocks[0] = block_of(&unit[..4], [unit[4], unit[5], unit[6], unit[7]], &unit[8..]),
+            Dtype::Q4K => blocks.iter_mut().enumerate().for_each(|(i, block)| *block = q4_k(unit, &unit[16..], i)),
+            Dtype::Q5K => blocks.iter_mut().enumerate().for_each(|(i, block)| *block = q5_k(unit, i)),
             Dtype::Q6K => blocks.iter_mut().enumerate().for_each(|(i, block)| *block = q6_k(unit, i)),
             Dtype::F32 | Dtype::F16 | Dtype::Bf16 => unreachable!("floats have no blocks"),
         }
@@ -100,7 +120,7 @@ pub(crate) fn read_blocks(dtype: Dtype, bytes: &[u8], out: &mut [Block]) {
 
 /// f16 scale, 32 × i8.
 fn q8_0(unit: &[u8]) -> Block {
-    let mut block = Block { head: [unit[0], unit[1]], ..Block::default() };
+    let mut block = Block { head: [unit[0], unit[1], 0, 0], ..Block::default() };
     for (to, from) in block.words.iter_mut().zip(&unit[2..]) {
         *to = from ^ 0x80;
     }
@@ -109,14 +129,23 @@ fn q8_0(unit: &[u8]) -> Block {
 
 /// f16 scale, 16 bytes of halves.
 fn q4_0(unit: &[u8]) -> Block {
-    let mut block = Block { head: [unit[0], unit[1]], ..Block::default() };
-    block.words[..16].copy_from_slice(&unit[2..18]);
+    block_of(&unit[..2], [0; 4], &unit[2..])
+}
+
+/// q4_1, q5_0, q5_1: f16 scale, of those that end in 1 f16 of what is added; of those that begin with 5 a word of the high
+/// bits, number i's at bit i; 16 bytes of halves.
+fn block_of(head: &[u8], high: [u8; 4], low: &[u8]) -> Block {
+    let mut block = Block::default();
+    block.head[..head.len()].copy_from_slice(head);
+    block.words[..16].copy_from_slice(&low[..16]);
+    let high = u32::from_le_bytes(high);
+    (0..BLOCK_LEN).for_each(|i| block.set_fifth(i, high >> i & 1 == 1));
     block
 }
 
 /// f16 scale, f16 scale of minima, 8 × 6-bit scale and minimum in 12 bytes, then 4 × 32 bytes: the low halves are one
 /// block, the high halves the next.
-fn q4_k(unit: &[u8], index: usize) -> Block {
+fn q4_k(unit: &[u8], low: &[u8], index: usize) -> Block {
     let six = &unit[4..16];
     let (scale, minimum) = match index {
         0..4 => (six[index] & 63, six[index + 4] & 63),
@@ -126,11 +155,19 @@ fn q4_k(unit: &[u8], index: usize) -> Block {
         }
     };
     let shift = index % 2 * 4;
-    let bytes = &unit[16 + index / 2 * 32..][..32];
-    let mut block = Block { head: [scale, minimum], ahead: [unit[0], unit[1], unit[2], unit[3]], ..Block::default() };
+    let bytes = &low[index / 2 * 32..][..32];
+    let mut block =
+        Block { head: [scale, minimum, 0, 0], ahead: [unit[0], unit[1], unit[2], unit[3]], ..Block::default() };
     for i in 0..16 {
         block.words[i] = (bytes[i] >> shift & 15) | (bytes[i + 16] >> shift & 15) << 4;
     }
+    block
+}
+
+/// As q4_k, with 32 bytes between scales and low bits: bit j of byte i is the high bit of number i of block j.
+fn q5_k(unit: &[u8], index: usize) -> Block {
+    let mut block = q4_k(unit, &unit[48..], index);
+    unit[16..48].iter().enumerate().for_each(|(i, byte)| block.set_fifth(i, byte >> index & 1 == 1));
     block
 }
 
@@ -141,7 +178,7 @@ fn q6_k(unit: &[u8], index: usize) -> Block {
     let (low, high) = (&unit[part * 64 + j % 2 * 32..][..32], &unit[128 + part * 32..][..32]);
     let number = |i: usize| (low[i] >> (j / 2 * 4) & 15, high[i] >> (j * 2) & 3);
     let scales = &unit[192 + index * 2..][..2];
-    let mut block = Block { head: [scales[0], scales[1]], ..Block::default() };
+    let mut block = Block { head: [scales[0], scales[1], 0, 0], ..Block::default() };
     block.ahead[..2].copy_from_slice(&unit[208..210]);
     for i in 0..16 {
         block.words[i] = number(i).0 | number(i + 16).0 << 4;
@@ -152,6 +189,11 @@ fn q6_k(unit: &[u8], index: usize) -> Block {
     block
 }
 
+fn one_half(scale: f32) -> [u8; 4] {
+    let [low, high] = bf16::round_f16(scale).to_le_bytes();
+    [low, high, 0, 0]
+}
+
 /// Largest finite half.
 const F16_MAX: f32 = 65504.0;
 
@@ -160,7 +202,7 @@ pub(crate) fn to_q8_0(values: &[f32]) -> Block {
     let largest = values.iter().fold(0.0f32, |max, x| max.max(x.abs()));
     let scale = (largest / 127.0).min(F16_MAX);
     let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
-    let mut block = Block { head: bf16::round_f16(scale).to_le_bytes(), words: [128; 32], ..Block::default() };
+    let mut block = Block { head: one_half(scale), words: [128; 32], ..Block::default() };
     for (to, x) in block.words.iter_mut().zip(values) {
         *to = ((x * inverse).round().clamp(-127.0, 127.0) as i32 + 128) as u8;
     }
@@ -173,7 +215,7 @@ pub(crate) fn to_q4_0(values: &[f32]) -> Block {
     let scale = (largest / -8.0).clamp(-F16_MAX, F16_MAX);
     let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
     let number = |i: usize| values.get(i).map_or(8, |x| (x * inverse + 8.5).clamp(0.0, 15.0) as u8);
-    let mut block = Block { head: bf16::round_f16(scale).to_le_bytes(), ..Block::default() };
+    let mut block = Block { head: one_half(scale), ..Block::default() };
     for i in 0..16 {
         block.words[i] = number(i) | number(i + 16) << 4;
     }
@@ -212,7 +254,7 @@ mod tests {
     fn unit(dtype: Dtype, rng: &mut Rng) -> Vec<u8> {
         let mut unit: Vec<u8> = (0..dtype.unit_bytes()).map(|_| rng.u64() as u8).collect();
         let scales: &[usize] = match dtype {
-            Dtype::Q4K => &[1, 3],
+            Dtype::Q4_1 | Dtype::Q5_1 | Dtype::Q4K | Dtype::Q5K => &[1, 3],
             Dtype::Q6K => &[209],
             _ => &[1],
         };
@@ -230,10 +272,25 @@ mod tests {
                 let byte = unit[2 + i % 16];
                 half(0) * (f32::from(if i < 16 { byte & 15 } else { byte >> 4 }) - 8.0)
             }
-            Dtype::Q4K => {
+            Dtype::Q4_1 | Dtype::Q5_0 | Dtype::Q5_1 => {
+                let (with_minimum, five) = (dtype != Dtype::Q5_0, dtype != Dtype::Q4_1);
+                let bits = if with_minimum { 4 } else { 2 };
+                let low = unit[bits + if five { 4 } else { 0 } + i % 16];
+                let mut q = if i < 16 { low & 15 } else { low >> 4 };
+                if five && unit[bits + i / 8] >> (i % 8) & 1 == 1 {
+                    q |= 16;
+                }
+                if with_minimum { half(0) * f32::from(q) + half(2) } else { half(0) * (f32::from(q) - 16.0) }
+            }
+            Dtype::Q4K | Dtype::Q5K => {
                 let (chunk, within) = (i / 64, i % 64);
-                let byte = unit[16 + chunk * 32 + within % 32];
-                let q = f32::from(if within < 32 { byte & 15 } else { byte >> 4 });
+                let five = dtype == Dtype::Q5K;
+                let byte = unit[if five { 48 } else { 16 } + chunk * 32 + within % 32];
+                let mut q = f32::from(if within < 32 { byte & 15 } else { byte >> 4 });
+                let high = if within < 32 { 1 << (2 * chunk) } else { 2 << (2 * chunk) };
+                if five && unit[16 + within % 32] & high != 0 {
+                    q += 16.0;
+                }
                 let (six, j) = (&unit[4..16], i / 32);
                 let (scale, minimum) = if j < 4 {
                     (six[j] & 63, six[j + 4] & 63)
@@ -264,7 +321,11 @@ mod tests {
         let formats = [
             (Dtype::Q8_0, Format::Q8_0),
             (Dtype::Q4_0, Format::Q4_0),
+            (Dtype::Q4_1, Format::Q4_1),
+            (Dtype::Q5_0, Format::Q5_0),
+            (Dtype::Q5_1, Format::Q5_1),
             (Dtype::Q4K, Format::Q4K),
+            (Dtype::Q5K, Format::Q5K),
             (Dtype::Q6K, Format::Q6K),
         ];
         for (dtype, format) in formats {

@@ -81,9 +81,9 @@ fn block(acc: f32, w: &Block, format: Format, x: &[f32]) -> f32 {
             let [first, second] = w.halves().map(|half| w.scale(format) * half * scale);
             dot(16..32).mul_add(second, dot(0..16).mul_add(first, acc))
         }
-        Format::Q4K => {
+        _ if format.minima() => {
             let minus = -x_integers.iter().map(|q| i32::from(*q)).sum::<i32>() as f32 * scale;
-            w.minimum().mul_add(minus, dot(0..32).mul_add(w.scale(format) * scale, acc))
+            w.minimum(format).mul_add(minus, dot(0..32).mul_add(w.scale(format) * scale, acc))
         }
         _ => dot(0..32).mul_add(w.scale(format) * scale, acc),
     }

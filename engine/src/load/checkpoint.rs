@@ -285,8 +285,8 @@ impl Tensor<'_> {
 /// The floating-point number that is, or those that scale, a unit.
 fn numbers(dtype: Dtype, unit: &[u8]) -> impl Iterator<Item = f32> {
     let places: &[usize] = match dtype {
-        Dtype::F32 | Dtype::F16 | Dtype::Bf16 | Dtype::Q8_0 | Dtype::Q4_0 => &[0],
-        Dtype::Q4K => &[0, 2],
+        Dtype::F32 | Dtype::F16 | Dtype::Bf16 | Dtype::Q8_0 | Dtype::Q4_0 | Dtype::Q5_0 => &[0],
+        Dtype::Q4_1 | Dtype::Q5_1 | Dtype::Q4K | Dtype::Q5K => &[0, 2],
         Dtype::Q6K => &[208],
     };
     places.iter().map(move |&at| value(dtype, &unit[at..]))

@@ -20,7 +20,7 @@ pub enum LoadError {
     MissingTensor { file: PathBuf, tensor: String, expected: Vec<usize> },
     #[error("{}: tensor {tensor} has shape {found:?}; expected {expected:?} by config.json", file.display())]
     Shape { file: PathBuf, tensor: String, found: Vec<usize>, expected: Vec<usize> },
-    #[error("{}: tensor {tensor} holds {found}; expected F32, F16 or BF16, or in a matrix of a GGUF file Q8_0, Q4_0, Q4_K or Q6_K", file.display())]
+    #[error("{}: tensor {tensor} holds {found}; expected F32, F16 or BF16, or in a matrix of a GGUF file Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K or Q6_K", file.display())]
     Dtype { file: PathBuf, tensor: String, found: String },
     #[error("{}: tensor {tensor} holds {value} at element {index}; expected finite numbers", file.display())]
     NotFinite { file: PathBuf, tensor: String, index: usize, value: f32 },

@@ -16,8 +16,12 @@ use crate::tensor_parallel::{ROOMY, said};
 const F32: u32 = 0;
 const F16: u32 = 1;
 const Q4_0: u32 = 2;
+const Q4_1: u32 = 3;
+const Q5_0: u32 = 6;
+const Q5_1: u32 = 7;
 const Q8_0: u32 = 8;
 const Q4_K: u32 = 12;
+const Q5_K: u32 = 13;
 const Q6_K: u32 = 14;
 const BF16: u32 = 30;
 
@@ -171,7 +175,11 @@ fn encode(kind: u32, values: &[f32]) -> Vec<u8> {
         F16 => values.iter().flat_map(|x| toward_zero(*x).to_le_bytes()).collect(),
         Q8_0 => values.chunks(32).flat_map(q8_0).collect(),
         Q4_0 => values.chunks(32).flat_map(q4_0).collect(),
-        Q4_K => values.chunks(256).flat_map(q4_k).collect(),
+        Q4_1 => values.chunks(32).flat_map(|x| with_minimum(x, 15.0)).collect(),
+        Q5_0 => values.chunks(32).flat_map(q5_0).collect(),
+        Q5_1 => values.chunks(32).flat_map(|x| with_minimum(x, 31.0)).collect(),
+        Q4_K => values.chunks(256).flat_map(|x| k_format(x, 15.0)).collect(),
+        Q5_K => values.chunks(256).flat_map(|x| k_format(x, 31.0)).collect(),
         _ => values.chunks(256).flat_map(q6_k).collect(),
     }
 }
@@ -212,11 +220,37 @@ fn q4_0(values: &[f32]) -> Vec<u8> {
     out
 }
 
-fn q4_k(values: &[f32]) -> Vec<u8> {
+fn q5_0(values: &[f32]) -> Vec<u8> {
+    let extreme = values.iter().fold(0.0f32, |max, &x| if x.abs() > max.abs() { x } else { max });
+    let scale = extreme / -16.0;
+    let numbers: Vec<u8> = values.iter().map(|x| ((x * (1.0 / scale) + 16.5) as u8).min(31)).collect();
+    [half(scale).to_le_bytes().to_vec(), high_bits(&numbers), halves(&numbers)].concat()
+}
+
+/// Q4_1, or with more numbers Q5_1.
+fn with_minimum(values: &[f32], most: f32) -> Vec<u8> {
+    let low = values.iter().fold(f32::MAX, |min, x| min.min(*x));
+    let scale = (values.iter().fold(f32::MIN, |max, x| max.max(*x)) - low) / most;
+    let numbers: Vec<u8> = values.iter().map(|x| ((x - low) * (1.0 / scale)).round().min(most) as u8).collect();
+    let high = if most > 15.0 { high_bits(&numbers) } else { Vec::new() };
+    [half(scale).to_le_bytes().to_vec(), half(low).to_le_bytes().to_vec(), high, halves(&numbers)].concat()
+}
+
+fn halves(numbers: &[u8]) -> Vec<u8> {
+    (0..16).map(|i| numbers[i] & 15 | (numbers[i + 16] & 15) << 4).collect()
+}
+
+fn high_bits(numbers: &[u8]) -> Vec<u8> {
+    let bits = numbers.iter().enumerate().fold(0u32, |bits, (i, number)| bits | u32::from(number >> 4) << i);
+    bits.to_le_bytes().to_vec()
+}
+
+/// Q4_K, or with more numbers Q5_K.
+fn k_format(values: &[f32], most: f32) -> Vec<u8> {
     let blocks: Vec<&[f32]> = values.chunks(32).collect();
     let low = |block: &[f32]| block.iter().fold(0.0f32, |min, x| min.min(*x));
     let high = |block: &[f32]| block.iter().fold(0.0f32, |max, x| max.max(*x));
-    let spread: Vec<f32> = blocks.iter().map(|block| (high(block) - low(block)) / 15.0).collect();
+    let spread: Vec<f32> = blocks.iter().map(|block| (high(block) - low(block)) / most).collect();
     let minima: Vec<f32> = blocks.iter().map(|block| -low(block)).collect();
     let (d, dmin) = (half(largest(&spread) / 63.0), half(largest(&minima) / 63.0));
     let six = |x: f32, by: u16| (x / widen(by)).round().clamp(1.0, 63.0) as u8;
@@ -230,12 +264,15 @@ fn q4_k(values: &[f32]) -> Vec<u8> {
     }
     let number = |block: usize, i: usize| {
         let (scale, min) = (widen(d) * f32::from(scales[block]), widen(dmin) * f32::from(mins[block]));
-        ((blocks[block][i] + min) / scale).round().clamp(0.0, 15.0) as u8
+        ((blocks[block][i] + min) / scale).round().clamp(0.0, most) as u8
     };
     let mut out = [d.to_le_bytes(), dmin.to_le_bytes()].concat();
     out.extend(packed);
+    if most > 15.0 {
+        out.extend((0..32).map(|i| (0..8).fold(0, |bits, block| bits | (number(block, i) >> 4) << block)));
+    }
     for pair in 0..4 {
-        out.extend((0..32).map(|i| number(2 * pair, i) | number(2 * pair + 1, i) << 4));
+        out.extend((0..32).map(|i| number(2 * pair, i) & 15 | (number(2 * pair + 1, i) & 15) << 4));
     }
     out
 }
@@ -297,7 +334,7 @@ fn gguf_equals_safetensors() {
 }
 
 /// The formats, alone and mixed as files have them, are as near as their bits allow. The limits are one and a half times what an
-/// f64 model of the same quantization gives: random weights are ill-conditioned, four bits of them more so.
+/// f64 model of the same quantization gives, of five bits half those of four: random weights are ill-conditioned.
 #[test]
 fn k_formats_are_near() {
     let tiny = TinyModel { hidden: 256, intermediate: 512, head_dim: 64, dtype: Dtype::F32, ..TinyModel::llama() };
@@ -306,8 +343,16 @@ fn k_formats_are_near() {
     let tokens = tokens(tiny.vocab);
     let expected = log_probabilities(&dir, &tokens, None);
     let mixed = |name: &str| if name.contains("v_proj") || name.contains("lm_head") { Q6_K } else { Q4_K };
-    let kinds: [(&str, Kind, f64); 4] =
-        [("q8_0", &|_| Q8_0, 0.08), ("q6_k", &|_| Q6_K, 0.18), ("q4_k", &|_| Q4_K, 0.7), ("q4_k_m", &mixed, 0.7)];
+    let kinds: [(&str, Kind, f64); 8] = [
+        ("q8_0", &|_| Q8_0, 0.08),
+        ("q6_k", &|_| Q6_K, 0.18),
+        ("q5_0", &|_| Q5_0, 0.35),
+        ("q5_1", &|_| Q5_1, 0.35),
+        ("q5_k", &|_| Q5_K, 0.35),
+        ("q4_1", &|_| Q4_1, 0.7),
+        ("q4_k", &|_| Q4_K, 0.7),
+        ("q4_k_m", &mixed, 0.7),
+    ];
     for (name, kind, limit) in kinds {
         let file = dir.join(format!("{name}.gguf"));
         write(&file, &tiny, 7, kind);
@@ -325,7 +370,7 @@ fn ranks_share_whole_units() {
     let tiny = TinyModel { hidden: 256, intermediate: 768, heads: 8, head_dim: 64, ..TinyModel::llama() };
     let options = |ranks| LoadOptions { ranks, ..LoadOptions::default() };
     let file = dir("gguf-ranks").join("model.gguf");
-    for (kind, possible) in [(Q8_0, [2, 4, 8].as_slice()), (Q4_K, &[]), (Q6_K, &[])] {
+    for (kind, possible) in [(Q8_0, [2, 4, 8].as_slice()), (Q5_1, &[2, 4, 8]), (Q4_K, &[]), (Q5_K, &[]), (Q6_K, &[])] {
         write(&file, &tiny, 7, |_| kind);
         let whole = said(&mut load(&file, options(1), &mut |_| {}).expect("load"), ROOMY);
         for ranks in [2, 4, 8] {
@@ -354,7 +399,8 @@ fn ranks_share_whole_units() {
 fn weights_stay_as_small_as_in_the_file() {
     let tiny = TinyModel { hidden: 512, intermediate: 1024, head_dim: 128, vocab: 512, ..TinyModel::llama() };
     let dir = dir("gguf-size");
-    for (kind, bits_max) in [(Q4_0, 4.6), (Q4_K, 4.7), (Q6_K, 6.6), (Q8_0, 8.6)] {
+    let most = [(Q4_0, 4.6), (Q4_1, 5.1), (Q4_K, 4.7), (Q5_0, 5.6), (Q5_1, 6.1), (Q5_K, 5.7), (Q6_K, 6.6), (Q8_0, 8.6)];
+    for (kind, bits_max) in most {
         let file = dir.join("model.gguf");
         write(&file, &tiny, 7, |_| kind);
         let options = LoadOptions::default();
@@ -408,7 +454,7 @@ fn wrong_files_are_refused_with_the_reason() {
     );
     refused("units", after("blk.0.attn_q.weight", 4, &[33]), &["tensor blk.0.attn_q.weight", "whole units of 32"]);
     refused("offset", after("blk.0.attn_q.weight", 24, &[0xff; 8]), &["tensor blk.0.attn_q.weight", "does not fit"]);
-    refused("type", after("blk.0.attn_q.weight", 20, &[13]), &["self_attn.q_proj", "Q5_K", "Q4_K"]);
+    refused("type", after("blk.0.attn_q.weight", 20, &[11]), &["self_attn.q_proj", "Q3_K", "Q4_K"]);
     refused("quantized-norm", after("output_norm.weight", 12, &[8]), &["model.norm.weight", "Q8_0"]);
     refused("architecture", after("general.architecture", 12, b"lulla"), &["lulla", "qwen3"]);
     refused("layers", after("llama.block_count", 4, &[0, 0, 0, 0]), &["num_hidden_layers"]);

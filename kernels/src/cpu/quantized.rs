@@ -13,7 +13,7 @@ use std::ops::Range;
 
 use super::lanes::{Kernel, Lanes};
 use super::{Out, put};
-use crate::packed::{Format, HEAD, PANEL, Run, STEP};
+use crate::packed::{Format, HALVES, PANEL, Run, STEP};
 use crate::quant::{BLOCK_LEN, SUPER, quantize};
 
 /// Words of a block of one row of activations: 8 of integers, then scale and sums.
@@ -46,13 +46,13 @@ pub(crate) trait Grid: 'static {
     const HALVES: usize = 1;
     /// The byte that stands for zero is 1 << ZERO; of formats whose bytes are unsigned, it is 0.
     const ZERO: Option<u32>;
-    const MINIMA: bool = false;
     /// The order in which steps of 4 k are multiplied: those that share a word together.
     const ORDER: [usize; 8] = [0, 1, 2, 3, 4, 5, 6, 7];
 
     /// 16 outputs' bytes of step t.
     unsafe fn bytes<L: Lanes>(at: At, t: usize) -> L::I;
     unsafe fn scales<L: Lanes>(at: At, half: usize) -> L::F;
+    /// Of formats that have them.
     unsafe fn minima<L: Lanes>(_: At) -> L::F {
         unsafe { L::splat(0.0) }
     }
@@ -69,13 +69,13 @@ pub(crate) struct At {
 
 impl At {
     #[inline(always)]
-    fn word(self, index: usize) -> *const u8 {
-        self.block.wrapping_add(HEAD + index * STEP + self.lane * 4)
+    fn word<G: Grid>(self, index: usize) -> *const u8 {
+        self.block.wrapping_add(G::FORMAT.head_bytes() + index * STEP + self.lane * 4)
     }
 
     #[inline(always)]
-    fn half(self) -> *const u8 {
-        self.block.wrapping_add(self.lane * 2)
+    fn half(self, index: usize) -> *const u8 {
+        self.block.wrapping_add(index * HALVES + self.lane * 2)
     }
 
     #[inline(always)]
@@ -85,14 +85,21 @@ impl At {
 
     #[inline(always)]
     fn half_ahead(self, index: usize) -> *const u8 {
-        self.ahead.wrapping_add(index * HEAD + self.lane * 2)
+        self.ahead.wrapping_add(index * HALVES + self.lane * 2)
     }
 }
 
 pub(crate) struct Q8_0;
 pub(crate) struct Q4_0;
+pub(crate) struct Q4_1;
+pub(crate) struct Q5_0;
+pub(crate) struct Q5_1;
 pub(crate) struct Q4K;
+pub(crate) struct Q5K;
 pub(crate) struct Q6K;
+
+/// Steps whose halves share a word, one after the other.
+const BY_WORD: [usize; 8] = [0, 4, 1, 5, 2, 6, 3, 7];
 
 // SAFETY (of each block below): the traits' contracts.
 impl Grid for Q8_0 {
@@ -101,38 +108,109 @@ impl Grid for Q8_0 {
 
     #[inline(always)]
     unsafe fn bytes<L: Lanes>(at: At, t: usize) -> L::I {
-        unsafe { L::load_words(at.word(t)) }
+        unsafe { L::load_words(at.word::<Self>(t)) }
     }
     #[inline(always)]
     unsafe fn scales<L: Lanes>(at: At, _: usize) -> L::F {
-        unsafe { L::load_f16(at.half()) }
+        unsafe { L::load_f16(at.half(0)) }
     }
 }
 
 impl Grid for Q4_0 {
     const FORMAT: Format = Format::Q4_0;
     const ZERO: Option<u32> = Some(3);
-    const ORDER: [usize; 8] = [0, 4, 1, 5, 2, 6, 3, 7];
+    const ORDER: [usize; 8] = BY_WORD;
 
     #[inline(always)]
     unsafe fn bytes<L: Lanes>(at: At, t: usize) -> L::I {
-        unsafe { four_bits::<L>(at, t) }
+        unsafe { four_bits::<L, Self>(at, t) }
     }
     #[inline(always)]
     unsafe fn scales<L: Lanes>(at: At, _: usize) -> L::F {
-        unsafe { L::load_f16(at.half()) }
+        unsafe { L::load_f16(at.half(0)) }
+    }
+}
+
+impl Grid for Q4_1 {
+    const FORMAT: Format = Format::Q4_1;
+    const ZERO: Option<u32> = None;
+    const ORDER: [usize; 8] = BY_WORD;
+
+    #[inline(always)]
+    unsafe fn bytes<L: Lanes>(at: At, t: usize) -> L::I {
+        unsafe { four_bits::<L, Self>(at, t) }
+    }
+    #[inline(always)]
+    unsafe fn scales<L: Lanes>(at: At, _: usize) -> L::F {
+        unsafe { L::load_f16(at.half(0)) }
+    }
+    #[inline(always)]
+    unsafe fn minima<L: Lanes>(at: At) -> L::F {
+        unsafe { L::mul(L::load_f16(at.half(1)), L::splat(-1.0)) }
+    }
+}
+
+impl Grid for Q5_0 {
+    const FORMAT: Format = Format::Q5_0;
+    const ZERO: Option<u32> = Some(4);
+    const ORDER: [usize; 8] = BY_WORD;
+
+    #[inline(always)]
+    unsafe fn bytes<L: Lanes>(at: At, t: usize) -> L::I {
+        unsafe { five_bits::<L, Self>(at, t) }
+    }
+    #[inline(always)]
+    unsafe fn scales<L: Lanes>(at: At, _: usize) -> L::F {
+        unsafe { L::load_f16(at.half(0)) }
+    }
+}
+
+impl Grid for Q5_1 {
+    const FORMAT: Format = Format::Q5_1;
+    const ZERO: Option<u32> = None;
+    const ORDER: [usize; 8] = BY_WORD;
+
+    #[inline(always)]
+    unsafe fn bytes<L: Lanes>(at: At, t: usize) -> L::I {
+        unsafe { five_bits::<L, Self>(at, t) }
+    }
+    #[inline(always)]
+    unsafe fn scales<L: Lanes>(at: At, _: usize) -> L::F {
+        unsafe { L::load_f16(at.half(0)) }
+    }
+    #[inline(always)]
+    unsafe fn minima<L: Lanes>(at: At) -> L::F {
+        unsafe { L::mul(L::load_f16(at.half(1)), L::splat(-1.0)) }
     }
 }
 
 impl Grid for Q4K {
     const FORMAT: Format = Format::Q4K;
     const ZERO: Option<u32> = None;
-    const MINIMA: bool = true;
-    const ORDER: [usize; 8] = [0, 4, 1, 5, 2, 6, 3, 7];
+    const ORDER: [usize; 8] = BY_WORD;
 
     #[inline(always)]
     unsafe fn bytes<L: Lanes>(at: At, t: usize) -> L::I {
-        unsafe { four_bits::<L>(at, t) }
+        unsafe { four_bits::<L, Self>(at, t) }
+    }
+    #[inline(always)]
+    unsafe fn scales<L: Lanes>(at: At, _: usize) -> L::F {
+        unsafe { L::mul(L::load_f16(at.half_ahead(0)), L::load_u8(at.byte(0))) }
+    }
+    #[inline(always)]
+    unsafe fn minima<L: Lanes>(at: At) -> L::F {
+        unsafe { L::mul(L::load_f16(at.half_ahead(1)), L::load_u8(at.byte(1))) }
+    }
+}
+
+impl Grid for Q5K {
+    const FORMAT: Format = Format::Q5K;
+    const ZERO: Option<u32> = None;
+    const ORDER: [usize; 8] = BY_WORD;
+
+    #[inline(always)]
+    unsafe fn bytes<L: Lanes>(at: At, t: usize) -> L::I {
+        unsafe { five_bits::<L, Self>(at, t) }
     }
     #[inline(always)]
     unsafe fn scales<L: Lanes>(at: At, _: usize) -> L::F {
@@ -152,7 +230,7 @@ impl Grid for Q6K {
     #[inline(always)]
     unsafe fn bytes<L: Lanes>(at: At, t: usize) -> L::I {
         unsafe {
-            let high = L::load_words(at.word(4 + t / 4));
+            let high = L::load_words(at.word::<Self>(4 + t / 4));
             // As `quant::HIGH_SHIFT` says.
             let high = match t % 4 {
                 0 => high,
@@ -160,7 +238,7 @@ impl Grid for Q6K {
                 2 => L::shift_left(high, 4),
                 _ => L::shift_left(high, 2),
             };
-            L::or(four_bits::<L>(at, t), L::and(high, L::words(0x3030_3030)))
+            L::or(four_bits::<L, Self>(at, t), L::and(high, L::words(0x3030_3030)))
         }
     }
     #[inline(always)]
@@ -171,10 +249,20 @@ impl Grid for Q6K {
 
 /// The four bits of each k of step t: those of steps 0 to 3 are the low halves of words 0 to 3, the others the high ones.
 #[inline(always)]
-unsafe fn four_bits<L: Lanes>(at: At, t: usize) -> L::I {
+unsafe fn four_bits<L: Lanes, G: Grid>(at: At, t: usize) -> L::I {
     unsafe {
-        let word = L::load_words(at.word(t % 4));
+        let word = L::load_words(at.word::<G>(t % 4));
         L::and(if t < 4 { word } else { L::shift_right(word, 4) }, L::words(0x0f0f_0f0f))
+    }
+}
+
+/// The five bits of each k of step t: the fifth is bit t of each byte of word 4.
+#[inline(always)]
+unsafe fn five_bits<L: Lanes, G: Grid>(at: At, t: usize) -> L::I {
+    unsafe {
+        let high = L::load_words(at.word::<G>(4));
+        let high = if t < 4 { L::shift_left(high, 4 - t as u32) } else { L::shift_right(high, t as u32 - 4) };
+        L::or(four_bits::<L, G>(at, t), L::and(high, L::words(0x1010_1010)))
     }
 }
 
@@ -376,7 +464,7 @@ impl Tile {
                     }
                 }
             }
-            if G::MINIMA {
+            if G::FORMAT.minima() {
                 for n in 0..NR {
                     let minima = G::minima::<L>(at(n));
                     for m in 0..MR {

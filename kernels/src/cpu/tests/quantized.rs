@@ -2,13 +2,14 @@
 
 use super::*;
 
-const DTYPES: [Dtype; 4] = [Dtype::Q8_0, Dtype::Q4_0, Dtype::Q4K, Dtype::Q6K];
+const DTYPES: [Dtype; 8] =
+    [Dtype::Q8_0, Dtype::Q4_0, Dtype::Q4_1, Dtype::Q5_0, Dtype::Q5_1, Dtype::Q4K, Dtype::Q5K, Dtype::Q6K];
 
 /// Random units whose scales are small numbers.
 fn units(dtype: Dtype, seed: u64, rows: usize, cols: usize) -> Vec<u8> {
     let mut rng = Rng::new(seed);
     let scales: &[usize] = match dtype {
-        Dtype::Q4K => &[1, 3],
+        Dtype::Q4_1 | Dtype::Q5_1 | Dtype::Q4K | Dtype::Q5K => &[1, 3],
         Dtype::Q6K => &[209],
         _ => &[1],
     };
@@ -59,7 +60,7 @@ fn extreme_integers_are_exact() {
                 bytes.fill(fill);
                 for (to, from) in bytes.chunks_exact_mut(dtype.unit_bytes()).zip(scales.chunks(dtype.unit_bytes())) {
                     match dtype {
-                        Dtype::Q4K => to[..4].copy_from_slice(&from[..4]),
+                        Dtype::Q4_1 | Dtype::Q5_1 | Dtype::Q4K | Dtype::Q5K => to[..4].copy_from_slice(&from[..4]),
                         Dtype::Q6K => to[208..].copy_from_slice(&from[208..]),
                         _ => to[..2].copy_from_slice(&from[..2]),
                     }
@@ -187,11 +188,11 @@ fn unit(dtype: Dtype, values: &[f32]) -> Vec<u8> {
     match dtype {
         Dtype::Q8_0 => {
             let block = crate::quant::to_q8_0(values);
-            block.head.into_iter().chain(block.words.map(|byte| byte ^ 0x80)).collect()
+            block.head.into_iter().take(2).chain(block.words.map(|byte| byte ^ 0x80)).collect()
         }
         _ => {
             let block = crate::quant::to_q4_0(values);
-            block.head.into_iter().chain(block.words[..16].iter().copied()).collect()
+            block.head.into_iter().take(2).chain(block.words[..16].iter().copied()).collect()
         }
     }
 }
