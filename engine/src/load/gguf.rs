@@ -311,13 +311,25 @@ impl Header {
             }
             _ => Vec::new(),
         };
+        let scores = match self.keys.get("tokenizer.ggml.scores") {
+            Some(Value::List(6, _, range)) => {
+                bytes[range.clone()].as_chunks().0.iter().map(|score| f32::from_le_bytes(*score)).collect()
+            }
+            _ => Vec::new(),
+        };
         let text = |key: &str, default| self.text(bytes, key).unwrap_or(default);
+        let flag = |key: &str, default| match self.keys.get(key) {
+            Some(Value::Bool(set)) => *set,
+            _ => default,
+        };
         let parts = tokenizer::Parts {
             model: text("tokenizer.ggml.model", "none"),
             pre: text("tokenizer.ggml.pre", "default"),
             tokens: list("tokenizer.ggml.tokens"),
             kinds,
             merges: list("tokenizer.ggml.merges"),
+            scores,
+            space_first: flag("tokenizer.ggml.add_space_prefix", true),
         };
         let token = |key: &str| {
             let id = usize::try_from(self.number(key)?).ok()?;
@@ -328,7 +340,7 @@ impl Header {
             chat_template: text("tokenizer.chat_template", "").to_string(),
             bos_token: token("tokenizer.ggml.bos_token_id").unwrap_or_default(),
             eos_token: token("tokenizer.ggml.eos_token_id").unwrap_or_default(),
-            add_bos: self.keys.get("tokenizer.ggml.add_bos_token") == Some(&Value::Bool(true)),
+            add_bos: flag("tokenizer.ggml.add_bos_token", parts.model == "llama"),
         }
     }
 }
