@@ -1,5 +1,5 @@
 //! First half of a step: which rows to compute. Decodes first, then prefill chunks, then new admissions, under one
-//! budget of tokens; what has lost its worker before all that is fresh, and without it. When blocks run out, the last in rank gives its own back and starts over later.
+//! budget of tokens; what has lost its worker before all that is fresh, without it and the shortest first. When blocks run out, the last in rank gives its own back and starts over later.
 
 use std::sync::Arc;
 
@@ -10,6 +10,11 @@ use crate::cache::Hits;
 use crate::engine::Engine;
 use crate::sequence::{Rank, Sequence};
 use crate::work::Goal;
+
+/// Rows of a step that several share whose worker was lost; one that lacks more has the step to itself.
+const URGENT_ROWS: usize = 64;
+/// Those that wait and are compared.
+const URGENT_LOOKED_AT: usize = 64;
 
 impl Engine {
     /// The next step, or None when there is nothing to do now: no work, or none that the free blocks allow (see
@@ -25,7 +30,7 @@ impl Engine {
         // Somebody waits in the middle of a text: nothing fresh makes that step longer.
         let decodes = batch.tokens.len();
         self.plan_prefills(&mut batch, Rank::is_urgent);
-        self.plan_admissions(&mut batch, Rank::is_urgent);
+        self.plan_urgent(&mut batch);
         if batch.tokens.len() == decodes {
             self.plan_prefills(&mut batch, |_| true);
             self.plan_admissions(&mut batch, |_| true);
@@ -75,6 +80,46 @@ impl Engine {
                 return;
             }
         }
+    }
+
+    /// Lets those that have lost their worker begin, the one that lacks least first, and none that lacks much beside others: most
+    /// of what they had is in a cache, so that most can go on after a very short step.
+    fn plan_urgent(&mut self, batch: &mut Batch) {
+        let decodes = batch.tokens.len();
+        while self.budget(batch) > 0 {
+            let Some((lacking, key)) = self.shortest_urgent() else { return };
+            let rows = batch.tokens.len() - decodes;
+            if rows > 0 && rows + lacking > URGENT_ROWS {
+                return;
+            }
+            let Some(mut sequence) = self.waiting.remove(&key) else { return };
+            if self.slots_free() < sequence.width() || self.place(&mut sequence, batch).is_err() {
+                // It waits for room like all others, in rank.
+                self.waiting.insert(key, sequence);
+                return self.plan_admissions(batch, Rank::is_urgent);
+            }
+            let rank = sequence.rank;
+            self.running.insert(rank, sequence);
+            self.add_span(batch, rank);
+        }
+    }
+
+    /// Of the first that wait and are urgent: rows to compute, and where it stands.
+    fn shortest_urgent(&mut self) -> Option<(usize, (bool, Rank))> {
+        let first = *self.waiting.first_key_value()?.0;
+        let urgent = self.waiting.keys().take_while(|(fresh, rank)| *fresh == first.0 && rank.is_urgent());
+        let keys: Vec<(bool, Rank)> = urgent.take(URGENT_LOOKED_AT).copied().collect();
+        let lacking = |key: (bool, Rank)| {
+            let mut sequence = self.waiting.remove(&key)?;
+            let held = match sequence.blocks {
+                Some(_) => sequence.computed,
+                None => self.cache.hits(self.lookup_names(&mut sequence)).count * self.block_tokens(),
+            };
+            let lacking = sequence.tokens.len() - held;
+            self.waiting.insert(key, sequence);
+            Some((lacking, key))
+        };
+        keys.into_iter().filter_map(lacking).min()
     }
 
     /// Token rows the step still has room for.

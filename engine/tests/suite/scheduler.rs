@@ -273,6 +273,35 @@ fn nothing_fresh_is_computed_beside_what_was_moved() {
     assert_eq!((choices.ids(1, 0), choices.ids(2, 0)), (alone(&fresh.prompt, 4), whole[2..].to_vec()));
 }
 
+/// Of those that were moved, the ones that lack least go on first, and not in the step of one that lacks much.
+#[test]
+fn what_was_moved_and_lacks_little_does_not_wait_for_what_lacks_much() {
+    let mut engine = hash_engine(EngineConfig { blocks: 96, batch_tokens_max: 256, ..CONFIG });
+    let long = request(1, &prompt(1, 120, 1000), 6);
+    let short: Vec<_> = (2..=4u64).map(|id| request(id.into(), &prompt(id, 20, 1000), 6)).collect();
+    for moved in std::iter::once(&long).chain(&short) {
+        let so_far = alone(&moved.prompt, 6)[..2].to_vec();
+        let choices = vec![Choice { index: 0, so_far }];
+        engine.admit(Work { choices, moved: true, ..work(moved) }).expect("room");
+    }
+    let mut events = Vec::new();
+    let mut steps = Vec::new();
+    for _ in 0..3 {
+        let batch = engine.plan().expect("work");
+        steps.push(batch.tokens.len());
+        let output = backend().run(&batch, &mut |_| {});
+        engine.commit(batch, output, &mut events);
+    }
+    assert_eq!(steps[0], 44, "two of the short ones");
+    assert_eq!(steps[1], 2 + 22, "the third beside two that decode, and not the long one");
+    assert_eq!(steps[2], 3 + 122);
+    events.extend(drain(&mut engine, &mut backend()));
+    let choices = Choices::of(events);
+    for moved in std::iter::once(&long).chain(&short) {
+        assert_eq!(choices.ids(moved.id.0, 0), alone(&moved.prompt, 6)[2..].to_vec());
+    }
+}
+
 /// Refusals hold nothing.
 #[test]
 fn what_cannot_be_done_is_refused() {
