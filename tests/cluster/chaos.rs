@@ -36,3 +36,22 @@ async fn workers_stopped_and_woken_under_load() {
 async fn paths_cut_and_damaged_under_load() {
     check(&chaos::cut::run(extent(2, 14)).await, false);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn gateways_killed_under_load() {
+    check(&chaos::gateway::run(extent(1, 15)).await, false);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn clients_that_leave_free_everything() {
+    check(&chaos::cancel::run(extent(50, 16)).await, false);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_overloaded_fleet_refuses_and_serves_on() {
+    let report = chaos::overload::run(extent(4, 17)).await;
+    check(&report, false);
+    let figure = |name: &str| report.figures.iter().find(|f| f.name.ends_with(name)).map_or(0.0, |f| f.value);
+    assert!(figure("tries refused") > 0.0, "nothing was too much for it: {report:?}");
+    assert!(figure("goodput during, of peak") > 0.3 && figure("goodput after, of peak") > 0.3, "{report:?}");
+}

@@ -1,9 +1,11 @@
 //! A small client of the OpenAI API over one connection per call, so that a dropped call is a dropped connection.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
-use hyper::header::{CONTENT_TYPE, HOST, HeaderMap, RETRY_AFTER};
+use hyper::header::{CONTENT_TYPE, HOST, HeaderMap};
 use hyper::{Method, Request, Response};
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
@@ -40,7 +42,7 @@ pub enum NotOpened {
     /// Nobody answered, or the connection broke before the answer.
     Unreachable(String),
     /// An answer other than 200.
-    Refused { status: u16, retry_after_s: Option<u64>, body: String },
+    Refused { status: u16, retry_after: Option<Duration>, body: String },
 }
 
 impl std::fmt::Display for NotOpened {
@@ -119,6 +121,8 @@ pub struct Events {
     pub headers: HeaderMap,
     /// Of the last event that had one, for `Last-Event-ID`.
     pub last_id: Option<String>,
+    /// The answer's own, once an event has told it.
+    pub answer: Option<String>,
 }
 
 impl Events {
@@ -133,6 +137,7 @@ impl Events {
             let event = std::str::from_utf8(&event).expect("events are UTF-8");
             for line in event.lines() {
                 if let Some(data) = line.strip_prefix("data:") {
+                    self.answer = self.answer.take().or_else(|| answer_id(data));
                     self.so_far.take(data.trim());
                 } else if let Some(id) = line.strip_prefix("id:") {
                     self.last_id = Some(id.trim().to_string());
@@ -156,6 +161,18 @@ impl Events {
         while self.advance().await {}
         self.so_far
     }
+}
+
+/// The id of the answer that an event belongs to.
+fn answer_id(event: &str) -> Option<String> {
+    let id = event.split_once("\"id\":\"")?.1;
+    Some(id.split_once('"')?.0.to_string())
+}
+
+/// When to come again, as OpenAI's own client reads it: to the millisecond where the server says so, else in seconds.
+fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+    let number = |name: &str| headers.get(name).and_then(|v| v.to_str().ok()?.parse::<u64>().ok());
+    number("retry-after-ms").map(Duration::from_millis).or(number("retry-after").map(Duration::from_secs))
 }
 
 impl Client {
@@ -235,12 +252,12 @@ impl Client {
         let status = parts.status.as_u16();
         if status != 200 {
             let body = body.collect().await.map(|b| b.to_bytes()).unwrap_or_default();
-            let retry_after_s = parts.headers.get(RETRY_AFTER).and_then(|v| v.to_str().ok()?.parse().ok());
+            let retry_after = retry_after(&parts.headers);
             let body = String::from_utf8_lossy(&body).into_owned();
-            return Err(NotOpened::Refused { status, retry_after_s, body });
+            return Err(NotOpened::Refused { status, retry_after, body });
         }
         let (unread, so_far) = (Vec::new(), Streamed::default());
-        Ok(Events { body, unread, so_far, headers: parts.headers, last_id: None })
+        Ok(Events { body, unread, so_far, headers: parts.headers, last_id: None, answer: None })
     }
 
     /// A stream read to its end.

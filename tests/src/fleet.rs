@@ -1,13 +1,14 @@
 //! A cluster of role processes that the test itself starts, kills, stops and starts again: no supervisor between. Every
 //! process listens where it listened before, and workers can stand behind fault proxies.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::process::{Output, Stdio};
+use std::sync::{Arc, Mutex};
 
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, BufReader, Lines};
-use tokio::process::{Child, ChildStdout, Command};
+use tokio::process::{Child, ChildStderr, ChildStdout, Command};
 
 use crate::cluster::{PATIENCE, Scratch, binary, free_port, signal, wait_for};
 use crate::{Client, Proxy};
@@ -62,6 +63,8 @@ pub struct Fleet {
     /// By the worker's name: its gRPC port and, for decode workers, its KV port.
     pub control: BTreeMap<String, Proxy>,
     pub handoff: BTreeMap<String, Proxy>,
+    /// Requests of which an attempt has failed, by the gateways' logs.
+    repeated: Arc<Mutex<BTreeSet<String>>>,
     data: Scratch,
 }
 
@@ -85,6 +88,7 @@ impl Fleet {
             members: BTreeMap::new(),
             control: BTreeMap::new(),
             handoff: BTreeMap::new(),
+            repeated: Arc::default(),
             data: Scratch::new("fleet"),
         };
         let nodes: Vec<String> = (0..shape.coordinators).map(|_| loopback()).collect();
@@ -158,10 +162,20 @@ impl Fleet {
         let mut command = Command::new(binary());
         let loud = std::env::var_os("BATON_TEST_LOG").is_some();
         command.args(&member.arguments).stdin(Stdio::null()).stdout(Stdio::piped()).kill_on_drop(true);
-        command.stderr(if loud { Stdio::inherit() } else { Stdio::null() });
+        let read = member.role == "gateway";
+        command.stderr(if read {
+            Stdio::piped()
+        } else if loud {
+            Stdio::inherit()
+        } else {
+            Stdio::null()
+        });
         die_with_us(&mut command);
         let mut child = command.spawn().expect("baton starts");
         member.events = Some(BufReader::new(child.stdout.take().expect("piped")).lines());
+        if let Some(log) = child.stderr.take() {
+            tokio::spawn(note_repeated(log, self.repeated.clone(), loud));
+        }
         member.child = Some(child);
     }
 
@@ -304,6 +318,11 @@ impl Fleet {
         None
     }
 
+    /// Ids of the requests of which an attempt has failed so far, and whose gateway has not been killed before it said so.
+    pub fn repeated(&self) -> BTreeSet<String> {
+        self.repeated.lock().expect("no panic while held").clone()
+    }
+
     /// What one coordinator says; None if it does not run or does not answer.
     pub async fn status_of(&self, id: &str) -> Option<Value> {
         self.member(id).child.as_ref()?;
@@ -359,6 +378,20 @@ impl Fleet {
                 return;
             }
             assert!(started.elapsed() < PATIENCE, "still held after {PATIENCE:?}: {status}");
+        }
+    }
+}
+
+/// Reads a gateway's log to its end.
+async fn note_repeated(log: ChildStderr, repeated: Arc<Mutex<BTreeSet<String>>>, loud: bool) {
+    let mut lines = BufReader::new(log).lines();
+    while let Ok(Some(line)) = lines.next_line().await {
+        if loud {
+            eprintln!("{line}");
+        }
+        let request = line.split_once("attempt failed request=").and_then(|(_, rest)| rest.split(' ').next());
+        if let Some(request) = request {
+            repeated.lock().expect("no panic while held").insert(request.to_string());
         }
     }
 }

@@ -63,6 +63,8 @@ pub enum Verdict {
 #[derive(Clone, Debug)]
 pub struct Observed {
     pub number: usize,
+    /// The answer's id; empty before anything came.
+    pub answer: String,
     pub started: Instant,
     /// When each event with something in it came.
     pub moments: Vec<Instant>,
@@ -110,9 +112,9 @@ pub async fn expected(client: &Client) -> Expected {
 /// One stream from its start to its end.
 pub async fn observe(client: &Client, expected: &Expected, number: usize, salt: Option<u64>) -> Observed {
     let started = Instant::now();
-    let mut moments = Vec::new();
-    let verdict = read(client, expected, number, salt, &mut moments).await;
-    Observed { number, started, moments, ended: Instant::now(), verdict }
+    let (mut moments, mut answer) = (Vec::new(), String::new());
+    let verdict = read(client, expected, number, salt, (&mut moments, &mut answer)).await;
+    Observed { number, answer, started, moments, ended: Instant::now(), verdict }
 }
 
 async fn read(
@@ -120,7 +122,7 @@ async fn read(
     expected: &Expected,
     number: usize,
     salt: Option<u64>,
-    moments: &mut Vec<Instant>,
+    (moments, answer): (&mut Vec<Instant>, &mut String),
 ) -> Verdict {
     let request = body(number, salt);
     let mut events = match tokio::time::timeout(HUNG, client.try_open(PATH, &request)).await {
@@ -136,6 +138,7 @@ async fn read(
             Ok(true) => moments.push(Instant::now()),
         }
     }
+    *answer = events.answer.take().unwrap_or_default();
     judge(events.so_far.joined(), &expected[number])
 }
 
@@ -210,7 +213,8 @@ mod tests {
         let zero = Instant::now();
         let at = |ms: &u64| zero + Duration::from_millis(*ms);
         let moments = moments.iter().map(at).collect();
-        (zero, Observed { number: 0, started: zero, moments, ended: at(&ended), verdict: Verdict::Same })
+        let answer = String::new();
+        (zero, Observed { number: 0, answer, started: zero, moments, ended: at(&ended), verdict: Verdict::Same })
     }
 
     #[test]
