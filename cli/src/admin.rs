@@ -91,6 +91,14 @@ impl Reply for v1::TenantList {
     }
 }
 
+impl Reply for v1::SettingsList {
+    type Answer = v1::SettingsList;
+
+    fn answer(self) -> Option<Result<v1::SettingsList, v1::Refusal>> {
+        Some(self.refused.clone().map_or(Ok(self), Err))
+    }
+}
+
 impl Reply for v1::ExplainReply {
     type Answer = v1::ExplainReply;
 

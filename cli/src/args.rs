@@ -38,6 +38,9 @@ pub(crate) enum Command {
     /// Create, show and revoke API keys
     #[command(subcommand)]
     Key(crate::access::KeyCommand),
+    /// Show and change the settings of the whole cluster
+    #[command(subcommand)]
+    Setting(crate::setting::SettingCommand),
     /// Talk to a model in the terminal
     Chat(crate::chat::ChatFlags),
     /// Measure an endpoint or this machine's engine

@@ -19,6 +19,7 @@ mod process;
 mod role;
 mod scale;
 mod seed;
+mod setting;
 mod sim;
 mod status;
 mod surroundings;
@@ -53,6 +54,7 @@ fn run(Arguments { log, command }: Arguments) -> Result<(), Failure> {
         Command::Explain(flags) => explain::run(flags),
         Command::Tenant(command) => access::run_tenant(command),
         Command::Key(command) => access::run_key(command),
+        Command::Setting(command) => setting::run(command),
         Command::Chat(flags) => chat::run(flags),
         Command::Bench(bench) => bench::run(bench),
         Command::Sim(command) => sim::run(command),

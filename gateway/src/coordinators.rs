@@ -28,17 +28,20 @@ pub(crate) struct Refusal {
     pub reason: Refused,
     pub detail: String,
     pub retry_after_ms: u64,
+    /// How much later each further client that is refused should come again; 0: not known.
+    pub retry_step_us: u64,
 }
 
 impl Refusal {
     pub(crate) fn unavailable(detail: impl Into<String>) -> Refusal {
-        Refusal { reason: Refused::Unavailable, detail: detail.into(), retry_after_ms: 0 }
+        Refusal { reason: Refused::Unavailable, detail: detail.into(), retry_after_ms: 0, retry_step_us: 0 }
     }
 }
 
 impl From<v1::Refusal> for Refusal {
     fn from(r: v1::Refusal) -> Refusal {
-        Refusal { reason: convert::refused(&r), detail: r.detail, retry_after_ms: r.retry_after_ms }
+        let reason = convert::refused(&r);
+        Refusal { reason, detail: r.detail, retry_after_ms: r.retry_after_ms, retry_step_us: r.retry_step_us }
     }
 }
 

@@ -58,6 +58,11 @@ pub(crate) fn retried(reason: &'static str) {
     counter!("baton_gateway_attempts_failed_total", "reason" => reason).increment(1);
 }
 
+/// A request goes on at other workers, so long after an attempt failed under it.
+pub(crate) fn went_on(silent: Duration) {
+    histogram!("baton_gateway_failover_seconds").record(silent.as_secs_f64());
+}
+
 /// A request was refused on the word of one before it.
 pub(crate) fn shed() {
     counter!("baton_gateway_shed_total").increment(1);

@@ -100,6 +100,8 @@ pub(crate) struct Serving {
     /// Excluded from the next attempt only: workers that had no room or gave up without fault.
     busy: Vec<WorkerLife>,
     first_error: Option<ApiError>,
+    /// When the attempt before failed, until the next one says something.
+    broken: Option<Instant>,
     route: Option<Route>,
     ready: VecDeque<Event>,
     prompt_logprobs_seen: bool,
@@ -147,6 +149,7 @@ impl Serving {
             killed: Vec::new(),
             busy: Vec::new(),
             first_error: None,
+            broken: None,
             route: None,
             ready: VecDeque::new(),
             prompt_logprobs_seen: false,
@@ -362,10 +365,10 @@ impl Serving {
                 },
                 Err(refusal) => refusal,
             };
-            self.servers.shed.refused(&self.request, &refusal);
             let unknown = matches!(refusal.reason, Refused::Unavailable | Refused::NotLeader);
             self.asking = unknown;
             if started.elapsed() >= self.patience(&refusal) {
+                let refusal = self.servers.shed.refused(&self.request, refusal);
                 let error = match refusal.reason {
                     // What the ledger does not know of a request that is asked for is its key.
                     Refused::Unknown => ApiError::unauthorized("The API key has been revoked."),
@@ -461,6 +464,11 @@ impl Serving {
     }
 
     fn take_tokens(&mut self, tokens: v1::Tokens) -> Result<(), BadMessage> {
+        if let Some(broken) = self.broken.take() {
+            measure::went_on(broken.elapsed());
+            tracing::debug!(request = %self.request.id, attempt = self.attempt,
+                silent_us = broken.elapsed().as_micros() as u64, "goes on");
+        }
         let keep = self.terms.resumable.is_some();
         let choice = self.open_choice(tokens.choice)?;
         let Some(state) = choice else { return Ok(()) };
@@ -547,6 +555,7 @@ impl Serving {
 
     fn fail_attempt(&mut self, failure: Failure) -> Result<(), ApiError> {
         measure::retried(failure.reason);
+        self.broken.get_or_insert_with(Instant::now);
         tracing::info!(request = %self.request.id, attempt = self.attempt, epoch = self.epoch,
             reason = failure.reason, error = %failure.error, "attempt failed");
         self.phases.failed();

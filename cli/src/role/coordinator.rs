@@ -22,10 +22,10 @@ pub(crate) const LISTEN: &str = "127.0.0.1:7400";
 ///
 /// Keys of the TOML file, as the flags of these names: node, listen, advertise, data, metrics, peers (a list of [node,
 /// address]). Besides: cluster (its name; drawn by the first leader if it is not set), and the table [policy] of placement:
-/// prefill_tokens_min (uncached prompt tokens from which a prefill worker is used, 64), prefill_backlog_max (tokens queued
-/// on the best prefill worker beyond which an idle decode worker prefills, 8192), queue_max (requests that may wait on a
-/// worker before it counts as full, 256), and the costs sequence_cost_tokens (32), pressure_cost_tokens (1024) and
-/// prefill_rate_assumed (1000 tokens a second).
+/// prefill_tokens_min (uncached prompt tokens from which a prefill worker is used, 64), queue_max (requests that may wait on a
+/// worker before it counts as full, 256), the costs sequence_cost_tokens (32), pressure_cost_tokens (1024) and
+/// prefill_rate_assumed (1000 tokens a second), and the others that `baton setting list` shows. What `baton setting set` has
+/// set for the cluster counts in their place.
 #[derive(Args, Debug)]
 #[command(after_help = EXIT_CODES, args_conflicts_with_subcommands = true)]
 pub(crate) struct CoordinatorFlags {

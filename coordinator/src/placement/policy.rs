@@ -2,9 +2,9 @@
 
 use baton_core::Lane;
 use baton_core::limits::WORKER_QUEUE_MAX;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Policy {
     /// Prompt tokens missing on the decode worker from which a prefill worker is used. Default 64.
@@ -40,7 +40,7 @@ pub struct Policy {
 }
 
 /// Latencies beyond which waiting counts more than work.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Targets {
     /// Time to first token, milliseconds.

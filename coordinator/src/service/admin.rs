@@ -5,7 +5,7 @@ use baton_proto::convert::{refusal, request_id};
 use baton_proto::v1;
 use tonic::{Request, Response, Status};
 
-use super::{Refusal, Service, Shared, access, ask, unexpected};
+use super::{Refusal, Service, Shared, access, ask, settings, unexpected};
 use crate::state::{Command, Outcome};
 
 type Answer<T> = Result<Response<T>, Status>;
@@ -38,6 +38,18 @@ impl Shared {
             keys: access::keys(&ledger),
             refused: None,
         })
+    }
+}
+
+impl Shared {
+    async fn list_settings(&self) -> Result<v1::SettingsList, Refusal> {
+        self.leading().await?;
+        let ledger = self.node.ledger();
+        let setting =
+            |(name, value): (&String, &String)| v1::Setting { name: name.clone(), value: Some(value.clone()) };
+        let set = ledger.settings().iter().map(setting).collect();
+        let in_force = settings::told(&self.policies.of(&ledger).fresh);
+        Ok(v1::SettingsList { set, in_force, refused: None })
     }
 }
 
@@ -109,6 +121,24 @@ impl v1::admin_server::Admin for Service {
         tracing::info!(worker = request.worker, ?order, "ordered");
         let command = Command::Order { worker: WorkerId(request.worker.into()), order: ask::order(order) };
         done(self.0.administer(command, unknown).await)
+    }
+
+    async fn change_setting(&self, request: Request<v1::Setting>) -> Answer<v1::Done> {
+        let v1::Setting { name, value } = request.into_inner();
+        let name = ask::plain("name", name)?;
+        let changed = self.0.node.ledger().settings().clone().with(&name, value.as_deref());
+        settings::policy(&changed, self.0.policies.own())
+            .map_err(|problem| Status::invalid_argument(format!("{name}: {problem}")))?;
+        let unknown = format!("{name} is not set");
+        tracing::info!(name, value, "set");
+        done(self.0.administer(Command::Set { name, value }, unknown).await)
+    }
+
+    async fn list_settings(&self, _: Request<v1::ListSettingsRequest>) -> Answer<v1::SettingsList> {
+        let list = self.0.list_settings().await;
+        Ok(Response::new(
+            list.unwrap_or_else(|refused| v1::SettingsList { refused: Some(refused), ..Default::default() }),
+        ))
     }
 
     async fn explain(&self, request: Request<v1::ExplainRequest>) -> Answer<v1::ExplainReply> {

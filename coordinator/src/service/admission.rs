@@ -46,6 +46,8 @@ pub(super) struct Entry {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct TooLong {
     pub(super) retry_after_ms: u64,
+    /// How far apart those who are refused should come again; 0: not known.
+    pub(super) retry_step_us: u64,
     pub(super) detail: String,
 }
 
@@ -108,9 +110,10 @@ impl Queue {
         let budget_ms = budget_ms(entry.lane).min(entry.patience_ms);
         let ahead = self.ahead(&entry);
         let wait_ms = self.rates.get(&entry.model).and_then(|rate| rate.wait_ms(ahead + 1, now_ms));
+        let retry_step_us = self.turn_us(now_ms, &entry.model);
         let too_long = |wait_ms: u64, detail| {
             let retry_after_ms = wait_ms.saturating_sub(budget_ms).clamp(RETRY_MS_MIN, RETRY_MS_MAX);
-            Err(TooLong { retry_after_ms, detail })
+            Err(TooLong { retry_after_ms, retry_step_us, detail })
         };
         if let Some(wait_ms) = wait_ms.filter(|wait_ms| *wait_ms > budget_ms) {
             return too_long(wait_ms, format!("{ahead} before it, about {wait_ms} ms; it may wait {budget_ms} ms"));
@@ -257,6 +260,12 @@ impl Queue {
         let wait_ms = self.rates.get(model).and_then(|rate| rate.wait_ms(behind as u64 + 1, now_ms));
         wait_ms.unwrap_or(budget_ms(lane)).clamp(RETRY_MS_MIN, RETRY_MS_MAX)
     }
+
+    /// From one turn to the next; 0 when too little is known.
+    pub(super) fn turn_us(&self, now_ms: u64, model: &str) -> u64 {
+        const MANY: u64 = 1_000;
+        self.rates.get(model).and_then(|rate| rate.wait_ms(MANY, now_ms)).unwrap_or(0)
+    }
 }
 
 /// How many requests ended lately while others waited.
@@ -383,6 +392,7 @@ mod tests {
         };
         assert!((18..=22).contains(&entered), "{entered} may wait 2 s at 10 a second");
         assert!(refused.retry_after_ms >= RETRY_MS_MIN, "{refused:?}");
+        assert_eq!(refused.retry_step_us, 100_000, "the next turn is a tenth of a second later");
         assert!(queue.enter(now, entry(999, "t", Lane::Batch, 1)).is_ok(), "batch may wait longer");
         assert!(queue.enter(now, entry(998, "other", Lane::Interactive, 1)).is_ok(), "its tenant has had no turn yet");
     }

@@ -131,8 +131,14 @@ impl Shared {
     fn park(&self, ask: Ask, ledger: &Ledger) -> Fate {
         match self.admission.wait(ask.clone(), ledger) {
             Ok(parked) => Fate::Waits(parked),
-            Err(refused) => Fate::Answered(Err(self.refused(&ask, refused, None))),
+            Err(refused) => Fate::Answered(Err(self.refused(&ask, self.spread(refused), None))),
         }
+    }
+
+    /// Every gateway tells its own clients when to come again, and each has its share of the turns.
+    pub(super) fn spread(&self, refused: Refusal) -> Refusal {
+        let gateways = self.asking.count(Instant::now()).max(1) as u64;
+        Refusal { retry_step_us: refused.retry_step_us.saturating_mul(gateways), ..refused }
     }
 
     fn suspect(&self, ask: &Ask, roster: &mut Roster, now: Instant) {
@@ -153,7 +159,8 @@ impl Shared {
     ) -> Result<Decision, Declined> {
         let before = ledger.request(ask.request);
         let mut question = ask.question(before.map(|open| &open.numerics));
-        let policy = if before.is_some() { &self.policy_accepted } else { &self.policy };
+        let policies = self.policies.of(ledger);
+        let policy = if before.is_some() { &policies.accepted } else { &policies.fresh };
         let mut pools = roster.pools(ledger, &ask.chain, now);
         if let Some(open) = before {
             recall(&mut pools, open);

@@ -92,9 +92,6 @@ impl Landing {
 
 /// Runs until this node stops.
 pub(super) async fn keep(shared: Arc<Shared>, net: Arc<dyn Net>, mut rng: Rng) {
-    if shared.policy.canary_ms == 0 {
-        return std::future::pending().await;
-    }
     let mut stopping = shared.stopping.subscribe();
     let mut rounds = tokio::time::interval(ROUND);
     rounds.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -148,7 +145,11 @@ fn due(shared: &Shared, probes: &mut Probes, channels: &mut Channels, rng: &mut 
     let roster = shared.roster();
     channels.open.retain(|address, _| ledger.workers().any(|(_, worker)| worker.live && worker.address == *address));
     let (decodes, prefills, places) = field(&ledger, &roster);
-    let period = Duration::from_millis(shared.policy.canary_ms);
+    let period_ms = shared.policies.of(&ledger).fresh.canary_ms;
+    if period_ms == 0 {
+        return Vec::new();
+    }
+    let period = Duration::from_millis(period_ms);
     let due = probes.due(&decodes, &prefills, roster.pairs().broken(), period, Instant::now());
     let flight = |(prefill, decode): PairIndex| {
         let (place, model) = places.get(&decode).expect("planned").clone();

@@ -40,6 +40,12 @@ impl Asking {
             }
         }
     }
+
+    /// Gateways that have asked within their lease.
+    pub(super) fn count(&self, now: Instant) -> usize {
+        let asking = self.0.lock().expect("asking lock");
+        asking.values().filter(|at| **at + GATEWAY_LEASE > now).count()
+    }
 }
 
 impl Shared {

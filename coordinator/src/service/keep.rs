@@ -106,7 +106,7 @@ fn stuck(shared: &Shared) -> Vec<(WorkerId, Incarnation)> {
 fn tell_headroom(shared: &Shared, now: Instant) {
     let ledger = shared.node.ledger();
     let roster = shared.roster();
-    let pools = headroom(&roster.pools(&ledger, &[], now).candidates, &shared.policy);
+    let pools = headroom(&roster.pools(&ledger, &[], now).candidates, &shared.policies.of(&ledger).fresh);
     for role in [Role::Prefill, Role::Decode] {
         let mut of_role = pools.iter().filter(|pool| pool.role == role);
         let holds = of_role.all(|pool| pool.holds);

@@ -19,6 +19,7 @@ mod promises;
 mod propose;
 mod queue;
 mod roster;
+mod settings;
 mod stream;
 mod view;
 
@@ -73,9 +74,7 @@ pub(crate) struct Shared {
     asking: gateways::Asking,
     /// Index up to which the others have been told of this node's ledger.
     checked: AtomicU64,
-    policy: Policy,
-    /// For requests that have been accepted already: they wait on workers rather than not at all.
-    policy_accepted: Policy,
+    policies: settings::Kept,
     disk: Arc<dyn Disk>,
     net: Arc<dyn Net>,
     identity: Mutex<Identity>,
@@ -123,12 +122,7 @@ impl Service {
             admission: Arc::new(Admission::new()),
             asking: gateways::Asking::default(),
             checked: AtomicU64::new(0),
-            policy_accepted: Policy {
-                decode_waiting_max: u64::MAX,
-                prefill_waiting_max: u64::MAX,
-                ..parts.policy.clone()
-            },
-            policy: parts.policy,
+            policies: settings::Kept::new(parts.policy),
             disk: parts.disk,
             net: parts.net.clone(),
             identity: Mutex::new(parts.identity),

@@ -10,7 +10,7 @@ use baton_proto::convert::refusal;
 use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
 
-use super::admission::{Entry, Queue, Ticket, budget_ms};
+use super::admission::{Entry, Queue, Ticket, TooLong, budget_ms};
 use super::ask::Ask;
 use super::assign::Placed;
 use super::{Refusal, Shared, stopped, unavailable};
@@ -113,7 +113,8 @@ impl Admission {
             }
             Err(long) => {
                 let refused = refusal(Refused::Overloaded, format!("it would wait too long: {}", long.detail));
-                Err(Refusal { retry_after_ms: long.retry_after_ms, ..refused })
+                let TooLong { retry_after_ms, retry_step_us, .. } = long;
+                Err(Refusal { retry_after_ms, retry_step_us, ..refused })
             }
         }
     }
@@ -211,10 +212,11 @@ impl Shared {
         for ticket in line.queue.overdue(now_ms) {
             let Some(desk) = line.parked.remove(&ticket) else { continue };
             let retry_after_ms = line.queue.retry_after_ms(now_ms, &desk.ask.model, desk.ask.lane);
+            let retry_step_us = line.queue.turn_us(now_ms, &desk.ask.model);
             let waited =
                 format!("no room within the {} ms it may wait", budget_ms(desk.ask.lane).min(desk.ask.deadline_ms));
-            let refused = Refusal { retry_after_ms, ..refusal(Refused::Overloaded, waited) };
-            let refused = self.refused(&desk.ask, refused, None);
+            let refused = Refusal { retry_after_ms, retry_step_us, ..refusal(Refused::Overloaded, waited) };
+            let refused = self.refused(&desk.ask, self.spread(refused), None);
             desk.answer(refused);
         }
         let mut turns = 0;

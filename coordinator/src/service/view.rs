@@ -123,7 +123,7 @@ pub(super) fn view(shared: &Shared) -> v1::ClusterView {
         ledger_index: ledger.index(),
         storage: "ok".into(),
         pairs: pairs::told(&pools.candidates, roster.pairs(), now),
-        headroom: headroom(&pools.candidates, &shared.policy)
+        headroom: headroom(&pools.candidates, &shared.policies.of(&ledger).fresh)
             .into_iter()
             .map(|pool| pool.line)
             .collect::<Vec<_>>()

@@ -3,10 +3,10 @@
 use serde::{Serialize, de::DeserializeOwned};
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::{Batch, Ledger, version1};
+use super::{Batch, Ledger, version1, version2};
 
 /// Version of the entries and snapshots this binary writes; it reads all up to it.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum CodecError {
@@ -21,7 +21,8 @@ pub fn encode_batch(batch: &Batch) -> Vec<u8> {
 }
 
 pub fn decode_batch(bytes: &[u8]) -> Result<Batch, CodecError> {
-    decode::<Batch, version1::Batch>(bytes)
+    // Version 3 has one command more than version 2, after the others.
+    decode::<Batch, version1::Batch, Batch>(bytes)
 }
 
 pub fn encode_ledger(ledger: &Ledger) -> Vec<u8> {
@@ -29,7 +30,7 @@ pub fn encode_ledger(ledger: &Ledger) -> Vec<u8> {
 }
 
 pub fn decode_ledger(bytes: &[u8]) -> Result<Ledger, CodecError> {
-    decode::<Ledger, version1::Ledger>(bytes)
+    decode::<Ledger, version1::Ledger, version2::Ledger>(bytes)
 }
 
 /// Equal for equal ledgers on every node and machine.
@@ -42,15 +43,21 @@ fn encode<T: Serialize>(value: &T) -> Vec<u8> {
     postcard::to_extend(value, bytes).expect("memory takes any value")
 }
 
-/// `Old`: the same as version 1 wrote it.
-fn decode<T: DeserializeOwned + From<Old>, Old: DeserializeOwned>(bytes: &[u8]) -> Result<T, CodecError> {
+/// `One` and `Two`: the same as versions 1 and 2 wrote it.
+fn decode<T, One, Two>(bytes: &[u8]) -> Result<T, CodecError>
+where
+    T: DeserializeOwned + From<One> + From<Two>,
+    One: DeserializeOwned,
+    Two: DeserializeOwned,
+{
     let Some((version, body)) = bytes.split_first_chunk() else {
         return Err(CodecError::Damaged(0, "no version".into()));
     };
     let version = u16::from_le_bytes(*version);
     let value = match version {
         0 => return Err(CodecError::Damaged(0, "there was no such version".into())),
-        1 => postcard::from_bytes::<Old>(body).map(T::from),
+        1 => postcard::from_bytes::<One>(body).map(T::from),
+        2 => postcard::from_bytes::<Two>(body).map(T::from),
         VERSION => postcard::from_bytes(body),
         _ => return Err(CodecError::Newer(version)),
     };

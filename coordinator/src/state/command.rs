@@ -68,6 +68,11 @@ pub enum Command {
     Check(Check),
     /// Of coordinators, not of workers.
     Node(NodeCommand),
+    /// One setting of the cluster; without a value it goes.
+    Set {
+        name: String,
+        value: Option<String>,
+    },
 }
 
 /// The hash of a ledger at an index, as bytes of one version.

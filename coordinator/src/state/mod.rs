@@ -7,8 +7,10 @@ mod command;
 mod nodes;
 mod poison;
 mod request;
+mod settings;
 mod tenant;
 mod version1;
+mod version2;
 mod worker;
 
 #[cfg(test)]
@@ -26,6 +28,7 @@ pub use command::{Assigned, Batch, Check, Command, Finished, Model, Order, Outco
 pub use nodes::{JOINS_REMEMBERED_MAX, Join, NODES_JOINING_MAX, NODES_REMOVED_MAX, NodeCommand, Nodes};
 pub use poison::{Apart, BLAME_MS, Life, POISON_STRIKES, POISON_STRIKES_CROWDED, QUARANTINE_MS, SUSPECT_STRIKES};
 pub use request::{EndedRequests, OpenRequest};
+pub use settings::{SETTING_BYTES_MAX, SETTINGS_MAX, Settings};
 pub use tenant::{Account, Bucket, Charge, Limit, OverLimit, Usage};
 pub use worker::Worker;
 
@@ -40,7 +43,7 @@ pub const WORKERS_MAX: usize = 4096;
 /// Requests one Expire ends at most.
 pub const EXPIRE_MAX: usize = 4096;
 
-/// The replicated record of workers, accepted requests and assignments, tenants and keys.
+/// The replicated record of workers, accepted requests and assignments, tenants and keys, and the cluster's settings.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ledger {
     cluster: String,
@@ -58,6 +61,7 @@ pub struct Ledger {
     keys: access::Keys,
     poison: poison::Poison,
     nodes: Nodes,
+    settings: Settings,
 }
 
 impl Ledger {
@@ -151,6 +155,7 @@ impl Ledger {
             // Whoever applies entries compares; the ledger itself has nothing to compare with.
             Command::Check(_) => Outcome::Checked,
             Command::Node(command) => self.nodes.apply(command),
+            Command::Set { name, value } => self.set(name, value),
         }
     }
 

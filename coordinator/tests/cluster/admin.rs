@@ -10,7 +10,7 @@ use tonic::transport::Channel;
 use crate::group::{Client, Directory, config, member, request, start};
 use crate::wait_for;
 
-fn admin(address: &str) -> AdminClient<Channel> {
+pub(crate) fn admin(address: &str) -> AdminClient<Channel> {
     AdminClient::new(baton_proto::channel(Arc::new(TcpNet), address).unwrap())
 }
 

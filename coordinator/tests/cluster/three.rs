@@ -1,5 +1,11 @@
 //! A group of three.
 
+use std::time::Duration;
+
+use baton_proto::v1;
+use tokio::time::Instant;
+
+use crate::admin::admin;
 use crate::group::{Client, Group, request};
 use crate::wait_for;
 
@@ -126,5 +132,127 @@ async fn without_a_quorum_requests_are_refused_in_time() {
         None
     })
     .await;
+    group.stop_all().await;
+}
+
+/// What the leader says of a request of a tenant, whoever leads; true: it is assigned, false: it is over the tenant's quota.
+async fn is_within_quota(group: &Group, tenant: &str, id: u128) -> bool {
+    wait_for("a leader's word on a request", || async {
+        for at in (0..3).filter(|at| group.running[*at].is_some()) {
+            let mut client = group.client(at);
+            // The only worker lives as long as this test asks.
+            if client.try_register("decode-0", "k").await.is_none() {
+                continue;
+            }
+            let asked = v1::AssignRequest { tenant: tenant.into(), ..request(id, 1) };
+            let reply = client.assign_raw(asked).await.ok()?.outcome?;
+            match reply {
+                v1::assign_reply::Outcome::Assignment(_) => return Some(true),
+                v1::assign_reply::Outcome::Refused(refused) if refused.reason == "quota" => return Some(false),
+                v1::assign_reply::Outcome::Refused(_) => {}
+            }
+        }
+        None
+    })
+    .await
+}
+
+/// Goal: quotas are exact across leader changes: not one request too many or too few, none counted twice. Method: two tenants, one
+/// limited in open requests, one by the minute; every request is asked for twice; the leader is stopped three times.
+#[tokio::test(flavor = "multi_thread")]
+async fn quotas_are_exact_across_leader_changes() {
+    const OPEN: u64 = 20;
+    const MINUTE: u64 = 6;
+    let mut group = Group::start().await;
+    let leader = group.leader().await;
+    let tenant = |name: &str, requests_open_max, requests_per_minute| v1::Tenant {
+        name: name.into(),
+        requests_open_max,
+        requests_per_minute,
+        ..Default::default()
+    };
+    for tenant in [tenant("open", OPEN, 0), tenant("minute", 0, MINUTE)] {
+        admin(&group.peers[leader].1).set_tenant(tenant).await.unwrap();
+    }
+    let started = Instant::now();
+    let (mut open, mut minute) = (0, 0);
+    for id in 0..40u128 {
+        if [5, 12, 25].contains(&id) {
+            let leader = group.leader().await;
+            group.stop(leader).await;
+            is_within_quota(&group, "open", 0).await;
+            group.restart(leader).await;
+        }
+        let within = is_within_quota(&group, "open", id).await;
+        assert_eq!(within, is_within_quota(&group, "open", id).await, "asked again, the same answer");
+        open += u64::from(within);
+        minute += u64::from(is_within_quota(&group, "minute", 1_000 + id).await);
+    }
+    let refilled = 1 + started.elapsed().as_secs() * MINUTE / 60;
+    assert_eq!(open, OPEN);
+    assert!((MINUTE..=MINUTE + refilled).contains(&minute), "{minute} in {:?}", started.elapsed());
+    let leader = group.leader().await;
+    let told = admin(&group.peers[leader].1).list_tenants(v1::ListTenantsRequest {}).await.unwrap().into_inner();
+    let counted = |name: &str| {
+        let of = |usage: &&v1::TenantUsage| usage.tenant.as_ref().is_some_and(|tenant| tenant.name == name);
+        told.tenants.iter().find(of).map(|usage| (usage.requests_total, usage.requests_open))
+    };
+    assert_eq!(counted("open"), Some((OPEN, OPEN)));
+    assert_eq!(counted("minute"), Some((minute, minute)));
+    assert!(started.elapsed() < Duration::from_secs(60), "longer than that and the first minute says nothing");
+    group.stop_all().await;
+}
+
+/// Goal: a setting of the cluster counts for whoever leads, before and after a restart, and what is none is refused. Method: the knob
+/// from which prompt tokens on a prefill worker is used is set beyond the prompt, the leader stops, then all do.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_setting_holds_whoever_leads() {
+    let mut group = Group::start().await;
+    let leader = group.leader().await;
+    workers(&group, leader).await;
+    let prefills = async |group: &Group, id: u128| {
+        wait_for("an assignment by some leader", || async {
+            for at in (0..3).filter(|at| group.running[*at].is_some()) {
+                let mut client = group.client(at);
+                let lives = [client.try_register("prefill-0", "k").await, client.try_register("decode-0", "k").await];
+                if lives.iter().any(Option::is_none) {
+                    continue;
+                }
+                if let Ok(assignment) = client.assign(request(id, 1)).await {
+                    return Some(assignment.prefill.is_some());
+                }
+            }
+            None
+        })
+        .await
+    };
+    assert!(prefills(&group, 1).await);
+    let set = |name: &str, value: Option<&str>| v1::Setting { name: name.into(), value: value.map(Into::into) };
+    let mut asked = admin(&group.peers[leader].1);
+    for (name, value) in [("prefill_tokens", "1000"), ("prefill_tokens_min", "many"), ("no name", "1")] {
+        let refused = asked.change_setting(set(name, Some(value))).await.unwrap_err();
+        assert!(refused.message().contains("name") || refused.message().contains(name), "{refused}");
+    }
+    let unset = asked.change_setting(set("queue_max", None)).await.unwrap().into_inner();
+    assert!(matches!(unset.outcome, Some(v1::done::Outcome::Refused(r)) if r.reason == "unknown"));
+    let done = asked.change_setting(set("prefill_tokens_min", Some("1000"))).await.unwrap().into_inner();
+    assert!(matches!(done.outcome, Some(v1::done::Outcome::Done(_))), "{done:?}");
+    assert!(!prefills(&group, 2).await, "from the next request on");
+
+    group.stop(leader).await;
+    assert!(!prefills(&group, 3).await, "the next leader goes by it");
+    group.restart(leader).await;
+    group.stop_all().await;
+    for at in 0..3 {
+        group.restart(at).await;
+    }
+    assert!(!prefills(&group, 4).await, "after a restart of all");
+    let leader = group.leader().await;
+    let mut asked = admin(&group.peers[leader].1);
+    let list = asked.list_settings(v1::ListSettingsRequest {}).await.unwrap().into_inner();
+    assert_eq!(list.set, [set("prefill_tokens_min", Some("1000"))]);
+    assert!(list.in_force.contains("prefill_tokens_min = 1000") && list.in_force.contains("queue_max"), "{list:?}");
+    asked.change_setting(set("prefill_tokens_min", None)).await.unwrap();
+    assert!(prefills(&group, 5).await);
     group.stop_all().await;
 }
