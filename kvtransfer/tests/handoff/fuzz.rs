@@ -12,10 +12,12 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use crate::memory::Memory;
 use crate::raw::{Frame, Raw};
-use crate::world::{MODEL, REQUEST, World, ids, pairs, read, until};
+use crate::world::{MODEL, REQUEST, World, completes, ids, pairs, read, rounds, until};
 
-/// Frames to a receiver, and to links, for each kind of message.
-const ROUNDS: u64 = 60;
+/// Connections to a receiver, and of links, for each kind of message; many with `BATON_TEST_LONG=1`.
+fn rounds_per_kind() -> u64 {
+    rounds(60, 5_000)
+}
 
 const KINDS: [Kind; 14] = {
     use Kind::*;
@@ -126,7 +128,7 @@ async fn a_receiver_survives_any_message() {
     let net = Memory::default();
     let world = World::over(Arc::new(net.clone()), crate::world::LAYOUT, 8).await;
     let mut rng = Rng::new(11);
-    for round in 0..ROUNDS * KINDS.len() as u64 {
+    for round in 0..rounds_per_kind() * KINDS.len() as u64 {
         let kind = KINDS[round as usize % KINDS.len()];
         let (grant, incoming) = world.grant_first(4);
         let features = pick(&mut rng, &[0, FEATURE_RESEND]);
@@ -158,18 +160,7 @@ async fn a_receiver_survives_any_message() {
     assert_eq!(counters.completed, 0);
     let reasons: Vec<_> = Dropped::ALL.iter().filter(|reason| counters.dropped(**reason) > 0).collect();
     assert!(counters.extents > 0 && reasons.len() >= 7, "the frames come far enough: {reasons:?}");
-    completes(&world).await;
-}
-
-async fn completes(world: &World) {
-    let (grant, incoming) = world.grant_first(4);
-    let mut outgoing = world.links.open(grant).await.unwrap();
-    for layer in 0..3 {
-        outgoing.send(layer, &pairs(&ids(0..4))).await.unwrap();
-    }
-    outgoing.commit().await.unwrap();
-    incoming.wait().await.unwrap();
-    assert!(world.equal((0..4).map(|i| (i, i))));
+    completes(&world, 4).await;
 }
 
 /// The same against links: whatever a receiver says, a transfer that it did not commit to fails or goes on, and the next
@@ -182,7 +173,7 @@ async fn links_survive_any_message() {
     let mut listener = net.listen("by hand").await.unwrap();
     let address = listener.address();
     let blocks: Vec<BlockId> = ids(0..4);
-    for round in 0..ROUNDS * KINDS.len() as u64 {
+    for round in 0..rounds_per_kind() * KINDS.len() as u64 {
         let kind = KINDS[round as usize % KINDS.len()];
         let (transfer, layout, deadline_ms) = (TransferId(round), crate::world::LAYOUT, 5_000);
         let grant = Grant {
@@ -224,5 +215,5 @@ async fn links_survive_any_message() {
         assert!(ended.is_err() || kind == Kind::Committed, "round {round} ({kind:?}): {ended:?}");
         world.links.disconnect(&address);
     }
-    completes(&world).await;
+    completes(&world, 4).await;
 }

@@ -1,9 +1,10 @@
 //! The handoff over real TCP on loopback, over raw peers that misbehave, in one process, and on virtual time over
-//! memory.
+//! memory. `BATON_TEST_LONG=1` repeats what is random or counted (aborts, fuzzing) some hundred times more often.
 
 mod aborts;
 mod fuzz;
 mod happy;
+mod lessons;
 mod links;
 mod memory;
 mod net;

@@ -3,6 +3,7 @@
 
 use std::io;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::task::{Context, Poll};
 
@@ -54,7 +55,7 @@ impl Net for Cut {
         Box::pin(async move {
             let left = self.0.swap(usize::MAX, SeqCst);
             let stream = Some(TcpStream::connect(address).await?);
-            Ok(Box::new(Mortal { stream, left }) as Stream)
+            Ok(Box::new(Mortal { stream, left, left_to_read: usize::MAX }) as Stream)
         })
     }
 
@@ -63,9 +64,53 @@ impl Net for Cut {
     }
 }
 
+/// Loopback whose first accepted connection dies once its end has read, or written, so many bytes.
+pub(crate) struct CutAccepted(AtomicUsize, AtomicUsize);
+
+impl CutAccepted {
+    pub(crate) fn after(read: usize, written: usize) -> Arc<CutAccepted> {
+        Arc::new(CutAccepted(AtomicUsize::new(read), AtomicUsize::new(written)))
+    }
+}
+
+/// The network of a receiver that is to die.
+pub(crate) struct Dying(pub(crate) Arc<CutAccepted>);
+
+impl Net for Dying {
+    fn connect<'a>(&'a self, address: &'a str) -> BoxFuture<'a, io::Result<Stream>> {
+        Loopback.connect(address)
+    }
+
+    fn listen<'a>(&'a self, address: &'a str) -> BoxFuture<'a, io::Result<Box<dyn Listener>>> {
+        let cut = self.0.clone();
+        Box::pin(async move {
+            let listener = TcpListener::bind(address).await?;
+            Ok(Box::new(DyingBound(listener, cut)) as Box<dyn Listener>)
+        })
+    }
+}
+
+struct DyingBound(TcpListener, Arc<CutAccepted>);
+
+impl Listener for DyingBound {
+    fn accept(&mut self) -> BoxFuture<'_, io::Result<Stream>> {
+        Box::pin(async {
+            let stream = Some(self.0.accept().await?.0);
+            let (left_to_read, left) = (self.1.0.swap(usize::MAX, SeqCst), self.1.1.swap(usize::MAX, SeqCst));
+            Ok(Box::new(Mortal { stream, left, left_to_read }) as Stream)
+        })
+    }
+
+    fn address(&self) -> String {
+        self.0.local_addr().expect("bound").to_string()
+    }
+}
+
 struct Mortal {
     stream: Option<TcpStream>,
+    /// Bytes that it may still write.
     left: usize,
+    left_to_read: usize,
 }
 
 impl Mortal {
@@ -76,7 +121,16 @@ impl Mortal {
 
 impl AsyncRead for Mortal {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        self.alive()?.poll_read(cx, buf)
+        if self.left_to_read == 0 {
+            self.stream = None;
+        }
+        let room = buf.remaining().min(self.left_to_read);
+        let mut part = ReadBuf::new(buf.initialize_unfilled_to(room));
+        std::task::ready!(self.alive()?.poll_read(cx, &mut part))?;
+        let read = part.filled().len();
+        buf.advance(read);
+        self.left_to_read -= read;
+        Poll::Ready(Ok(()))
     }
 }
 

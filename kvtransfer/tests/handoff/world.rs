@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::time::Duration;
 
 use baton_core::{Arena, BlockId, BlockLayout, Epoch, KvDtype, Net, RequestId, Rng};
-use baton_kvtransfer::{Counters, Grant, Incoming, Links, Receiver};
+use baton_kvtransfer::{Committed, Counters, Grant, Incoming, Links, Outgoing, Receiver, TransferError};
 
 use crate::net::Loopback;
 
@@ -122,6 +122,28 @@ pub(crate) fn fill(arena: &Arena, rng: &mut Rng) {
             unsafe { arena.write_layer(block, layer, &bytes) };
         }
     }
+}
+
+/// How often a test repeats: seldom in CI, often when somebody asks for it (`BATON_TEST_LONG=1`).
+pub(crate) fn rounds(seldom: u64, often: u64) -> u64 {
+    if std::env::var_os("BATON_TEST_LONG").is_some() { often } else { seldom }
+}
+
+/// Sends every layer of `blocks` and commits.
+pub(crate) async fn send_all(mut outgoing: Outgoing, blocks: &[(usize, BlockId)]) -> Result<Committed, TransferError> {
+    for layer in 0..LAYOUT.layers as usize {
+        outgoing.send(layer, blocks).await?;
+    }
+    outgoing.commit().await
+}
+
+/// An honest transfer of the world's first `count` blocks completes.
+pub(crate) async fn completes(world: &World, count: u32) {
+    let (grant, incoming) = world.grant_first(count);
+    let outgoing = world.links.open(grant).await.unwrap();
+    send_all(outgoing, &pairs(&ids(0..count))).await.unwrap();
+    incoming.wait().await.unwrap();
+    assert!(world.equal((0..count).map(|i| (i, i))));
 }
 
 /// Waits until `condition` holds; fails after 20 s.
