@@ -6,7 +6,7 @@ use std::time::Duration;
 use baton_core::planted::{self, Bug};
 use baton_core::{Aborted, BlockHash, Refused, TokenId};
 use baton_engine::{Blocks, Filled, Reserved};
-use baton_kvtransfer::TransferError;
+use baton_kvtransfer::{Partial, TransferError};
 use baton_proto::convert::{prompt_logprobs_back, refusal};
 use baton_proto::v1::{Choice, PrefillRequest, Prefilled, Refusal};
 use baton_worker::outlet::Phases;
@@ -19,6 +19,9 @@ use crate::request::End;
 
 /// After a transfer broke, how long the prefill worker may take to say why; its word names the cause.
 const VERDICT: Duration = Duration::from_millis(500);
+
+/// After a handoff broke, how long its sender may take to fall silent, so that what it sent whole can be kept.
+const REMAINS: Duration = Duration::from_millis(100);
 
 /// A full cache may have room again when so much time has passed.
 const RETRY_AFTER_MS: u64 = 250;
@@ -42,7 +45,7 @@ pub(crate) async fn bring(decode: &Decode, assigned: &Assigned) -> Result<Brough
         return Ok(local("prefix_hit"));
     }
     let room = reserve(decode, &tokens, held)?;
-    let result = receive(decode, assigned, pair, room).await;
+    let result = receive(decode, assigned, pair, &hashes, room).await;
     metrics::record_transfers(&decode.receiver.counters());
     let (prefilled, room) = result?;
     let phases = phases(&prefilled);
@@ -91,11 +94,19 @@ fn reserve(decode: &Decode, tokens: &[TokenId], held: Blocks) -> Result<Room, En
     Ok(Room { held, reserved })
 }
 
-/// Grants the room to the prefill worker and waits for its answer and for the blocks, in whatever order they come.
-async fn receive(decode: &Decode, assigned: &Assigned, pair: Pair<'_>, room: Room) -> Result<(Prefilled, Room), End> {
+/// Grants the room to the prefill worker and waits for its answer and for the blocks, in whatever order they come. If the
+/// handoff breaks, the blocks that arrived whole stay: the next attempt finds them, by whichever worker, and brings or
+/// computes the rest only.
+async fn receive(
+    decode: &Decode,
+    assigned: &Assigned,
+    pair: Pair<'_>,
+    hashes: &[BlockHash],
+    room: Room,
+) -> Result<(Prefilled, Room), End> {
     let (request, epoch) = (assigned.request.id, assigned.assignment.epoch);
     let (blocks, skip_blocks) = (room.reserved.ids(), room.held.len());
-    let (mut grant, incoming) = decode.receiver.open(request, epoch, blocks, assigned.left(), room);
+    let (mut grant, mut incoming) = decode.receiver.open(request, epoch, blocks, assigned.left(), room);
     grant.address = decode.kv_address.clone();
     let left_ms = assigned.left().as_millis() as u64;
     let wire = PrefillRequest {
@@ -106,26 +117,51 @@ async fn receive(decode: &Decode, assigned: &Assigned, pair: Pair<'_>, room: Roo
         skip_blocks: skip_blocks as u32,
     };
     let mut call = std::pin::pin!(decode.prefills.call(pair, wire));
-    let mut arrival = std::pin::pin!(incoming.wait());
     let broken = |error: TransferError| End::from(pair.blame_both(error.reason(), error.to_string()));
     tokio::select! {
-        reply = &mut call => {
-            if reply.is_err() && planted::is(Bug::PrefillDeathWedges) {
-                return std::future::pending().await;
+        reply = &mut call => match reply {
+            Ok(prefilled) => match incoming.wait_or_keep().await {
+                Ok((room, _)) => Ok((prefilled, room)),
+                Err(remains) => Err(broken(keep(remains, hashes))),
+            },
+            Err(_) if planted::is(Bug::PrefillDeathWedges) => std::future::pending().await,
+            Err(abort) => {
+                incoming.give_up();
+                if let Ok(Err(remains)) = timeout(REMAINS, incoming.wait_or_keep()).await {
+                    keep(remains, hashes);
+                }
+                Err(abort.into())
             }
-            let prefilled = reply?;
-            let (room, _) = arrival.await.map_err(broken)?;
-            Ok((prefilled, room))
-        }
-        arrived = &mut arrival => match arrived {
+        },
+        arrived = incoming.wait_or_keep() => match arrived {
             Ok((room, _)) => Ok((call.await?, room)),
             Err(_) if planted::is(Bug::PrefillDeathWedges) => std::future::pending().await,
-            Err(error) => match timeout(VERDICT, call).await {
-                Ok(Err(abort)) => Err(abort.into()),
-                Ok(Ok(_)) | Err(_) => Err(broken(error)),
-            },
+            Err(remains) => {
+                let error = keep(remains, hashes);
+                match timeout(VERDICT, call).await {
+                    Ok(Err(abort)) => Err(abort.into()),
+                    Ok(Ok(_)) | Err(_) => Err(broken(error)),
+                }
+            }
         },
     }
+}
+
+/// Names the verified blocks of a broken handoff for the prefix cache, up to the first that lacks something, and says
+/// what broke it.
+fn keep(remains: Result<Partial<Room>, TransferError>, hashes: &[BlockHash]) -> TransferError {
+    let partial = match remains {
+        Ok(partial) => partial,
+        Err(error) => return error,
+    };
+    let whole = partial.whole().iter().take_while(|whole| **whole).count();
+    let Partial { error, guard: Room { held, mut reserved }, .. } = partial;
+    let names = &hashes[held.len().min(hashes.len())..];
+    let kept = whole.min(names.len());
+    reserved.truncate(kept);
+    drop(reserved.fill(&names[..kept]));
+    metrics::count_kept_blocks(kept as u64);
+    error
 }
 
 fn phases(prefilled: &Prefilled) -> Phases {

@@ -334,6 +334,12 @@ impl Reserved {
         self.ids.clone()
     }
 
+    /// Frees all blocks from `count` on.
+    pub fn truncate(&mut self, count: usize) {
+        let ids = self.ids.split_off(count.min(self.ids.len()));
+        drop(Reserved { cache: self.cache.clone(), ids });
+    }
+
     /// Declares the blocks written. The first `hashes.len()` of them are full and enter the prefix index under these
     /// names; the rest can be read through the guard only.
     pub fn fill(mut self, hashes: &[BlockHash]) -> Blocks {

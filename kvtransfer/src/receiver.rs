@@ -86,7 +86,7 @@ impl Receiver {
     ) -> (Grant, Incoming<G>) {
         let wanted = Wanted { request, epoch, blocks, deadline };
         let (grant, waits) = self.shared.grant(wanted, None, Box::new(guard));
-        let incoming = Incoming { shared: self.shared.clone(), transfer: grant.transfer, waits, guard: PhantomData };
+        let incoming = Incoming::new(self.shared.clone(), &grant, waits);
         (grant, incoming)
     }
 
@@ -106,7 +106,7 @@ impl Receiver {
         let wanted = Wanted { request: partial.grant.request, epoch, blocks, deadline };
         let before = Some((partial.grant.transfer, partial.grant.attempt));
         let (grant, waits) = self.shared.grant(wanted, before, Box::new(partial.guard));
-        let incoming = Incoming { shared: self.shared.clone(), transfer: grant.transfer, waits, guard: PhantomData };
+        let incoming = Incoming::new(self.shared.clone(), &grant, waits);
         (grant, incoming)
     }
 
@@ -141,6 +141,8 @@ pub struct Incoming<G> {
     shared: Arc<Shared>,
     transfer: TransferId,
     waits: Waits,
+    /// How it failed, while its remains are awaited.
+    failed: Option<TransferError>,
     guard: PhantomData<fn() -> G>,
 }
 
@@ -173,6 +175,10 @@ impl<G> Partial<G> {
 }
 
 impl<G: 'static> Incoming<G> {
+    fn new(shared: Arc<Shared>, grant: &Grant, waits: Waits) -> Incoming<G> {
+        Incoming { shared, transfer: grant.transfer, waits, failed: None, guard: PhantomData }
+    }
+
     /// Returns the guard once every layer of every block has arrived, verified, and the sender has committed to
     /// exactly that.
     pub async fn wait(mut self) -> Result<(G, Received), TransferError> {
@@ -182,16 +188,26 @@ impl<G: 'static> Incoming<G> {
     }
 
     /// The same for a waiter who can use what had arrived when the transfer failed. It then waits until nothing can
-    /// write the blocks any more, at most `HANDOFF_QUIESCE_MS` and the closing of the link.
-    pub async fn wait_or_keep(mut self) -> Result<(G, Received), Result<Partial<G>, TransferError>> {
-        let outcome = (&mut self.waits.done).await.unwrap_or(Err(TransferError::Aborted(Aborted::Draining)));
+    /// write the blocks any more, at most `HANDOFF_QUIESCE_MS` and the closing of the link. Nothing is lost when the
+    /// future is dropped before it is ready; once it has been, there is nothing more to wait for.
+    pub async fn wait_or_keep(&mut self) -> Result<(G, Received), Result<Partial<G>, TransferError>> {
+        let outcome = match self.failed.take() {
+            Some(error) => Err(error),
+            None => (&mut self.waits.done).await.unwrap_or(Err(TransferError::Aborted(Aborted::Draining))),
+        };
         let error = match outcome {
             Ok((guard, received)) => return Ok((*guard.downcast().expect("`open` stored a G"), received)),
             Err(error) => error,
         };
+        self.failed = Some(error.clone());
         let Ok((grant, guard, whole)) = (&mut self.waits.remains).await else { return Err(Err(error)) };
         let guard = *guard.downcast().expect("`open` stored a G");
         Err(Ok(Partial { error, guard, grant, whole }))
+    }
+
+    /// Gives the transfer up: its sender is told to stop. What had arrived can still be waited for.
+    pub fn give_up(&self) {
+        self.shared.step(self.transfer, LinkId::NONE, Event::Dropped);
     }
 }
 

@@ -151,6 +151,11 @@ pub fn count_local_prefill(reason: &'static str) {
     counter!("baton_worker_local_prefill_total", "reason" => reason).increment(1);
 }
 
+/// Blocks of a handoff that broke which had arrived whole and stay in the prefix cache.
+pub fn count_kept_blocks(blocks: u64) {
+    counter!("baton_worker_transfer_kept_blocks_total").increment(blocks);
+}
+
 /// What a decode worker's receiver has counted since its start.
 pub fn record_transfers(counters: &Counters) {
     counter!("baton_worker_transfers_total", "outcome" => "completed").absolute(counters.completed);

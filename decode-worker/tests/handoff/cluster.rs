@@ -29,6 +29,8 @@ pub(crate) async fn eventually(what: &str, mut condition: impl FnMut() -> bool) 
 
 pub(crate) struct Cluster {
     pub(crate) net: Arc<dyn Net>,
+    /// Where decode workers listen for blocks, and what they say about it.
+    kv: (&'static str, Option<&'static str>),
     pub(crate) coordinator: FakeCoordinator,
     pub(crate) prefills: Vec<Worker>,
     pub(crate) decodes: Vec<Worker>,
@@ -53,9 +55,19 @@ impl Cluster {
         sizes: EngineConfig,
         model: impl Fn() -> LoadedModel,
     ) -> Cluster {
-        let net: Arc<dyn Net> = Arc::new(TcpNet);
+        Cluster::over(Arc::new(TcpNet), ("127.0.0.1:0", None), prefills, decodes, sizes, model).await
+    }
+
+    pub(crate) async fn over(
+        net: Arc<dyn Net>,
+        kv: (&'static str, Option<&'static str>),
+        prefills: usize,
+        decodes: usize,
+        sizes: EngineConfig,
+        model: impl Fn() -> LoadedModel,
+    ) -> Cluster {
         let coordinator = FakeCoordinator::start(&net).await.unwrap();
-        let mut cluster = Cluster { net, coordinator, prefills: Vec::new(), decodes: Vec::new() };
+        let mut cluster = Cluster { net, kv, coordinator, prefills: Vec::new(), decodes: Vec::new() };
         for n in 0..prefills {
             let worker = cluster.worker(Role::Prefill, &format!("prefill-{n}"), sizes, model()).await;
             cluster.prefills.push(worker);
@@ -72,8 +84,8 @@ impl Cluster {
             id: WorkerId(id.into()),
             role,
             listen: "127.0.0.1:0".into(),
-            kv_listen: "127.0.0.1:0".into(),
-            kv_advertise: None,
+            kv_listen: self.kv.0.into(),
+            kv_advertise: self.kv.1.map(Into::into),
             advertise_host: "127.0.0.1".into(),
             coordinators: vec![self.coordinator.address()],
             drain_ms: DRAIN_MS,

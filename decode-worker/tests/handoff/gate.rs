@@ -10,6 +10,8 @@ use crate::cluster::eventually;
 pub(crate) enum Point {
     /// Before a step.
     Step,
+    /// Before the step after so many.
+    After(usize),
     /// Behind so many layers of a step.
     Layer(usize),
 }
@@ -46,7 +48,8 @@ impl Gate {
     fn pass(&self, point: Point) {
         let mut state = self.0.0.lock().unwrap();
         state.steps += usize::from(point == Point::Step);
-        while state.hold == Some(point) {
+        let nth = Point::After(state.steps.saturating_sub(1));
+        while state.hold == Some(point) || (point == Point::Step && state.hold == Some(nth)) {
             state.is_held = true;
             state = self.0.1.wait(state).unwrap();
         }

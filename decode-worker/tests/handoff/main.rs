@@ -9,4 +9,5 @@ mod faults;
 mod lives;
 mod outlive;
 mod recall;
+mod resume;
 mod same_bytes;

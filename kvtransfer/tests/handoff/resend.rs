@@ -149,7 +149,7 @@ async fn a_block_that_changed_is_not_sent_again() {
 #[tokio::test]
 async fn a_transfer_goes_on_with_what_is_lacking() {
     let world = World::new(8).await;
-    let (grant, incoming) = world.grant_first(8);
+    let (grant, mut incoming) = world.grant_first(8);
     let mut raw = Raw::opened(&Loopback, &grant).await;
     for layer in 0..3 {
         let sent = pairs(&ids(0..8));
@@ -184,7 +184,7 @@ async fn remains_that_nobody_wants_are_dropped() {
     let world = World::new(4).await;
     let dropped = AtomicUsize::new(0);
     for keep in [false, true] {
-        let (grant, incoming) = world.grant_first(4);
+        let (grant, mut incoming) = world.grant_first(4);
         let raw = Raw::opened(&Loopback, &grant).await;
         drop(raw);
         match keep {
