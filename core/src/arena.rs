@@ -5,11 +5,14 @@
 //! arena = block 0 | block 1 | ...            every block the same size
 //! block = (kv_head, layer, K|V, token, head_dim)     head outermost: one extent per head slice
 //! ```
+//! Because heads are outermost, some heads of every block are again blocks, only further apart: a view.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::io;
+use std::ops::Range;
 #[cfg(target_os = "linux")]
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
@@ -100,10 +103,14 @@ pub struct Arena {
     memory: Memory,
     layout: BlockLayout,
     blocks: usize,
+    /// Bytes from one block to the next.
+    stride: usize,
 }
 
 /// Where an arena's bytes come from.
 enum Memory {
+    /// Another arena.
+    Of(#[allow(dead_code)] Arc<Arena>),
     Heap {
         start: *mut u8,
         allocation: Layout,
@@ -133,7 +140,8 @@ impl Arena {
         }
         // SAFETY: the offset is below ALIGNMENT, by which the allocation exceeds the blocks.
         let base = unsafe { start.add(start.align_offset(ALIGNMENT)) };
-        Arena { base, memory: Memory::Heap { start, allocation }, layout, blocks }
+        let stride = layout.block_bytes();
+        Arena { base, memory: Memory::Heap { start, allocation }, layout, blocks, stride }
     }
 
     /// An arena that other processes of this host can be given to read (`descriptor`).
@@ -149,7 +157,8 @@ impl Arena {
         #[cfg(target_os = "linux")]
         {
             let mapping = shared::Mapping::new(bytes)?;
-            Ok(Arena { base: mapping.start(), memory: Memory::Shared(mapping), layout, blocks })
+            let stride = layout.block_bytes();
+            Ok(Arena { base: mapping.start(), memory: Memory::Shared(mapping), layout, blocks, stride })
         }
         #[cfg(not(target_os = "linux"))]
         Err(io::ErrorKind::Unsupported.into())
@@ -165,7 +174,33 @@ impl Arena {
         let mapping = shared::Mapping::of(descriptor)?;
         match mapping.bytes() / layout.block_bytes().max(1) {
             0 => Err(io::Error::new(io::ErrorKind::InvalidData, "the memory holds no block")),
-            blocks => Ok(Arena { base: mapping.start(), memory: Memory::Shared(mapping), layout, blocks }),
+            blocks => {
+                let stride = layout.block_bytes();
+                Ok(Arena { base: mapping.start(), memory: Memory::Shared(mapping), layout, blocks, stride })
+            }
+        }
+    }
+
+    /// Some `heads` of every block, as an arena of their own over the same memory, when blocks have `kv_heads` heads.
+    /// None: there are no such heads, or the memory holds no such block.
+    pub fn view(self: &Arc<Arena>, kv_heads: u32, heads: Range<u32>) -> Option<Arena> {
+        let whole = BlockLayout { kv_heads, ..self.layout };
+        let (stride, layout) = (whole.block_bytes(), BlockLayout { kv_heads: heads.len() as u32, ..whole });
+        let is_view = matches!(self.memory, Memory::Of(_));
+        if is_view || heads.is_empty() || heads.end > kv_heads || self.bytes() < stride {
+            return None;
+        }
+        // SAFETY: the first block's heads are inside the memory, which holds at least one block.
+        let base = unsafe { self.base.add(heads.start as usize * layout.head_stride()) };
+        Some(Arena { base, memory: Memory::Of(self.clone()), layout, blocks: self.bytes() / stride, stride })
+    }
+
+    /// Of the memory from `base` on.
+    fn bytes(&self) -> usize {
+        match &self.memory {
+            #[cfg(target_os = "linux")]
+            Memory::Shared(mapping) => mapping.bytes(),
+            _ => self.blocks * self.stride,
         }
     }
 
@@ -174,7 +209,7 @@ impl Arena {
     #[cfg(target_os = "linux")]
     pub fn descriptor(&self) -> Option<io::Result<OwnedFd>> {
         match &self.memory {
-            Memory::Heap { .. } => None,
+            Memory::Heap { .. } | Memory::Of(_) => None,
             Memory::Shared(mapping) => Some(mapping.for_reading()),
         }
     }
@@ -188,7 +223,11 @@ impl Arena {
     }
 
     /// All blocks' bytes, while nobody else has the arena.
+    ///
+    /// # Panics
+    /// If it is a view: its blocks lie apart, and the memory is another arena's.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
+        assert!(!matches!(self.memory, Memory::Of(_)), "a view has no memory of its own");
         // SAFETY: the memory was zeroed when it was made, and `&mut` excludes every other user.
         unsafe { std::slice::from_raw_parts_mut(self.base, self.blocks * self.layout.block_bytes()) }
     }
@@ -201,7 +240,7 @@ impl Arena {
     pub fn block(&self, index: u32) -> *mut u8 {
         assert!((index as usize) < self.blocks, "block {index} of {}", self.blocks);
         // SAFETY: in bounds by the assertion.
-        unsafe { self.base.add(index as usize * self.layout.block_bytes()) }
+        unsafe { self.base.add(index as usize * self.stride) }
     }
 
     /// Copies one layer of a block out, as (kv_head, K|V, token, head_dim), into `out` of `layer_bytes`.
@@ -287,6 +326,29 @@ mod tests {
                 assert!(back.iter().all(|&b| b == 0));
             }
         }
+    }
+
+    /// Views of all heads of an arena, two and one: together they are what is there, block by block.
+    #[test]
+    fn views_of_heads_tile_the_arena() {
+        let whole = BlockLayout { kv_heads: 3, ..LAYOUT };
+        let arena = Arc::new(Arena::new(whole, 4));
+        let (two, one) = (arena.view(3, 0..2).unwrap(), arena.view(3, 2..3).unwrap());
+        assert_eq!((two.layout().kv_heads, one.layout().kv_heads, two.blocks()), (2, 1, 4));
+        for (view, label) in [(&two, 0x11), (&one, 0x77)] {
+            let bytes = vec![label; view.layout().layer_bytes()];
+            // SAFETY: this test is the only user of the arena.
+            (0..4).for_each(|block| (0..3).for_each(|layer| unsafe { view.write_layer(block, layer, &bytes) }));
+        }
+        let mut back = vec![0; whole.layer_bytes()];
+        let slice = whole.slice_bytes();
+        for (block, layer) in (0..4).flat_map(|block| (0..3).map(move |layer| (block, layer))) {
+            // SAFETY: as above.
+            unsafe { arena.read_layer(block, layer, &mut back) };
+            assert!(back[..2 * slice].iter().all(|byte| *byte == 0x11));
+            assert!(back[2 * slice..].iter().all(|byte| *byte == 0x77));
+        }
+        assert!(arena.view(3, 2..4).is_none() && arena.view(3, 1..1).is_none() && arena.view(64, 0..1).is_none());
     }
 
     /// What one process writes another one reads, through a descriptor that does not let it write.

@@ -35,6 +35,8 @@ pub(crate) struct Connection {
 pub(crate) struct Greeted {
     frames: Frames<ReadHalf<Stream>>,
     write: WriteHalf<Stream>,
+    /// What both ends can do (`wire::FEATURE_*`).
+    pub(crate) features: u16,
     /// Where the receiver can be found by a process of its host, if it said so.
     pub(crate) offer: Option<String>,
     /// The receiver has mapped our arena.
@@ -89,7 +91,7 @@ pub(crate) async fn greet(stream: Stream, address: &str, ours: &str, features: u
             Err(error) => return Err(lost(format!("offer: {error}"))),
         }
     }
-    Ok(Greeted { frames, write, offer, by_reference: false })
+    Ok(Greeted { frames, write, features: common, offer, by_reference: false })
 }
 
 /// What one `send` has under way.

@@ -5,6 +5,16 @@ use xxhash_rust::xxh3::Xxh3;
 
 use crate::wire::Tag;
 
+/// Some kv heads of a sender's blocks, for a transfer between ends that cut a model's heads differently. How many they
+/// are stands in the grant's layout.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HeadSlice {
+    /// kv heads of the sender's blocks.
+    pub of: u32,
+    /// The first of them that moves.
+    pub first: u32,
+}
+
 /// What the decode worker hands to the prefill worker, inside the Prefill call.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Grant {
@@ -14,7 +24,10 @@ pub struct Grant {
     pub request: RequestId,
     /// Where the receiver listens.
     pub address: String,
+    /// Of what moves: the receiver's blocks, or the heads of a slice.
     pub layout: BlockLayout,
+    /// None: whole blocks.
+    pub slice: Option<HeadSlice>,
     /// The blocks to fill, in the sequence's order.
     pub blocks: Vec<BlockId>,
     /// Milliseconds from the grant until the receiver gives up.
@@ -36,6 +49,9 @@ impl Grant {
         hash.update(&self.epoch.0.to_le_bytes());
         hash.update(&self.request.0.to_le_bytes());
         hash.update(self.layout.describe().as_bytes());
+        if let Some(HeadSlice { of, first }) = self.slice {
+            hash.update(&[of.to_le_bytes(), first.to_le_bytes()].concat());
+        }
         for block in &self.blocks {
             hash.update(&block.index.to_le_bytes());
             hash.update(&block.generation.to_le_bytes());

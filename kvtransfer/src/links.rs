@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use baton_core::limits::{HANDOFF_BACKOFF_MS, HANDOFF_BACKOFF_MS_MAX, HANDOFF_CONNECTS_MAX, HANDOFF_LINKS_MAX};
-use baton_core::{Arena, Net};
+use baton_core::{Arena, BlockLayout, Net};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
@@ -13,8 +13,8 @@ use tokio::time::timeout;
 use crate::connection::{Connection, Greeted, connect, greet, within};
 use crate::counters::{Fallback, LinkCounters, LinkCounts};
 use crate::receiver::{Receiver, Shared};
-use crate::wire::{FEATURE_RESEND, FEATURE_SHARED};
-use crate::{Grant, Outgoing, TransferError, extent, wire};
+use crate::wire::{FEATURE_HEADS, FEATURE_RESEND, FEATURE_SHARED};
+use crate::{Grant, HeadSlice, Outgoing, TransferError, extent, wire};
 
 /// The links of one cache. Clones share them; they end with the last clone and the last transfer.
 #[derive(Clone)]
@@ -27,6 +27,8 @@ pub(crate) struct Source {
     net: Arc<dyn Net>,
     pub(crate) arena: Arc<Arena>,
     compatibility: String,
+    /// The arena holds some of the model's heads.
+    is_part: bool,
     pub(crate) counts: Arc<LinkCounts>,
     links: Mutex<BTreeMap<String, Link>>,
     local: Mutex<BTreeMap<String, Arc<Shared>>>,
@@ -35,9 +37,16 @@ pub(crate) struct Source {
 impl Links {
     /// Links that read blocks of `arena`. `model` as for `Receiver::listen`.
     pub fn new(net: Arc<dyn Net>, arena: Arc<Arena>, model: &str) -> Links {
-        let compatibility = wire::compatibility(arena.layout(), model);
+        let kv_heads = arena.layout().kv_heads;
+        Links::of_rank(net, arena, kv_heads, model)
+    }
+
+    /// Links of a rank, whose arena holds some of the model's `kv_heads`.
+    pub fn of_rank(net: Arc<dyn Net>, arena: Arc<Arena>, kv_heads: u32, model: &str) -> Links {
+        let compatibility = wire::compatibility(&BlockLayout { kv_heads, ..*arena.layout() }, model);
+        let is_part = arena.layout().kv_heads != kv_heads;
         let (counts, links, local) = Default::default();
-        Links { source: Arc::new(Source { net, arena, compatibility, counts, links, local }) }
+        Links { source: Arc::new(Source { net, arena, compatibility, is_part, counts, links, local }) }
     }
 
     /// Makes a receiver of this process known: transfers to its address do without a connection.
@@ -64,29 +73,36 @@ impl Links {
 
     /// Opens the transfer that `grant` allows. The receiver has accepted it when this returns.
     pub async fn open(&self, grant: Grant) -> Result<Outgoing, TransferError> {
-        self.source.check(&grant)?;
+        let arena = self.source.moved(&grant)?;
         let local = lock(&self.source.local).get(&grant.address).cloned();
         if let Some(receiver) = local {
             self.source.compare(&receiver.compatibility)?;
-            return Outgoing::to_local(self.source.clone(), receiver, grant).await;
+            return Outgoing::to_local(self.source.clone(), arena, receiver, grant).await;
         }
         let connection = self.source.connection(&grant.address).await?;
-        Outgoing::over(self.source.clone(), connection, grant).await
+        Outgoing::over(self.source.clone(), arena, connection, grant).await
     }
 }
 
 impl Source {
-    /// Whether blocks of this arena fit the granted ones.
-    fn check(&self, grant: &Grant) -> Result<(), TransferError> {
+    /// What a transfer under `grant` is read from: this arena, or some heads of it.
+    fn moved(&self, grant: &Grant) -> Result<Arc<Arena>, TransferError> {
         let (ours, theirs) = (self.arena.layout(), &grant.layout);
-        if ours != theirs {
+        let arena = match grant.slice {
+            None => Some(self.arena.clone()),
+            Some(HeadSlice { of, .. }) if of != ours.kv_heads => None,
+            Some(HeadSlice { of, first }) => {
+                self.arena.view(of, first..first.saturating_add(theirs.kv_heads)).map(Arc::new)
+            }
+        };
+        let Some(arena) = arena.filter(|arena| arena.layout() == theirs) else {
             return Err(TransferError::Incompatible { ours: ours.describe(), theirs: theirs.describe() });
-        }
+        };
         if !extent::fits(ours) {
             let theirs = format!("frames of {} bytes", wire::LENGTH_MAX);
             return Err(TransferError::Incompatible { ours: ours.describe(), theirs });
         }
-        Ok(())
+        Ok(arena)
     }
 
     fn compare(&self, theirs: &str) -> Result<(), TransferError> {
@@ -148,6 +164,7 @@ impl Link {
             arena: source.arena.clone(),
             address: address.to_string(),
             compatibility: source.compatibility.clone(),
+            is_part: source.is_part,
             counts: source.counts.clone(),
             state: told,
             wake: wake.clone(),
@@ -168,6 +185,7 @@ struct Keeper {
     arena: Arc<Arena>,
     address: String,
     compatibility: String,
+    is_part: bool,
     counts: Arc<LinkCounts>,
     state: watch::Sender<State>,
     wake: Arc<Notify>,
@@ -199,8 +217,12 @@ impl Keeper {
 
     /// Connects over the network, and goes over to shared memory if both ends can.
     async fn connect(&self) -> Result<Greeted, TransferError> {
-        let features = FEATURE_RESEND | if is_shared(&self.arena) { FEATURE_SHARED } else { 0 };
+        let features = FEATURE_RESEND | FEATURE_HEADS | if is_shared(&self.arena) { FEATURE_SHARED } else { 0 };
         let greeted = connect(&*self.net, &self.address, &self.compatibility, features).await?;
+        if self.is_part && greeted.features & FEATURE_HEADS == 0 {
+            let (ours, theirs) = (format!("{}, some heads", self.compatibility), self.compatibility.clone());
+            return Err(TransferError::Incompatible { ours, theirs });
+        }
         match self.go_over(&greeted).await {
             Ok(shared) => Ok(shared),
             Err((reason, detail)) => {
@@ -223,7 +245,7 @@ impl Keeper {
         }
         let stream = crate::shm::connect(name, &self.arena).await;
         let stream = stream.map_err(|error| (Fallback::Unreachable, error.to_string()))?;
-        let greeting = greet(Box::new(stream), &self.address, &self.compatibility, FEATURE_RESEND);
+        let greeting = greet(Box::new(stream), &self.address, &self.compatibility, FEATURE_RESEND | FEATURE_HEADS);
         let shared = within(&self.address, greeting).await;
         let mut shared = shared.map_err(|error| (Fallback::Refused, error.to_string()))?;
         shared.by_reference = true;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use baton_core::limits::{HANDOFF_CONNECT_MS, REQUEST_DEADLINE_MS};
-use baton_core::{Aborted, BlockId};
+use baton_core::{Aborted, Arena, BlockId};
 use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::connection::{Connection, Flight, Frame, Sent};
@@ -23,6 +23,8 @@ pub type Committed = Summary;
 /// A transfer that the receiver has opened. Dropping it aborts the transfer.
 pub struct Outgoing {
     source: Arc<Source>,
+    /// What is sent: the source's arena, or some heads of it.
+    arena: Arc<Arena>,
     grant: Grant,
     digest: u128,
     deadline: Instant,
@@ -54,15 +56,17 @@ enum Path {
 impl Outgoing {
     pub(crate) async fn over(
         source: Arc<Source>,
+        arena: Arc<Arena>,
         connection: Arc<Connection>,
         grant: Grant,
     ) -> Result<Outgoing, TransferError> {
         let sending = connection.enrol(grant.transfer)?;
-        Outgoing::new(source, Path::Connection(connection), sending, grant).open().await
+        Outgoing::new(source, arena, Path::Connection(connection), sending, grant).open().await
     }
 
     pub(crate) async fn to_local(
         source: Arc<Source>,
+        arena: Arc<Arena>,
         receiver: Arc<Shared>,
         grant: Grant,
     ) -> Result<Outgoing, TransferError> {
@@ -72,10 +76,10 @@ impl Outgoing {
         };
         let link = receiver.join(peer);
         let path = Path::Local { receiver: receiver.clone(), link };
-        Outgoing::new(source, path, sending, grant).open().await
+        Outgoing::new(source, arena, path, sending, grant).open().await
     }
 
-    fn new(source: Arc<Source>, path: Path, sending: Arc<Sending>, grant: Grant) -> Outgoing {
+    fn new(source: Arc<Source>, arena: Arc<Arena>, path: Path, sending: Arc<Sending>, grant: Grant) -> Outgoing {
         let digest = grant.digest();
         match &path {
             Path::Connection(connection) if connection.by_reference() => source.counts.shm.add(1),
@@ -84,7 +88,7 @@ impl Outgoing {
         }
         let deadline = Instant::now() + Duration::from_millis(grant.deadline_ms.min(REQUEST_DEADLINE_MS));
         let (sent, extents) = Default::default();
-        Outgoing { source, grant, digest, deadline, path, sending, sent, extents, committed: false }
+        Outgoing { source, arena, grant, digest, deadline, path, sending, sent, extents, committed: false }
     }
 
     async fn open(self) -> Result<Outgoing, TransferError> {
@@ -124,7 +128,7 @@ impl Outgoing {
         let mut sent = Vec::with_capacity(blocks.len());
         let mut flight = Flight::default();
         for blocks in blocks.chunks(extent::extents_per_frame(&self.grant.layout)) {
-            let frame = Frame { arena: &self.source.arena, grant: &self.grant, digest: self.digest, layer, blocks };
+            let frame = Frame { arena: &self.arena, grant: &self.grant, digest: self.digest, layer, blocks };
             match &mut self.path {
                 Path::Connection(connection) => {
                     let sending = connection.send(&self.sending, frame, &mut flight);

@@ -14,7 +14,7 @@ use baton_core::limits::{
     HANDOFF_ACK_BYTES, HANDOFF_BACKOFF_MS, HANDOFF_CONNECT_MS, HANDOFF_LINKS_MAX, REQUEST_DEADLINE_MS,
 };
 use baton_core::planted::{self, Bug};
-use baton_core::{Aborted, Arena, BlockId, Epoch, Listener, Net, RequestId, Stream, TransferId};
+use baton_core::{Aborted, Arena, BlockId, BlockLayout, Epoch, Listener, Net, RequestId, Stream, TransferId};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{Notify, oneshot};
 use tokio::task::{JoinHandle, JoinSet};
@@ -28,14 +28,16 @@ use crate::link::{Link, LinkId, Peer};
 use crate::outbox::{Outbox, write_all};
 use crate::transfer::{Action, Event, Received, Transfer, refuse};
 use crate::wire::{
-    self, BY_REFERENCE, BadFrame, Body, Entry, FEATURE_RESEND, FEATURE_SHARED, Header, Kind, Message, Tag,
+    self, BY_REFERENCE, BadFrame, Body, Entry, FEATURE_HEADS, FEATURE_RESEND, FEATURE_SHARED, Header, Kind, Message,
+    Tag,
 };
-use crate::{Grant, TransferError, extent};
+use crate::{Grant, HeadSlice, TransferError, extent};
 
 type Guard = Box<dyn Any + Send>;
 type Outcome = Result<(Guard, Received), TransferError>;
-/// What is left of a transfer that failed: its grant, the guard, and by position the blocks that arrived whole.
-type Remains = (Grant, Guard, Vec<bool>);
+/// What is left of a transfer that failed: its grant, what it wrote, the guard, and by position the blocks that arrived
+/// whole.
+type Remains = (Grant, Arc<Arena>, Guard, Vec<bool>);
 
 /// Takes blocks for one arena. Dropping it ends its links and aborts its transfers.
 pub struct Receiver {
@@ -48,6 +50,18 @@ impl Receiver {
     /// Listens at `address` for senders that serve the same `model` with the arena's block layout. `model` is the text
     /// of whatever two workers must share for their blocks to mean the same (the numerics class).
     pub async fn listen(net: Arc<dyn Net>, address: &str, arena: Arc<Arena>, model: &str) -> io::Result<Receiver> {
+        let kv_heads = arena.layout().kv_heads;
+        Receiver::of_rank(net, address, arena, kv_heads, model).await
+    }
+
+    /// A rank's receiver, whose arena holds some of the model's `kv_heads`.
+    pub async fn of_rank(
+        net: Arc<dyn Net>,
+        address: &str,
+        arena: Arc<Arena>,
+        kv_heads: u32,
+        model: &str,
+    ) -> io::Result<Receiver> {
         if !extent::fits(arena.layout()) {
             let text = format!("blocks of {} do not fit the wire's frames", arena.layout().describe());
             return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
@@ -55,7 +69,8 @@ impl Receiver {
         let listener = net.listen(address).await?;
         let shared = Arc::new(Shared {
             address: listener.address(),
-            compatibility: wire::compatibility(arena.layout(), model),
+            compatibility: wire::compatibility(&BlockLayout { kv_heads, ..*arena.layout() }, model),
+            is_part: arena.layout().kv_heads != kv_heads,
             arena,
             registry: Mutex::default(),
             alarm_set: Notify::new(),
@@ -85,9 +100,25 @@ impl Receiver {
         guard: G,
     ) -> (Grant, Incoming<G>) {
         let wanted = Wanted { request, epoch, blocks, deadline };
-        let (grant, waits) = self.shared.grant(wanted, None, Box::new(guard));
+        let (grant, waits) = self.shared.grant(wanted, None, self.shared.arena.clone(), None, Box::new(guard));
         let incoming = Incoming::new(self.shared.clone(), &grant, waits);
         (grant, incoming)
+    }
+
+    /// The same for some heads of the blocks: those from `first` on, as many as `heads`, which are a slice of the sender's.
+    /// None: there are no such heads here.
+    pub(crate) fn open_slice<G: Send + 'static>(
+        &self,
+        wanted: Wanted,
+        slice: HeadSlice,
+        first: u32,
+        heads: u32,
+        guard: G,
+    ) -> Option<(Grant, Incoming<G>)> {
+        let arena = self.shared.arena.view(self.shared.layout().kv_heads, first..first.checked_add(heads)?)?;
+        let (grant, waits) = self.shared.grant(wanted, None, Arc::new(arena), Some(slice), Box::new(guard));
+        let incoming = Incoming::new(self.shared.clone(), &grant, waits);
+        Some((grant, incoming))
     }
 
     /// Grants what a failed transfer still lacks to another sender: the same transfer, its next attempt, with only the
@@ -105,7 +136,8 @@ impl Receiver {
         assert!(!blocks.is_empty(), "a transfer that lacks nothing has completed");
         let wanted = Wanted { request: partial.grant.request, epoch, blocks, deadline };
         let before = Some((partial.grant.transfer, partial.grant.attempt));
-        let (grant, waits) = self.shared.grant(wanted, before, Box::new(partial.guard));
+        let (arena, slice) = (partial.arena, partial.grant.slice);
+        let (grant, waits) = self.shared.grant(wanted, before, arena, slice, Box::new(partial.guard));
         let incoming = Incoming::new(self.shared.clone(), &grant, waits);
         (grant, incoming)
     }
@@ -158,6 +190,7 @@ pub struct Partial<G> {
     /// What keeps the blocks reserved.
     pub guard: G,
     grant: Grant,
+    arena: Arc<Arena>,
     whole: Vec<bool>,
 }
 
@@ -200,9 +233,9 @@ impl<G: 'static> Incoming<G> {
             Err(error) => error,
         };
         self.failed = Some(error.clone());
-        let Ok((grant, guard, whole)) = (&mut self.waits.remains).await else { return Err(Err(error)) };
+        let Ok((grant, arena, guard, whole)) = (&mut self.waits.remains).await else { return Err(Err(error)) };
         let guard = *guard.downcast().expect("`open` stored a G");
-        Err(Ok(Partial { error, guard, grant, whole }))
+        Err(Ok(Partial { error, guard, grant, arena, whole }))
     }
 
     /// Gives the transfer up: its sender is told to stop. What had arrived can still be waited for.
@@ -221,6 +254,8 @@ impl<G> Drop for Incoming<G> {
 pub(crate) struct Shared {
     pub(crate) address: String,
     pub(crate) compatibility: String,
+    /// The arena holds some of the model's heads.
+    is_part: bool,
     arena: Arc<Arena>,
     registry: Mutex<Registry>,
     alarm_set: Notify,
@@ -248,22 +283,31 @@ struct Held {
 
 struct Pending {
     transfer: Transfer,
+    /// What is written: the receiver's arena, or some heads of it.
+    arena: Arc<Arena>,
     guard: Option<Guard>,
     done: Option<oneshot::Sender<Outcome>>,
     remains: Option<oneshot::Sender<Remains>>,
 }
 
 /// What a grant is asked for.
-struct Wanted {
-    request: RequestId,
-    epoch: Epoch,
-    blocks: Vec<BlockId>,
-    deadline: Duration,
+pub(crate) struct Wanted {
+    pub(crate) request: RequestId,
+    pub(crate) epoch: Epoch,
+    pub(crate) blocks: Vec<BlockId>,
+    pub(crate) deadline: Duration,
 }
 
 impl Shared {
-    /// `before` names the attempt that this one goes on from.
-    fn grant(&self, wanted: Wanted, before: Option<(TransferId, u32)>, guard: Guard) -> (Grant, Waits) {
+    /// Grants blocks of `arena`. `before` names the attempt that this one goes on from.
+    fn grant(
+        &self,
+        wanted: Wanted,
+        before: Option<(TransferId, u32)>,
+        arena: Arc<Arena>,
+        slice: Option<HeadSlice>,
+        guard: Guard,
+    ) -> (Grant, Waits) {
         let (done, done_waits) = oneshot::channel();
         let (remains, remains_wait) = oneshot::channel();
         let deadline = wanted.deadline.min(Duration::from_millis(REQUEST_DEADLINE_MS));
@@ -276,10 +320,10 @@ impl Shared {
             }
         };
         let Wanted { request, epoch, blocks, .. } = wanted;
-        let (address, layout, deadline_ms) = (self.address.clone(), *self.arena.layout(), deadline.as_millis() as u64);
-        let grant = Grant { transfer, attempt, epoch, request, address, layout, blocks, deadline_ms };
+        let (address, layout, deadline_ms) = (self.address.clone(), *arena.layout(), deadline.as_millis() as u64);
+        let grant = Grant { transfer, attempt, epoch, request, address, layout, slice, blocks, deadline_ms };
         let transfer = Transfer::new(grant.clone());
-        let pending = Pending { transfer, guard: Some(guard), done: Some(done), remains: Some(remains) };
+        let pending = Pending { transfer, arena, guard: Some(guard), done: Some(done), remains: Some(remains) };
         let alarm = Instant::now() + deadline;
         registry.transfers.insert(grant.transfer, Held { pending: Arc::new(Mutex::new(pending)), alarm });
         registry.alarms.insert((alarm, grant.transfer));
@@ -377,7 +421,10 @@ impl Shared {
         header: &Header,
         frames: &mut Frames<R>,
     ) -> Result<(), ReadError> {
-        let layout = *self.arena.layout();
+        let Some((layout, slice)) = self.moving(header.tag.transfer) else {
+            self.counts.drop(Dropped::Unknown);
+            return skip(frames, header.length as usize).await;
+        };
         let Ok(lines) = wire::entries_bytes(header, layout.layer_bytes()) else {
             self.spoil(link, header, 0);
             return skip(frames, header.length as usize).await;
@@ -389,11 +436,20 @@ impl Shared {
         };
         if header.flags & BY_REFERENCE == 0 {
             for entry in &entries {
-                self.land(link, header, entry, frames).await?;
+                self.land(link, header, entry, &layout, frames).await?;
             }
             return Ok(());
         }
         let Some(source) = &link.source else { return Err(BadFrame::Shape(Kind::Data).into()) };
+        let part = slice.map(|HeadSlice { of, first }| source.view(of, first..first.saturating_add(layout.kv_heads)));
+        let source: &Arena = match &part {
+            None => source,
+            Some(Some(part)) => part,
+            Some(None) => {
+                self.spoil(link, header, 0);
+                return Ok(());
+            }
+        };
         for entry in &entries {
             if entry.source as usize >= source.blocks() {
                 self.spoil(link, header, entry.position);
@@ -417,9 +473,9 @@ impl Shared {
         link: &Link,
         header: &Header,
         entry: &Entry,
+        layout: &BlockLayout,
         frames: &mut Frames<R>,
     ) -> Result<(), ReadError> {
-        let layout = self.arena.layout();
         let mut landing = Landing::new(layout);
         while landing.left(layout) > 0 {
             let left = landing.left(layout);
@@ -447,7 +503,7 @@ impl Shared {
         let transfer = &pending.transfer;
         match transfer.admit(link.id, header).and_then(|()| transfer.expects(header.layer as u32, entry)) {
             Ok(()) => {
-                write(&self.arena);
+                write(&pending.arena);
                 true
             }
             Err(reason) => {
@@ -514,8 +570,8 @@ impl Shared {
                 self.counts.drop(reason);
                 continue;
             }
-            let mut landing = Landing::new(self.arena.layout());
-            landing.fetch(&self.arena, block, layer, frame.arena, source.index);
+            let mut landing = Landing::new(pending.arena.layout());
+            landing.fetch(&pending.arena, block, layer, frame.arena, source.index);
             entry.sum = landing.finish(frame.digest, layer, at);
             pending.arrived(&self.counts, layer, &entry);
             sent.push(Sent { position: at, source: *source, sum: entry.sum });
@@ -589,7 +645,7 @@ impl Shared {
         None
     }
 
-    pub(crate) fn layout(&self) -> baton_core::BlockLayout {
+    pub(crate) fn layout(&self) -> BlockLayout {
         *self.arena.layout()
     }
 
@@ -601,6 +657,13 @@ impl Shared {
 
     fn peer(&self, link: LinkId) -> Option<Arc<dyn Peer>> {
         self.registry().links.get(&link).cloned()
+    }
+
+    /// What a transfer moves.
+    fn moving(&self, id: TransferId) -> Option<(BlockLayout, Option<HeadSlice>)> {
+        let pending = self.pending(id)?;
+        let grant = &lock(&pending).transfer.grant;
+        Some((grant.layout, grant.slice))
     }
 
     fn pending(&self, id: TransferId) -> Option<Arc<Mutex<Pending>>> {
@@ -649,7 +712,7 @@ impl Pending {
         let (tell, guard) = (self.remains.take()?, self.guard.take()?);
         let grant = self.transfer.grant.clone();
         let whole = (0..grant.blocks.len()).map(|position| self.transfer.whole(position)).collect();
-        Some((tell, (grant, guard, whole)))
+        Some((tell, (grant, self.arena.clone(), guard, whole)))
     }
 }
 
@@ -724,8 +787,11 @@ where
     W: AsyncWrite + Unpin,
 {
     let text = shared.compatibility.clone();
+    let fits = |features: u16| !shared.is_part || features & FEATURE_HEADS != 0;
     let theirs = match frames.message().await {
-        Ok(Message { body: Body::Hello { text: theirs, features }, .. }) => (theirs == text).then_some(features),
+        Ok(Message { body: Body::Hello { text: theirs, features }, .. }) => {
+            (theirs == text && fits(features)).then_some(features)
+        }
         Err(ReadError::Frame(BadFrame::Version { .. })) => None,
         Ok(message) => return Err(BadFrame::Shape(message.body.kind()).into()),
         Err(error) => return Err(error),
@@ -734,6 +800,7 @@ where
         write_all(to, &Message { tag: Tag::default(), body }.encode()).await
     };
     let Some(theirs) = theirs else {
+        let text = if shared.is_part { format!("{text}, some heads") } else { text };
         say(to, Body::Mismatch(text)).await?;
         to.flush().await?;
         shared.counts.mismatched.add(1);
@@ -742,7 +809,7 @@ where
     };
     // A socket of this host is made when the first sender could use it.
     let offer = if offers && theirs & FEATURE_SHARED != 0 { shared.offer() } else { None };
-    let features = FEATURE_RESEND | if offer.is_some() { FEATURE_SHARED } else { 0 };
+    let features = FEATURE_RESEND | FEATURE_HEADS | if offer.is_some() { FEATURE_SHARED } else { 0 };
     say(to, Body::Hello { text, features }).await?;
     if let Some(name) = offer {
         say(to, Body::Offer(name)).await?;

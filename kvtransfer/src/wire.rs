@@ -39,11 +39,13 @@ pub const BY_REFERENCE: u16 = 2;
 pub const FEATURE_RESEND: u16 = 1;
 /// In HELLO: this end's arena can be shared with another process of the host, or it can map such an arena.
 pub const FEATURE_SHARED: u16 = 2;
+/// In HELLO: transfers may move some kv heads of blocks only. Asked of the other end by one that holds some heads only.
+pub const FEATURE_HEADS: u16 = 4;
 /// Extents one RESEND names at most: it has to fit the buffer of an end that reads small frames only.
 pub const RESEND_MAX: usize = 256;
 const TEXT_BYTES_MAX: usize = 1024;
 
-/// What two ends must share, as text: equal texts may pair.
+/// What two ends must share, as text: equal texts may pair. `layout` is that of the model's blocks with all their heads.
 pub fn compatibility(layout: &BlockLayout, model: &str) -> String {
     let model = if planted::is(Bug::IgnoreNumerics) { "any" } else { model };
     format!("wire {VERSION}, {}, model {model}", layout.describe())

@@ -1,7 +1,7 @@
 //! The grant on the wire.
 
 use baton_core::{BlockId, BlockLayout, Epoch, TransferId};
-use baton_kvtransfer::Grant;
+use baton_kvtransfer::{Grant, HeadSlice};
 use baton_proto::convert::{BadMessage, request_id, required};
 use baton_proto::v1;
 
@@ -13,6 +13,7 @@ pub fn to_wire(grant: Grant) -> v1::Grant {
         request: grant.request.to_string(),
         address: grant.address,
         layout: Some(grant.layout.into()),
+        slice: grant.slice.map(|HeadSlice { of, first }| v1::HeadSlice { of, first }),
         blocks: grant.blocks.into_iter().map(Into::into).collect(),
         deadline_ms: grant.deadline_ms,
     }
@@ -27,6 +28,7 @@ pub fn from_wire(grant: Option<v1::Grant>) -> Result<Grant, BadMessage> {
         request: request_id(&grant.request)?,
         address: grant.address,
         layout: BlockLayout::try_from(required("grant.layout", grant.layout)?)?,
+        slice: grant.slice.map(|v1::HeadSlice { of, first }| HeadSlice { of, first }),
         blocks: grant.blocks.into_iter().map(BlockId::from).collect(),
         deadline_ms: grant.deadline_ms,
     })
@@ -48,6 +50,7 @@ mod tests {
             request: RequestId(7),
             address: "127.0.0.1:1".into(),
             layout,
+            slice: Some(HeadSlice { of: 4, first: 3 }),
             blocks: vec![BlockId { index: 4, generation: 2 }],
             deadline_ms: 100,
         };

@@ -10,7 +10,17 @@ const LAYOUT: BlockLayout = BlockLayout { layers: 2, kv_heads: 2, head_dim: 2, b
 fn grant() -> Grant {
     let blocks = (0..4).map(|index| BlockId { index, generation: 9 }).collect();
     let (transfer, epoch, request) = (TransferId(3), Epoch(4), RequestId(5));
-    Grant { transfer, attempt: 1, epoch, request, address: String::new(), layout: LAYOUT, blocks, deadline_ms: 1 }
+    Grant {
+        transfer,
+        attempt: 1,
+        epoch,
+        request,
+        address: String::new(),
+        layout: LAYOUT,
+        slice: None,
+        blocks,
+        deadline_ms: 1,
+    }
 }
 
 fn frame() -> (Header, Vec<u8>) {

@@ -11,7 +11,17 @@ const EXTENTS: [(u32, u32); 4] = [(0, 0), (0, 1), (1, 0), (1, 1)];
 fn grant() -> Grant {
     let blocks = vec![BlockId { index: 4, generation: 1 }, BlockId { index: 2, generation: 7 }];
     let (transfer, epoch, request) = (TransferId(3), Epoch(4), RequestId(5));
-    Grant { transfer, attempt: 1, epoch, request, address: String::new(), layout: LAYOUT, blocks, deadline_ms: 1 }
+    Grant {
+        transfer,
+        attempt: 1,
+        epoch,
+        request,
+        address: String::new(),
+        layout: LAYOUT,
+        slice: None,
+        blocks,
+        deadline_ms: 1,
+    }
 }
 
 fn open(grant: &Grant) -> Event {

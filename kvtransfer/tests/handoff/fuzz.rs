@@ -183,6 +183,7 @@ async fn links_survive_any_message() {
             request: REQUEST,
             address: address.clone(),
             layout,
+            slice: None,
             blocks: blocks.clone(),
             deadline_ms,
         };

@@ -340,5 +340,15 @@ async fn a_sender_that_stops_reading_is_lost() {
 
 fn grant(transfer: TransferId) -> Grant {
     let (address, layout, blocks) = (String::new(), LAYOUT, ids(0..4));
-    Grant { transfer, attempt: 1, epoch: EPOCH, request: REQUEST, address, layout, blocks, deadline_ms: 60_000 }
+    Grant {
+        transfer,
+        attempt: 1,
+        epoch: EPOCH,
+        request: REQUEST,
+        address,
+        layout,
+        slice: None,
+        blocks,
+        deadline_ms: 60_000,
+    }
 }

@@ -8,6 +8,7 @@ mod lessons;
 mod links;
 mod memory;
 mod net;
+mod ranks;
 mod raw;
 mod resend;
 #[cfg(target_os = "linux")]

@@ -183,7 +183,17 @@ async fn other_process() {
     let links = Links::new(Arc::new(Loopback), Arc::new(source), MODEL);
     let (transfer, blocks) = (TransferId(transfer.parse().unwrap()), ids(0..blocks.parse().unwrap()));
     let (address, layout, deadline_ms) = (address.to_string(), LAYOUTS[1], 60_000);
-    let grant = Grant { transfer, attempt: 1, epoch: EPOCH, request: REQUEST, address, layout, blocks, deadline_ms };
+    let grant = Grant {
+        transfer,
+        attempt: 1,
+        epoch: EPOCH,
+        request: REQUEST,
+        address,
+        layout,
+        slice: None,
+        blocks,
+        deadline_ms,
+    };
     let pairs = pairs(&grant.blocks);
     let mut outgoing = links.open(grant).await.unwrap();
     let layers = layers.parse().unwrap();

@@ -94,8 +94,17 @@ async fn grant_by_hand(net: &Memory) -> (Grant, Box<dyn Listener>) {
     let listener = net.listen("by hand").await.unwrap();
     let (transfer, deadline_ms) = (baton_core::TransferId(1), 60_000);
     let (address, blocks) = (listener.address(), ids(0..4));
-    let grant =
-        Grant { transfer, attempt: 1, epoch: EPOCH, request: REQUEST, address, layout: WIDE, blocks, deadline_ms };
+    let grant = Grant {
+        transfer,
+        attempt: 1,
+        epoch: EPOCH,
+        request: REQUEST,
+        address,
+        layout: WIDE,
+        slice: None,
+        blocks,
+        deadline_ms,
+    };
     (grant, listener)
 }
 
