@@ -83,6 +83,16 @@ pub(crate) struct UpFlags {
     /// KV blocks (of 16 tokens) of each worker [default: 4096, or fewer if a quarter of the free memory holds fewer]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=(1 << 31)))]
     kv_blocks: Option<u64>,
+    /// Bytes of host memory of each worker for blocks that its cache has no room for any more [default: 0]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(..=i64::MAX as u64))]
+    kv_host_bytes: Option<u64>,
+    /// Directory for blocks that memory has no room for any more, a folder in it for each worker; they outlive the
+    /// processes [default: none]
+    #[arg(long, value_name = "DIR")]
+    kv_disk: Option<PathBuf>,
+    /// Bytes that each worker's folder in --kv-disk takes at most [default: 8589934592]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(..=i64::MAX as u64))]
+    kv_disk_bytes: Option<u64>,
     /// Tokens one engine step computes at most [default: the engine's]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=(1 << 20)))]
     batch_tokens: Option<u64>,
@@ -183,6 +193,9 @@ fn topology(
         prefill_tp: flags.prefill_tp.unwrap_or(flags.tp) as usize,
         decode_tp: flags.decode_tp.unwrap_or(flags.tp) as usize,
         kv_blocks: flags.kv_blocks,
+        kv_host_bytes: flags.kv_host_bytes,
+        kv_disk: flags.kv_disk.clone().map(std::path::absolute).transpose()?,
+        kv_disk_bytes: flags.kv_disk_bytes,
         kv_bytes: memory / 4 / workers as u64,
         batch_tokens: flags.batch_tokens,
         quantize: flags.quantize.clone(),

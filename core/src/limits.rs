@@ -71,6 +71,8 @@ pub const HANDOFF_ACK_BYTES: usize = 1 << 20;
 pub const HANDOFF_RESENDS_MAX: u32 = 8;
 /// Connections one receiver serves.
 pub const HANDOFF_LINKS_MAX: usize = 1024;
+/// Bytes a worker's disk tier takes unless told otherwise.
+pub const KV_DISK_BYTES: u64 = 8 << 30;
 /// Requests waiting in one worker's queue.
 pub const WORKER_QUEUE_MAX: usize = 256;
 

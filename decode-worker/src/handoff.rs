@@ -36,11 +36,14 @@ pub(crate) struct Brought {
 
 /// Brings the blocks here, unless the engine is to compute them.
 pub(crate) async fn bring(decode: &Decode, assigned: &Assigned) -> Result<Brought, End> {
-    let Some(prefill) = &assigned.assignment.prefill else { return Ok(local("assigned")) };
+    let Some(prefill) = &assigned.assignment.prefill else {
+        recall(decode, assigned).await;
+        return Ok(local("assigned"));
+    };
     let pair = Pair { prefill, decode: &assigned.assignment.decode };
     let tokens = assigned.shared_tokens();
     let hashes = names(decode, assigned, &tokens);
-    let held = decode.shell.engine.cache().lookup(&hashes);
+    let held = decode.shell.recall(&hashes).await;
     if is_nearly_held(decode, assigned, &tokens, &held) {
         return Ok(local("prefix_hit"));
     }
@@ -51,6 +54,13 @@ pub(crate) async fn bring(decode: &Decode, assigned: &Assigned) -> Result<Brough
     let phases = phases(&prefilled);
     let filled = fill(decode, pair, &tokens, &hashes, room, prefilled)?;
     Ok(Brought { filled: Some(filled), phases })
+}
+
+/// Brings what lower tiers have of the request into the cache, where the engine finds it.
+async fn recall(decode: &Decode, assigned: &Assigned) {
+    if decode.shell.config.prefix_cache && assigned.request.prompt_logprobs.is_none() {
+        drop(decode.shell.recall(&assigned.names(decode.shell.spec.layout.block_tokens as usize)).await);
+    }
 }
 
 fn local(reason: &'static str) -> Brought {

@@ -20,6 +20,12 @@ pub trait Backend: Send {
     /// of the whole batch is in the arena, layer by layer.
     fn run(&mut self, batch: &Batch, layers: &mut dyn FnMut(usize)) -> Output;
 
+    /// Whether everything `run` computes is in the arena when it returns. A device with memory of its own brings there
+    /// only what a batch exports.
+    fn fills_arena(&self) -> bool {
+        true
+    }
+
     /// None: `run` blocks, and its worker gives it a thread. Some: its worker runs it inline, once so much time has
     /// passed; a step of `rows` rows takes that long where time is simulated.
     fn inline_delay(&self, _rows: usize) -> Option<Duration> {

@@ -6,6 +6,8 @@
 //!                                        └──────────────── lookup ───────────────────────┘  (eviction: cached → free)
 //! ```
 //!
+//! Where there are lower tiers (`lower.rs`) a cached block is saved there before it is evicted, and its name stays known.
+//!
 //! A guard is the only way to name a block, so none can be freed twice, and free + used + in flight + cached = total.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -15,6 +17,11 @@ use baton_core::planted::{self, Bug};
 use baton_core::{Arena, BlockHash, BlockId, BlockLayout, Refused};
 
 use crate::journal::{Changes, Journal, Mark};
+
+mod lower;
+
+pub use lower::Saving;
+use lower::{Lower, Pressure};
 
 /// The cache of one worker. Clones are the same cache.
 #[derive(Clone)]
@@ -26,6 +33,7 @@ struct Inner {
     arena: Arc<Arena>,
     places: Mutex<Places>,
     freed: Mutex<Option<Waker>>,
+    pressure: Pressure,
 }
 
 type Waker = Box<dyn Fn() + Send>;
@@ -71,6 +79,10 @@ enum State {
 struct Place {
     generation: u32,
     state: State,
+    /// The arena has its bytes.
+    present: bool,
+    /// A lower tier has it, or does not want it.
+    saved: bool,
 }
 
 struct Places {
@@ -85,6 +97,9 @@ struct Places {
     in_flight: usize,
     evictions: u64,
     journal: Journal,
+    lower: Lower,
+    /// What the backend computes is not in the arena by itself.
+    elsewhere: bool,
 }
 
 impl Cache {
@@ -96,13 +111,15 @@ impl Cache {
     /// A cache of an arena's blocks.
     pub fn of(arena: Arena) -> Cache {
         let blocks = arena.blocks();
-        let all = (0..blocks).map(|_| Place { generation: 0, state: State::Free }).collect();
+        let all =
+            (0..blocks).map(|_| Place { generation: 0, state: State::Free, present: true, saved: false }).collect();
         let free = (0..blocks as u32).rev().collect();
         let (index, lru) = (BTreeMap::new(), BTreeMap::new());
-        let (moment, arrived, in_flight, evictions, journal) = Default::default();
-        let places = Mutex::new(Places { all, free, index, lru, moment, arrived, in_flight, evictions, journal });
-        let arena = Arc::new(arena);
-        Cache { inner: Arc::new(Inner { arena, places, freed: Mutex::new(None) }) }
+        let (moment, arrived, in_flight, evictions, journal, lower, elsewhere) = Default::default();
+        let places = Places { all, free, index, lru, moment, arrived, in_flight, evictions, journal, lower, elsewhere };
+        let (arena, places, freed, pressure) =
+            (Arc::new(arena), Mutex::new(places), Mutex::new(None), Pressure::default());
+        Cache { inner: Arc::new(Inner { arena, places, freed, pressure }) }
     }
 
     pub fn arena(&self) -> &Arc<Arena> {
@@ -135,15 +152,15 @@ impl Cache {
         hits
     }
 
-    /// Content names of all indexed blocks, at most `max`, in order of the name.
+    /// Content names of all blocks that are here or below, at most `max`, in order of the name.
     pub fn hashes(&self, max: usize) -> Vec<BlockHash> {
-        lock(&self.inner.places).index.keys().take(max).copied().collect()
+        lock(&self.inner.places).names(max)
     }
 
     /// The same, and the mark behind which the index's later changes follow.
     pub fn snapshot(&self, max: usize) -> (Vec<BlockHash>, Mark) {
         let places = lock(&self.inner.places);
-        (places.index.keys().take(max).copied().collect(), places.journal.mark())
+        (places.names(max), places.journal.mark())
     }
 
     /// What has changed since a mark, at most `max` changes of it; None when too much has.
@@ -154,11 +171,18 @@ impl Cache {
     /// `count` blocks now, evicting the longest unused cached ones, or none at all.
     pub fn reserve(&self, count: usize) -> Result<Reserved, Refused> {
         let mut places = lock(&self.inner.places);
+        if places.needs_saving_block(count) {
+            places = self.inner.pressure.until_saved(places);
+        }
         if places.free.len() + places.lru.len() < count {
             return Err(Refused::NoCapacity);
         }
         let ids = (0..count).map(|_| places.give()).collect();
+        let pressed = places.is_pressed();
         drop(places);
+        if pressed {
+            self.inner.pressure.tell();
+        }
         Ok(Reserved { cache: self.clone(), ids })
     }
 
@@ -261,26 +285,44 @@ impl Places {
         let index = self.free.pop().unwrap_or_else(|| self.evict());
         let place = &mut self.all[index as usize];
         place.generation = place.generation.wrapping_add(1);
-        place.state = State::Reserved;
+        (place.state, place.present, place.saved) = (State::Reserved, false, false);
         self.arrived.remove(&index);
         self.in_flight += 1;
         self.id(index)
     }
 
     fn evict(&mut self) -> u32 {
-        let (_, index) = self.lru.pop_first().expect("the caller counted the cached blocks");
+        let lower = &self.lower;
+        let mut oldest = self.lru.extract_if(.., |_, index| lower.may_go(*index));
+        let (_, index) = oldest.next().expect("the caller counted the cached blocks");
+        drop(oldest);
         let State::Cached { hash, .. } = self.all[index as usize].state else {
             unreachable!("the lru list names cached blocks only")
         };
         self.index.remove(&hash);
-        self.journal.remove(hash);
+        if !self.lower.outlives(hash) {
+            self.journal.remove(hash);
+        }
         self.evictions += 1;
         index
     }
 
-    fn fill(&mut self, index: u32) {
-        self.all[index as usize].state = State::Held { guards: 1, hash: None };
+    /// `outside`: its bytes came from elsewhere than the backend.
+    fn fill(&mut self, index: u32, outside: bool) {
+        let place = &mut self.all[index as usize];
+        place.state = State::Held { guards: 1, hash: None };
+        place.present = outside || !self.elsewhere;
         self.in_flight -= 1;
+    }
+
+    fn names(&self, max: usize) -> Vec<BlockHash> {
+        match self.lower.names().is_empty() {
+            true => self.index.keys().take(max).copied().collect(),
+            false => {
+                let all: BTreeSet<BlockHash> = self.index.keys().chain(self.lower.names()).copied().collect();
+                all.into_iter().take(max).collect()
+            }
+        }
     }
 
     /// Names a held block by its content, unless another block has the name already.
@@ -291,7 +333,10 @@ impl Places {
         if let State::Held { hash: hash @ None, .. } = &mut self.all[index as usize].state {
             *hash = Some(name);
             self.index.insert(name, index);
-            self.journal.add(name);
+            self.all[index as usize].saved = self.lower.has(name);
+            if !self.lower.has(name) {
+                self.journal.add(name);
+            }
         }
     }
 
@@ -334,6 +379,18 @@ impl Reserved {
         self.ids.clone()
     }
 
+    /// Writes the block at `position`, all of it.
+    ///
+    /// # Panics
+    /// If there is no such block, or the bytes are not a block's.
+    pub fn write(&mut self, position: usize, bytes: &[u8]) {
+        let arena = self.cache.arena();
+        assert!(bytes.len() == arena.layout().block_bytes(), "{} bytes are no block", bytes.len());
+        let to = arena.block(self.ids[position].index);
+        // SAFETY: the block is reserved, so nobody but this guard's holder reads or writes it.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) };
+    }
+
     /// Frees all blocks from `count` on.
     pub fn truncate(&mut self, count: usize) {
         let ids = self.ids.split_off(count.min(self.ids.len()));
@@ -346,7 +403,7 @@ impl Reserved {
         let ids = std::mem::take(&mut self.ids);
         let mut places = lock(&self.cache.inner.places);
         for id in &ids {
-            places.fill(id.index);
+            places.fill(id.index, true);
             places.arrived.insert(id.index);
         }
         for (id, hash) in ids.iter().zip(hashes) {
@@ -362,7 +419,7 @@ impl Reserved {
     pub(crate) fn take(mut self) -> Blocks {
         let ids = std::mem::take(&mut self.ids);
         let mut places = lock(&self.cache.inner.places);
-        ids.iter().for_each(|id| places.fill(id.index));
+        ids.iter().for_each(|id| places.fill(id.index, false));
         drop(places);
         Blocks { cache: self.cache.clone(), ids }
     }
@@ -431,7 +488,12 @@ impl Blocks {
 
     /// Names the full block at `position` by its content, so that lookups find it.
     pub(crate) fn publish(&self, position: usize, hash: BlockHash) {
-        lock(&self.cache.inner.places).publish(self.ids[position].index, hash);
+        let mut places = lock(&self.cache.inner.places);
+        let index = self.ids[position].index;
+        // Its last positions were computed, whatever of it had come from outside.
+        let elsewhere = places.elsewhere;
+        places.all[index as usize].present &= !elsewhere;
+        places.publish(index, hash);
     }
 
     /// Whether no other guard holds the block at `position`, so that its holder may go on writing it.
@@ -462,7 +524,11 @@ impl Drop for Blocks {
         }
         let mut places = lock(&self.cache.inner.places);
         self.ids.iter().rev().for_each(|id| places.release(id.index));
+        let pressed = places.is_pressed();
         drop(places);
+        if pressed {
+            self.cache.inner.pressure.tell();
+        }
         self.cache.wake();
     }
 }

@@ -24,6 +24,7 @@ impl Engine {
                 self.advance(sequence, &batch, span, results);
             }
         }
+        self.cache.is_present(batch.exports().iter().flat_map(|export| export.blocks.iter().map(|(_, block)| *block)));
         self.drop_cancelled();
         self.totals.steps += u64::from(!batch.is_empty());
         events.append(&mut self.ready);

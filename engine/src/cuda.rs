@@ -288,6 +288,10 @@ impl Backend for GpuModel {
         self.mirror.pinned(&self.gpu);
     }
 
+    fn fills_arena(&self) -> bool {
+        false
+    }
+
     /// # Panics
     /// If the GPU fails, which ends the worker: what its memory holds is lost then.
     fn run(&mut self, batch: &Batch, layers: &mut dyn FnMut(usize)) -> Output {

@@ -23,7 +23,7 @@ pub mod work;
 
 pub use backend::{Backend, HashBackend};
 pub use batch::{Batch, Draw, DrawKind, Export, Next, Output};
-pub use cache::{Blocks, Cache, CacheStats, Hits, Reserved};
+pub use cache::{Blocks, Cache, CacheStats, Hits, Reserved, Saving};
 pub use engine::Engine;
 pub use journal::{Changes, Mark};
 pub use load::{LoadOptions, Loaded, Phase, Progress, error::LoadError, load, load_ranks};

@@ -8,7 +8,7 @@ use std::io::{self, Write};
 use std::path::Path;
 use std::sync::Arc;
 
-use baton_core::{BlockLayout, KvDtype, Lane, NumericsClass, Request, RequestId, Rng, Sampling, TokenId};
+use baton_core::{Arena, BlockLayout, KvDtype, Lane, NumericsClass, Request, RequestId, Rng, Sampling, TokenId};
 use baton_kernels::Dtype;
 use serde_json::{Value, json};
 
@@ -16,6 +16,14 @@ use crate::backend::Backend;
 use crate::engine::Engine;
 use crate::spec::ModelSpec;
 use crate::work::{Choice, Event, Goal, Work};
+
+/// One layer of a block, for tests that hold the block or own the arena alone.
+pub fn layer_of(arena: &Arena, index: u32, layer: usize) -> Vec<u8> {
+    let mut bytes = vec![0; arena.layout().layer_bytes()];
+    // SAFETY: the caller holds the block as filled, or nobody else has the arena.
+    unsafe { arena.read_layer(index, layer, &mut bytes) };
+    bytes
+}
 
 pub use faulty_rank::{Fault, faulty_group};
 pub use zero_block::ZeroBlock;

@@ -43,6 +43,7 @@ pub(crate) async fn run(
     let layers = shell.spec.layout.layers as usize;
     let (outlet, inlet) = outlet(layers * blocks + 4);
     let moved = assigned.is_moved();
+    drop(recall(shell, &assigned).await);
     let Assigned { request, choices, started, .. } = assigned;
     let work = Work { request, choices, goal: Goal::Prefill { skip_blocks }, filled: None, moved };
     let submission = Submission { work, outlet, tag: 0, phases: Phases::default(), started };
@@ -66,6 +67,14 @@ pub(crate) async fn run(
         compute_us,
         transfer_us,
     })
+}
+
+/// Brings what lower tiers have of the request into the cache, where the engine finds it.
+async fn recall(shell: &Shell, assigned: &Assigned) -> Option<Blocks> {
+    if !shell.config.prefix_cache || assigned.request.prompt_logprobs.is_some() {
+        return None;
+    }
+    Some(shell.recall(&assigned.names(shell.spec.layout.block_tokens as usize)).await)
 }
 
 fn us(duration: Duration) -> u64 {

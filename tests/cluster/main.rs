@@ -18,3 +18,4 @@ mod resume;
 mod same_bytes;
 mod serving;
 mod tensor_parallel;
+mod tiers;

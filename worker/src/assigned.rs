@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use baton_core::{Assignment, Request, TokenId};
+use baton_core::{Assignment, BlockHash, Request, TokenId};
 use baton_engine::Choice;
 use baton_proto::BadMessage;
 use baton_proto::convert::required;
@@ -47,6 +47,13 @@ impl Assigned {
 
     pub fn left(&self) -> Duration {
         self.deadline.saturating_duration_since(Instant::now())
+    }
+
+    /// Names of the full blocks that a cache can have of it: at least its last token is always computed.
+    pub fn names(&self, block_tokens: usize) -> Vec<BlockHash> {
+        let mut tokens = self.shared_tokens();
+        tokens.pop();
+        BlockHash::chain(&self.request.cache_salt, &tokens, block_tokens)
     }
 
     /// The tokens that all choices have in common: what a handoff covers.

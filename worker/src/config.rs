@@ -1,6 +1,8 @@
 //! What an operator decides about one worker.
 
-use baton_core::limits::{AUTONOMY_GRACE_MS, DRAIN_MS};
+use std::path::PathBuf;
+
+use baton_core::limits::{AUTONOMY_GRACE_MS, DRAIN_MS, KV_DISK_BYTES};
 use baton_core::{Role, WorkerId};
 use baton_engine::EngineConfig;
 use serde::Deserialize;
@@ -33,8 +35,21 @@ pub struct Config {
     /// registers anew as soon as it can.
     #[serde(default = "autonomy_ms")]
     pub autonomy_ms: u64,
+    /// Bytes of host memory for blocks that the cache has no room for any more; 0: none.
+    #[serde(default)]
+    pub kv_host_bytes: u64,
+    /// Folder of this worker alone, for blocks that memory has no room for any more. They outlive the process.
+    #[serde(default)]
+    pub kv_disk: Option<PathBuf>,
+    /// Bytes that `kv_disk` takes at most.
+    #[serde(default = "kv_disk_bytes")]
+    pub kv_disk_bytes: u64,
     /// Sizes of the engine.
     pub engine: EngineConfig,
+}
+
+fn kv_disk_bytes() -> u64 {
+    KV_DISK_BYTES
 }
 
 fn drain_ms() -> u64 {

@@ -11,6 +11,8 @@ pub enum StartError {
     Listen { address: String, source: io::Error },
     #[error("config: {key} {problem}")]
     Config { key: &'static str, problem: &'static str },
+    #[error("the disk tier in {path}: {source}")]
+    Disk { path: String, source: io::Error },
     #[error("start the engine thread: {0}")]
     Thread(io::Error),
     #[error("the coordinator refuses this worker for good: {0}; run the same version and model everywhere")]

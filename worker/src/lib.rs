@@ -22,6 +22,8 @@ mod running;
 mod shell;
 mod standing;
 mod steps;
+mod tiers;
+mod worth;
 
 pub use assigned::Assigned;
 pub use canary::CanaryError;

@@ -8,6 +8,8 @@ use baton_engine::{CacheStats, EngineConfig, Event, Load, ModelSpec};
 use baton_kvtransfer::{Counters, Dropped, Fallback, LinkCounters};
 use metrics::{Counter, Gauge, Histogram, Label, counter, gauge, histogram};
 
+use crate::tiers::Fault;
+
 /// Handles of the engine thread, made once.
 pub(crate) struct StepMetrics {
     before: Load,
@@ -90,6 +92,41 @@ impl StepMetrics {
 
 fn add(counters: &[Counter; 2], count: u64) {
     counters.iter().for_each(|counter| counter.increment(count));
+}
+
+/// A block came back out of a tier, or was in the cache itself when a request looked for its prefix.
+pub(crate) fn count_tier_hits(tier: &'static str, blocks: usize) {
+    counter!("baton_worker_tier_hits_total", "tier" => tier).increment(blocks as u64);
+}
+
+pub(crate) fn count_tier_hit(tier: &'static str) {
+    count_tier_hits(tier, 1);
+}
+
+/// A block was written to a tier.
+pub(crate) fn count_tier_saved(tier: &'static str) {
+    counter!("baton_worker_tier_saved_total", "tier" => tier).increment(1);
+}
+
+/// A block had to leave a tier for another one.
+pub(crate) fn count_tier_evicted(tier: &'static str) {
+    counter!("baton_worker_tier_evicted_total", "tier" => tier).increment(1);
+}
+
+/// A block was not kept, or not given back; whoever wanted it computes it.
+pub(crate) fn count_tier_fault(tier: &'static str, fault: Fault) {
+    counter!("baton_worker_tier_faults_total", "tier" => tier, "reason" => fault.as_str()).increment(1);
+}
+
+/// Blocks left the cache before they were saved.
+pub(crate) fn count_tier_lost(blocks: u64) {
+    counter!("baton_worker_tier_faults_total", "tier" => "cache", "reason" => Fault::Late.as_str()).increment(blocks);
+}
+
+/// What a tier holds now.
+pub(crate) fn gauge_tier(tier: &'static str, blocks: u64, block_bytes: u64) {
+    gauge!("baton_worker_tier_blocks", "tier" => tier).set(blocks as f64);
+    gauge!("baton_worker_tier_bytes", "tier" => tier).set((blocks * block_bytes) as f64);
 }
 
 /// What does not change while the worker lives.

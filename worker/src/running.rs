@@ -20,6 +20,7 @@ use crate::membership::Membership;
 use crate::metrics;
 use crate::shell::Shell;
 use crate::standing::Ending;
+use crate::tiers::Tiers;
 
 /// How long requests may take to end after they have been told to.
 const EVICT: Duration = Duration::from_secs(5);
@@ -33,6 +34,7 @@ pub(crate) struct Parts {
     pub(crate) address: String,
     pub(crate) role: Role,
     pub(crate) engine: EngineThread,
+    pub(crate) tiers: Option<Arc<Tiers>>,
     pub(crate) membership: Membership,
     pub(crate) listener: Box<dyn Listener>,
     pub(crate) card: ModelCard,
@@ -58,6 +60,7 @@ pub struct Running {
     drain: Duration,
     membership: Option<Membership>,
     engine: Option<EngineThread>,
+    tiers: Option<Arc<Tiers>>,
 }
 
 impl Running {
@@ -68,7 +71,7 @@ impl Running {
         shut: oneshot::Sender<()>,
         shutdown: oneshot::Receiver<()>,
     ) -> Running {
-        let Parts { address, role, engine, membership, listener, card, drain } = parts;
+        let Parts { address, role, engine, tiers, membership, listener, card, drain } = parts;
         let connections = baton_proto::incoming(listener);
         let mut server = JoinSet::new();
         server.spawn(router.serve_with_incoming_shutdown(connections, async {
@@ -77,7 +80,7 @@ impl Running {
         }));
         tracing::info!(worker = %shell.id, incarnation = %shell.incarnation, %address, "serving");
         let (shut, membership, engine) = (Some(shut), Some(membership), Some(engine));
-        Running { address, shell, server, shut, role, card, drain, membership, engine }
+        Running { address, shell, server, shut, role, card, drain, membership, engine, tiers }
     }
 
     /// Where others reach the gRPC service.
@@ -136,6 +139,10 @@ impl Running {
         self.server.abort_all();
         let engine = self.engine.take().ok_or(Error::EngineDied)?;
         let backend = engine.finish().await?;
+        if let Some(tiers) = self.tiers.take() {
+            // Off the runtime: it writes. Whatever still holds the shell can recall nothing afterwards.
+            let _ = tokio::task::spawn_blocking(move || tiers.close()).await;
+        }
         metrics::undescribe(self.role, &self.shell.spec);
         tracing::info!(%worker, ?ending, took_ms = since.elapsed().as_millis() as u64, "this life has ended");
         let model = LoadedModel { spec: self.shell.spec.clone(), backend, card: self.card.clone() };

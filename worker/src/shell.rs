@@ -1,13 +1,14 @@
 //! What both kinds of worker share: an engine thread, a listener, a place in the cluster, and the check at the door.
 //! A role opens the shell, joins the cluster, and serves its own service on it.
 
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use baton_core::net::Listener;
 use baton_core::planted::{self, Bug};
-use baton_core::{Arena, Env, Epoch, Incarnation, Net, Place, Refused, RequestId, Role, TokenId, WorkerId};
-use baton_engine::{Backend, Cache, Engine, EngineConfig, ModelSpec};
+use baton_core::{Arena, BlockHash, Env, Epoch, Incarnation, Net, Place, Refused, RequestId, Role, TokenId, WorkerId};
+use baton_engine::{Backend, Blocks, Cache, Engine, EngineConfig, ModelSpec};
 use baton_proto::convert::refusal;
 use baton_proto::v1::worker_server::{Worker, WorkerServer};
 use baton_proto::v1::{CardRequest, Member, ModelCard, ModelSummary, Refusal};
@@ -25,6 +26,8 @@ use crate::membership::{Membership, register};
 use crate::metrics;
 use crate::running::{Parts, Running};
 use crate::standing::Standing;
+use crate::tiers::{TierSizes, Tiers};
+use crate::worth;
 
 /// A worker that listens and has its memory, and that nobody knows yet.
 pub struct Opened {
@@ -32,6 +35,7 @@ pub struct Opened {
     pub net: Arc<dyn Net>,
     pub spec: ModelSpec,
     engine: EngineThread,
+    tiers: Option<Arc<Tiers>>,
     listener: Box<dyn Listener>,
     card: ModelCard,
     role: Role,
@@ -53,6 +57,7 @@ pub struct Shell {
     pub spec: ModelSpec,
     pub engine: EngineHandle,
     pub config: EngineConfig,
+    tiers: Option<Arc<Tiers>>,
     pub(crate) standing: Arc<Standing>,
     epochs: Mutex<Epochs>,
     /// How long it goes on while no coordinator answers.
@@ -73,10 +78,24 @@ pub async fn open(role: Role, config: Config, model: LoadedModel, env: Env) -> R
     let (golden, mut backend) = golden(&spec, backend).await?;
     metrics::describe(role, &spec, &config.engine);
     let cache = cache(role, &*net, &spec, &config.engine);
+    if !backend.fills_arena() {
+        cache.computes_elsewhere();
+    }
+    let tiers = tiers(&cache, &spec, &config)?;
     backend.prepare(cache.arena());
     let engine = Engine::over(cache, spec.clone(), config.engine);
     let engine = EngineThread::start(engine, backend).map_err(StartError::Thread)?;
-    Ok(Opened { config, net, spec, engine, listener, card, role, rng, pid: process.id, golden })
+    Ok(Opened { config, net, spec, engine, tiers, listener, card, role, rng, pid: process.id, golden })
+}
+
+fn tiers(cache: &Cache, spec: &ModelSpec, config: &Config) -> Result<Option<Arc<Tiers>>, StartError> {
+    if !config.engine.prefix_cache {
+        return Ok(None);
+    }
+    let (host_bytes, disk, disk_bytes) = (config.kv_host_bytes, config.kv_disk.clone(), config.kv_disk_bytes);
+    let path = disk.as_deref().unwrap_or(Path::new("")).display().to_string();
+    let opened = Tiers::open(cache, spec, &TierSizes { host_bytes, disk, disk_bytes });
+    opened.map(|tiers| tiers.map(Arc::new)).map_err(|source| StartError::Disk { path, source })
 }
 
 /// The cache. A prefill worker's is in memory that decode workers of its host can read, where there is such memory;
@@ -153,6 +172,7 @@ impl Opened {
             spec: self.spec,
             engine,
             config: self.config.engine,
+            tiers: self.tiers.clone(),
             standing,
             epochs: Mutex::default(),
             autonomy: Duration::from_millis(self.config.autonomy_ms),
@@ -160,8 +180,8 @@ impl Opened {
             evicting: watch::Sender::new(false),
             closing: watch::Sender::new(false),
         });
-        let Opened { engine, listener, card, role, .. } = self;
-        Ok(Joined { shell, parts: Parts { address, role, engine, membership, listener, card, drain } })
+        let Opened { engine, tiers, listener, card, role, .. } = self;
+        Ok(Joined { shell, parts: Parts { address, role, engine, tiers, membership, listener, card, drain } })
     }
 
     fn member(&self) -> Member {
@@ -204,6 +224,30 @@ impl Joined {
 }
 
 impl Shell {
+    /// The longest leading run of `names` that this worker has in its cache or can bring there out of lower tiers in less
+    /// time than it takes to compute.
+    pub async fn recall(&self, names: &[BlockHash]) -> Blocks {
+        let cache = self.engine.cache();
+        let mut held = cache.lookup(names);
+        metrics::count_tier_hits("cache", held.len());
+        while let Some(tiers) = &self.tiers {
+            let rest = &names[held.len()..];
+            let (below, rate) = (cache.below(rest), self.engine.prefill_tokens_per_s());
+            let tokens = below as u64 * u64::from(self.spec.layout.block_tokens);
+            if below == 0 || !worth::is_cheaper(tiers.offer(below), tokens, rate) {
+                break;
+            }
+            let Some(recalled) = tiers.recall(rest).await else { break };
+            let all = recalled.len() == below;
+            held.append(recalled);
+            if !all {
+                break;
+            }
+            held.append(cache.lookup(&names[held.len()..]));
+        }
+        held
+    }
+
     /// The check at the door, before anything is held: is the request meant for this life of this worker, under the
     /// newest epoch, and may it begin now?
     pub fn enter(self: &Arc<Shell>, named: &Place, assigned: &Assigned) -> Result<Lease, Refusal> {

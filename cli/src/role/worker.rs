@@ -32,7 +32,7 @@ const SEQUENCES_MAX: usize = 256;
 /// up for its silence drops what it had and registers anew.
 ///
 /// Keys of the TOML file, as the flags of these names: id, listen, kv_listen, kv_advertise, advertise_host, coordinators (a list), model,
-/// threads, tp, device, profile, quantize, metrics, kv_bytes, drain_ms, autonomy_ms. In the table [engine]: blocks (--kv-blocks), batch_tokens_max (--batch-tokens),
+/// threads, tp, device, profile, quantize, metrics, kv_bytes, kv_host_bytes, kv_disk, kv_disk_bytes, drain_ms, autonomy_ms. In the table [engine]: blocks (--kv-blocks), batch_tokens_max (--batch-tokens),
 /// sequences_max (sequences worked on at a time, 256), queue_max (requests that wait before more are refused, 256),
 /// prefix_cache (whether finished blocks are kept and found by content, true).
 #[derive(Args, Debug)]
@@ -83,6 +83,17 @@ pub(crate) struct WorkerFlags {
     /// Bytes of memory KV blocks take at most when --kv-blocks is not given [default: a quarter of the free memory]
     #[arg(long, value_name = "N")]
     kv_bytes: Option<i64>,
+    /// Bytes of host memory for blocks that the cache has no room for any more: what a GPU's cache spills to. A cache on
+    /// the CPU is in host memory already; give that to --kv-bytes instead [default: 0]
+    #[arg(long, value_name = "N")]
+    kv_host_bytes: Option<i64>,
+    /// Folder of this worker alone for blocks that memory has no room for any more; they outlive the process
+    /// [default: none]
+    #[arg(long, value_name = "DIR")]
+    kv_disk: Option<PathBuf>,
+    /// Bytes that --kv-disk takes at most [default: 8589934592]
+    #[arg(long, value_name = "N")]
+    kv_disk_bytes: Option<i64>,
     /// Tokens one step computes at most [default: 512]
     #[arg(long, value_name = "N")]
     batch_tokens: Option<u32>,
@@ -226,6 +237,9 @@ fn settings(flags: WorkerFlags, role: Role) -> Result<(Own, Settings), Failure> 
     settings.flag("kv_advertise", flags.kv_advertise);
     settings.flag("advertise_host", flags.advertise_host);
     settings.flag("coordinators", texts(&flags.coordinators));
+    settings.flag("kv_host_bytes", flags.kv_host_bytes);
+    settings.flag("kv_disk", path(flags.kv_disk)?);
+    settings.flag("kv_disk_bytes", flags.kv_disk_bytes);
     settings.flag("drain_ms", flags.drain_ms);
     settings.flag("autonomy_ms", flags.autonomy_ms);
     settings.flag("engine.blocks", flags.kv_blocks);
@@ -255,6 +269,12 @@ fn settings(flags: WorkerFlags, role: Role) -> Result<(Own, Settings), Failure> 
         metrics: flags.metrics.or(settings.take("metrics")?).unwrap_or_else(|| "127.0.0.1:0".to_string()),
     };
     Ok((own, settings))
+}
+
+/// A path as a value.
+fn path(given: Option<PathBuf>) -> Result<Option<String>, Failure> {
+    let text = |path: PathBuf| path.into_os_string().into_string();
+    given.map(text).transpose().map_err(|path| Failure::refuse(format!("{} is not text", path.display())))
 }
 
 fn device(flag: Option<Device>, key: Option<String>) -> Result<Device, Failure> {

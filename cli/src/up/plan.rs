@@ -31,6 +31,12 @@ pub(crate) struct Topology {
     pub(crate) kv_blocks: Option<u64>,
     /// Per worker.
     pub(crate) kv_bytes: u64,
+    /// Per worker.
+    pub(crate) kv_host_bytes: Option<u64>,
+    /// Has a folder for each worker.
+    pub(crate) kv_disk: Option<PathBuf>,
+    /// Per worker.
+    pub(crate) kv_disk_bytes: Option<u64>,
     pub(crate) batch_tokens: Option<u64>,
     /// What workers turn floating-point weights into.
     pub(crate) quantize: Option<String>,
@@ -115,6 +121,9 @@ impl Topology {
         arguments.extend(flag("--device", self.devices.of(role, n)));
         arguments.extend(flag("--kv-bytes", self.kv_bytes));
         arguments.extend(self.kv_blocks.iter().flat_map(|blocks| flag("--kv-blocks", blocks)));
+        arguments.extend(self.kv_host_bytes.iter().flat_map(|bytes| flag("--kv-host-bytes", bytes)));
+        arguments.extend(self.kv_disk.iter().flat_map(|folder| flag("--kv-disk", folder.join(&id).display())));
+        arguments.extend(self.kv_disk_bytes.iter().flat_map(|bytes| flag("--kv-disk-bytes", bytes)));
         arguments.extend(self.batch_tokens.iter().flat_map(|tokens| flag("--batch-tokens", tokens)));
         arguments.extend(self.quantize.iter().flat_map(|format| flag("--quantize", format)));
         arguments.extend(self.coordinator_flags());
@@ -161,6 +170,9 @@ mod tests {
             devices: "cuda:0,1".parse().expect("two GPUs"),
             kv_blocks: Some(64),
             kv_bytes: 1 << 30,
+            kv_host_bytes: Some(1 << 20),
+            kv_disk: Some("/d".into()),
+            kv_disk_bytes: None,
             batch_tokens: Some(512),
             quantize: Some("q8_0".into()),
             seed: Some(u64::MAX),

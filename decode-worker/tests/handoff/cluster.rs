@@ -90,6 +90,9 @@ impl Cluster {
             coordinators: vec![self.coordinator.address()],
             drain_ms: DRAIN_MS,
             autonomy_ms: AUTONOMY_GRACE_MS,
+            kv_host_bytes: 0,
+            kv_disk: None,
+            kv_disk_bytes: 0,
             engine,
         }
     }

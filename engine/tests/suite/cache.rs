@@ -200,6 +200,71 @@ proptest! {
     }
 }
 
+/// A cache of 4 blocks with something below that wants 2 of them ready, and names 0..4 cached in it, oldest first.
+fn pressed() -> Cache {
+    let cache = Cache::new(LAYOUT, 4);
+    cache.on_pressure(2, || ());
+    (0..4).for_each(|name| drop(cache.reserve(1).expect("free").fill(&names(name, 1))));
+    cache
+}
+
+/// Saves what is offered, as a lower tier does.
+fn save_all(cache: &Cache) -> Vec<BlockHash> {
+    let next = || cache.save_next().map(|saving| (saving.name, saving.saved()).0);
+    std::iter::from_fn(next).collect()
+}
+
+#[test]
+fn what_is_evicted_next_is_saved_first_and_stays_known() {
+    let cache = pressed();
+    assert_eq!(save_all(&cache), names(0, 2));
+    let (_, mark) = cache.snapshot(usize::MAX);
+    let reserved = cache.reserve(3).expect("three are cached");
+    // Two had been saved and are still known; the third had not.
+    assert_eq!((cache.lost(), cache.below(&names(0, 3))), (1, 2));
+    let changes = cache.changes(mark, usize::MAX).expect("remembered");
+    assert_eq!((changes.added, changes.removed), (vec![], names(2, 1)));
+    assert_eq!(cache.hashes(usize::MAX), [names(0, 2), names(3, 1)].concat());
+    // Brought back it is offered no more; forgotten below, it is here alone.
+    drop(reserved.fill(&names(0, 1)));
+    assert_eq!(cache.below(&names(0, 2)), 0);
+    cache.forget(BlockHash(0));
+    let _pressing = cache.reserve(2).expect("free");
+    assert!(save_all(&cache).contains(&BlockHash(0)));
+    // Forgotten below and not here, a name is not known at all.
+    let (_, mark) = cache.snapshot(usize::MAX);
+    cache.forget(BlockHash(1));
+    assert_eq!(cache.changes(mark, usize::MAX).expect("remembered").removed, names(1, 1));
+    assert_eq!(cache.audit(), Ok(()));
+}
+
+#[test]
+fn a_block_is_not_evicted_while_it_is_saved() {
+    let cache = pressed();
+    let saving = cache.save_next().expect("the oldest");
+    assert!(cache.save_next().is_none(), "one at a time");
+    let reserved = cache.reserve(3).expect("the others");
+    assert!(cache.lookup(&[saving.name]).len() == 1 && reserved.ids().len() == 3);
+    // The last block is waited for, and not refused.
+    let cache = &cache;
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(move || cache.reserve(1).map(|reserved| reserved.ids()));
+        saving.saved();
+        assert!(waiting.join().expect("no panic").is_ok());
+    });
+    assert_eq!(cache.below(&names(0, 1)), 1);
+}
+
+/// A device's own blocks are not saved out of an arena that has them only where they were exported or came from.
+#[test]
+fn what_is_not_in_the_arena_is_not_saved() {
+    let cache = Cache::new(LAYOUT, 4);
+    cache.computes_elsewhere();
+    cache.on_pressure(4, || ());
+    drop(cache.reserve(2).expect("free").fill(&names(5, 2)));
+    assert_eq!(save_all(&cache), names(6, 1).into_iter().chain(names(5, 1)).collect::<Vec<_>>());
+}
+
 /// Another thread gives blocks back while this one takes them: nothing is lost, and the waker is called.
 #[test]
 fn guards_may_be_dropped_anywhere() {

@@ -29,6 +29,9 @@ fn config(coordinators: &[&FakeCoordinator]) -> Config {
         coordinators: coordinators.iter().map(|coordinator| coordinator.address()).collect(),
         drain_ms: DRAIN_MS,
         autonomy_ms: AUTONOMY_GRACE_MS,
+        kv_host_bytes: 0,
+        kv_disk: None,
+        kv_disk_bytes: 0,
         engine: EngineConfig { blocks: 64, batch_tokens_max: 64, sequences_max: 8, queue_max: 8, prefix_cache: true },
     }
 }
