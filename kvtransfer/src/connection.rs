@@ -11,12 +11,17 @@ use tokio::sync::{Semaphore, watch};
 use tokio::time::timeout;
 
 use crate::TransferError;
-use crate::extent::Data;
+use crate::extent::{self, Data};
 use crate::frames::{Frames, ReadError};
 use crate::loan::Borrowed;
-use crate::outbox::{Outbox, write_all};
+use crate::outbox::{Outbox, PLACES, write_all};
 use crate::sending::Sending;
+use crate::sums::Sums;
 use crate::wire::{BadFrame, Body, ENTRY_BYTES, FEATURE_SHARED, Header, Message, Tag, VERSION};
+
+/// Frames by reference of a link that are under way: they take no memory, and the more there are the fewer times either
+/// end has to wake the other.
+const REFERENCES: usize = 64;
 
 pub(crate) struct Connection {
     peer: String,
@@ -115,7 +120,7 @@ impl Connection {
             peer: peer.to_string(),
             by_reference,
             acknowledged: watch::Sender::new(0),
-            outbox: Outbox::new(),
+            outbox: Outbox::new(if by_reference { REFERENCES } else { PLACES }),
             credits: Semaphore::new(HANDOFF_CREDIT_BYTES),
             sending: Mutex::new(Some(BTreeMap::new())),
         }
@@ -289,13 +294,22 @@ pub(crate) struct Frame<'a> {
     pub(crate) digest: u128,
     pub(crate) layer: usize,
     pub(crate) blocks: &'a [(usize, BlockId)],
+    /// Checksums from earlier transfers, of the blocks that do not change.
+    pub(crate) sums: &'a Sums,
+    /// So many of the grant's blocks, from the first on, do not change.
+    pub(crate) settled: usize,
 }
 
 impl Frame<'_> {
     fn gather(&self, data: &mut Data, by_reference: bool) -> Header {
+        let Frame { arena, grant, digest, layer, blocks, .. } = *self;
+        let contents = |position: usize, block: BlockId| {
+            let compute = || extent::content(arena, block.index, layer);
+            if position < self.settled { self.sums.of(layer, block, compute) } else { compute() }
+        };
         match by_reference {
-            true => data.refer(self.arena, self.grant, self.digest, self.layer, self.blocks),
-            false => data.gather(self.arena, self.grant, self.digest, self.layer, self.blocks),
+            true => data.refer(arena, grant, digest, layer, blocks, contents),
+            false => data.lend(arena, grant, digest, layer, blocks, contents),
         }
     }
 }

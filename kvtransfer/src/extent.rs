@@ -72,7 +72,20 @@ impl Data {
         layer: usize,
         blocks: &[(usize, BlockId)],
     ) -> Header {
-        let header = self.enter(arena, grant, digest, layer, blocks, 0);
+        self.lend(arena, grant, digest, layer, blocks, |_, block| content(arena, block.index, layer))
+    }
+
+    /// The same with `contents`: the unbound checksum of each (position, block).
+    pub(crate) fn lend(
+        &mut self,
+        arena: &Arena,
+        grant: &Grant,
+        digest: u128,
+        layer: usize,
+        blocks: &[(usize, BlockId)],
+        contents: impl Fn(usize, BlockId) -> u64,
+    ) -> Header {
+        let header = self.enter(arena, grant, digest, layer, blocks, 0, contents);
         let slice = arena.layout().slice_bytes();
         for (_, source) in blocks {
             self.lent.extend(slices(arena, source.index, layer).map(|at| Lent { at, bytes: slice }));
@@ -88,10 +101,12 @@ impl Data {
         digest: u128,
         layer: usize,
         blocks: &[(usize, BlockId)],
+        contents: impl Fn(usize, BlockId) -> u64,
     ) -> Header {
-        self.enter(arena, grant, digest, layer, blocks, BY_REFERENCE)
+        self.enter(arena, grant, digest, layer, blocks, BY_REFERENCE, contents)
     }
 
+    #[allow(clippy::too_many_arguments)] // One frame's parts, all of them different.
     fn enter(
         &mut self,
         arena: &Arena,
@@ -100,6 +115,7 @@ impl Data {
         layer: usize,
         blocks: &[(usize, BlockId)],
         flags: u16,
+        contents: impl Fn(usize, BlockId) -> u64,
     ) -> Header {
         let by_reference = flags & BY_REFERENCE != 0;
         (self.written, self.digest) = (0, 0);
@@ -107,8 +123,7 @@ impl Data {
         self.bytes.clear();
         self.bytes.resize(HEADER_BYTES, 0);
         for (position, block) in blocks {
-            let content = content(arena, block.index, layer);
-            let sum = bind(content, digest, layer as u32, *position as u32);
+            let sum = bind(contents(*position, *block), digest, layer as u32, *position as u32);
             let source = if by_reference { block.index } else { 0 };
             let entry = Entry { position: *position as u32, block: grant.blocks[*position], source, sum };
             self.bytes.extend_from_slice(&entry.encode());
@@ -183,8 +198,8 @@ fn slices(arena: &Arena, block: u32, layer: usize) -> impl Iterator<Item = *cons
     (0..layout.kv_heads as usize).map(move |head| block.wrapping_add(layout.offset(head, layer, Half::Key)))
 }
 
-/// Checksum of an extent before it is bound.
-fn content(arena: &Arena, block: u32, layer: usize) -> u64 {
+/// Checksum of an extent before it is bound. The caller holds the block as filled.
+pub(crate) fn content(arena: &Arena, block: u32, layer: usize) -> u64 {
     let slice = arena.layout().slice_bytes();
     let mut parts = Parts::new(arena.layout().kv_heads as usize, slice);
     for from in slices(arena, block, layer) {

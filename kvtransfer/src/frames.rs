@@ -43,6 +43,11 @@ impl<R: AsyncRead + Unpin> Frames<R> {
         self.buffer = wide;
     }
 
+    /// Whether the next frame's header has been received already.
+    pub(crate) fn has_more(&self) -> bool {
+        self.end - self.start >= HEADER_BYTES
+    }
+
     /// The next frame's header. Its payload comes next, by `take` or by `pieces`.
     pub(crate) async fn header(&mut self) -> Result<Header, ReadError> {
         let head = self.take(HEADER_BYTES).await?;

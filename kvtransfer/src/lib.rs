@@ -24,6 +24,7 @@ pub mod reslice;
 mod sending;
 #[cfg(target_os = "linux")]
 mod shm;
+mod sums;
 mod transfer;
 
 pub use counters::{Counters, Dropped, Fallback, LinkCounters};

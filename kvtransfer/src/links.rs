@@ -13,6 +13,7 @@ use tokio::time::timeout;
 use crate::connection::{Connection, Greeted, connect, greet, within};
 use crate::counters::{Fallback, LinkCounters, LinkCounts};
 use crate::receiver::{Receiver, Shared};
+use crate::sums::Sums;
 use crate::wire::{FEATURE_HEADS, FEATURE_RESEND, FEATURE_SHARED};
 use crate::{Grant, HeadSlice, Outgoing, TransferError, extent, wire};
 
@@ -30,6 +31,8 @@ pub(crate) struct Source {
     /// The arena holds some of the model's heads.
     is_part: bool,
     pub(crate) counts: Arc<LinkCounts>,
+    /// Of the arena's blocks that do not change.
+    pub(crate) sums: Sums,
     links: Mutex<BTreeMap<String, Link>>,
     local: Mutex<BTreeMap<String, Arc<Shared>>>,
 }
@@ -45,8 +48,9 @@ impl Links {
     pub fn of_rank(net: Arc<dyn Net>, arena: Arc<Arena>, kv_heads: u32, model: &str) -> Links {
         let compatibility = wire::compatibility(&BlockLayout { kv_heads, ..*arena.layout() }, model);
         let is_part = arena.layout().kv_heads != kv_heads;
+        let sums = Sums::new(arena.layout(), arena.blocks());
         let (counts, links, local) = Default::default();
-        Links { source: Arc::new(Source { net, arena, compatibility, is_part, counts, links, local }) }
+        Links { source: Arc::new(Source { net, arena, compatibility, is_part, counts, sums, links, local }) }
     }
 
     /// Makes a receiver of this process known: transfers to its address do without a connection.

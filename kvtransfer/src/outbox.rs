@@ -42,8 +42,9 @@ enum Frame {
 }
 
 impl Outbox {
-    pub(crate) fn new() -> Outbox {
-        Outbox { queue: Mutex::default(), wake: Notify::new(), places: Semaphore::new(PLACES), closing: Notify::new() }
+    /// For so many DATA frames at a time.
+    pub(crate) fn new(places: usize) -> Outbox {
+        Outbox { queue: Mutex::default(), wake: Notify::new(), places: Semaphore::new(places), closing: Notify::new() }
     }
 
     pub(crate) fn tell(&self, tag: Tag, body: Body) {

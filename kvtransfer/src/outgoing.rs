@@ -31,6 +31,8 @@ pub struct Outgoing {
     path: Path,
     sending: Arc<Sending>,
     sent: Summary,
+    /// So many of the grant's blocks, from the first on, do not change while their generation lasts.
+    settled: usize,
     /// By (layer, position); empty before the first `send`.
     extents: Vec<Option<Extent>>,
     committed: bool,
@@ -87,8 +89,8 @@ impl Outgoing {
             Path::Local { .. } => source.counts.local.add(1),
         }
         let deadline = Instant::now() + Duration::from_millis(grant.deadline_ms.min(REQUEST_DEADLINE_MS));
-        let (sent, extents) = Default::default();
-        Outgoing { source, arena, grant, digest, deadline, path, sending, sent, extents, committed: false }
+        let (sent, settled, extents) = Default::default();
+        Outgoing { source, arena, grant, digest, deadline, path, sending, sent, settled, extents, committed: false }
     }
 
     async fn open(self) -> Result<Outgoing, TransferError> {
@@ -100,6 +102,15 @@ impl Outgoing {
         };
         timeout(patience, self.sending.opened()).await.map_err(silent)??;
         Ok(self)
+    }
+
+    /// Promises that the first `count` blocks of the grant are full: they hold the same bytes as long as their generation
+    /// lasts. Their checksums are then computed once, and used again when they are sent again, to whomever; what changes
+    /// them nevertheless is found by the receiver.
+    pub fn settle(&mut self, count: usize) {
+        // What is kept is of whole blocks; a grant of some of the heads has other sums.
+        let whole = self.arena.layout() == self.source.arena.layout();
+        self.settled = if whole { count } else { 0 };
     }
 
     /// Sends one layer of some blocks: for each its index in `grant.blocks` and the block here that holds it. Layers
@@ -114,7 +125,7 @@ impl Outgoing {
         if self.extents.is_empty() {
             self.extents = vec![None; self.grant.layout.layers as usize * self.grant.blocks.len()];
         }
-        for Sent { position, source, sum } in self.transmit(layer, blocks).await? {
+        for Sent { position, source, sum } in self.transmit(layer, blocks, self.settled).await? {
             self.extents[layer * self.grant.blocks.len() + position as usize] = Some(Extent { source, sum });
             self.sent.digest = self.sent.digest.wrapping_add(sum);
         }
@@ -124,15 +135,25 @@ impl Outgoing {
     }
 
     /// Returns once the receiver can do without the source blocks.
-    async fn transmit(&mut self, layer: usize, blocks: &[(usize, BlockId)]) -> Result<Vec<Sent>, TransferError> {
+    async fn transmit(
+        &mut self,
+        layer: usize,
+        blocks: &[(usize, BlockId)],
+        settled: usize,
+    ) -> Result<Vec<Sent>, TransferError> {
         let mut sent = Vec::with_capacity(blocks.len());
         let mut flight = Flight::default();
         for blocks in blocks.chunks(extent::extents_per_frame(&self.grant.layout)) {
-            let frame = Frame { arena: &self.arena, grant: &self.grant, digest: self.digest, layer, blocks };
+            let (arena, sums) = (&self.arena, &self.source.sums);
+            let frame = Frame { arena, grant: &self.grant, digest: self.digest, layer, blocks, sums, settled };
             match &mut self.path {
                 Path::Connection(connection) => {
                     let sending = connection.send(&self.sending, frame, &mut flight);
                     sent.extend(timeout_at(self.deadline, sending).await.map_err(|_| TransferError::Deadline)??);
+                    if connection.by_reference() {
+                        // The frame leaves at once, so that the receiver copies while the next one is hashed.
+                        tokio::task::yield_now().await;
+                    }
                 }
                 Path::Local { receiver, link } => {
                     self.sending.writing(|| ())?;
@@ -181,7 +202,8 @@ impl Outgoing {
                 return Err(TransferError::Aborted(Aborted::Internal)); // Asked for what was never sent.
             };
             let blocks: Vec<_> = extents.iter().map(|(position, extent)| (*position, extent.source)).collect();
-            let sent = self.transmit(layer, &blocks).await?;
+            // Whatever was known before: what lies there now.
+            let sent = self.transmit(layer, &blocks, 0).await?;
             let changed = sent.iter().zip(&extents).find(|(sent, (_, extent))| sent.sum != extent.sum);
             if let Some((&Sent { position, .. }, _)) = changed {
                 return Err(TransferError::Corrupt { layer: layer as u32, position });

@@ -25,13 +25,18 @@ use crate::counters::{Counters, Counts, Dropped};
 use crate::extent::Landing;
 use crate::frames::{Frames, ReadError};
 use crate::link::{Link, LinkId, Peer};
-use crate::outbox::{Outbox, write_all};
+use crate::outbox::{Outbox, PLACES, write_all};
 use crate::transfer::{Action, Event, Received, Transfer, refuse};
 use crate::wire::{
     self, BY_REFERENCE, BadFrame, Body, Entry, FEATURE_HEADS, FEATURE_RESEND, FEATURE_SHARED, Header, Kind, Message,
     Tag,
 };
 use crate::{Grant, HeadSlice, TransferError, extent};
+
+/// What is copied out of a mapped arena under one hold of the transfer's lock.
+const LOCKED_BYTES: usize = 256 << 10;
+/// DATA frames by reference that are taken before they are acknowledged, when more are waiting.
+const UNACKNOWLEDGED_MAX: u32 = 8;
 
 type Guard = Box<dyn Any + Send>;
 type Outcome = Result<(Guard, Received), TransferError>;
@@ -450,20 +455,43 @@ impl Shared {
                 return Ok(());
             }
         };
-        for entry in &entries {
-            if entry.source as usize >= source.blocks() {
-                self.spoil(link, header, entry.position);
-                continue;
-            }
-            let mut landing = Landing::new(&layout);
-            let fetched = self.writing(link, header, entry, |arena| {
-                landing.fetch(arena, entry.block, header.layer as u32, source, entry.source);
-            });
-            if fetched {
-                self.landed(link, header, entry, landing);
+        for entries in entries.chunks((LOCKED_BYTES / layout.layer_bytes()).max(1)) {
+            for position in self.fetch_mapped(link, header, entries, source) {
+                self.spoil(link, header, position);
             }
         }
         Ok(())
+    }
+
+    /// Copies extents out of a mapped arena, all under the transfer's lock. Returns the positions of those that are not
+    /// what was announced.
+    fn fetch_mapped(&self, link: &Link, header: &Header, entries: &[Entry], source: &Arena) -> Vec<u32> {
+        let Some(pending) = self.pending(header.tag.transfer) else {
+            entries.iter().for_each(|_| self.counts.drop(Dropped::Unknown));
+            return Vec::new();
+        };
+        let mut pending = lock(&pending);
+        let (digest, layer) = (pending.transfer.digest(), header.layer as u32);
+        let mut spoiled = Vec::new();
+        for entry in entries {
+            let transfer = &pending.transfer;
+            if let Err(reason) = transfer.admit(link.id, header).and_then(|()| transfer.expects(layer, entry)) {
+                self.counts.drop(reason);
+                continue;
+            }
+            if entry.source as usize >= source.blocks() {
+                spoiled.push(entry.position);
+                continue;
+            }
+            let mut landing = Landing::new(pending.arena.layout());
+            landing.fetch(&pending.arena, entry.block, layer, source, entry.source);
+            let whole = landing.finish(digest, layer, entry.position) == entry.sum;
+            match whole || planted::is(Bug::SkipChecksum) {
+                true => pending.arrived(&self.counts, layer, entry),
+                false => spoiled.push(entry.position),
+            }
+        }
+        spoiled
     }
 
     /// One extent off the wire: each slice is copied to its place as it comes, so that it is still in the cache. The
@@ -763,7 +791,7 @@ pub(crate) async fn serve(shared: Arc<Shared>, stream: Stream, source: Option<Ar
         _ => return,
     };
     frames.widen(shared.layout().slice_bytes());
-    let outbox = Arc::new(Outbox::new());
+    let outbox = Arc::new(Outbox::new(PLACES));
     let link = Link { id: shared.join(|_| outbox.clone()), features, source };
     let cause = tokio::select! {
         cause = read_all(&shared, &link, &outbox, &mut frames) => cause,
@@ -825,10 +853,18 @@ async fn read_all<R: AsyncRead + Unpin>(
     outbox: &Outbox,
     frames: &mut Frames<R>,
 ) -> ReadError {
-    let (mut taken, mut acknowledged) = (0, 0);
-    // A sender of references waits for the copies, not for a socket's buffer: each frame is acknowledged.
-    let patience = if link.source.is_some() { 1 } else { HANDOFF_ACK_BYTES as u64 };
+    let (mut taken, mut acknowledged, mut frames_taken) = (0, 0, 0);
     loop {
+        // A sender of references waits for the copies, not for a socket's buffer: it hears of them as soon as none waits.
+        let due = match link.source {
+            Some(_) => taken > acknowledged && (!frames.has_more() || frames_taken >= UNACKNOWLEDGED_MAX),
+            None => taken - acknowledged >= HANDOFF_ACK_BYTES as u64,
+        };
+        if due {
+            (acknowledged, frames_taken) = (taken, 0);
+            outbox.ack(taken);
+            tokio::task::yield_now().await;
+        }
         let header = match frames.header().await {
             Ok(header) => header,
             Err(error) => return error,
@@ -859,11 +895,7 @@ async fn read_all<R: AsyncRead + Unpin>(
             continue;
         }
         taken += header.length as u64;
-        if taken - acknowledged >= patience {
-            acknowledged = taken;
-            outbox.ack(taken);
-            tokio::task::yield_now().await;
-        }
+        frames_taken += 1;
     }
 }
 

@@ -38,6 +38,8 @@ pub(crate) async fn run(
         return Err(Failure::Refused(refusal(Refused::Incompatible, detail)));
     }
     let mut sending = Sending { outgoing: links.open(grant).await?, skip_blocks, began: None };
+    let full = assigned.shared_tokens().len() / shell.spec.layout.block_tokens as usize;
+    sending.outgoing.settle(full.saturating_sub(skip_blocks));
     // Each layer announces each block once, so that so many messages can never be too many: the engine never waits
     // for a slow link, and what waits is bounded by the request itself.
     let layers = shell.spec.layout.layers as usize;

@@ -196,3 +196,34 @@ async fn remains_that_nobody_wants_are_dropped() {
     }
     assert_eq!((dropped.into_inner(), world.counters().held), (2, 0));
 }
+
+/// Full blocks are hashed once: bytes that change after that, under the same generation, never count, whichever way they
+/// go. As another generation the block is another block.
+#[tokio::test]
+async fn a_settled_block_that_changes_never_counts() {
+    for world in [World::new(4).await, World::shared(LAYOUT, 4).await] {
+        let first = ids(0..4);
+        send_settled(&world, &first).await.unwrap();
+        // SAFETY: no transfer reads or writes it now.
+        unsafe { world.source.write_layer(2, 1, &vec![9; LAYOUT.layer_bytes()]) };
+        assert_eq!(send_settled(&world, &first).await, Err(TransferError::Corrupt { layer: 1, position: 2 }));
+        assert_eq!(world.counters().dropped(Dropped::Damaged), 1);
+        let mut next = first.clone();
+        next[2].generation += 1;
+        send_settled(&world, &next).await.unwrap();
+        assert!(world.equal((0..4).map(|i| (i, i))));
+        until(|| world.held.count() == 0).await;
+    }
+}
+
+/// One transfer of these blocks of the source, all of them full.
+async fn send_settled(world: &World, sources: &[baton_core::BlockId]) -> Result<(), TransferError> {
+    let (grant, incoming) = world.grant_first(sources.len() as u32);
+    let mut outgoing = world.links.open(grant).await?;
+    outgoing.settle(sources.len());
+    for layer in 0..LAYOUT.layers as usize {
+        outgoing.send(layer, &pairs(sources)).await?;
+    }
+    outgoing.commit().await?;
+    incoming.wait().await.map(drop)
+}
