@@ -13,6 +13,10 @@ failed=0
 step "build"
 cargo build --release --locked || exit 1
 
+step "UCX, for the link over it (without it that link's tests go by tcp)"
+ldconfig -p 2>/dev/null | grep -q libucp.so.0 || apt-get install -y -q libucx0 >/dev/null 2>&1 ||
+    { apt-get update -q && apt-get install -y -q libucx0; } >/dev/null 2>&1 || echo "libucx0 could not be installed"
+
 step "cargo test"
 log=target/test.log
 cargo test --release --locked --workspace --no-fail-fast 2>&1 | tee "$log"

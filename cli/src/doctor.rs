@@ -61,11 +61,22 @@ fn findings() -> Vec<(&'static str, String)> {
         ("open files", open_files()),
         (
             "handoff links",
-            "shared memory (workers of one host), tcp and in-process; UCX and NCCL are not in this build".to_string(),
+            "shared memory (workers of one host), tcp and in-process; NCCL is not in this build".to_string(),
         ),
+        ("ucx", ucx()),
         ("gpu", crate::device::finding()),
         ("data directory", data_directory()),
     ]
+}
+
+#[cfg(target_os = "linux")]
+fn ucx() -> String {
+    baton_kvtransfer::describe_ucx().unwrap_or_else(|why| format!("none: {why}; install libucx (Debian: libucx0)"))
+}
+
+#[cfg(not(target_os = "linux"))]
+fn ucx() -> String {
+    "none: Linux only".to_string()
 }
 
 fn kernels() -> String {

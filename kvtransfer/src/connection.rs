@@ -17,7 +17,7 @@ use crate::loan::Borrowed;
 use crate::outbox::{Outbox, PLACES, write_all};
 use crate::sending::Sending;
 use crate::sums::Sums;
-use crate::wire::{BadFrame, Body, ENTRY_BYTES, FEATURE_SHARED, Header, Message, Tag, VERSION};
+use crate::wire::{BadFrame, Body, ENTRY_BYTES, FEATURE_SHARED, FEATURE_UCX, Header, Message, Tag, VERSION};
 
 /// Frames by reference of a link that are under way: they take no memory, and the more there are the fewer times either
 /// end has to wake the other.
@@ -25,8 +25,7 @@ const REFERENCES: usize = 64;
 
 pub(crate) struct Connection {
     peer: String,
-    /// The receiver copies extents out of our arena.
-    by_reference: bool,
+    by: By,
     /// DATA payload bytes that the receiver has taken.
     acknowledged: watch::Sender<u64>,
     pub(crate) outbox: Outbox,
@@ -34,6 +33,15 @@ pub(crate) struct Connection {
     credits: Semaphore,
     /// None once the connection is dead.
     sending: Mutex<Option<BTreeMap<TransferId, Arc<Sending>>>>,
+}
+
+/// What a connection goes over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum By {
+    Tcp,
+    /// The receiver copies extents out of our arena.
+    Reference,
+    Ucx,
 }
 
 /// A greeted stream.
@@ -44,8 +52,9 @@ pub(crate) struct Greeted {
     pub(crate) features: u16,
     /// Where the receiver can be found by a process of its host, if it said so.
     pub(crate) offer: Option<String>,
-    /// The receiver has mapped our arena.
-    pub(crate) by_reference: bool,
+    /// The port at which the receiver is reached over UCX, if it said so.
+    pub(crate) harbour: Option<u16>,
+    pub(crate) by: By,
 }
 
 /// Connects and compares texts. `features` is what this end can do.
@@ -96,7 +105,15 @@ pub(crate) async fn greet(stream: Stream, address: &str, ours: &str, features: u
             Err(error) => return Err(lost(format!("offer: {error}"))),
         }
     }
-    Ok(Greeted { frames, write, features: common, offer, by_reference: false })
+    let mut harbour = None;
+    if common & FEATURE_UCX != 0 {
+        match frames.message().await {
+            Ok(Message { body: Body::Offer(port), .. }) => harbour = port.parse().ok(),
+            Ok(message) => return Err(lost(format!("offered {:?}", message.body.kind()))),
+            Err(error) => return Err(lost(format!("offer: {error}"))),
+        }
+    }
+    Ok(Greeted { frames, write, features: common, offer, harbour, by: By::Tcp })
 }
 
 /// What one `send` has under way.
@@ -115,12 +132,12 @@ pub(crate) struct Sent {
 }
 
 impl Connection {
-    pub(crate) fn new(peer: &str, by_reference: bool) -> Connection {
+    pub(crate) fn new(peer: &str, by: By) -> Connection {
         Connection {
             peer: peer.to_string(),
-            by_reference,
+            by,
             acknowledged: watch::Sender::new(0),
-            outbox: Outbox::new(if by_reference { REFERENCES } else { PLACES }),
+            outbox: Outbox::new(if by == By::Reference { REFERENCES } else { PLACES }),
             credits: Semaphore::new(HANDOFF_CREDIT_BYTES),
             sending: Mutex::new(Some(BTreeMap::new())),
         }
@@ -165,8 +182,12 @@ impl Connection {
         }
     }
 
+    pub(crate) fn by(&self) -> By {
+        self.by
+    }
+
     pub(crate) fn by_reference(&self) -> bool {
-        self.by_reference
+        self.by == By::Reference
     }
 
     /// Sends one frame once there are credit and a place for it. Its source blocks are read until the flight has
@@ -191,7 +212,7 @@ impl Connection {
         frame: Frame<'_>,
         flight: &mut Flight,
     ) -> Result<Vec<Sent>, TransferError> {
-        let layer_bytes = if self.by_reference { 0 } else { frame.arena.layout().layer_bytes() };
+        let layer_bytes = if self.by_reference() { 0 } else { frame.arena.layout().layer_bytes() };
         let bytes = frame.blocks.len() * (ENTRY_BYTES + layer_bytes);
         let Ok(credit) = self.credits.acquire_many(bytes as u32).await else {
             return Err(self.lost("closed"));
@@ -200,7 +221,7 @@ impl Connection {
             return Err(self.lost("closed"));
         }
         let mut data = Data::default();
-        let header = frame.gather(&mut data, self.by_reference);
+        let header = frame.gather(&mut data, self.by_reference());
         let sources = frame.blocks.iter().map(|(_, source)| *source);
         let sent = data.sums().zip(sources).map(|((position, sum), source)| Sent { position, source, sum }).collect();
         let pushed = sending.writing(|| {
@@ -223,7 +244,7 @@ impl Connection {
     /// Returns when the source blocks of a flight are not read any more: written, or by reference copied.
     pub(crate) async fn landed(&self, sending: &Sending, flight: &Flight) -> Result<(), TransferError> {
         let landing = async {
-            if !self.by_reference {
+            if !self.by_reference() {
                 return flight.borrowed.written().await;
             }
             let mut acknowledged = self.acknowledged.subscribe();

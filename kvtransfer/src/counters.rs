@@ -104,11 +104,19 @@ pub enum Fallback {
     Unreachable,
     /// The other end could not map the arena.
     Refused,
+    /// UCX was wanted, and one of the ends has none.
+    NoUcx,
 }
 
 impl Fallback {
-    pub const ALL: [Fallback; 5] =
-        [Fallback::NotShared, Fallback::NotOffered, Fallback::Relayed, Fallback::Unreachable, Fallback::Refused];
+    pub const ALL: [Fallback; 6] = [
+        Fallback::NotShared,
+        Fallback::NotOffered,
+        Fallback::Relayed,
+        Fallback::Unreachable,
+        Fallback::Refused,
+        Fallback::NoUcx,
+    ];
 
     pub fn as_str(self) -> &'static str {
         match self {
@@ -117,17 +125,20 @@ impl Fallback {
             Fallback::Relayed => "relayed",
             Fallback::Unreachable => "unreachable",
             Fallback::Refused => "refused",
+            Fallback::NoUcx => "no_ucx",
         }
     }
 }
 
-/// A snapshot of the sending side. `tcp` + `shm` + `local` = `committed` + `failed` + those in flight.
+/// A snapshot of the sending side. `tcp` + `shm` + `ucx` + `local` = `committed` + `failed` + those in flight.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LinkCounters {
     /// Transfers begun whose bytes go over a connection.
     pub tcp: u64,
     /// Transfers begun to a process of this host that copies out of this arena.
     pub shm: u64,
+    /// Transfers begun whose bytes go over UCX.
+    pub ucx: u64,
     /// Transfers begun to a receiver of this process.
     pub local: u64,
     pub committed: u64,
@@ -144,7 +155,7 @@ pub struct LinkCounters {
 }
 
 impl LinkCounters {
-    /// Connections made that are not over shared memory, for this reason.
+    /// Connections made that are not over the link that was wanted, for this reason.
     pub fn fallbacks(&self, reason: Fallback) -> u64 {
         self.fallbacks[reason as usize]
     }
@@ -154,6 +165,7 @@ impl LinkCounters {
 pub(crate) struct LinkCounts {
     pub(crate) tcp: Count,
     pub(crate) shm: Count,
+    pub(crate) ucx: Count,
     pub(crate) local: Count,
     pub(crate) committed: Count,
     pub(crate) failed: Count,
@@ -173,6 +185,7 @@ impl LinkCounts {
         LinkCounters {
             tcp: self.tcp.get(),
             shm: self.shm.get(),
+            ucx: self.ucx.get(),
             local: self.local.get(),
             committed: self.committed.get(),
             failed: self.failed.get(),

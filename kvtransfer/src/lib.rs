@@ -26,6 +26,8 @@ mod sending;
 mod shm;
 mod sums;
 mod transfer;
+#[cfg(target_os = "linux")]
+mod ucx;
 
 pub use counters::{Counters, Dropped, Fallback, LinkCounters};
 pub use error::TransferError;
@@ -35,3 +37,5 @@ pub use links::Links;
 pub use outgoing::{Committed, Outgoing};
 pub use receiver::{Incoming, Partial, Receiver};
 pub use transfer::Received;
+#[cfg(target_os = "linux")]
+pub use ucx::describe as describe_ucx;

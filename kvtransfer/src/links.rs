@@ -1,6 +1,7 @@
 //! The prefill side's links: one connection per receiver, made before it is needed and made again when it breaks.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -10,11 +11,11 @@ use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
-use crate::connection::{Connection, Greeted, connect, greet, within};
+use crate::connection::{By, Connection, Greeted, connect, greet, within};
 use crate::counters::{Fallback, LinkCounters, LinkCounts};
 use crate::receiver::{Receiver, Shared};
 use crate::sums::Sums;
-use crate::wire::{FEATURE_HEADS, FEATURE_RESEND, FEATURE_SHARED};
+use crate::wire::{FEATURE_HEADS, FEATURE_RESEND, FEATURE_SHARED, FEATURE_UCX};
 use crate::{Grant, HeadSlice, Outgoing, TransferError, extent, wire};
 
 /// The links of one cache. Clones share them; they end with the last clone and the last transfer.
@@ -33,6 +34,7 @@ pub(crate) struct Source {
     pub(crate) counts: Arc<LinkCounts>,
     /// Of the arena's blocks that do not change.
     pub(crate) sums: Sums,
+    ucx: Arc<AtomicBool>,
     links: Mutex<BTreeMap<String, Link>>,
     local: Mutex<BTreeMap<String, Arc<Shared>>>,
 }
@@ -49,8 +51,14 @@ impl Links {
         let compatibility = wire::compatibility(&BlockLayout { kv_heads, ..*arena.layout() }, model);
         let is_part = arena.layout().kv_heads != kv_heads;
         let sums = Sums::new(arena.layout(), arena.blocks());
-        let (counts, links, local) = Default::default();
-        Links { source: Arc::new(Source { net, arena, compatibility, is_part, counts, sums, links, local }) }
+        let (counts, ucx, links, local) = Default::default();
+        Links { source: Arc::new(Source { net, arena, compatibility, is_part, counts, sums, ucx, links, local }) }
+    }
+
+    /// Links made from here on go over UCX where the other end has it, too (`Receiver::offer_ucx`). Its bytes are not
+    /// encrypted.
+    pub fn prefer_ucx(&self) {
+        self.source.ucx.store(true, Relaxed);
     }
 
     /// Makes a receiver of this process known: transfers to its address do without a connection.
@@ -170,6 +178,7 @@ impl Link {
             compatibility: source.compatibility.clone(),
             is_part: source.is_part,
             counts: source.counts.clone(),
+            ucx: source.ucx.clone(),
             state: told,
             wake: wake.clone(),
         };
@@ -191,6 +200,7 @@ struct Keeper {
     compatibility: String,
     is_part: bool,
     counts: Arc<LinkCounts>,
+    ucx: Arc<AtomicBool>,
     state: watch::Sender<State>,
     wake: Arc<Notify>,
 }
@@ -221,11 +231,23 @@ impl Keeper {
 
     /// Connects over the network, and goes over to shared memory if both ends can.
     async fn connect(&self) -> Result<Greeted, TransferError> {
-        let features = FEATURE_RESEND | FEATURE_HEADS | if is_shared(&self.arena) { FEATURE_SHARED } else { 0 };
+        let wants_ucx = self.ucx.load(Relaxed);
+        let can = |able: bool, feature| if able { feature } else { 0 };
+        let features =
+            FEATURE_RESEND | FEATURE_HEADS | can(is_shared(&self.arena), FEATURE_SHARED) | can(wants_ucx, FEATURE_UCX);
         let greeted = connect(&*self.net, &self.address, &self.compatibility, features).await?;
         if self.is_part && greeted.features & FEATURE_HEADS == 0 {
             let (ours, theirs) = (format!("{}, some heads", self.compatibility), self.compatibility.clone());
             return Err(TransferError::Incompatible { ours, theirs });
+        }
+        if wants_ucx {
+            match self.go_over_ucx(&greeted).await {
+                Ok(by_ucx) => return Ok(by_ucx),
+                Err((reason, detail)) => {
+                    self.counts.fall_back(reason);
+                    tracing::debug!(address = self.address, reason = reason.as_str(), detail, "no link over UCX");
+                }
+            }
         }
         match self.go_over(&greeted).await {
             Ok(shared) => Ok(shared),
@@ -235,6 +257,26 @@ impl Keeper {
                 Ok(greeted)
             }
         }
+    }
+
+    /// To the receiver's harbour, which is at the host that it was found at.
+    #[cfg(target_os = "linux")]
+    async fn go_over_ucx(&self, greeted: &Greeted) -> Result<Greeted, (Fallback, String)> {
+        let Some(port) = greeted.harbour else { return Err((Fallback::NoUcx, "not offered".to_string())) };
+        let unreachable = |error: std::io::Error| (Fallback::Unreachable, error.to_string());
+        let host = self.address.rsplit_once(':').map_or(&*self.address, |(host, _)| host);
+        let mut found = tokio::net::lookup_host((host.trim_matches(['[', ']']), port)).await.map_err(unreachable)?;
+        let address = found.next().ok_or_else(|| unreachable(std::io::Error::other("no address")))?;
+        let stream = crate::ucx::connect(address).await.map_err(unreachable)?;
+        let greeting = greet(Box::new(stream), &self.address, &self.compatibility, FEATURE_RESEND | FEATURE_HEADS);
+        let mut over = within(&self.address, greeting).await.map_err(|error| (Fallback::Refused, error.to_string()))?;
+        over.by = By::Ucx;
+        Ok(over)
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    async fn go_over_ucx(&self, _: &Greeted) -> Result<Greeted, (Fallback, String)> {
+        Err((Fallback::NoUcx, String::new()))
     }
 
     #[cfg(target_os = "linux")]
@@ -252,7 +294,7 @@ impl Keeper {
         let greeting = greet(Box::new(stream), &self.address, &self.compatibility, FEATURE_RESEND | FEATURE_HEADS);
         let shared = within(&self.address, greeting).await;
         let mut shared = shared.map_err(|error| (Fallback::Refused, error.to_string()))?;
-        shared.by_reference = true;
+        shared.by = By::Reference;
         Ok(shared)
     }
 
@@ -264,7 +306,7 @@ impl Keeper {
     /// One connection until it fails.
     async fn serve(&self, greeted: Greeted) -> TransferError {
         self.counts.connected.add(1);
-        let live = Live(Arc::new(Connection::new(&self.address, greeted.by_reference)));
+        let live = Live(Arc::new(Connection::new(&self.address, greeted.by)));
         self.state.send_replace(State::Up(live.0.clone()));
         let cause = live.0.run(greeted).await;
         live.0.fail(&cause);

@@ -7,7 +7,7 @@ use baton_core::limits::{HANDOFF_CONNECT_MS, REQUEST_DEADLINE_MS};
 use baton_core::{Aborted, Arena, BlockId};
 use tokio::time::{Instant, timeout, timeout_at};
 
-use crate::connection::{Connection, Flight, Frame, Sent};
+use crate::connection::{By, Connection, Flight, Frame, Sent};
 use crate::extent;
 use crate::link::{Link, LinkId, Peer};
 use crate::links::Source;
@@ -84,8 +84,11 @@ impl Outgoing {
     fn new(source: Arc<Source>, arena: Arc<Arena>, path: Path, sending: Arc<Sending>, grant: Grant) -> Outgoing {
         let digest = grant.digest();
         match &path {
-            Path::Connection(connection) if connection.by_reference() => source.counts.shm.add(1),
-            Path::Connection(_) => source.counts.tcp.add(1),
+            Path::Connection(connection) => match connection.by() {
+                By::Tcp => source.counts.tcp.add(1),
+                By::Reference => source.counts.shm.add(1),
+                By::Ucx => source.counts.ucx.add(1),
+            },
             Path::Local { .. } => source.counts.local.add(1),
         }
         let deadline = Instant::now() + Duration::from_millis(grant.deadline_ms.min(REQUEST_DEADLINE_MS));

@@ -28,8 +28,8 @@ use crate::link::{Link, LinkId, Peer};
 use crate::outbox::{Outbox, PLACES, write_all};
 use crate::transfer::{Action, Event, Received, Transfer, refuse};
 use crate::wire::{
-    self, BY_REFERENCE, BadFrame, Body, Entry, FEATURE_HEADS, FEATURE_RESEND, FEATURE_SHARED, Header, Kind, Message,
-    Tag,
+    self, BY_REFERENCE, BadFrame, Body, Entry, FEATURE_HEADS, FEATURE_RESEND, FEATURE_SHARED, FEATURE_UCX, Header,
+    Kind, Message, Tag,
 };
 use crate::{Grant, HeadSlice, TransferError, extent};
 
@@ -83,10 +83,23 @@ impl Receiver {
             counts: Counts::default(),
             #[cfg(target_os = "linux")]
             porch: Mutex::default(),
+            #[cfg(target_os = "linux")]
+            harbour: Mutex::default(),
         });
         let accepting = tokio::spawn(accept(shared.clone(), listener));
         let alarms = tokio::spawn(ring(shared.clone()));
         Ok(Receiver { shared, accepting, alarms })
+    }
+
+    /// Lets senders that want UCX come over it, by any interface of this host and without encryption.
+    ///
+    /// # Errors
+    /// Why there is no UCX here.
+    #[cfg(target_os = "linux")]
+    pub async fn offer_ucx(&self) -> io::Result<()> {
+        let harbour = crate::ucx::Harbour::open(&self.shared).await?;
+        *lock(&self.shared.harbour) = Some(harbour);
+        Ok(())
     }
 
     /// Where senders find it.
@@ -269,6 +282,9 @@ pub(crate) struct Shared {
     /// Where senders of this host bring their arenas.
     #[cfg(target_os = "linux")]
     porch: Mutex<Option<crate::shm::Porch>>,
+    /// Where senders come over UCX.
+    #[cfg(target_os = "linux")]
+    harbour: Mutex<Option<crate::ucx::Harbour>>,
 }
 
 #[derive(Default)]
@@ -650,7 +666,10 @@ impl Shared {
         transfers.into_iter().for_each(|id| self.step(id, LinkId::NONE, Event::Closed));
         self.closing.notify_one();
         #[cfg(target_os = "linux")]
-        drop(lock(&self.porch).take());
+        {
+            drop(lock(&self.porch).take());
+            drop(lock(&self.harbour).take());
+        }
     }
 
     /// The name under which a process of this host finds this receiver.
@@ -670,6 +689,17 @@ impl Shared {
 
     #[cfg(not(target_os = "linux"))]
     fn offer(self: &Arc<Self>) -> Option<String> {
+        None
+    }
+
+    /// The port at which senders come over UCX.
+    #[cfg(target_os = "linux")]
+    fn harbour(&self) -> Option<u16> {
+        lock(&self.harbour).as_ref().map(crate::ucx::Harbour::port)
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    fn harbour(&self) -> Option<u16> {
         None
     }
 
@@ -837,10 +867,16 @@ where
     };
     // A socket of this host is made when the first sender could use it.
     let offer = if offers && theirs & FEATURE_SHARED != 0 { shared.offer() } else { None };
-    let features = FEATURE_RESEND | FEATURE_HEADS | if offer.is_some() { FEATURE_SHARED } else { 0 };
+    let harbour = if theirs & FEATURE_UCX != 0 { shared.harbour() } else { None };
+    let can = |able: bool, feature| if able { feature } else { 0 };
+    let features =
+        FEATURE_RESEND | FEATURE_HEADS | can(offer.is_some(), FEATURE_SHARED) | can(harbour.is_some(), FEATURE_UCX);
     say(to, Body::Hello { text, features }).await?;
     if let Some(name) = offer {
         say(to, Body::Offer(name)).await?;
+    }
+    if let Some(port) = harbour {
+        say(to, Body::Offer(port.to_string())).await?;
     }
     to.flush().await?;
     Ok(Some(features & theirs))

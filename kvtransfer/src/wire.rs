@@ -41,6 +41,8 @@ pub const FEATURE_RESEND: u16 = 1;
 pub const FEATURE_SHARED: u16 = 2;
 /// In HELLO: transfers may move some kv heads of blocks only. Asked of the other end by one that holds some heads only.
 pub const FEATURE_HEADS: u16 = 4;
+/// In HELLO: this end has UCX and wants it; the receiver says in an OFFER of its own at which port.
+pub const FEATURE_UCX: u16 = 0x100;
 /// Extents one RESEND names at most: it has to fit the buffer of an end that reads small frames only.
 pub const RESEND_MAX: usize = 256;
 const TEXT_BYTES_MAX: usize = 1024;

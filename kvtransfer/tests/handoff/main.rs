@@ -14,5 +14,7 @@ mod resend;
 #[cfg(target_os = "linux")]
 mod shm;
 mod time;
+#[cfg(target_os = "linux")]
+mod ucx;
 mod wire_faults;
 mod world;

@@ -13,7 +13,7 @@ use crate::raw::Raw;
 use crate::world::{EPOCH, LAYOUT, MODEL, REQUEST, World, fill, ids, pairs, until};
 
 /// Slices of whole stripes and of others, so that both ways of copying are taken.
-const LAYOUTS: [BlockLayout; 3] = [
+pub(crate) const LAYOUTS: [BlockLayout; 3] = [
     LAYOUT,
     BlockLayout { layers: 2, kv_heads: 8, head_dim: 128, block_tokens: 16, dtype: KvDtype::Bf16 },
     BlockLayout { layers: 2, kv_heads: 3, head_dim: 5, block_tokens: 7, dtype: KvDtype::F32 },
@@ -140,17 +140,28 @@ async fn a_source_block_that_changes_never_counts() {
 }
 
 /// Another process, which has the same source arena as `World` fills.
-struct Sender(Child);
+pub(crate) struct Sender(Child);
 
 impl Sender {
     fn start(grant: &Grant, layers: usize) -> Sender {
+        Sender::spawn(grant, layers, None)
+    }
+
+    /// Over UCX, which uses these transports at its end.
+    pub(crate) fn over_ucx(grant: &Grant, layers: usize, transports: &str) -> Sender {
+        Sender::spawn(grant, layers, Some(transports))
+    }
+
+    fn spawn(grant: &Grant, layers: usize, ucx: Option<&str>) -> Sender {
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "shm::other_process", "--ignored", "--nocapture"])
+            .envs(ucx.map(|transports| ("UCX_TLS", transports)))
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .spawn()
             .unwrap();
-        let line = format!("{} {} {} {layers}\n", grant.address, grant.transfer.0, grant.blocks.len());
+        let link = if ucx.is_some() { "ucx" } else { "shm" };
+        let line = format!("{} {} {} {layers} {link}\n", grant.address, grant.transfer.0, grant.blocks.len());
         child.stdin.as_mut().unwrap().write_all(line.as_bytes()).unwrap();
         Sender(child)
     }
@@ -176,11 +187,14 @@ async fn other_process() {
     let mut line = String::new();
     std::io::stdin().read_line(&mut line).unwrap();
     let fields: Vec<&str> = line.split_whitespace().collect();
-    let [address, transfer, blocks, layers] = fields[..] else { panic!("{line}") };
+    let [address, transfer, blocks, layers, link] = fields[..] else { panic!("{line}") };
     let mut source = Arena::shared(LAYOUTS[1], 64).unwrap();
     assert!(!source.bytes_mut().is_empty());
     fill(&source, &mut Rng::new(1));
     let links = Links::new(Arc::new(Loopback), Arc::new(source), MODEL);
+    if link == "ucx" {
+        links.prefer_ucx();
+    }
     let (transfer, blocks) = (TransferId(transfer.parse().unwrap()), ids(0..blocks.parse().unwrap()));
     let (address, layout, deadline_ms) = (address.to_string(), LAYOUTS[1], 60_000);
     let grant = Grant {
@@ -200,7 +214,8 @@ async fn other_process() {
     for layer in 0..layers {
         outgoing.send(layer, &pairs).await.unwrap();
     }
-    assert_eq!(links.counters().shm, 1);
+    let counters = links.counters();
+    assert_eq!(if link == "ucx" { counters.ucx } else { counters.shm }, 1);
     match layers as u32 == LAYOUTS[1].layers {
         true => drop(outgoing.commit().await.unwrap()),
         false => std::future::pending().await,
