@@ -27,7 +27,8 @@ const LAYERS: u32 = 4;
 /// takes), checked and committed as a handoff is; and as a memcpy on one core, and through a plain blocking socket. All
 /// are measured in turn in every round: figures are medians over the rounds, ratios are medians of each round's ratio,
 /// spread is the distance from the slowest round to the fastest over the median. "streaming" goes through 256 MiB that
-/// no cache holds, "resident" through 1 MiB again and again.
+/// no cache holds, "resident" through 1 MiB again and again. "shm" sends blocks for the first time, "shm again" full blocks
+/// that were sent before, whose checksums the sender has kept; "ucx" is there where the library is.
 #[derive(Args, Debug)]
 pub(crate) struct TransferFlags {
     /// Rounds over all figures of a size
@@ -136,7 +137,13 @@ impl Measured {
 /// Which path is compared with which, and what the ratio of their speeds must reach for blocks of `kib`.
 fn ratios(kib: usize) -> Vec<(&'static str, &'static str, Option<f64>)> {
     let large = |target: f64| (kib == 1024).then_some(target);
-    vec![("tcp", "socket", large(0.9)), ("local", "memcpy", None), ("shm", "memcpy", large(0.8))]
+    vec![
+        ("tcp", "socket", large(0.9)),
+        ("ucx", "socket", None),
+        ("local", "memcpy", None),
+        ("shm", "memcpy", large(0.8)),
+        ("shm again", "memcpy", large(0.8)),
+    ]
 }
 
 fn sorted(values: impl Iterator<Item = f64>) -> Vec<f64> {
