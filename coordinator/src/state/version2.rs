@@ -49,7 +49,6 @@ impl From<Ledger> for super::Ledger {
 #[cfg(test)]
 mod tests {
     use super::super::{CodecError, Settings, decode_batch, decode_ledger};
-    use super::*;
 
     /// From the log of a coordinator of version 2: it founds its cluster, notes itself as a node, and is told of a tenant and
     /// of its key; and the ledger after that.
