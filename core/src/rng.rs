@@ -56,6 +56,17 @@ impl Rng {
         self.u64() as u128 | (self.u64() as u128) << 64
     }
 
+    /// Bytes that no number taken from here tells anything about, for keys. They are the same whenever they are asked for.
+    pub fn secret(&self) -> [u8; 32] {
+        let mut secret = [0; 32];
+        for (part, word) in
+            secret.chunks_exact_mut(4).zip([0, 1].into_iter().flat_map(|n| self.philox.at([n, 0, 0, 2])))
+        {
+            part.copy_from_slice(&word.to_le_bytes());
+        }
+        secret
+    }
+
     /// A number in [0, 1).
     pub fn f64(&mut self) -> f64 {
         (self.u64() >> 11) as f64 * (1.0 / (1u64 << 53) as f64)

@@ -42,6 +42,7 @@ pub async fn start(config: Config, model: LoadedModel, env: Env) -> Result<Runni
     let listen = &opened.config.kv_listen;
     let receiver = Receiver::listen(net.clone(), listen, arena, &numerics).await;
     let receiver = receiver.map_err(|source| StartError::Listen { address: listen.clone(), source })?;
+    receiver.issue_tickets(opened.secret(), opened.config.kv_tickets_required);
     let kv_advertise = opened.config.kv_advertise.clone();
     let kv_address = kv_advertise.unwrap_or_else(|| opened.config.advertised(&receiver.address()));
     let joined = opened.join().await?;

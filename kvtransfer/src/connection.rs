@@ -17,7 +17,9 @@ use crate::loan::Borrowed;
 use crate::outbox::{Outbox, PLACES, write_all};
 use crate::sending::Sending;
 use crate::sums::Sums;
-use crate::wire::{BadFrame, Body, ENTRY_BYTES, FEATURE_SHARED, FEATURE_UCX, Header, Message, Tag, VERSION};
+use crate::wire::{
+    BadFrame, Body, ENTRY_BYTES, FEATURE_SHARED, FEATURE_TICKETS, FEATURE_UCX, Header, Message, Tag, VERSION,
+};
 
 /// Frames by reference of a link that are under way: they take no memory, and the more there are the fewer times either
 /// end has to wake the other.
@@ -26,6 +28,8 @@ const REFERENCES: usize = 64;
 pub(crate) struct Connection {
     peer: String,
     by: By,
+    /// What both ends can do (`wire::FEATURE_*`).
+    features: u16,
     /// DATA payload bytes that the receiver has taken.
     acknowledged: watch::Sender<u64>,
     pub(crate) outbox: Outbox,
@@ -132,10 +136,11 @@ pub(crate) struct Sent {
 }
 
 impl Connection {
-    pub(crate) fn new(peer: &str, by: By) -> Connection {
+    pub(crate) fn new(peer: &str, by: By, features: u16) -> Connection {
         Connection {
             peer: peer.to_string(),
             by,
+            features,
             acknowledged: watch::Sender::new(0),
             outbox: Outbox::new(if by == By::Reference { REFERENCES } else { PLACES }),
             credits: Semaphore::new(HANDOFF_CREDIT_BYTES),
@@ -184,6 +189,10 @@ impl Connection {
 
     pub(crate) fn by(&self) -> By {
         self.by
+    }
+
+    pub(crate) fn takes_tickets(&self) -> bool {
+        self.features & FEATURE_TICKETS != 0
     }
 
     pub(crate) fn by_reference(&self) -> bool {

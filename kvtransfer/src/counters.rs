@@ -23,10 +23,12 @@ pub enum Dropped {
     Late,
     /// Checksum or shape.
     Damaged,
+    /// Its sender was given no ticket for the transfer; the link is closed.
+    Forged,
 }
 
 impl Dropped {
-    pub const ALL: [Dropped; 11] = {
+    pub const ALL: [Dropped; 12] = {
         use Dropped::*;
         [
             Unknown,
@@ -40,6 +42,7 @@ impl Dropped {
             Replayed,
             Late,
             Damaged,
+            Forged,
         ]
     };
 
@@ -56,6 +59,7 @@ impl Dropped {
             Dropped::Replayed => "replayed",
             Dropped::Late => "late",
             Dropped::Damaged => "damaged",
+            Dropped::Forged => "forged",
         }
     }
 }

@@ -32,6 +32,8 @@ pub struct Grant {
     pub blocks: Vec<BlockId>,
     /// Milliseconds from the grant until the receiver gives up.
     pub deadline_ms: u64,
+    /// What opens the transfer, for its sender alone; zero: nothing is asked for.
+    pub ticket: u128,
 }
 
 impl Grant {

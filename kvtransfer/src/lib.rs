@@ -25,6 +25,7 @@ mod sending;
 #[cfg(target_os = "linux")]
 mod shm;
 mod sums;
+mod ticket;
 mod transfer;
 #[cfg(target_os = "linux")]
 mod ucx;

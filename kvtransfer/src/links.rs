@@ -15,8 +15,11 @@ use crate::connection::{By, Connection, Greeted, connect, greet, within};
 use crate::counters::{Fallback, LinkCounters, LinkCounts};
 use crate::receiver::{Receiver, Shared};
 use crate::sums::Sums;
-use crate::wire::{FEATURE_HEADS, FEATURE_RESEND, FEATURE_SHARED, FEATURE_UCX};
+use crate::wire::{FEATURE_HEADS, FEATURE_RESEND, FEATURE_SHARED, FEATURE_TICKETS, FEATURE_UCX};
 use crate::{Grant, HeadSlice, Outgoing, TransferError, extent, wire};
+
+/// What a sender can do over any link.
+const FEATURES: u16 = FEATURE_RESEND | FEATURE_HEADS | FEATURE_TICKETS;
 
 /// The links of one cache. Clones share them; they end with the last clone and the last transfer.
 #[derive(Clone)]
@@ -233,8 +236,7 @@ impl Keeper {
     async fn connect(&self) -> Result<Greeted, TransferError> {
         let wants_ucx = self.ucx.load(Relaxed);
         let can = |able: bool, feature| if able { feature } else { 0 };
-        let features =
-            FEATURE_RESEND | FEATURE_HEADS | can(is_shared(&self.arena), FEATURE_SHARED) | can(wants_ucx, FEATURE_UCX);
+        let features = FEATURES | can(is_shared(&self.arena), FEATURE_SHARED) | can(wants_ucx, FEATURE_UCX);
         let greeted = connect(&*self.net, &self.address, &self.compatibility, features).await?;
         if self.is_part && greeted.features & FEATURE_HEADS == 0 {
             let (ours, theirs) = (format!("{}, some heads", self.compatibility), self.compatibility.clone());
@@ -268,7 +270,7 @@ impl Keeper {
         let mut found = tokio::net::lookup_host((host.trim_matches(['[', ']']), port)).await.map_err(unreachable)?;
         let address = found.next().ok_or_else(|| unreachable(std::io::Error::other("no address")))?;
         let stream = crate::ucx::connect(address).await.map_err(unreachable)?;
-        let greeting = greet(Box::new(stream), &self.address, &self.compatibility, FEATURE_RESEND | FEATURE_HEADS);
+        let greeting = greet(Box::new(stream), &self.address, &self.compatibility, FEATURES);
         let mut over = within(&self.address, greeting).await.map_err(|error| (Fallback::Refused, error.to_string()))?;
         over.by = By::Ucx;
         Ok(over)
@@ -291,7 +293,7 @@ impl Keeper {
         }
         let stream = crate::shm::connect(name, &self.arena).await;
         let stream = stream.map_err(|error| (Fallback::Unreachable, error.to_string()))?;
-        let greeting = greet(Box::new(stream), &self.address, &self.compatibility, FEATURE_RESEND | FEATURE_HEADS);
+        let greeting = greet(Box::new(stream), &self.address, &self.compatibility, FEATURES);
         let shared = within(&self.address, greeting).await;
         let mut shared = shared.map_err(|error| (Fallback::Refused, error.to_string()))?;
         shared.by = By::Reference;
@@ -306,7 +308,7 @@ impl Keeper {
     /// One connection until it fails.
     async fn serve(&self, greeted: Greeted) -> TransferError {
         self.counts.connected.add(1);
-        let live = Live(Arc::new(Connection::new(&self.address, greeted.by)));
+        let live = Live(Arc::new(Connection::new(&self.address, greeted.by, greeted.features)));
         self.state.send_replace(State::Up(live.0.clone()));
         let cause = live.0.run(greeted).await;
         live.0.fail(&cause);

@@ -97,7 +97,12 @@ impl Outgoing {
     }
 
     async fn open(self) -> Result<Outgoing, TransferError> {
-        self.tell(Body::Open { request: self.grant.request, grant: self.digest })?;
+        let takes_tickets = match &self.path {
+            Path::Connection(connection) => connection.takes_tickets(),
+            Path::Local { .. } => true,
+        };
+        let ticket = Some(self.grant.ticket).filter(|ticket| takes_tickets && *ticket != 0);
+        self.tell(Body::Open { request: self.grant.request, grant: self.digest, ticket })?;
         let patience = Duration::from_millis(HANDOFF_CONNECT_MS);
         let silent = |_| TransferError::Lost {
             peer: self.grant.address.clone(),

@@ -7,7 +7,7 @@ use std::any::Any;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::marker::PhantomData;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use baton_core::limits::{
@@ -26,10 +26,11 @@ use crate::extent::Landing;
 use crate::frames::{Frames, ReadError};
 use crate::link::{Link, LinkId, Peer};
 use crate::outbox::{Outbox, PLACES, write_all};
+use crate::ticket::Tickets;
 use crate::transfer::{Action, Event, Received, Transfer, refuse};
 use crate::wire::{
-    self, BY_REFERENCE, BadFrame, Body, Entry, FEATURE_HEADS, FEATURE_RESEND, FEATURE_SHARED, FEATURE_UCX, Header,
-    Kind, Message, Tag,
+    self, BY_REFERENCE, BadFrame, Body, Entry, FEATURE_HEADS, FEATURE_RESEND, FEATURE_SHARED, FEATURE_TICKETS,
+    FEATURE_UCX, Header, Kind, Message, Tag,
 };
 use crate::{Grant, HeadSlice, TransferError, extent};
 
@@ -81,6 +82,7 @@ impl Receiver {
             alarm_set: Notify::new(),
             closing: Notify::new(),
             counts: Counts::default(),
+            tickets: OnceLock::new(),
             #[cfg(target_os = "linux")]
             porch: Mutex::default(),
             #[cfg(target_os = "linux")]
@@ -89,6 +91,13 @@ impl Receiver {
         let accepting = tokio::spawn(accept(shared.clone(), listener));
         let alarms = tokio::spawn(ring(shared.clone()));
         Ok(Receiver { shared, accepting, alarms })
+    }
+
+    /// Asks senders for tickets, which are made with `secret`, for every grant from here on. One that knows no tickets, of
+    /// an earlier release, is served only if they are not `required`; what anybody else says without a valid one closes
+    /// its link and is counted.
+    pub fn issue_tickets(&self, secret: [u8; 32], required: bool) {
+        let _ = self.shared.tickets.set(Tickets::new(secret, required));
     }
 
     /// Lets senders that want UCX come over it, by any interface of this host and without encryption.
@@ -279,6 +288,7 @@ pub(crate) struct Shared {
     alarm_set: Notify,
     closing: Notify,
     counts: Counts,
+    tickets: OnceLock<Tickets>,
     /// Where senders of this host bring their arenas.
     #[cfg(target_os = "linux")]
     porch: Mutex<Option<crate::shm::Porch>>,
@@ -342,7 +352,10 @@ impl Shared {
         };
         let Wanted { request, epoch, blocks, .. } = wanted;
         let (address, layout, deadline_ms) = (self.address.clone(), *arena.layout(), deadline.as_millis() as u64);
-        let grant = Grant { transfer, attempt, epoch, request, address, layout, slice, blocks, deadline_ms };
+        let ticket = 0;
+        let mut grant =
+            Grant { transfer, attempt, epoch, request, address, layout, slice, blocks, deadline_ms, ticket };
+        grant.ticket = self.tickets.get().map_or(0, |tickets| tickets.of(&grant));
         let transfer = Transfer::new(grant.clone());
         let pending = Pending { transfer, arena, guard: Some(guard), done: Some(done), remains: Some(remains) };
         let alarm = Instant::now() + deadline;
@@ -442,6 +455,7 @@ impl Shared {
         header: &Header,
         frames: &mut Frames<R>,
     ) -> Result<(), ReadError> {
+        self.refuse_forged(link, header.tag)?;
         let Some((layout, slice)) = self.moving(header.tag.transfer) else {
             self.counts.drop(Dropped::Unknown);
             return skip(frames, header.length as usize).await;
@@ -626,8 +640,13 @@ impl Shared {
     /// Takes a sender's message about a transfer. An error is a message that no sender says.
     pub(crate) fn hear(&self, link: &Link, message: Message) -> Result<(), BadFrame> {
         let tag = message.tag;
+        match message.body {
+            Body::Open { ticket, .. } => self.check_ticket(link, tag, ticket)?,
+            Body::Ping => {}
+            _ => self.refuse_forged(link, tag)?,
+        }
         let event = match message.body {
-            Body::Open { request, grant } => Event::Open { tag, request, grant, resends: link.resends() },
+            Body::Open { request, grant, .. } => Event::Open { tag, request, grant, resends: link.resends() },
             Body::Commit(summary) => Event::Commit { tag, summary },
             Body::Abort { reason, quiesced } => Event::Abort { reason, quiesced },
             Body::Aborted { quiesced: true } => Event::Quiesced,
@@ -636,6 +655,29 @@ impl Shared {
         };
         self.step(tag.transfer, link.id, event);
         Ok(())
+    }
+
+    /// An OPEN of what was granted, by somebody who was not given the ticket. One of what is over is refused as ever.
+    fn check_ticket(&self, link: &Link, tag: Tag, shown: Option<u128>) -> Result<(), BadFrame> {
+        let (Some(tickets), Some(pending)) = (self.tickets.get(), self.pending(tag.transfer)) else { return Ok(()) };
+        let admitted = {
+            let grant = &lock(&pending).transfer.grant;
+            // A grant without a ticket is older than the tickets.
+            grant.tag() != tag || grant.ticket == 0 || tickets.admit(link, grant, shown)
+        };
+        if admitted { Ok(()) } else { self.forged() }
+    }
+
+    /// Anything else about a transfer, by somebody who has not opened it.
+    fn refuse_forged(&self, link: &Link, tag: Tag) -> Result<(), BadFrame> {
+        let (Some(_), Some(pending)) = (self.tickets.get(), self.pending(tag.transfer)) else { return Ok(()) };
+        let is_forged = lock(&pending).transfer.is_forged(link.id, tag);
+        if is_forged { self.forged() } else { Ok(()) }
+    }
+
+    fn forged(&self) -> Result<(), BadFrame> {
+        self.counts.drop(Dropped::Forged);
+        Err(BadFrame::Forged)
     }
 
     /// A new link, to the peer that `peer` makes for its number.
@@ -845,7 +887,10 @@ where
     W: AsyncWrite + Unpin,
 {
     let text = shared.compatibility.clone();
-    let fits = |features: u16| !shared.is_part || features & FEATURE_HEADS != 0;
+    let tickets = shared.tickets.get();
+    let is_required = tickets.is_some_and(|tickets| tickets.required);
+    let needed = if shared.is_part { FEATURE_HEADS } else { 0 } | if is_required { FEATURE_TICKETS } else { 0 };
+    let fits = |features: u16| features & needed == needed;
     let theirs = match frames.message().await {
         Ok(Message { body: Body::Hello { text: theirs, features }, .. }) => {
             (theirs == text && fits(features)).then_some(features)
@@ -859,6 +904,7 @@ where
     };
     let Some(theirs) = theirs else {
         let text = if shared.is_part { format!("{text}, some heads") } else { text };
+        let text = if is_required { format!("{text}, with tickets") } else { text };
         say(to, Body::Mismatch(text)).await?;
         to.flush().await?;
         shared.counts.mismatched.add(1);
@@ -869,8 +915,11 @@ where
     let offer = if offers && theirs & FEATURE_SHARED != 0 { shared.offer() } else { None };
     let harbour = if theirs & FEATURE_UCX != 0 { shared.harbour() } else { None };
     let can = |able: bool, feature| if able { feature } else { 0 };
-    let features =
-        FEATURE_RESEND | FEATURE_HEADS | can(offer.is_some(), FEATURE_SHARED) | can(harbour.is_some(), FEATURE_UCX);
+    let features = FEATURE_RESEND
+        | FEATURE_HEADS
+        | can(tickets.is_some(), FEATURE_TICKETS)
+        | can(offer.is_some(), FEATURE_SHARED)
+        | can(harbour.is_some(), FEATURE_UCX);
     say(to, Body::Hello { text, features }).await?;
     if let Some(name) = offer {
         say(to, Body::Offer(name)).await?;

@@ -274,6 +274,16 @@ impl Transfer {
         Ok(())
     }
 
+    /// Whether a frame over `link` names this attempt though another link's sender was given it, or nobody has opened it.
+    pub(crate) fn is_forged(&self, link: LinkId, tag: Tag) -> bool {
+        let writer = match self.state {
+            State::Granted => None,
+            State::Open(writer) | State::Quarantined(writer) => Some(writer),
+            State::Ended => return false,
+        };
+        self.named(tag).is_ok() && writer != Some(link)
+    }
+
     /// Whether a DATA frame may be looked into.
     pub(crate) fn admit(&self, link: LinkId, header: &Header) -> Result<(), Dropped> {
         match self.state {

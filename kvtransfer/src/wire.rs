@@ -41,6 +41,8 @@ pub const FEATURE_RESEND: u16 = 1;
 pub const FEATURE_SHARED: u16 = 2;
 /// In HELLO: transfers may move some kv heads of blocks only. Asked of the other end by one that holds some heads only.
 pub const FEATURE_HEADS: u16 = 4;
+/// In HELLO: OPEN carries the grant's ticket.
+pub const FEATURE_TICKETS: u16 = 8;
 /// In HELLO: this end has UCX and wants it; the receiver says in an OFFER of its own at which port.
 pub const FEATURE_UCX: u16 = 0x100;
 /// Extents one RESEND names at most: it has to fit the buffer of an end that reads small frames only.
@@ -72,6 +74,8 @@ pub enum BadFrame {
     Shape(Kind),
     #[error("frames are missing: {expected} bytes had passed, the next frame begins at {found}")]
     Gap { expected: u64, found: u64 },
+    #[error("a frame about a transfer that was granted to somebody else")]
+    Forged,
     #[error("{acknowledged} bytes acknowledged, {sent} sent")]
     Acknowledged { acknowledged: u64, sent: u64 },
 }
@@ -196,10 +200,11 @@ pub enum Body {
     },
     /// The answer to a Hello that does not fit: the text here.
     Mismatch(String),
-    /// The sender wants to write; `grant` is the digest of the grant it holds.
+    /// The sender wants to write; `grant` is the digest of the grant it holds. The ticket only if both ends know tickets.
     Open {
         request: RequestId,
         grant: u128,
+        ticket: Option<u128>,
     },
     Opened,
     Refused(Refused),
@@ -269,7 +274,10 @@ impl Body {
         match self {
             Body::Hello { text, .. } => (Kind::Hello, clipped(text)),
             Body::Mismatch(text) => (Kind::Mismatch, clipped(text)),
-            Body::Open { request, grant } => (Kind::Open, [request.0.to_le_bytes(), grant.to_le_bytes()].concat()),
+            Body::Open { request, grant, ticket } => {
+                let fields = [request.0, *grant].into_iter().chain(*ticket);
+                (Kind::Open, fields.flat_map(u128::to_le_bytes).collect())
+            }
             Body::Opened => (Kind::Opened, Vec::new()),
             Body::Refused(reason) => (Kind::Refused, reason.as_str().into()),
             Body::Ack(_) => (Kind::Ack, Vec::new()),
@@ -295,9 +303,11 @@ impl Body {
             Kind::Hello => Some(Body::Hello { text: text()?.to_string(), features: header.flags }),
             Kind::Mismatch => Some(Body::Mismatch(text()?.to_string())),
             Kind::Open => {
-                let (request, grant) = payload.split_first_chunk::<16>()?;
-                let request = RequestId(u128::from_le_bytes(*request));
-                Some(Body::Open { request, grant: u128::from_le_bytes(grant.try_into().ok()?) })
+                let (fields, rest) = payload.as_chunks::<16>();
+                let field = |at: usize| fields.get(at).map(|bytes| u128::from_le_bytes(*bytes));
+                let shaped = rest.is_empty() && (2..=3).contains(&fields.len());
+                let (request, grant, ticket) = (RequestId(field(0)?), field(1)?, field(2));
+                shaped.then_some(Body::Open { request, grant, ticket })
             }
             Kind::Opened => empty(Body::Opened),
             Kind::Refused => Some(Body::Refused(Refused::parse(text()?)?)),

@@ -24,6 +24,9 @@ pub struct Config {
     /// something between that is meant to see the bytes. Handoffs that come that way never use shared memory.
     #[serde(default)]
     pub kv_advertise: Option<String>,
+    /// Whether a prefill worker that knows no tickets for handoffs, of an earlier release, is turned away.
+    #[serde(default)]
+    pub kv_tickets_required: bool,
     /// Host under which other processes reach this worker, without a port.
     pub advertise_host: String,
     /// gRPC addresses of the coordinators, at least one.

@@ -16,6 +16,7 @@ pub fn to_wire(grant: Grant) -> v1::Grant {
         slice: grant.slice.map(|HeadSlice { of, first }| v1::HeadSlice { of, first }),
         blocks: grant.blocks.into_iter().map(Into::into).collect(),
         deadline_ms: grant.deadline_ms,
+        ticket: if grant.ticket == 0 { Default::default() } else { grant.ticket.to_le_bytes().to_vec().into() },
     }
 }
 
@@ -31,7 +32,17 @@ pub fn from_wire(grant: Option<v1::Grant>) -> Result<Grant, BadMessage> {
         slice: grant.slice.map(|v1::HeadSlice { of, first }| HeadSlice { of, first }),
         blocks: grant.blocks.into_iter().map(BlockId::from).collect(),
         deadline_ms: grant.deadline_ms,
+        ticket: ticket(&grant.ticket)?,
     })
+}
+
+/// A decode worker of an earlier release gives none.
+fn ticket(bytes: &[u8]) -> Result<u128, BadMessage> {
+    if bytes.is_empty() {
+        return Ok(0);
+    }
+    let bytes = bytes.try_into().map_err(|_| BadMessage { field: "grant.ticket", problem: "has not 16 bytes" })?;
+    Ok(u128::from_le_bytes(bytes))
 }
 
 #[cfg(test)]
@@ -53,6 +64,7 @@ mod tests {
             slice: Some(HeadSlice { of: 4, first: 3 }),
             blocks: vec![BlockId { index: 4, generation: 2 }],
             deadline_ms: 100,
+            ticket: 0x1234_5678_9abc_def0_1111,
         };
         assert_eq!(from_wire(Some(to_wire(grant.clone()))), Ok(grant));
         assert!(from_wire(None).is_err());

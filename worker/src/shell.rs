@@ -147,6 +147,11 @@ impl Opened {
         self.engine.handle()
     }
 
+    /// What this life keeps to itself.
+    pub fn secret(&self) -> [u8; 32] {
+        self.rng.secret()
+    }
+
     /// Where others reach the gRPC service.
     pub fn address(&self) -> String {
         self.config.advertised(&self.listener.address())

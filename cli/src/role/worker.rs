@@ -31,7 +31,7 @@ const SEQUENCES_MAX: usize = 256;
 /// (`baton drain`) or make it serve the other role with the weights it has (`baton role`). A worker that the cluster has given
 /// up for its silence drops what it had and registers anew.
 ///
-/// Keys of the TOML file, as the flags of these names: id, listen, kv_listen, kv_advertise, advertise_host, coordinators (a list), model,
+/// Keys of the TOML file, as the flags of these names: id, listen, kv_listen, kv_advertise, kv_tickets_required, advertise_host, coordinators (a list), model,
 /// threads, tp, device, profile, quantize, metrics, kv_bytes, kv_host_bytes, kv_disk, kv_disk_bytes, drain_ms, autonomy_ms. In the table [engine]: blocks (--kv-blocks), batch_tokens_max (--batch-tokens),
 /// sequences_max (sequences worked on at a time, 256), queue_max (requests that wait before more are refused, 256),
 /// prefix_cache (whether finished blocks are kept and found by content, true).
@@ -56,6 +56,9 @@ pub(crate) struct WorkerFlags {
     /// [default: its port at --advertise-host]
     #[arg(long, value_name = "HOST:PORT")]
     kv_advertise: Option<String>,
+    /// Turn away prefill workers of releases before handoffs had tickets (decode workers)
+    #[arg(long)]
+    kv_tickets_required: bool,
     /// Host under which other processes reach this worker [default: 127.0.0.1]
     #[arg(long, value_name = "HOST")]
     advertise_host: Option<String>,
@@ -235,6 +238,7 @@ fn settings(flags: WorkerFlags, role: Role) -> Result<(Own, Settings), Failure> 
     settings.flag("listen", flags.listen);
     settings.flag("kv_listen", flags.kv_listen);
     settings.flag("kv_advertise", flags.kv_advertise);
+    settings.flag("kv_tickets_required", flags.kv_tickets_required.then_some(true));
     settings.flag("advertise_host", flags.advertise_host);
     settings.flag("coordinators", texts(&flags.coordinators));
     settings.flag("kv_host_bytes", flags.kv_host_bytes);

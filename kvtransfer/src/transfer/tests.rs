@@ -21,6 +21,7 @@ fn grant() -> Grant {
         slice: None,
         blocks,
         deadline_ms: 1,
+        ticket: 0,
     }
 }
 

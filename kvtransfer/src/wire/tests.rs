@@ -24,7 +24,11 @@ fn body() -> impl Strategy<Value = Body> {
         ".{0,200}".prop_map(Body::Offer),
         prop::collection::vec(any::<(u32, u32)>(), 1..=RESEND_MAX).prop_map(Body::Resend),
         ".{0,200}".prop_map(Body::Mismatch),
-        (any::<u128>(), any::<u128>()).prop_map(|(id, grant)| Body::Open { request: RequestId(id), grant }),
+        (any::<u128>(), any::<u128>(), any::<Option<u128>>()).prop_map(|(id, grant, ticket)| Body::Open {
+            request: RequestId(id),
+            grant,
+            ticket
+        }),
         Just(Body::Opened),
         refused.prop_map(Body::Refused),
         any::<u64>().prop_map(Body::Ack),

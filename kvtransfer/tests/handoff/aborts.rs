@@ -17,7 +17,7 @@ fn boundaries(world: &World) -> Vec<usize> {
     let control = |body| Message { tag: Tag::default(), body }.encode().len();
     let mut frames = vec![
         control(Body::Hello { text: hello, features: 0 }),
-        control(Body::Open { request: grant.request, grant: 0 }),
+        control(Body::Open { request: grant.request, grant: 0, ticket: None }),
     ];
     let data = Frame::new(&world.source, &grant, 0, &pairs(&ids(0..1))).encode().len();
     frames.extend(std::iter::repeat_n(data, 32 * 3));

@@ -57,7 +57,11 @@ fn body(rng: &mut Rng, kind: Kind, grant: &Grant) -> Body {
     match kind {
         Kind::Hello => Body::Hello { text: text(rng), features: rng.u64() as u16 },
         Kind::Mismatch => Body::Mismatch(text(rng)),
-        Kind::Open => Body::Open { request: RequestId(request), grant: pick(rng, &[grant.digest(), 0, 1]) },
+        Kind::Open => Body::Open {
+            request: RequestId(request),
+            grant: pick(rng, &[grant.digest(), 0, 1]),
+            ticket: pick(rng, &[None, Some(0), Some(grant.ticket)]),
+        },
         Kind::Opened => Body::Opened,
         Kind::Refused => Body::Refused(pick(rng, Refused::ALL)),
         Kind::Ack => Body::Ack(number(rng, 1000)),
@@ -127,6 +131,7 @@ fn others_are_untouched(world: &World) -> bool {
 async fn a_receiver_survives_any_message() {
     let net = Memory::default();
     let world = World::over(Arc::new(net.clone()), crate::world::LAYOUT, 8).await;
+    world.receiver.issue_tickets([7; 32], false);
     let mut rng = Rng::new(11);
     for round in 0..rounds_per_kind() * KINDS.len() as u64 {
         let kind = KINDS[round as usize % KINDS.len()];
@@ -186,6 +191,7 @@ async fn links_survive_any_message() {
             slice: None,
             blocks: blocks.clone(),
             deadline_ms,
+            ticket: 0,
         };
         let (links, pairs) = (world.links.clone(), pairs(&blocks));
         let honest = grant.clone();

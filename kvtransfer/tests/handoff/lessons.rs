@@ -328,7 +328,7 @@ async fn a_sender_that_stops_reading_is_lost() {
     // Each of these is answered; nobody reads the answers.
     let asking = tokio::spawn(async move {
         loop {
-            raw.say(grant.tag(), Body::Open { request: grant.request, grant: grant.digest() }).await;
+            raw.say(grant.tag(), Body::Open { request: grant.request, grant: grant.digest(), ticket: None }).await;
             tokio::task::yield_now().await;
         }
     });
@@ -350,5 +350,6 @@ fn grant(transfer: TransferId) -> Grant {
         slice: None,
         blocks,
         deadline_ms: 60_000,
+        ticket: 0,
     }
 }

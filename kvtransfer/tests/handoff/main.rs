@@ -13,6 +13,7 @@ mod raw;
 mod resend;
 #[cfg(target_os = "linux")]
 mod shm;
+mod tickets;
 mod time;
 #[cfg(target_os = "linux")]
 mod ucx;

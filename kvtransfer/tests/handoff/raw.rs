@@ -45,8 +45,13 @@ impl Raw {
     }
 
     pub(crate) async fn open(&mut self, grant: &Grant) -> Body {
-        self.say(grant.tag(), Body::Open { request: grant.request, grant: grant.digest() }).await;
+        self.ask(grant, None).await;
         self.hear().await.unwrap().body
+    }
+
+    /// OPEN with a ticket or without.
+    pub(crate) async fn ask(&mut self, grant: &Grant, ticket: Option<u128>) {
+        self.say(grant.tag(), Body::Open { request: grant.request, grant: grant.digest(), ticket }).await;
     }
 
     pub(crate) async fn say(&mut self, tag: Tag, body: Body) {

@@ -207,6 +207,7 @@ async fn other_process() {
         slice: None,
         blocks,
         deadline_ms,
+        ticket: 0,
     };
     let pairs = pairs(&grant.blocks);
     let mut outgoing = links.open(grant).await.unwrap();

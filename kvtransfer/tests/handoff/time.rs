@@ -104,6 +104,7 @@ async fn grant_by_hand(net: &Memory) -> (Grant, Box<dyn Listener>) {
         slice: None,
         blocks,
         deadline_ms,
+        ticket: 0,
     };
     (grant, listener)
 }

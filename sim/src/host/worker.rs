@@ -67,6 +67,7 @@ fn config(world: &World, host: &str, role: Role) -> Config {
         listen: format!("0.0.0.0:{WORKER_PORT}"),
         kv_listen: format!("0.0.0.0:{KV_PORT}"),
         kv_advertise: None,
+        kv_tickets_required: false,
         advertise_host: host.to_string(),
         coordinators: world.topology.coordinator_addresses(),
         drain_ms: DRAIN.as_millis() as u64,
