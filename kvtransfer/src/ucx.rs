@@ -203,6 +203,9 @@ impl AsyncWrite for UcxStream {
             bytes.extend_from_slice(&piece[..piece.len().min(PIECE_BYTES - bytes.len())]);
         }
         let count = bytes.len();
+        if count == 0 {
+            return Poll::Ready(Ok(0));
+        }
         pipe.unsent += count;
         drop(pipe);
         engine()?.order(Order::Send { id: self.id, bytes });
@@ -260,6 +263,12 @@ fn engine() -> io::Result<&'static Engine> {
     ENGINE.get_or_init(start).as_ref().map_err(|why| io::Error::new(io::ErrorKind::Unsupported, why.clone()))
 }
 
+/// Bounded by what its senders may have in it: a stream's `UNSENT_BYTES` in orders of one byte at least, and a few of others.
+#[allow(clippy::disallowed_methods)] // A bound of its own would stop the thread, which drops streams, on itself.
+fn ordering() -> (mpsc::Sender<Order>, mpsc::Receiver<Order>) {
+    mpsc::channel()
+}
+
 fn start() -> Result<Engine, String> {
     let ucp = Ucp::load()?;
     // SAFETY: a new descriptor, nobody else's.
@@ -270,9 +279,9 @@ fn start() -> Result<Engine, String> {
         }
     };
     let heard = bell.try_clone().map_err(|error| error.to_string())?;
-    let (orders, ordered) = mpsc::channel();
-    let (tell, told) = mpsc::channel();
-    let run = move || match Worker::new(ucp) {
+    let (orders, ordered) = ordering();
+    let (tell, told) = mpsc::sync_channel(1);
+    let run = move || match Pump::new(ucp) {
         Ok(worker) => {
             let _ = tell.send(Ok(()));
             worker.run(&ordered, &heard);
@@ -316,7 +325,7 @@ fn happened(what: Happened) {
 }
 
 unsafe extern "C" fn on_sent(request: *mut c_void, status: Status, operation: *mut c_void) {
-    // SAFETY: `Worker::begin` leaked it, for this one call; the request is ours to free.
+    // SAFETY: `Pump::begin` leaked it, for this one call; the request is ours to free.
     unsafe {
         happened(Happened::Finished(Box::from_raw(operation.cast()), status));
         if let Ok(ucp) = Ucp::load() {
@@ -354,7 +363,7 @@ struct Listening {
     streams: queue::Sender<UcxStream>,
 }
 
-struct Worker {
+struct Pump {
     ucp: &'static Ucp,
     handle: Handle,
     /// Readable when there is something to do.
@@ -364,8 +373,8 @@ struct Worker {
     numbered: u64,
 }
 
-impl Worker {
-    fn new(ucp: &'static Ucp) -> Result<Worker, String> {
+impl Pump {
+    fn new(ucp: &'static Ucp) -> Result<Pump, String> {
         let failed = |call: &str, status| format!("{call}: {}", ucp.describe(status));
         let (mut library, mut handle, mut events) = (null_mut(), null_mut(), -1);
         // SAFETY: zero is a valid value of every field; what the masks name is set; handles are used on this thread alone.
@@ -395,7 +404,7 @@ impl Worker {
             }
         }
         let (lines, listeners) = Default::default();
-        Ok(Worker { ucp, handle, events, lines, listeners, numbered: 0 })
+        Ok(Pump { ucp, handle, events, lines, listeners, numbered: 0 })
     }
 
     /// For the life of the process.
@@ -456,7 +465,7 @@ impl Worker {
 
     fn take(&mut self, what: Happened) {
         match what {
-            Happened::Finished(operation, status) => self.finished(operation, status),
+            Happened::Finished(operation, status) => self.finished(*operation, status),
             Happened::Failed(id, status) => {
                 self.end(id, self.ucp.describe(status));
                 self.close(id, sys::EP_CLOSE_FORCE);
@@ -574,8 +583,8 @@ impl Worker {
         happened(Happened::Finished(unsafe { Box::from_raw(operation) }, status));
     }
 
-    fn finished(&mut self, operation: Box<Operation>, status: Status) {
-        let Operation { id, kind, mut buffer, length } = *operation;
+    fn finished(&mut self, operation: Operation, status: Status) {
+        let Operation { id, kind, mut buffer, length } = operation;
         if kind == Operating::Closing {
             self.end(id, "closed".into());
             self.lines.remove(&id);
