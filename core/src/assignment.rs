@@ -13,6 +13,16 @@ pub struct Place {
     pub address: String,
 }
 
+/// A worker that has leading blocks of a request.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Holder {
+    pub place: Place,
+    /// How many, at most.
+    pub blocks: u64,
+    /// The request ran there, and goes on elsewhere because that worker drains.
+    pub moves: bool,
+}
+
 /// Who serves a request, until when, and under which epoch.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Assignment {
@@ -23,6 +33,8 @@ pub struct Assignment {
     pub decode: Place,
     /// None: the decode worker prefills itself.
     pub prefill: Option<Place>,
+    /// Who has leading blocks of the request that whoever prefills lacks; a hint, which nothing depends on.
+    pub holder: Option<Holder>,
     /// Milliseconds from now that the assignment is good for.
     pub lease_ms: u64,
     /// Why these workers, in one line.

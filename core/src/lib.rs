@@ -18,7 +18,7 @@ pub mod rng;
 pub mod token;
 
 pub use arena::{Arena, BlockLayout, KvDtype};
-pub use assignment::{Assignment, Place};
+pub use assignment::{Assignment, Holder, Place};
 pub use block::{BlockHash, BlockId};
 pub use clock::{Clock, SystemClock};
 pub use env::{Env, Process};

@@ -71,12 +71,19 @@ pub const HANDOFF_ACK_BYTES: usize = 1 << 20;
 pub const HANDOFF_RESENDS_MAX: u32 = 8;
 /// Connections one receiver serves.
 pub const HANDOFF_LINKS_MAX: usize = 1024;
+/// How long a worker waits for blocks that another one holds before it computes them.
+pub const PULL_MS: u64 = 2_000;
+/// Pulls that one worker serves at a time.
+pub const LENDS_MAX: usize = 16;
+/// How long a worker that drains waits for whoever goes on with a request to fetch its blocks.
+pub const LINGER_MS: u64 = 2_000;
 /// Bytes a worker's disk tier takes unless told otherwise.
 pub const KV_DISK_BYTES: u64 = 8 << 30;
 /// Requests waiting in one worker's queue.
 pub const WORKER_QUEUE_MAX: usize = 256;
 
 const _: () = assert!(WORKER_LEASE_MS > 3 * HEARTBEAT_MS);
+const _: () = assert!(LINGER_MS <= PULL_MS);
 const _: () = assert!(HANDOFF_IDLE_MS > 3 * HANDOFF_PING_MS);
 const _: () = assert!(HANDOFF_CREDIT_BYTES > 2 * (HANDOFF_ACK_BYTES + HANDOFF_FRAME_BYTES_MAX));
 const _: () = assert!(QUEUE_INTERACTIVE_MS < QUEUE_BATCH_MS && QUEUE_BATCH_MS < REQUEST_DEADLINE_MS);

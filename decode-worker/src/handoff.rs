@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use baton_core::planted::{self, Bug};
-use baton_core::{Aborted, BlockHash, Refused, TokenId};
+use baton_core::{Aborted, Assignment, BlockHash, Refused, TokenId};
 use baton_engine::{Blocks, Filled, Reserved};
 use baton_kvtransfer::{Partial, TransferError};
 use baton_proto::convert::{prompt_logprobs_back, refusal};
@@ -37,30 +37,50 @@ pub(crate) struct Brought {
 /// Brings the blocks here, unless the engine is to compute them.
 pub(crate) async fn bring(decode: &Decode, assigned: &Assigned) -> Result<Brought, End> {
     let Some(prefill) = &assigned.assignment.prefill else {
-        recall(decode, assigned).await;
+        let held = bring_held(decode, assigned).await;
+        count_move(assigned, held * decode.shell.spec.layout.block_tokens as usize);
         return Ok(local("assigned"));
     };
     let pair = Pair { prefill, decode: &assigned.assignment.decode };
     let tokens = assigned.shared_tokens();
     let hashes = names(decode, assigned, &tokens);
-    let held = decode.shell.recall(&hashes).await;
+    // What another worker holds is fetched here only if nothing is left to compute then; else whoever computes fetches it.
+    let held = match &assigned.assignment.holder {
+        Some(holder) if holder.moves => decode.shell.bring(assigned, &hashes).await,
+        _ => decode.shell.recall(&hashes).await,
+    };
+    count_move(assigned, held.len() * decode.shell.spec.layout.block_tokens as usize);
     if is_nearly_held(decode, assigned, &tokens, &held) {
         return Ok(local("prefix_hit"));
     }
     let room = reserve(decode, &tokens, held)?;
     let result = receive(decode, assigned, pair, &hashes, room).await;
-    metrics::record_transfers(&decode.receiver.counters());
+    metrics::record_transfers(&decode.shell.receiver().counters());
     let (prefilled, room) = result?;
     let phases = phases(&prefilled);
     let filled = fill(decode, pair, &tokens, &hashes, room, prefilled)?;
     Ok(Brought { filled: Some(filled), phases })
 }
 
-/// Brings what lower tiers have of the request into the cache, where the engine finds it.
-async fn recall(decode: &Decode, assigned: &Assigned) {
-    if decode.shell.config.prefix_cache && assigned.request.prompt_logprobs.is_none() {
-        drop(decode.shell.recall(&assigned.names(decode.shell.spec.layout.block_tokens as usize)).await);
+/// Brings what lower tiers and another worker have of the request into the cache, where the engine finds it, and says how many
+/// blocks those are.
+async fn bring_held(decode: &Decode, assigned: &Assigned) -> usize {
+    if !decode.shell.config.prefix_cache || assigned.request.prompt_logprobs.is_some() {
+        return 0;
     }
+    let names = assigned.names(decode.shell.spec.layout.block_tokens as usize);
+    decode.shell.bring(assigned, &names).await.len()
+}
+
+/// Counts how a request that had to leave another worker goes on: from its blocks, but for the one that was not full, or
+/// by computing them again.
+fn count_move(assigned: &Assigned, held: usize) {
+    let Some(holder) = &assigned.assignment.holder else { return };
+    let whole = assigned.choices.iter().all(|choice| {
+        let tokens = assigned.request.prompt.len() + choice.so_far.len();
+        tokens - held.min(tokens) <= baton_core::limits::BLOCK_TOKENS
+    });
+    baton_worker::count_move(holder, !whole);
 }
 
 fn local(reason: &'static str) -> Brought {
@@ -116,11 +136,14 @@ async fn receive(
 ) -> Result<(Prefilled, Room), End> {
     let (request, epoch) = (assigned.request.id, assigned.assignment.epoch);
     let (blocks, skip_blocks) = (room.reserved.ids(), room.held.len());
-    let (mut grant, mut incoming) = decode.receiver.open(request, epoch, blocks, assigned.left(), room);
-    grant.address = decode.kv_address.clone();
+    let (mut grant, mut incoming) = decode.shell.receiver().open(request, epoch, blocks, assigned.left(), room);
+    grant.address = decode.shell.kv_address().to_string();
     let left_ms = assigned.left().as_millis() as u64;
+    // What a move could bring has been brought.
+    let holder = assigned.assignment.holder.clone().filter(|holder| !holder.moves);
+    let assignment = Assignment { holder, ..assigned.assignment.clone() };
     let wire = PrefillRequest {
-        assignment: Some(baton_proto::v1::Assignment { lease_ms: left_ms, ..assigned.assignment.clone().into() }),
+        assignment: Some(baton_proto::v1::Assignment { lease_ms: left_ms, ..assignment.into() }),
         request: Some(baton_proto::v1::Request { deadline_ms: left_ms, ..(&*assigned.request).into() }),
         choices: assigned.choices.iter().map(|c| Choice { index: c.index, so_far: c.so_far.clone() }).collect(),
         grant: Some(grant::to_wire(grant)),

@@ -14,7 +14,6 @@ use std::sync::Arc;
 
 use baton_core::limits::MESSAGE_BYTES_MAX;
 use baton_core::{Env, Role};
-use baton_kvtransfer::Receiver;
 use baton_proto::v1::decode_server::DecodeServer;
 use baton_worker::{Config, LoadedModel, Shell};
 use tonic::service::Routes;
@@ -27,9 +26,6 @@ use crate::prefills::Prefills;
 /// What all streams of a decode worker share.
 pub(crate) struct Decode {
     shell: Arc<Shell>,
-    receiver: Receiver,
-    /// Where prefill workers reach the receiver.
-    kv_address: String,
     prefills: Prefills,
     keeper: Keeper,
 }
@@ -37,17 +33,10 @@ pub(crate) struct Decode {
 /// Starts a decode worker; it is registered and serves when this returns.
 pub async fn start(config: Config, model: LoadedModel, env: Env) -> Result<Running, StartError> {
     let opened = baton_worker::open(Role::Decode, config, model, env).await?;
-    let arena = opened.engine().cache().arena().clone();
-    let (net, numerics) = (opened.net.clone(), opened.spec.numerics.0.clone());
-    let listen = &opened.config.kv_listen;
-    let receiver = Receiver::listen(net.clone(), listen, arena, &numerics).await;
-    let receiver = receiver.map_err(|source| StartError::Listen { address: listen.clone(), source })?;
-    receiver.issue_tickets(opened.secret(), opened.config.kv_tickets_required);
-    let kv_advertise = opened.config.kv_advertise.clone();
-    let kv_address = kv_advertise.unwrap_or_else(|| opened.config.advertised(&receiver.address()));
+    let net = opened.net.clone();
     let joined = opened.join().await?;
     let (shell, prefills, keeper) = (joined.shell().clone(), Prefills::new(net), Keeper::default());
-    let decode = Decode { shell, receiver, kv_address, prefills, keeper };
+    let decode = Decode { shell, prefills, keeper };
     let service = DecodeServer::new(stream::Streams(Arc::new(decode))).max_decoding_message_size(MESSAGE_BYTES_MAX);
     Ok(joined.serve(Routes::new(service)))
 }

@@ -1,8 +1,7 @@
 //! Channels to prefill workers, by address, and the Prefill call.
 
-use std::collections::BTreeMap;
 use std::io;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use baton_core::limits::MESSAGE_BYTES_MAX;
 use baton_core::{Aborted, Net, Place};
@@ -10,26 +9,22 @@ use baton_proto::convert::{abort, aborted};
 use baton_proto::v1::prefill_client::PrefillClient;
 use baton_proto::v1::prefill_reply::Outcome;
 use baton_proto::v1::{Abort, PrefillRequest, Prefilled, WorkerPair};
-use tonic::transport::Channel;
+use baton_worker::Channels;
 use tonic::{Code, Status};
 
-/// Workers that have been called lately; when there are more, all channels are made anew.
-const CHANNELS_MAX: usize = 1024;
-
 pub(crate) struct Prefills {
-    net: Arc<dyn Net>,
-    channels: Mutex<BTreeMap<String, Channel>>,
+    channels: Channels,
 }
 
 impl Prefills {
     pub(crate) fn new(net: Arc<dyn Net>) -> Prefills {
-        Prefills { net, channels: Mutex::default() }
+        Prefills { channels: Channels::new(net) }
     }
 
     /// Asks the pair's prefill worker. Dropping the future tells it to stop.
     pub(crate) async fn call(&self, pair: Pair<'_>, request: PrefillRequest) -> Result<Prefilled, Abort> {
         let address = &pair.prefill.address;
-        let channel = self.channel(address).map_err(|error| pair.blame_prefill(Aborted::PrefillLost, error))?;
+        let channel = self.channels.get(address).map_err(|error| pair.blame_prefill(Aborted::PrefillLost, error))?;
         let mut client = PrefillClient::new(channel)
             .max_encoding_message_size(MESSAGE_BYTES_MAX)
             .max_decoding_message_size(MESSAGE_BYTES_MAX);
@@ -43,19 +38,6 @@ impl Prefills {
             }
             None => Err(pair.blame_prefill(Aborted::Internal, "an answer without outcome")),
         }
-    }
-
-    fn channel(&self, address: &str) -> Result<Channel, String> {
-        let mut channels = self.channels.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if let Some(channel) = channels.get(address) {
-            return Ok(channel.clone());
-        }
-        let channel = baton_proto::channel(self.net.clone(), address).map_err(|bad| bad.to_string())?;
-        if channels.len() >= CHANNELS_MAX {
-            channels.clear();
-        }
-        channels.insert(address.to_string(), channel.clone());
-        Ok(channel)
     }
 }
 

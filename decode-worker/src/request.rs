@@ -78,7 +78,7 @@ async fn generate(
         () = decode.shell.evicted() => return Err(abort(Aborted::Draining, "during the handoff").into()),
     };
     let Brought { filled, phases } = brought.map_err(|_| abort(Aborted::Deadline, "during the handoff"))??;
-    let moved = assigned.is_moved();
+    let (moved, id) = (assigned.is_moved(), assigned.request.id);
     let Assigned { request, mut choices, started, .. } = assigned;
     metrics::record_handoff(started.elapsed());
     // Together with the gateway's phases these add up to TTFT. Numbers only, never text.
@@ -116,6 +116,9 @@ async fn generate(
         admission.cancel_choices(unwanted.borrow_and_update().clone());
     };
     metrics::count_aborted(reason);
+    if reason == Aborted::Draining {
+        decode.shell.linger(id);
+    }
     admission.abort(reason);
     admission.ended().await;
     Ok(())

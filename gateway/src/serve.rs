@@ -13,7 +13,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use baton_core::planted::{self, Bug};
-use baton_core::{Aborted, Assignment, BlockHash, Finish, Refused, Request, SampledToken, Sampling, TokenId, limits};
+use baton_core::{
+    Aborted, Assignment, BlockHash, Finish, Holder, Refused, Request, SampledToken, Sampling, TokenId, limits,
+};
 use baton_proto::v1::request_output::Output;
 use baton_proto::v1::{self, FinishedRequest, WorkerLife, WorkerPair};
 use baton_proto::{BadMessage, convert};
@@ -102,6 +104,8 @@ pub(crate) struct Serving {
     first_error: Option<ApiError>,
     /// When the attempt before failed, until the next one says something.
     broken: Option<Instant>,
+    /// Where the attempt before ran, if its blocks can be fetched from there.
+    holder: Option<Holder>,
     route: Option<Route>,
     ready: VecDeque<Event>,
     prompt_logprobs_seen: bool,
@@ -150,6 +154,7 @@ impl Serving {
             busy: Vec::new(),
             first_error: None,
             broken: None,
+            holder: None,
             route: None,
             ready: VecDeque::new(),
             prompt_logprobs_seen: false,
@@ -301,7 +306,10 @@ impl Serving {
         let note = self.note();
         self.window_ms =
             if note.is_empty() { 0 } else { self.terms.resumable.as_ref().map_or(0, |look| look.window_ms) };
-        let assignment = self.assign().await?;
+        let mut assignment = self.assign().await?;
+        if let Some(holder) = self.holder.take() {
+            assignment.holder = Some(holder);
+        }
         self.phases.assigned();
         self.epoch = assignment.epoch.0;
         tracing::debug!(request = %self.request.id, attempt = self.attempt, epoch = self.epoch,
@@ -404,14 +412,21 @@ impl Serving {
         }
     }
 
+    /// What all choices that still go on have in common.
+    fn shared_tokens(&self) -> Vec<TokenId> {
+        let mut open = self.choices.iter().filter(|c| !c.ended);
+        let mut shared = self.request.prompt.to_vec();
+        if let (Some(only), None) = (open.next(), open.next()) {
+            shared.extend(&only.so_far);
+        }
+        shared
+    }
+
     /// The question to the coordinator; deadline and exclusions are filled in when it is asked.
     async fn assign_message(&self) -> v1::AssignRequest {
         let request = &*self.request;
         let open: Vec<&ChoiceState> = self.choices.iter().filter(|c| !c.ended).collect();
-        let mut shared = request.prompt.to_vec();
-        if let [only] = open.as_slice() {
-            shared.extend(&only.so_far);
-        }
+        let shared = self.shared_tokens();
         let shortest = open.iter().map(|c| c.so_far.len()).min().unwrap_or(0);
         v1::AssignRequest {
             request: request.id.to_string(),
@@ -454,13 +469,28 @@ impl Serving {
                 Ok(())
             }
             Output::Resumed(_) => Err(BadMessage { field: "resumed", problem: "was not asked for" }),
-            Output::Aborted(abort) => return self.fail(aborted(abort)),
+            Output::Aborted(abort) => {
+                self.remember_holder(&abort);
+                return self.fail(aborted(abort));
+            }
             Output::Refused(refusal) => return self.fail(refused(refusal)),
         };
         match taken {
             Ok(()) => Ok(()),
             Err(bad) => self.fail(broken(bad)),
         }
+    }
+
+    /// A worker that drains keeps a request's blocks for a moment, for whoever goes on with it.
+    fn remember_holder(&mut self, abort: &v1::Abort) {
+        let begun = self.choices.iter().any(|c| !c.so_far.is_empty());
+        if convert::aborted(abort) != Aborted::Draining || abort.failed.is_some() || !begun {
+            return;
+        }
+        // The last token's position is the next to be computed.
+        let blocks = (self.shared_tokens().len() - 1) / self.terms.block_tokens.max(1);
+        let place = self.route.as_ref().map(|route| route.assignment.decode.clone());
+        self.holder = place.map(|place| Holder { place, blocks: blocks as u64, moves: true });
     }
 
     fn take_tokens(&mut self, tokens: v1::Tokens) -> Result<(), BadMessage> {

@@ -174,6 +174,13 @@ impl Receiver {
         self.shared.counts.snapshot(registry.transfers.len(), registry.links.len())
     }
 
+    /// Ends all links and aborts all transfers; nothing comes in any more.
+    pub fn end(&self) {
+        self.shared.close();
+        self.accepting.abort();
+        self.alarms.abort();
+    }
+
     /// Ends all links, aborts all transfers, and returns when no task is left.
     pub async fn close(mut self) {
         self.shared.close();
@@ -189,9 +196,7 @@ impl Receiver {
 
 impl Drop for Receiver {
     fn drop(&mut self) {
-        self.shared.close();
-        self.accepting.abort();
-        self.alarms.abort();
+        self.end();
     }
 }
 

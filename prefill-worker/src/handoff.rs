@@ -5,7 +5,7 @@ use std::time::Duration;
 use baton_core::planted::{self, Bug};
 use baton_core::{Aborted, BlockId, Refused, SampledToken};
 use baton_engine::{Blocks, Event, Goal, Work};
-use baton_kvtransfer::{Grant, Links, Outgoing};
+use baton_kvtransfer::{Grant, Outgoing};
 use baton_proto::convert::{prompt_logprobs, refusal};
 use baton_proto::v1::{FirstToken, Prefilled};
 use baton_worker::outlet::{Export, Inlet, Note, Phases, outlet};
@@ -27,7 +27,6 @@ struct Computed {
 /// Opens the granted transfer, computes and sends the blocks, and commits. Dropping the future cancels all of it.
 pub(crate) async fn run(
     shell: &Shell,
-    links: &Links,
     assigned: Assigned,
     grant: Grant,
     skip_blocks: usize,
@@ -37,7 +36,7 @@ pub(crate) async fn run(
         let detail = format!("{skip_blocks} blocks skipped and {} granted, of {blocks}", grant.blocks.len());
         return Err(Failure::Refused(refusal(Refused::Incompatible, detail)));
     }
-    let mut sending = Sending { outgoing: links.open(grant).await?, skip_blocks, began: None };
+    let mut sending = Sending { outgoing: shell.links().open(grant).await?, skip_blocks, began: None };
     let full = assigned.shared_tokens().len() / shell.spec.layout.block_tokens as usize;
     sending.outgoing.settle(full.saturating_sub(skip_blocks));
     // Each layer announces each block once, so that so many messages can never be too many: the engine never waits
@@ -45,7 +44,7 @@ pub(crate) async fn run(
     let layers = shell.spec.layout.layers as usize;
     let (outlet, inlet) = outlet(layers * blocks + 4);
     let moved = assigned.is_moved();
-    drop(recall(shell, &assigned).await);
+    drop(bring(shell, &assigned).await);
     let Assigned { request, choices, started, .. } = assigned;
     let work = Work { request, choices, goal: Goal::Prefill { skip_blocks }, filled: None, moved };
     let submission = Submission { work, outlet, tag: 0, phases: Phases::default(), started };
@@ -55,7 +54,7 @@ pub(crate) async fn run(
     let computed_at = Instant::now();
     let began = sending.began.unwrap_or(computed_at);
     sending.outgoing.commit().await?;
-    metrics::record_links(&links.counters());
+    metrics::record_links(&shell.links().counters());
     drop((computed.blocks, admission));
     let phases = [began - started, computed_at - began, computed_at.elapsed()].map(us);
     metrics::record_prefill(phases.map(Duration::from_micros));
@@ -71,12 +70,12 @@ pub(crate) async fn run(
     })
 }
 
-/// Brings what lower tiers have of the request into the cache, where the engine finds it.
-async fn recall(shell: &Shell, assigned: &Assigned) -> Option<Blocks> {
+/// Brings what lower tiers and another worker have of the request into the cache, where the engine finds it.
+async fn bring(shell: &Shell, assigned: &Assigned) -> Option<Blocks> {
     if !shell.config.prefix_cache || assigned.request.prompt_logprobs.is_some() {
         return None;
     }
-    Some(shell.recall(&assigned.names(shell.spec.layout.block_tokens as usize)).await)
+    Some(shell.bring(assigned, &assigned.names(shell.spec.layout.block_tokens as usize)).await)
 }
 
 fn us(duration: Duration) -> u64 {

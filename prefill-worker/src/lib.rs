@@ -5,7 +5,6 @@ mod handoff;
 mod service;
 
 use baton_core::{Env, Role};
-use baton_kvtransfer::Links;
 use baton_proto::v1::prefill_server::PrefillServer;
 use baton_worker::{Config, LoadedModel};
 use tonic::service::Routes;
@@ -15,9 +14,7 @@ pub use baton_worker::{Error, Running, StartError};
 /// Starts a prefill worker; it is registered and serves when this returns.
 pub async fn start(config: Config, model: LoadedModel, env: Env) -> Result<Running, StartError> {
     let opened = baton_worker::open(Role::Prefill, config, model, env).await?;
-    let arena = opened.engine().cache().arena().clone();
-    let links = Links::new(opened.net.clone(), arena, &opened.spec.numerics.0);
     let joined = opened.join().await?;
-    let service = service::Prefills { shell: joined.shell().clone(), links };
+    let service = service::Prefills { shell: joined.shell().clone() };
     Ok(joined.serve(Routes::new(PrefillServer::new(service))))
 }

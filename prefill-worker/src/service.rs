@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use baton_core::Aborted;
-use baton_kvtransfer::{Links, TransferError};
+use baton_kvtransfer::TransferError;
 use baton_proto::BadMessage;
 use baton_proto::convert::{abort, refusal, required};
 use baton_proto::v1::prefill_reply::Outcome;
@@ -17,7 +17,6 @@ use crate::handoff;
 
 pub(crate) struct Prefills {
     pub(crate) shell: Arc<Shell>,
-    pub(crate) links: Links,
 }
 
 /// Why a Prefill call brought no tokens.
@@ -69,7 +68,7 @@ impl Prefills {
         let grant = grant::from_wire(call.grant)?;
         let deadline = assigned.deadline;
         let _lease = self.shell.enter(&place, &assigned).map_err(Failure::Refused)?;
-        let handoff = handoff::run(&self.shell, &self.links, assigned, grant, call.skip_blocks as usize);
+        let handoff = handoff::run(&self.shell, assigned, grant, call.skip_blocks as usize);
         tokio::select! {
             done = timeout_at(deadline, handoff) => done.unwrap_or(Err(Aborted::Deadline.into())),
             () = self.shell.evicted() => Err(Aborted::Draining.into()),

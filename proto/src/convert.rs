@@ -1,8 +1,8 @@
 //! Between wire types and core types. What arrives is checked here once; core types are trusted afterwards.
 
 use baton_core::{
-    Aborted, Assignment, BlockHash, BlockId, BlockLayout, Epoch, Finish, Incarnation, KvDtype, Lane, Place, Refused,
-    Request, RequestId, Role, SampledToken, Sampling, WorkerId,
+    Aborted, Assignment, BlockHash, BlockId, BlockLayout, Epoch, Finish, Holder, Incarnation, KvDtype, Lane, Place,
+    Refused, Request, RequestId, Role, SampledToken, Sampling, WorkerId,
 };
 use bytes::Bytes;
 
@@ -133,7 +133,25 @@ impl From<Assignment> for v1::Assignment {
             prefill: a.prefill.map(Into::into),
             lease_ms: a.lease_ms,
             explanation: a.explanation,
+            holder: a.holder.map(Into::into),
         }
+    }
+}
+
+impl From<Holder> for v1::Holder {
+    fn from(holder: Holder) -> v1::Holder {
+        v1::Holder { place: Some(holder.place.into()), blocks: holder.blocks, moves: holder.moves }
+    }
+}
+
+/// None without a place: it is a hint only.
+fn holder(holder: v1::Holder) -> Option<Holder> {
+    Some(Holder { place: holder.place?.into(), blocks: holder.blocks, moves: holder.moves })
+}
+
+impl From<&Place> for v1::Place {
+    fn from(place: &Place) -> v1::Place {
+        place.clone().into()
     }
 }
 
@@ -147,6 +165,7 @@ impl TryFrom<v1::Assignment> for Assignment {
             epoch: Epoch(a.epoch),
             decode: required("assignment.decode", a.decode)?.into(),
             prefill: a.prefill.map(Into::into),
+            holder: a.holder.and_then(holder),
             lease_ms: a.lease_ms,
             explanation: a.explanation,
         })

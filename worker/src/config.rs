@@ -18,9 +18,10 @@ pub struct Config {
     pub role: Role,
     /// Where gRPC listens, `host:port`; port 0 takes a free one.
     pub listen: String,
-    /// Where a decode worker receives handoffs, `host:port`; port 0 takes a free one. A prefill worker ignores it.
+    /// Where blocks come in, `host:port`; port 0 takes a free one: handoffs at a decode worker, and at either kind what
+    /// another worker holds.
     pub kv_listen: String,
-    /// Where prefill workers reach `kv_listen`, `host:port`, if that is not its port at `advertise_host`: a mapped port, or
+    /// Where other workers reach `kv_listen`, `host:port`, if that is not its port at `advertise_host`: a mapped port, or
     /// something between that is meant to see the bytes. Handoffs that come that way never use shared memory.
     #[serde(default)]
     pub kv_advertise: Option<String>,
@@ -38,6 +39,9 @@ pub struct Config {
     /// registers anew as soon as it can.
     #[serde(default = "autonomy_ms")]
     pub autonomy_ms: u64,
+    /// Whether blocks that another worker holds are fetched from it when that takes less time than computing them.
+    #[serde(default = "kv_pull")]
+    pub kv_pull: bool,
     /// Bytes of host memory for blocks that the cache has no room for any more; 0: none.
     #[serde(default)]
     pub kv_host_bytes: u64,
@@ -49,6 +53,10 @@ pub struct Config {
     pub kv_disk_bytes: u64,
     /// Sizes of the engine.
     pub engine: EngineConfig,
+}
+
+fn kv_pull() -> bool {
+    true
 }
 
 fn kv_disk_bytes() -> u64 {

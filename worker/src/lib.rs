@@ -4,6 +4,7 @@
 
 mod canary;
 pub mod card;
+mod channels;
 pub mod grant;
 pub mod metrics;
 pub mod outlet;
@@ -17,6 +18,7 @@ mod inbox;
 mod index;
 mod lease;
 mod membership;
+mod peers;
 mod pulse;
 mod running;
 mod shell;
@@ -28,9 +30,11 @@ mod worth;
 pub use assigned::Assigned;
 pub use canary::CanaryError;
 pub use card::{CardError, LoadedModel};
+pub use channels::Channels;
 pub use config::Config;
 pub use engine::{Admission, EngineHandle, Submission};
 pub use error::{Error, StartError};
+pub use peers::count_move;
 pub use running::{Left, Running};
 pub use shell::{Joined, Lease, Opened, Shell, open};
 pub use standing::Ending;

@@ -8,6 +8,7 @@ use baton_engine::{CacheStats, EngineConfig, Event, Load, ModelSpec};
 use baton_kvtransfer::{Counters, Dropped, Fallback, LinkCounters};
 use metrics::{Counter, Gauge, Histogram, Label, counter, gauge, histogram};
 
+use crate::peers::Pull;
 use crate::tiers::Fault;
 
 /// Handles of the engine thread, made once.
@@ -101,6 +102,24 @@ pub(crate) fn count_tier_hits(tier: &'static str, blocks: usize) {
 
 pub(crate) fn count_tier_hit(tier: &'static str) {
     count_tier_hits(tier, 1);
+}
+
+/// Blocks that another worker holds were to be fetched; what was not fetched was computed.
+pub(crate) fn count_pull(how: Pull, blocks: usize) {
+    counter!("baton_worker_pulls_total", "outcome" => how.as_str()).increment(1);
+    if how == Pull::Fetched {
+        count_tier_hits("peer", blocks);
+    }
+}
+
+/// Another worker asked for blocks.
+pub(crate) fn count_lend(how: &'static str) {
+    counter!("baton_worker_lends_total", "outcome" => how).increment(1);
+}
+
+/// A request that had to leave a worker that drains goes on here, and how.
+pub(crate) fn count_moved(how: &'static str) {
+    counter!("baton_worker_moved_total", "how" => how).increment(1);
 }
 
 /// A block was written to a tier.

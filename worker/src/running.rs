@@ -137,6 +137,7 @@ impl Running {
         drop(self.shut.take());
         let _ = timeout(CLOSE, self.server.join_next()).await;
         self.server.abort_all();
+        self.shell.receiver().end();
         let engine = self.engine.take().ok_or(Error::EngineDied)?;
         let backend = engine.finish().await?;
         if let Some(tiers) = self.tiers.take() {

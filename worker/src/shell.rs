@@ -9,21 +9,24 @@ use baton_core::net::Listener;
 use baton_core::planted::{self, Bug};
 use baton_core::{Arena, BlockHash, Env, Epoch, Incarnation, Net, Place, Refused, RequestId, Role, TokenId, WorkerId};
 use baton_engine::{Backend, Blocks, Cache, Engine, EngineConfig, ModelSpec};
+use baton_kvtransfer::{Links, Receiver};
 use baton_proto::convert::refusal;
 use baton_proto::v1::worker_server::{Worker, WorkerServer};
-use baton_proto::v1::{CardRequest, Member, ModelCard, ModelSummary, Refusal};
+use baton_proto::v1::{CardRequest, LendReply, LendRequest, Member, ModelCard, ModelSummary, Refusal};
 use tokio::sync::{oneshot, watch};
 use tonic::service::Routes;
 
 use crate::assigned::Assigned;
 use crate::canary;
 use crate::card::LoadedModel;
+use crate::channels::Channels;
 use crate::config::Config;
 use crate::engine::{EngineHandle, EngineThread};
 use crate::error::StartError;
 use crate::lease::Epochs;
 use crate::membership::{Membership, register};
 use crate::metrics;
+use crate::peers::Peers;
 use crate::running::{Parts, Running};
 use crate::standing::Standing;
 use crate::tiers::{TierSizes, Tiers};
@@ -36,6 +39,7 @@ pub struct Opened {
     pub spec: ModelSpec,
     engine: EngineThread,
     tiers: Option<Arc<Tiers>>,
+    receiver: Receiver,
     listener: Box<dyn Listener>,
     card: ModelCard,
     role: Role,
@@ -58,6 +62,7 @@ pub struct Shell {
     pub engine: EngineHandle,
     pub config: EngineConfig,
     tiers: Option<Arc<Tiers>>,
+    pub(crate) peers: Peers,
     pub(crate) standing: Arc<Standing>,
     epochs: Mutex<Epochs>,
     /// How long it goes on while no coordinator answers.
@@ -82,10 +87,13 @@ pub async fn open(role: Role, config: Config, model: LoadedModel, env: Env) -> R
         cache.computes_elsewhere();
     }
     let tiers = tiers(&cache, &spec, &config)?;
+    let receiver = Receiver::listen(net.clone(), &config.kv_listen, cache.arena().clone(), &spec.numerics.0).await;
+    let receiver = receiver.map_err(|source| StartError::Listen { address: config.kv_listen.clone(), source })?;
+    receiver.issue_tickets(rng.secret(), config.kv_tickets_required);
     backend.prepare(cache.arena());
     let engine = Engine::over(cache, spec.clone(), config.engine);
     let engine = EngineThread::start(engine, backend).map_err(StartError::Thread)?;
-    Ok(Opened { config, net, spec, engine, tiers, listener, card, role, rng, pid: process.id, golden })
+    Ok(Opened { config, net, spec, engine, tiers, receiver, listener, card, role, rng, pid: process.id, golden })
 }
 
 fn tiers(cache: &Cache, spec: &ModelSpec, config: &Config) -> Result<Option<Arc<Tiers>>, StartError> {
@@ -147,11 +155,6 @@ impl Opened {
         self.engine.handle()
     }
 
-    /// What this life keeps to itself.
-    pub fn secret(&self) -> [u8; 32] {
-        self.rng.secret()
-    }
-
     /// Where others reach the gRPC service.
     pub fn address(&self) -> String {
         self.config.advertised(&self.listener.address())
@@ -171,6 +174,7 @@ impl Opened {
         let membership = Membership::start(net, member, self.role, registered.heartbeat_ms, told, engine.clone());
         let address = self.address();
         let drain = Duration::from_millis(self.config.drain_ms);
+        let peers = Opened::peers(self.receiver, &self.config, &self.net, &engine, &self.spec);
         let shell = Arc::new(Shell {
             id: self.config.id,
             incarnation: Incarnation(registered.incarnation),
@@ -178,6 +182,7 @@ impl Opened {
             engine,
             config: self.config.engine,
             tiers: self.tiers.clone(),
+            peers,
             standing,
             epochs: Mutex::default(),
             autonomy: Duration::from_millis(self.config.autonomy_ms),
@@ -187,6 +192,20 @@ impl Opened {
         });
         let Opened { engine, tiers, listener, card, role, .. } = self;
         Ok(Joined { shell, parts: Parts { address, role, engine, tiers, membership, listener, card, drain } })
+    }
+
+    /// Both ends of its transfers.
+    fn peers(
+        receiver: Receiver,
+        config: &Config,
+        net: &Arc<dyn Net>,
+        engine: &EngineHandle,
+        spec: &ModelSpec,
+    ) -> Peers {
+        let kv_advertise = config.kv_advertise.clone();
+        let kv_address = kv_advertise.unwrap_or_else(|| config.advertised(&receiver.address()));
+        let links = Links::new(net.clone(), engine.cache().arena().clone(), &spec.numerics.0);
+        Peers::new(receiver, links, kv_address, Channels::new(net.clone()), config.kv_pull)
     }
 
     fn member(&self) -> Member {
@@ -221,7 +240,7 @@ impl Joined {
 
     /// Serves the role's service beside the model card.
     pub fn serve(self, role: Routes) -> Running {
-        let card = Card { card: self.parts.card.clone() };
+        let card = Own { card: self.parts.card.clone(), shell: self.shell.clone() };
         let (shut, shutdown) = oneshot::channel::<()>();
         let router = baton_proto::channel::server().add_routes(role).add_service(WorkerServer::new(card));
         Running::serve(self.shell, self.parts, router, shut, shutdown)
@@ -349,14 +368,20 @@ impl Drop for Lease {
     }
 }
 
-/// Serves the model card.
-struct Card {
+/// Serves what every worker does: the model card, and blocks that others pull.
+struct Own {
     card: ModelCard,
+    shell: Arc<Shell>,
 }
 
 #[tonic::async_trait]
-impl Worker for Card {
+impl Worker for Own {
     async fn card(&self, _: tonic::Request<CardRequest>) -> Result<tonic::Response<ModelCard>, tonic::Status> {
         Ok(tonic::Response::new(self.card.clone()))
+    }
+
+    async fn lend(&self, ask: tonic::Request<LendRequest>) -> Result<tonic::Response<LendReply>, tonic::Status> {
+        let outcome = Some(self.shell.lend(ask.into_inner()).await);
+        Ok(tonic::Response::new(LendReply { outcome }))
     }
 }

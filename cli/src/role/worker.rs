@@ -31,8 +31,10 @@ const SEQUENCES_MAX: usize = 256;
 /// (`baton drain`) or make it serve the other role with the weights it has (`baton role`). A worker that the cluster has given
 /// up for its silence drops what it had and registers anew.
 ///
-/// Keys of the TOML file, as the flags of these names: id, listen, kv_listen, kv_advertise, kv_tickets_required, advertise_host, coordinators (a list), model,
-/// threads, tp, device, profile, quantize, metrics, kv_bytes, kv_host_bytes, kv_disk, kv_disk_bytes, drain_ms, autonomy_ms. In the table [engine]: blocks (--kv-blocks), batch_tokens_max (--batch-tokens),
+/// Keys of the TOML file, as the flags of these names: id, listen, kv_listen, kv_advertise, kv_tickets_required, advertise_host,
+/// coordinators (a list), model, threads, tp, device, profile, quantize, metrics, kv_bytes, kv_pull (whether blocks that another
+/// worker holds are fetched, true), kv_host_bytes, kv_disk, kv_disk_bytes, drain_ms, autonomy_ms. In the table [engine]: blocks
+/// (--kv-blocks), batch_tokens_max (--batch-tokens),
 /// sequences_max (sequences worked on at a time, 256), queue_max (requests that wait before more are refused, 256),
 /// prefix_cache (whether finished blocks are kept and found by content, true).
 #[derive(Args, Debug)]
@@ -49,10 +51,10 @@ pub(crate) struct WorkerFlags {
     /// gRPC address; port 0 takes a free one [default: 127.0.0.1:0]
     #[arg(long, value_name = "HOST:PORT")]
     listen: Option<String>,
-    /// Address where a decode worker receives KV blocks; port 0 takes a free one [default: 127.0.0.1:0]
+    /// Address where KV blocks come in, by handoffs and from workers that hold them; port 0 takes a free one [default: 127.0.0.1:0]
     #[arg(long, value_name = "HOST:PORT")]
     kv_listen: Option<String>,
-    /// Address under which prefill workers reach --kv-listen, where a mapped port or a proxy stands before it
+    /// Address under which other workers reach --kv-listen, where a mapped port or a proxy stands before it
     /// [default: its port at --advertise-host]
     #[arg(long, value_name = "HOST:PORT")]
     kv_advertise: Option<String>,

@@ -23,7 +23,7 @@ mod tests;
 use std::collections::BTreeSet;
 
 use baton_core::planted::{self, Bug};
-use baton_core::{Incarnation, Lane, NumericsClass, Role, WorkerId};
+use baton_core::{Holder, Incarnation, Lane, NumericsClass, Place, Role, WorkerId};
 
 pub use declined::Declined;
 pub use headroom::{Headroom, headroom};
@@ -121,6 +121,8 @@ pub struct Decision {
     pub blocks: u64,
     /// Prompt tokens that whoever prefills has to compute.
     pub prefill_tokens: u64,
+    /// Who has leading blocks that whoever prefills lacks.
+    pub holder: Option<Holder>,
     /// In one line.
     pub explanation: String,
     /// In as many as there are candidates and terms; `lines()` tells it.
@@ -336,14 +338,34 @@ fn decided(
         verdict: explanation.clone(),
         ..aside
     };
+    let computing = choice.prefill.unwrap_or(decode);
     Decision {
+        holder: holder(question, desk.pools, desk.policy, computing),
         decode: life(decode),
         prefill: choice.prefill.map(life),
         blocks: blocks_now(question, decode),
-        prefill_tokens: uncached(question, choice.prefill.unwrap_or(decode)),
+        prefill_tokens: uncached(question, computing),
         explanation,
         trace,
     }
+}
+
+/// The worker that has most leading blocks of those that could pass them to the one that computes, if they are so many more
+/// that asking for them is worth a message. Whether they are then fetched, that one decides by what it has measured.
+fn holder(question: &Question, pools: &Pools, policy: &Policy, computing: &Candidate) -> Option<Holder> {
+    let more = policy.pull_tokens_min.div_ceil(block_tokens(computing)).max(1);
+    let enough = hits(question, computing).saturating_add(more);
+    let failed = |c: &Candidate| question.exclude.iter().any(|life| is_life(life, c));
+    let could = |c: &&Candidate| {
+        hits(question, c) >= enough
+            && policy.pull_tokens_min > 0
+            && !(c.stuck || c.suspect || failed(c))
+            && can_pair(c.model, computing.model)
+    };
+    // The first of equals: the candidates are in order.
+    let most = pools.candidates.iter().filter(could).max_by_key(|c| (c.hits, std::cmp::Reverse(c.worker)))?;
+    let place = Place { worker: most.worker.clone(), incarnation: most.incarnation, address: most.address.to_string() };
+    Some(Holder { place, blocks: most.hits, moves: false })
 }
 
 fn explanation(question: &Question, decode: &Candidate, choice: &Choice, class_kept: bool) -> String {

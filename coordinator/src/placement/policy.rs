@@ -23,6 +23,9 @@ pub struct Policy {
     pub pressure_cost_tokens: u64,
     /// What each missed heartbeat of a worker is worth, in prompt tokens. Default 64.
     pub stale_cost_tokens: u64,
+    /// How many more leading prompt tokens another worker must hold than the one that prefills, to be named as their holder;
+    /// 0 names none. Default 64.
+    pub pull_tokens_min: u64,
     /// Prompt tokens per second where no worker of a pool has measured itself yet. Default 1000.
     pub prefill_rate_assumed: u64,
     /// Bytes per microsecond between workers of one process. Default 8000.
@@ -74,6 +77,7 @@ impl Default for Policy {
             link_rate_network: 1000,
             interactive: Targets { ttft_ms: 1_000, itl_ms: 50 },
             batch: Targets { ttft_ms: 15_000, itl_ms: 500 },
+            pull_tokens_min: 64,
             canary_ms: 2_000,
         }
     }

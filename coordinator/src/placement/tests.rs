@@ -334,6 +334,33 @@ fn every_candidate_and_term_has_its_line() {
 }
 
 #[test]
+fn whoever_holds_more_of_the_prompt_is_named_to_the_one_that_computes() {
+    let world = World::new(&["d0", "d1", "p0", "p1"]);
+    let check = |c: &[Candidate], question: &Question, expected: Option<(&str, u64)>| {
+        let holder = placed(question, c).expect("placed").holder;
+        let found = holder.as_ref().map(|holder| (holder.place.worker.0.as_ref(), holder.blocks));
+        assert_eq!(found, expected, "{holder:?}");
+    };
+    let excluded = |name: &str| [(WorkerId(name.into()), Incarnation(1))];
+    let mut c = world.candidates();
+    check(&c, &question(), None);
+    // d1 is too busy to be chosen, and has what p0 lacks.
+    (c[1].hits, c[1].load.running) = (7, 1000);
+    check(&c, &question(), Some(("d1", 7)));
+    check(&c, &Question { full_prefill: true, ..question() }, None);
+    check(&c, &Question { exclude: &excluded("d1"), ..question() }, None);
+    (c[0].hits, c[2].hits) = (0, 4);
+    check(&c, &question(), None);
+    c[2].hits = 3;
+    check(&c, &question(), Some(("d1", 7)));
+    // One that takes nothing any more still has it; one that nobody can reach does not.
+    c[1].load.draining = true;
+    check(&c, &question(), Some(("d1", 7)));
+    c[1].suspect = true;
+    check(&c, &question(), None);
+}
+
+#[test]
 fn headroom_says_whether_each_pool_could_lose_its_largest() {
     let world = World::new(&["d0", "d1", "d2", "p0", "p1"]);
     let mut c = world.candidates();

@@ -2,7 +2,7 @@
 //! the queue (`queue`), one whose worker ended meanwhile is placed again.
 
 use baton_core::planted::{self, Bug};
-use baton_core::{Refused, Role, WorkerId};
+use baton_core::{Holder, Refused, Role, WorkerId};
 use baton_proto::convert::refusal;
 use baton_proto::v1;
 use tokio::time::Instant;
@@ -108,7 +108,7 @@ impl Shared {
         if let Some(assigned) = ledger.assignment(ask.request, ask.attempt, now_ms)
             && !planted::is(Bug::ApplyTwice)
         {
-            return Looked::Fate(Box::new(Fate::Answered(Ok(granted(assigned, String::new())))));
+            return Looked::Fate(Box::new(Fate::Answered(Ok(granted(assigned, String::new(), None)))));
         }
         let accepted = ledger.request(ask.request).is_some();
         if let Err(refused) = acceptable(&ask, ledger, accepted, now_ms) {
@@ -198,7 +198,7 @@ impl Shared {
         let refused = match outcome {
             Outcome::Assigned(assigned) => {
                 self.remember(&ask, Word::Assigned, decision.trace);
-                return Fate::Answered(Ok(granted(*assigned, decision.explanation)));
+                return Fate::Answered(Ok(granted(*assigned, decision.explanation, decision.holder)));
             }
             Outcome::Misplaced => {
                 self.release(&ask, &decision);
@@ -300,7 +300,7 @@ fn over_limit(over: &OverLimit) -> Refusal {
     Refusal { retry_after_ms: over.retry_after_ms, ..refusal(reason, detail) }
 }
 
-pub(super) fn granted(assigned: Assigned, explanation: String) -> v1::Assignment {
+pub(super) fn granted(assigned: Assigned, explanation: String, holder: Option<Holder>) -> v1::Assignment {
     v1::Assignment {
         request: assigned.request.to_string(),
         attempt: assigned.attempt,
@@ -309,6 +309,7 @@ pub(super) fn granted(assigned: Assigned, explanation: String) -> v1::Assignment
         prefill: assigned.prefill.map(Into::into),
         lease_ms: assigned.lease_ms,
         explanation,
+        holder: holder.map(Into::into),
     }
 }
 

@@ -229,6 +229,7 @@ async fn generate(channel: Channel, flight: &Flight) -> Result<Vec<u32>, Landing
 
 fn start(flight: &Flight) -> v1::Start {
     let assignment = Assignment {
+        holder: None,
         request: flight.id,
         attempt: 1,
         epoch: flight.epoch,

@@ -98,11 +98,11 @@ impl Shared {
         }
         if wire.gateway.is_empty() {
             let assigned = self.node.ledger().assignment(request, attempt, now_ms);
-            return assigned.map(|assigned| granted(assigned, String::new())).ok_or_else(unknown);
+            return assigned.map(|assigned| granted(assigned, String::new(), None)).ok_or_else(unknown);
         }
         self.asking.heard(&wire.gateway, Instant::now());
         match self.submit(Command::Adopt { request, gateway: wire.gateway.clone() }).await? {
-            Outcome::Assigned(assigned) => Ok(granted(*assigned, String::new())),
+            Outcome::Assigned(assigned) => Ok(granted(*assigned, String::new(), None)),
             Outcome::Ended | Outcome::Refused(_) => Err(unknown()),
             other => Err(unexpected(&other)),
         }

@@ -400,6 +400,7 @@ mod tests {
         let (mut roster, start) = (Roster::new(), Instant::now());
         roster.beat(beat(incarnation.0, 1, vec![]), start).unwrap();
         let decision = Decision {
+            holder: None,
             decode: (WorkerId("d".into()), incarnation),
             prefill: None,
             blocks: 10,

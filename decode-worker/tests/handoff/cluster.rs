@@ -91,6 +91,7 @@ impl Cluster {
             coordinators: vec![self.coordinator.address()],
             drain_ms: DRAIN_MS,
             autonomy_ms: AUTONOMY_GRACE_MS,
+            kv_pull: true,
             kv_host_bytes: 0,
             kv_disk: None,
             kv_disk_bytes: 0,

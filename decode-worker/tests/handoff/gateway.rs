@@ -49,6 +49,7 @@ impl Order {
 
     fn start(&self, handle: u32) -> Start {
         let assignment = Assignment {
+            holder: None,
             request: self.request.id,
             attempt: 1,
             epoch: Epoch(self.epoch),

@@ -7,7 +7,7 @@ use std::sync::{Condvar, MutexGuard, PoisonError};
 
 use baton_core::{BlockHash, BlockId};
 
-use super::{Cache, Places, State, lock};
+use super::{Blocks, Cache, Places, State, lock};
 
 /// The lower tiers as the cache sees them.
 #[derive(Default)]
@@ -153,6 +153,14 @@ impl Cache {
             let place = &mut places.all[block.index as usize];
             place.present |= place.generation == block.generation;
         }
+    }
+}
+
+impl Blocks {
+    /// Whether the arena has the bytes of all of them.
+    pub fn are_present(&self) -> bool {
+        let places = lock(&self.cache.inner.places);
+        self.ids.iter().all(|id| places.all[id.index as usize].present)
     }
 }
 

@@ -63,6 +63,7 @@ impl FakeLedger {
             return assign_reply::Outcome::Refused(Refusal { reason: "no_workers".into(), ..Default::default() });
         };
         let assignment = Assignment {
+            holder: None,
             request: request.request.clone(),
             attempt: request.attempt,
             epoch: assigned.len() as u64 + 1,

@@ -148,6 +148,10 @@ impl Worker for WorkerService {
     async fn card(&self, _: Request<CardRequest>) -> Answer<ModelCard> {
         Ok(Response::new(card()))
     }
+
+    async fn lend(&self, _: Request<LendRequest>) -> Answer<LendReply> {
+        Err(Status::unimplemented("gateways do not ask for blocks"))
+    }
 }
 
 #[tonic::async_trait]

@@ -72,6 +72,7 @@ fn config(world: &World, host: &str, role: Role) -> Config {
         coordinators: world.topology.coordinator_addresses(),
         drain_ms: DRAIN.as_millis() as u64,
         autonomy_ms: baton_core::limits::AUTONOMY_GRACE_MS,
+        kv_pull: false,
         kv_host_bytes: 0,
         kv_disk: None,
         kv_disk_bytes: 0,

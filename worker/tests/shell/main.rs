@@ -30,6 +30,7 @@ fn config(coordinators: &[&FakeCoordinator]) -> Config {
         coordinators: coordinators.iter().map(|coordinator| coordinator.address()).collect(),
         drain_ms: DRAIN_MS,
         autonomy_ms: AUTONOMY_GRACE_MS,
+        kv_pull: true,
         kv_host_bytes: 0,
         kv_disk: None,
         kv_disk_bytes: 0,
