@@ -58,7 +58,7 @@ mod tests {
         "02008307010801740300000000",
         "02008d07010a086365303964663235d57c4b194762c29202322448da30004b1d7131fef2c82c663b3dcea3d4bc0aa40174f3e3a5d806",
     ];
-    const LEDGER: &str = "";
+    const LEDGER: &str = "02001065383637343334363731303737663266058d07000000000000010174030000000000000000000000000001086365303964663235d57c4b194762c29202322448da30004b1d7131fef2c82c663b3dcea3d4bc0aa40174f3e3a5d80601000000000000010100";
 
     fn bytes(hex: &str) -> Vec<u8> {
         (0..hex.len()).step_by(2).map(|at| u8::from_str_radix(&hex[at..at + 2], 16).unwrap()).collect()
@@ -76,32 +76,5 @@ mod tests {
         assert_eq!(restored, ledger);
         let torn = &bytes(LEDGER)[..bytes(LEDGER).len() - 1];
         assert!(matches!(decode_ledger(torn), Err(CodecError::Damaged(2, _))));
-    }
-
-    #[test]
-    fn print_it() {
-        let mut ledger = super::super::Ledger::default();
-        for (index, entry) in (2..).zip(ENTRIES) {
-            ledger.apply(index, decode_batch(&bytes(entry)).unwrap());
-        }
-        let super::super::Ledger {
-            cluster,
-            index,
-            time_ms,
-            workers,
-            open,
-            deadlines,
-            ended,
-            gateways,
-            tenants,
-            keys,
-            poison,
-            nodes,
-            ..
-        } = ledger;
-        let old =
-            Ledger { cluster, index, time_ms, workers, open, deadlines, ended, gateways, tenants, keys, poison, nodes };
-        let bytes: Vec<u8> = postcard::to_extend(&old, vec![2, 0]).unwrap();
-        println!("LEDGER {}", bytes.iter().map(|b| format!("{b:02x}")).collect::<String>());
     }
 }
