@@ -74,26 +74,28 @@ impl Pair<'_> {
         let reason = match status.code() {
             Code::InvalidArgument | Code::Unimplemented | Code::OutOfRange => Aborted::Internal,
             Code::DeadlineExceeded => Aborted::Deadline,
+            // It was dead before the request came, so the request has not killed it.
+            _ if closed(status) == Some(io::ErrorKind::ConnectionRefused) => Aborted::PrefillRefused,
             _ => Aborted::PrefillLost,
         };
-        match reason == Aborted::PrefillLost && !is_closed(status) {
+        match reason == Aborted::PrefillLost && closed(status).is_none() {
             true => Abort { failed: Some(self.prefill.into()), ..self.blame_both(reason, status.to_string()) },
             false => self.blame_prefill(reason, status.to_string()),
         }
     }
 }
 
-/// Whether the other end, or its machine, said that nobody is there.
-fn is_closed(status: &Status) -> bool {
+/// How the other end, or its machine, said that nobody is there.
+fn closed(status: &Status) -> Option<io::ErrorKind> {
     let mut cause = std::error::Error::source(status);
     while let Some(error) = cause {
         let kind = error.downcast_ref::<io::Error>().map(io::Error::kind);
-        if kind.is_some_and(|kind| CLOSED.contains(&kind)) {
-            return true;
+        if let Some(kind) = kind.filter(|kind| CLOSED.contains(kind)) {
+            return Some(kind);
         }
         cause = error.source();
     }
-    false
+    None
 }
 
 const CLOSED: &[io::ErrorKind] = &[
@@ -123,6 +125,9 @@ mod tests {
         check(pair.lost(&status(io::ErrorKind::TimedOut)), true, true);
         check(pair.lost(&Status::unavailable("silent")), true, true);
         check(pair.lost(&Status::invalid_argument("newer")), true, false);
+        let refused = pair.lost(&status(io::ErrorKind::ConnectionRefused));
+        assert_eq!(aborted(&refused), Aborted::PrefillRefused, "no death under this request");
+        check(refused, true, false);
         check(pair.said(abort(Aborted::TransferFailed, "")), false, true);
         check(pair.said(abort(Aborted::Draining, "")), true, false);
     }

@@ -93,13 +93,13 @@ async fn accept(shared: Arc<Shared>, mut arrivals: Arrivals) {
 /// Connects to a harbour.
 pub(crate) async fn connect(address: SocketAddr) -> io::Result<UcxStream> {
     let (tell, told) = oneshot::channel();
-    engine()?.order(Order::Connect { address, tell });
+    started().await?.order(Order::Connect { address, tell });
     told.await.map_err(|_| gone())?
 }
 
 async fn listen() -> io::Result<(u16, Arrivals)> {
     let (tell, told) = oneshot::channel();
-    engine()?.order(Order::Listen { tell });
+    started().await?.order(Order::Listen { tell });
     told.await.map_err(|_| gone())?
 }
 
@@ -261,6 +261,11 @@ impl Engine {
 fn engine() -> io::Result<&'static Engine> {
     static ENGINE: OnceLock<Result<Engine, String>> = OnceLock::new();
     ENGINE.get_or_init(start).as_ref().map_err(|why| io::Error::new(io::ErrorKind::Unsupported, why.clone()))
+}
+
+/// The library takes its time to look at what the machine has; no task waits behind that.
+async fn started() -> io::Result<&'static Engine> {
+    tokio::task::spawn_blocking(engine).await.map_err(io::Error::other)?
 }
 
 /// Bounded by what its senders may have in it: a stream's `UNSENT_BYTES` in orders of one byte at least, and a few of others.

@@ -63,10 +63,10 @@ async fn a_prefill_worker_killed_mid_request_changes_no_byte() {
     for round in 0..ROUNDS {
         // Prompts differ from one another, so that none is answered from the prefix cache of decode.
         let numbers = 100 + 8 * round..108 + 8 * round;
-        let undisturbed = all(&cluster.client, numbers.clone()).await;
+        let undisturbed = all(&cluster.client, numbers.clone(), 60).await;
         let worker = other.process("prefill");
         let client = other.client.clone();
-        let running = tokio::spawn(async move { all(&client, numbers).await });
+        let running = tokio::spawn(async move { all(&client, numbers, 60).await });
         wait_for("requests to be under way", || async {
             (other.counter("baton_gateway_requests_running").await >= 1.0).then_some(())
         })
@@ -81,6 +81,55 @@ async fn a_prefill_worker_killed_mid_request_changes_no_byte() {
     }
     assert!(met, "no kill met a request; it says nothing");
     other.quiet().await;
+}
+
+/// Goal: a prefill and a decode worker that die at one moment change no byte of the streams that run. Method: eight streams over
+/// two of each, whose first two are killed together once every stream has said something.
+#[tokio::test]
+async fn a_prefill_and_a_decode_worker_killed_at_once_change_no_byte() {
+    const ROUNDS: usize = 20;
+    const STREAMS: usize = 8;
+    let cluster = Cluster::up(&["--prefill", "2", "--decode", "2"]).await;
+    let mut met = 0;
+    for round in 0..ROUNDS {
+        let numbers = 500 + STREAMS * round..500 + STREAMS * (round + 1);
+        let undisturbed = all(&cluster.client, numbers.clone(), 200).await;
+        let failed = cluster.counter(FAILED).await;
+        let workers: Vec<_> = cluster.processes().into_iter().filter(|p| p.id.ends_with("-0")).collect();
+        let workers: Vec<_> = workers.into_iter().filter(|p| p.role == "prefill" || p.role == "decode").collect();
+        let opening = |number: usize| {
+            let client = cluster.client.clone();
+            tokio::spawn(async move {
+                let mut events = client.open(CHAT, &request(number, 200)).await;
+                events.until_text(1).await;
+                events
+            })
+        };
+        let mut streams = Vec::new();
+        for opening in numbers.map(opening).collect::<Vec<_>>() {
+            streams.push(opening.await.expect("it opens"));
+        }
+        workers.iter().for_each(|worker| signal(worker.pid, libc::SIGKILL));
+        let ends: Vec<_> = streams.into_iter().map(|stream| tokio::spawn(stream.finish())).collect();
+        for (end, undisturbed) in ends.into_iter().zip(&undisturbed) {
+            assert_eq!(end.await.expect("a stream ends").joined(), *undisturbed, "round {round}");
+        }
+        met += usize::from(cluster.counter(FAILED).await > failed);
+        if met == 2 {
+            break;
+        }
+        for worker in &workers {
+            replacement(&cluster, &worker.role, worker.pid).await;
+        }
+        wait_for("all workers to be back", || async {
+            let status = cluster.status();
+            let live = status["workers"].as_array()?.iter().filter(|w| w["live"] == true).count();
+            (live == 4).then_some(())
+        })
+        .await;
+    }
+    assert_eq!(met, 2, "kills hardly met a stream; it says nothing");
+    cluster.quiet().await;
 }
 
 #[tokio::test]
@@ -125,11 +174,11 @@ async fn a_gateway_and_a_coordinator_killed_come_back() {
     }
 }
 
-async fn all(client: &Client, numbers: std::ops::Range<usize>) -> Vec<Streamed> {
+async fn all(client: &Client, numbers: std::ops::Range<usize>, tokens: u32) -> Vec<Streamed> {
     let streams: Vec<_> = numbers
         .map(|i| {
             let client = client.clone();
-            tokio::spawn(async move { client.stream(CHAT, &request(i, 60)).await.joined() })
+            tokio::spawn(async move { client.stream(CHAT, &request(i, tokens)).await.joined() })
         })
         .collect();
     let mut answers = Vec::new();

@@ -103,13 +103,16 @@ async fn a_prefill_worker_that_dies_in_the_middle_is_named() {
     }
 }
 
+/// It is done without, but the request has not killed it: that would be a strike against the request.
 #[tokio::test]
-async fn a_prefill_worker_that_is_not_there_is_lost() {
+async fn a_prefill_worker_that_is_not_there_refuses() {
     let mut cluster = Cluster::start(1, 1).await;
     let order = order(&cluster, 1);
     cluster.prefills[0].kill();
     let mut gateway = Gateway::connect(&cluster, &cluster.decodes[0]).await;
-    assert_eq!(gateway.run(&order).await.aborted(), Aborted::PrefillLost);
+    let told = gateway.run(&order).await;
+    assert_eq!(told.aborted(), Aborted::PrefillRefused);
+    assert_eq!(told.aborted.unwrap().failed, Some(order.prefill.as_ref().unwrap().into()));
     cluster.prefills.clear();
     cluster.is_clean().await;
 }
