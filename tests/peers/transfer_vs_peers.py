@@ -12,6 +12,8 @@ figures are those of blocks sent for the first time, checked, granted and commit
 import argparse
 import json
 import multiprocessing
+import os
+import signal
 import statistics
 import subprocess
 import time
@@ -49,25 +51,24 @@ def nixl_target(pipe):
     del memory
 
 
-class Nixl:
-    name = "nixl"
+def nixl_source(pipe):
+    agent, memory, local = nixl_agent("source")
+    metadata, remote = pipe.recv()
+    peer = agent.add_remote_agent(metadata)
+    peer = peer.decode() if isinstance(peer, bytes) else peer
+    handles = {}
 
-    def __init__(self):
-        self.pipe, self.child = child(nixl_target)
-        metadata, self.remote = self.pipe.recv()
-        self.agent, self.memory, self.local = nixl_agent("source")
-        self.peer = self.agent.add_remote_agent(metadata)
-        self.peer = self.peer.decode() if isinstance(self.peer, bytes) else self.peer
-        self.handles = {}
-
-    def write(self, size):
-        if size not in self.handles:
-            blocks = lambda base: self.agent.get_xfer_descs([(base + at, size, 0) for at in range(0, BYTES, size)], "DRAM")
-            self.handles[size] = self.agent.initialize_xfer("WRITE", blocks(self.local), blocks(self.remote), self.peer)
-        state = self.agent.transfer(self.handles[size])
+    def write(size):
+        if size not in handles:
+            blocks = lambda base: agent.get_xfer_descs([(base + at, size, 0) for at in range(0, BYTES, size)], "DRAM")
+            handles[size] = agent.initialize_xfer("WRITE", blocks(local), blocks(remote), peer)
+        state = agent.transfer(handles[size])
         while state != "DONE":
             assert state != "ERR", "NIXL failed"
-            state = self.agent.check_xfer_state(self.handles[size])
+            state = agent.check_xfer_state(handles[size])
+
+    answer(pipe, write)
+    del memory
 
 
 def mooncake_engine():
@@ -87,35 +88,66 @@ def mooncake_target(pipe):
     del memory
 
 
-class Mooncake:
-    name = "mooncake"
+def mooncake_source(pipe):
+    engine, memory, ours = mooncake_engine()
+    port, theirs = pipe.recv()
 
-    def __init__(self):
-        self.pipe, self.child = child(mooncake_target)
-        port, self.remote = self.pipe.recv()
-        self.peer = f"127.0.0.1:{port}"
-        self.engine, self.memory, self.local = mooncake_engine()
-
-    def write(self, size):
+    def write(size):
         for first in range(0, BYTES, MOONCAKE_BLOCKS * size):
             offsets = range(first, min(first + MOONCAKE_BLOCKS * size, BYTES), size)
-            local, remote = [self.local + at for at in offsets], [self.remote + at for at in offsets]
-            failed = self.engine.batch_transfer_sync_write(self.peer, local, remote, [size] * len(local))
+            local, remote = [ours + at for at in offsets], [theirs + at for at in offsets]
+            failed = engine.batch_transfer_sync_write(f"127.0.0.1:{port}", local, remote, [size] * len(local))
             assert failed == 0, f"Mooncake failed: {failed}"
 
-
-def child(target):
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=target, args=(theirs,), daemon=True)
-    process.start()
-    return ours, process
+    answer(pipe, write)
+    del memory
 
 
-def speed(write, size):
-    began = time.perf_counter()
-    write(size)
-    return BYTES / 1e9 / (time.perf_counter() - began)
+def answer(pipe, write):
+    """Writes blocks of the sizes asked for and says how long each pass took; the first of a size connects and warms up."""
+    seen = set()
+    while (size := pipe.recv()) is not None:
+        if size not in seen:
+            seen.add(size)
+            write(size)
+        began = time.perf_counter()
+        write(size)
+        pipe.send(time.perf_counter() - began)
+
+
+class Peer:
+    """Two processes, stopped while something else is measured: both peers spin."""
+
+    def __init__(self, name, target, source):
+        self.name = name
+        context = multiprocessing.get_context("spawn")
+        self.pipes, self.processes = [], []
+        for function in (target, source):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=function, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+        self.pipes[1].send(self.pipes[0].recv())
+        self.speed(64 << 10)
+
+    def speed(self, size):
+        """GB/s of one pass."""
+        self.signal(signal.SIGCONT)
+        self.pipes[1].send(size)
+        seconds = self.pipes[1].recv()
+        self.signal(signal.SIGSTOP)
+        return BYTES / 1e9 / seconds
+
+    def signal(self, number):
+        for process in self.processes:
+            os.kill(process.pid, number)
+
+    def close(self):
+        for process in self.processes:
+            process.kill()
+            process.join()
 
 
 def baton(binary, kib):
@@ -131,14 +163,15 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    peers = [(Nixl(), "shm"), (Mooncake(), "tcp")]
+    peers = [
+        (Peer("nixl", nixl_target, nixl_source), "shm"),
+        (Peer("mooncake", mooncake_target, mooncake_source), "tcp"),
+    ]
     for kib in (16, 64, 256, 1024):
-        for peer, _ in peers:
-            peer.write(kib << 10)  # Connects, and touches every page.
         rounds = []
         for _ in range(arguments.rounds):
             ours = baton(arguments.baton, kib)
-            rounds.append([(ours[link], speed(peer.write, kib << 10)) for peer, link in peers])
+            rounds.append([(ours[link], peer.speed(kib << 10)) for peer, link in peers])
         for (peer, link), pairs in zip(peers, zip(*rounds)):
             if any(own is None for own, _ in pairs):
                 print(f"{kib} KiB: Baton has no {link} here")
@@ -157,8 +190,7 @@ def main():
                 flush=True,
             )
     for peer, _ in peers:
-        peer.pipe.send("end")
-        peer.child.join(10)
+        peer.close()
 
 
 if __name__ == "__main__":
