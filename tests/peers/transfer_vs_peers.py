@@ -4,9 +4,10 @@
     python3 -m venv target/peers-venv && target/peers-venv/bin/pip install numpy torch nixl mooncake-transfer-engine-non-cuda
     target/peers-venv/bin/python tests/peers/transfer_vs_peers.py target/release/baton [--rounds 5] [--json]
 
-Every round writes the same 256 MiB in blocks of one size, from one process into another, with NIXL, one call for all
-blocks, and with Mooncake, which takes some hundreds a call, and runs `baton bench transfer` for that size; then prints each round's ratio's median and spread. Baton's
-figures are those of blocks sent for the first time, checked, granted and committed; the peers check nothing.
+Every round writes the same 256 MiB in blocks of one size, from one process into another, with NIXL, one call for all blocks,
+and with Mooncake, which takes some hundreds a call, and runs `baton bench transfer` for that size; then prints the median and
+the spread of the rounds' ratios. Baton's figures are those of blocks sent for the first time, checked, granted and committed;
+the peers check nothing.
 """
 
 import argparse
