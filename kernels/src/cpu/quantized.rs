@@ -40,23 +40,42 @@ const LEVELS: usize = 4;
 ///
 /// # Safety (of every function)
 /// As for `Lanes`; `At` points into the format's panels.
-pub(crate) trait Grid: 'static {
+pub(crate) trait Grid: Sized + 'static {
     const FORMAT: Format;
     /// Parts of a block with scales of their own.
     const HALVES: usize = 1;
     /// The byte that stands for zero is 1 << ZERO; of formats whose bytes are unsigned, it is 0.
     const ZERO: Option<u32>;
     /// The order in which steps of 4 k are multiplied: those that share a word together.
-    const ORDER: [usize; 8] = [0, 1, 2, 3, 4, 5, 6, 7];
+    const ORDER: [usize; 8] = [0, 4, 1, 5, 2, 6, 3, 7];
 
-    /// 16 outputs' bytes of step t.
-    unsafe fn bytes<L: Lanes>(at: At, t: usize) -> L::I;
-    unsafe fn scales<L: Lanes>(at: At, half: usize) -> L::F;
-    /// Of formats that have them.
-    unsafe fn minima<L: Lanes>(_: At) -> L::F {
-        unsafe { L::splat(0.0) }
+    /// 16 outputs' bytes of step t; here of formats with four bits, or five.
+    #[inline(always)]
+    unsafe fn bytes<L: Lanes>(at: At, t: usize) -> L::I {
+        unsafe { if Self::FORMAT.words() == 5 { five_bits::<L, Self>(at, t) } else { four_bits::<L, Self>(at, t) } }
+    }
+    #[inline(always)]
+    unsafe fn scales<L: Lanes>(at: At, _: usize) -> L::F {
+        unsafe {
+            match Self::FORMAT.two_scales() {
+                true => L::mul(L::load_f16(at.half_ahead(0)), L::load_u8(at.byte(0))),
+                false => L::load_f16(at.half(0)),
+            }
+        }
+    }
+    /// What is subtracted, of formats that have it; where it is a half of its own, the file has what is added.
+    #[inline(always)]
+    unsafe fn minima<L: Lanes>(at: At) -> L::F {
+        unsafe {
+            match Self::FORMAT.two_scales() {
+                true => L::mul(L::load_f16(at.half_ahead(1)), L::load_u8(at.byte(1))),
+                false => L::mul(L::load_f16(at.half(1)), L::splat(-1.0)),
+            }
+        }
     }
 }
+
+const IN_ORDER: [usize; 8] = [0, 1, 2, 3, 4, 5, 6, 7];
 
 /// Sixteen outputs in a block.
 #[derive(Clone, Copy)]
@@ -98,134 +117,53 @@ pub(crate) struct Q4K;
 pub(crate) struct Q5K;
 pub(crate) struct Q6K;
 
-/// Steps whose halves share a word, one after the other.
-const BY_WORD: [usize; 8] = [0, 4, 1, 5, 2, 6, 3, 7];
-
 // SAFETY (of each block below): the traits' contracts.
 impl Grid for Q8_0 {
     const FORMAT: Format = Format::Q8_0;
     const ZERO: Option<u32> = Some(7);
+    const ORDER: [usize; 8] = IN_ORDER;
 
     #[inline(always)]
     unsafe fn bytes<L: Lanes>(at: At, t: usize) -> L::I {
         unsafe { L::load_words(at.word::<Self>(t)) }
-    }
-    #[inline(always)]
-    unsafe fn scales<L: Lanes>(at: At, _: usize) -> L::F {
-        unsafe { L::load_f16(at.half(0)) }
     }
 }
 
 impl Grid for Q4_0 {
     const FORMAT: Format = Format::Q4_0;
     const ZERO: Option<u32> = Some(3);
-    const ORDER: [usize; 8] = BY_WORD;
-
-    #[inline(always)]
-    unsafe fn bytes<L: Lanes>(at: At, t: usize) -> L::I {
-        unsafe { four_bits::<L, Self>(at, t) }
-    }
-    #[inline(always)]
-    unsafe fn scales<L: Lanes>(at: At, _: usize) -> L::F {
-        unsafe { L::load_f16(at.half(0)) }
-    }
 }
 
 impl Grid for Q4_1 {
     const FORMAT: Format = Format::Q4_1;
     const ZERO: Option<u32> = None;
-    const ORDER: [usize; 8] = BY_WORD;
-
-    #[inline(always)]
-    unsafe fn bytes<L: Lanes>(at: At, t: usize) -> L::I {
-        unsafe { four_bits::<L, Self>(at, t) }
-    }
-    #[inline(always)]
-    unsafe fn scales<L: Lanes>(at: At, _: usize) -> L::F {
-        unsafe { L::load_f16(at.half(0)) }
-    }
-    #[inline(always)]
-    unsafe fn minima<L: Lanes>(at: At) -> L::F {
-        unsafe { L::mul(L::load_f16(at.half(1)), L::splat(-1.0)) }
-    }
 }
 
 impl Grid for Q5_0 {
     const FORMAT: Format = Format::Q5_0;
     const ZERO: Option<u32> = Some(4);
-    const ORDER: [usize; 8] = BY_WORD;
-
-    #[inline(always)]
-    unsafe fn bytes<L: Lanes>(at: At, t: usize) -> L::I {
-        unsafe { five_bits::<L, Self>(at, t) }
-    }
-    #[inline(always)]
-    unsafe fn scales<L: Lanes>(at: At, _: usize) -> L::F {
-        unsafe { L::load_f16(at.half(0)) }
-    }
 }
 
 impl Grid for Q5_1 {
     const FORMAT: Format = Format::Q5_1;
     const ZERO: Option<u32> = None;
-    const ORDER: [usize; 8] = BY_WORD;
-
-    #[inline(always)]
-    unsafe fn bytes<L: Lanes>(at: At, t: usize) -> L::I {
-        unsafe { five_bits::<L, Self>(at, t) }
-    }
-    #[inline(always)]
-    unsafe fn scales<L: Lanes>(at: At, _: usize) -> L::F {
-        unsafe { L::load_f16(at.half(0)) }
-    }
-    #[inline(always)]
-    unsafe fn minima<L: Lanes>(at: At) -> L::F {
-        unsafe { L::mul(L::load_f16(at.half(1)), L::splat(-1.0)) }
-    }
 }
 
 impl Grid for Q4K {
     const FORMAT: Format = Format::Q4K;
     const ZERO: Option<u32> = None;
-    const ORDER: [usize; 8] = BY_WORD;
-
-    #[inline(always)]
-    unsafe fn bytes<L: Lanes>(at: At, t: usize) -> L::I {
-        unsafe { four_bits::<L, Self>(at, t) }
-    }
-    #[inline(always)]
-    unsafe fn scales<L: Lanes>(at: At, _: usize) -> L::F {
-        unsafe { L::mul(L::load_f16(at.half_ahead(0)), L::load_u8(at.byte(0))) }
-    }
-    #[inline(always)]
-    unsafe fn minima<L: Lanes>(at: At) -> L::F {
-        unsafe { L::mul(L::load_f16(at.half_ahead(1)), L::load_u8(at.byte(1))) }
-    }
 }
 
 impl Grid for Q5K {
     const FORMAT: Format = Format::Q5K;
     const ZERO: Option<u32> = None;
-    const ORDER: [usize; 8] = BY_WORD;
-
-    #[inline(always)]
-    unsafe fn bytes<L: Lanes>(at: At, t: usize) -> L::I {
-        unsafe { five_bits::<L, Self>(at, t) }
-    }
-    #[inline(always)]
-    unsafe fn scales<L: Lanes>(at: At, _: usize) -> L::F {
-        unsafe { L::mul(L::load_f16(at.half_ahead(0)), L::load_u8(at.byte(0))) }
-    }
-    #[inline(always)]
-    unsafe fn minima<L: Lanes>(at: At) -> L::F {
-        unsafe { L::mul(L::load_f16(at.half_ahead(1)), L::load_u8(at.byte(1))) }
-    }
 }
 
 impl Grid for Q6K {
     const FORMAT: Format = Format::Q6K;
     const HALVES: usize = 2;
     const ZERO: Option<u32> = Some(5);
+    const ORDER: [usize; 8] = IN_ORDER;
 
     #[inline(always)]
     unsafe fn bytes<L: Lanes>(at: At, t: usize) -> L::I {
