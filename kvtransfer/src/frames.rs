@@ -64,6 +64,14 @@ impl<R: AsyncRead + Unpin> Frames<R> {
         Ok(&self.buffer[self.start - length..self.start])
     }
 
+    /// Reads what nobody wants.
+    pub(crate) async fn skip(&mut self, mut bytes: usize) -> Result<(), ReadError> {
+        while bytes > 0 {
+            bytes -= self.pieces(1, bytes).await?.len();
+        }
+        Ok(())
+    }
+
     /// As many pieces of `piece` bytes as are there, at least one and at most `count`.
     pub(crate) async fn pieces(&mut self, piece: usize, count: usize) -> Result<&[u8], ReadError> {
         self.fill(piece).await?;

@@ -1,0 +1,175 @@
+//! Connections to a receiver: accepted, greeted, and read until they fail.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use baton_core::limits::{HANDOFF_ACK_BYTES, HANDOFF_BACKOFF_MS, HANDOFF_CONNECT_MS, HANDOFF_LINKS_MAX};
+use baton_core::{Arena, Listener, Stream};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+
+use super::Shared;
+use crate::counters::Dropped;
+use crate::frames::{Frames, ReadError};
+use crate::link::Link;
+use crate::outbox::{Outbox, PLACES, write_all};
+use crate::wire::{
+    BadFrame, Body, FEATURE_HEADS, FEATURE_RESEND, FEATURE_SHARED, FEATURE_TICKETS, FEATURE_UCX, Kind, Message, Tag,
+};
+
+/// DATA frames by reference that are taken before they are acknowledged, when more are waiting.
+const UNACKNOWLEDGED_MAX: u32 = 8;
+
+/// Accepts connections until the receiver closes, and then ends them. Aborting it aborts them.
+pub(super) async fn accept(shared: Arc<Shared>, mut listener: Box<dyn Listener>) {
+    let mut connections = JoinSet::new();
+    loop {
+        tokio::select! {
+            accepted = listener.accept() => match accepted {
+                Ok(stream) if connections.len() < HANDOFF_LINKS_MAX => {
+                    connections.spawn(serve(shared.clone(), stream, None));
+                }
+                Ok(_) => tracing::warn!("more than {HANDOFF_LINKS_MAX} links: connection refused"),
+                Err(error) => {
+                    tracing::warn!(%error, "accept on the handoff address");
+                    sleep(Duration::from_millis(HANDOFF_BACKOFF_MS)).await;
+                }
+            },
+            Some(_) = connections.join_next() => {}
+            () = shared.closing.notified() => return connections.shutdown().await,
+        }
+    }
+}
+
+/// One connection, from its greeting to its end. `source` is the sender's arena where it came along.
+pub(crate) async fn serve(shared: Arc<Shared>, stream: Stream, source: Option<Arc<Arena>>) {
+    let (read, mut write) = tokio::io::split(stream);
+    let mut frames = Frames::new(read);
+    let greeting = greet(&shared, &mut frames, &mut write, source.is_none());
+    let features = match timeout(Duration::from_millis(HANDOFF_CONNECT_MS), greeting).await {
+        Ok(Ok(Some(features))) => features,
+        _ => return,
+    };
+    frames.widen(shared.layout().slice_bytes());
+    let outbox = Arc::new(Outbox::new(PLACES));
+    let link = Link { id: shared.join(|_| outbox.clone()), features, source };
+    let cause = tokio::select! {
+        cause = read_all(&shared, &link, &outbox, &mut frames) => cause,
+        cause = outbox.write(&mut write) => cause.into(),
+        cause = outbox.closed() => cause.into(),
+    };
+    tracing::debug!(%cause, "link closed");
+    shared.leave(link.id);
+}
+
+/// Compares the two ends' texts before anything else is looked at, and returns what both can do. None: the texts do not
+/// fit, and the sender knows.
+async fn greet<R, W>(
+    shared: &Arc<Shared>,
+    frames: &mut Frames<R>,
+    to: &mut W,
+    offers: bool,
+) -> Result<Option<u16>, ReadError>
+where
+    R: AsyncRead + Unpin,
+    W: AsyncWrite + Unpin,
+{
+    let text = shared.compatibility.clone();
+    let tickets = shared.tickets.get();
+    let is_required = tickets.is_some_and(|tickets| tickets.required);
+    let needed = if shared.is_part { FEATURE_HEADS } else { 0 } | if is_required { FEATURE_TICKETS } else { 0 };
+    let fits = |features: u16| features & needed == needed;
+    let theirs = match frames.message().await {
+        Ok(Message { body: Body::Hello { text: theirs, features }, .. }) => {
+            (theirs == text && fits(features)).then_some(features)
+        }
+        Err(ReadError::Frame(BadFrame::Version { .. })) => None,
+        Ok(message) => return Err(BadFrame::Shape(message.body.kind()).into()),
+        Err(error) => return Err(error),
+    };
+    let say = async |to: &mut W, body: Body| -> io::Result<()> {
+        write_all(to, &Message { tag: Tag::default(), body }.encode()).await
+    };
+    let Some(theirs) = theirs else {
+        let text = if shared.is_part { format!("{text}, some heads") } else { text };
+        let text = if is_required { format!("{text}, with tickets") } else { text };
+        say(to, Body::Mismatch(text)).await?;
+        to.flush().await?;
+        shared.counts.mismatched.add(1);
+        to.shutdown().await?;
+        return Ok(None);
+    };
+    // A socket of this host is made when the first sender could use it.
+    let offer = if offers && theirs & FEATURE_SHARED != 0 { shared.offer() } else { None };
+    let harbour = if theirs & FEATURE_UCX != 0 { shared.harbour() } else { None };
+    let can = |able: bool, feature| if able { feature } else { 0 };
+    let features = FEATURE_RESEND
+        | FEATURE_HEADS
+        | can(tickets.is_some(), FEATURE_TICKETS)
+        | can(offer.is_some(), FEATURE_SHARED)
+        | can(harbour.is_some(), FEATURE_UCX);
+    say(to, Body::Hello { text, features }).await?;
+    if let Some(name) = offer {
+        say(to, Body::Offer(name)).await?;
+    }
+    if let Some(port) = harbour {
+        say(to, Body::Offer(port.to_string())).await?;
+    }
+    to.flush().await?;
+    Ok(Some(features & theirs))
+}
+
+/// Takes frames until the link fails.
+async fn read_all<R: AsyncRead + Unpin>(
+    shared: &Shared,
+    link: &Link,
+    outbox: &Outbox,
+    frames: &mut Frames<R>,
+) -> ReadError {
+    let (mut taken, mut acknowledged, mut frames_taken) = (0, 0, 0);
+    loop {
+        // A sender of references waits for the copies, not for a socket's buffer: it hears of them as soon as none waits.
+        let due = match link.source {
+            Some(_) => taken > acknowledged && (!frames.has_more() || frames_taken >= UNACKNOWLEDGED_MAX),
+            None => taken - acknowledged >= HANDOFF_ACK_BYTES as u64,
+        };
+        if due {
+            (acknowledged, frames_taken) = (taken, 0);
+            outbox.ack(taken);
+            tokio::task::yield_now().await;
+        }
+        let header = match frames.header().await {
+            Ok(header) => header,
+            Err(error) => return error,
+        };
+        if header.kind != Kind::Data {
+            let heard = match frames.take(header.length as usize).await {
+                Ok(payload) => Message::decode(&header, payload).and_then(|message| shared.hear(link, message)),
+                Err(error) => return error,
+            };
+            match heard {
+                Ok(()) => continue,
+                Err(error) => return error.into(),
+            }
+        }
+        if header.sequence > taken {
+            return BadFrame::Gap { expected: taken, found: header.sequence }.into();
+        }
+        let replayed = header.sequence < taken;
+        let read = match replayed {
+            true => frames.skip(header.length as usize).await,
+            false => shared.data(link, &header, frames).await,
+        };
+        if let Err(error) = read {
+            return error;
+        }
+        if replayed {
+            shared.counts.drop(Dropped::Replayed);
+            continue;
+        }
+        taken += header.length as u64;
+        frames_taken += 1;
+    }
+}
