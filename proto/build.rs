@@ -3,6 +3,7 @@
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed=proto");
     let files = protox::compile(["proto/baton.proto", "proto/admin.proto"], ["proto"])?;
-    tonic_prost_build::configure().build_transport(false).bytes(".").compile_fds(files)?;
+    let codec = "crate::codec::SmallCodec";
+    tonic_prost_build::configure().build_transport(false).codec_path(codec).bytes(".").compile_fds(files)?;
     Ok(())
 }

@@ -3,6 +3,7 @@
 
 mod access;
 mod admin;
+mod allocator;
 mod args;
 mod bench;
 mod chat;

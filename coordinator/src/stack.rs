@@ -40,7 +40,7 @@ pub(crate) struct Stack {
     /// None: stands aside.
     node: Option<Arc<Node>>,
     stopping: watch::Sender<bool>,
-    server: JoinHandle<Result<(), tonic::transport::Error>>,
+    server: JoinHandle<()>,
     beside: JoinHandle<()>,
 }
 
@@ -66,10 +66,8 @@ impl Stack {
             stopping: stopping.clone(),
         });
         let services = Services::new(node.service(), service);
-        let incoming = baton_proto::incoming(listener);
         let stopped = stopped(stopping.subscribe());
-        let server = baton_proto::channel::server().serve_with_incoming_shutdown(services, incoming, stopped);
-        let server = tokio::spawn(server);
+        let server = tokio::spawn(baton_proto::server::serve(listener, services, stopped));
         Stack { node: Some(node), stopping, server, beside: tokio::spawn(beside) }
     }
 
@@ -80,7 +78,8 @@ impl Stack {
             .add_service(RaftServer::new(aside.clone()))
             .add_service(CoordinatorServer::new(aside));
         let stopped = stopped(stopping.subscribe());
-        let server = tokio::spawn(router.serve_with_incoming_shutdown(baton_proto::incoming(listener), stopped));
+        let serving = router.serve_with_incoming_shutdown(baton_proto::incoming(listener), stopped);
+        let server = tokio::spawn(async move { drop(serving.await) });
         Stack { node: None, stopping, server, beside: tokio::spawn(std::future::ready(())) }
     }
 
@@ -92,8 +91,7 @@ impl Stack {
             biased;
             _ = asked.wait_for(|asked| *asked) => End::Asked,
             ended = &mut self.server => End::Stopped(Stopped::Server(match ended {
-                Ok(Ok(())) => "it was told to".into(),
-                Ok(Err(error)) => error.to_string(),
+                Ok(()) => "it was told to".into(),
                 Err(error) => error.to_string(),
             })),
             failed = standing.wait_for(|standing| standing.failed.is_some()) => {

@@ -18,7 +18,7 @@ use tower::util::MapResponseLayer;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_millis(500);
 /// A peer that stops answering is noticed within two of these; a lost segment in the simulator's TCP likewise.
-const KEEP_ALIVE: Duration = Duration::from_millis(500);
+pub(crate) const KEEP_ALIVE: Duration = Duration::from_millis(500);
 /// A refused connection can come back in no time at all; without a pause a reconnect loop would spin.
 const CONNECT_PAUSE: Duration = Duration::from_millis(20);
 

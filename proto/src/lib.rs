@@ -2,7 +2,9 @@
 #![forbid(unsafe_code)]
 
 pub mod channel;
+pub mod codec;
 pub mod convert;
+pub mod server;
 pub mod tcp;
 
 /// Generated from `proto/baton.proto` and `proto/admin.proto`.

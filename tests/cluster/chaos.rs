@@ -20,6 +20,11 @@ async fn leaders_killed_under_load() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn followers_killed_under_load() {
+    check(&chaos::leader::run(extent(1, 18), false).await, false);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn workers_killed_under_load() {
     let report = chaos::workers::run(extent(4, 12)).await;
     check(&report, false);

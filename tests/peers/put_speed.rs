@@ -14,6 +14,9 @@ use h2::client::SendRequest;
 use prost::Message;
 use tonic::codegen::http::{HeaderMap, HeaderValue, Request, Uri, header};
 
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 const VALUE_BYTES: usize = 200;
 /// Bytes before a gRPC message: whether it is compressed, and its length.
 const PREFIX_BYTES: usize = 5;

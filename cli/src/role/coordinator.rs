@@ -78,6 +78,7 @@ pub(crate) fn run(flags: CoordinatorFlags) -> Result<(), Failure> {
     if let Some(group) = flags.group {
         return group::run(group);
     }
+    crate::allocator::expect_many_small_pieces();
     let common = flags.role.clone();
     super::process(tokio::runtime::Builder::new_current_thread(), &common, serve(flags))
 }
