@@ -22,6 +22,8 @@ SHARED_STATIC = 48 << 10
 KERNELS = {"sm_80": 28, "sm_90a": 36, "sm_100a": 28, "sm_120": 28}
 # Kernels that give whole warpgroups to the tensor cores.
 WARPGROUPS = r"matmul_(segmented_)?(64_|64_narrow_)?hopper"
+# Kernels for few rows: the copy engine loads weights, and they are asked for before the kernel before has ended.
+COPIES = r"matmul_(segmented_)?(16|64)_(narrow_)?hopper"
 
 passed = failed = 0
 
@@ -84,6 +86,10 @@ for arch, own in ARCHS.items():
             continue
         tensor = len(re.findall(r"\bHGMMA\." if re.fullmatch(WARPGROUPS, name) else r"\bHMMA\.", code))
         check(f"{arch} {name} tensor cores", tensor, "instructions", 1, tensor >= 1)
+        if re.fullmatch(COPIES, name):
+            for what, instruction in ("copy engine", r"\bUTMALDG\."), ("asks ahead", r"\bUBLKPF\."):
+                count = len(re.findall(instruction, code))
+                check(f"{arch} {name} {what}", count, "instructions", 1, count >= 1)
         local = len(re.findall(r"\b(STL|LDL)\b", code))
         check(f"{arch} {name} local memory", local, "instructions", 0, local == 0)
 

@@ -42,6 +42,35 @@ def ceilings():
     say("matmul", 2 * 8192**3 / seconds(lambda: a @ b) / 1e12, "TFLOP/s")
 
 
+# Matmuls of a layer: (outputs, inputs).
+LAYER = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
+
+
+def layer_matmuls(device="cuda", layers=3, turns=4):
+    """A layer's matmuls by cuBLAS, at the rows of decode batches, as one captured graph over several layers' weights."""
+    weights = [[torch.randn(n, k, device=device, dtype=torch.bfloat16) / k**0.5 for n, k in LAYER] for _ in range(layers)]
+    for rows in (1, 8, 64):
+        inputs = {k: torch.randn(rows, k, device=device, dtype=torch.bfloat16) for k in {k for _, k in LAYER}}
+        outputs = {n: torch.empty(rows, n, device=device, dtype=torch.bfloat16) for n in {n for n, _ in LAYER}}
+
+        def work():
+            for layer in weights * turns:
+                for w in layer:
+                    torch.mm(inputs[w.shape[1]], w.t(), out=outputs[w.shape[0]])
+
+        if device == "cpu":
+            work()
+            continue
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            work()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            work()
+        say(f"cublas layer_matmuls_{rows}_rows", seconds(graph.replay) / (layers * turns) * 1e6, "us")
+
+
 def shape(small=False):
     if small:
         return LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
@@ -94,8 +123,10 @@ def main():
     if sys.argv[1] == "--small":
         # The calls, on a CPU.
         decode(model(shape(small=True), "cpu"), 2, graph=False)
+        layer_matmuls("cpu", layers=1, turns=1)
         return
     ceilings()
+    layer_matmuls()
     made = model(shape(), "cuda")
     start = time.time()
     made.save_pretrained(sys.argv[1], max_shard_size="5GB")

@@ -32,12 +32,16 @@ pub enum Extent {
 pub fn all(gpu: &Gpu, extent: Extent, seed: u64) -> Result<Vec<Check>, GpuError> {
     let cpu = Cpu::new(1, Profile::F32Acc).expect("every machine runs f32acc");
     let mut checker = Checker { gpu, cpu, rng: Rng::new(seed), found: Vec::new() };
+    gpu.watch();
     checker.rows(3, 200)?;
     checker.matmul(&[1, 3, 16, 17, 64, 65, 130], 70, 200)?;
     checker.matmul(&[2, 20, 90], 33, 64)?;
     checker.matmul(&[4], 40, 1000)?;
-    // What Hopper's own kernels take.
+    // What Hopper's own kernels take, and so many outputs that those for many run.
     checker.matmul(&[1, 20, 70], 64, 512)?;
+    if let Some(resident) = gpu.driver.hopper() {
+        checker.matmul(&[3, 33], resident * 128 + 64, 64)?;
+    }
     let shapes = [(4, 2, 16, None), (6, 2, 32, Some(40)), (8, 1, 64, None), (5, 5, 96, Some(64)), (20, 1, 128, None)];
     for (heads, kv_heads, head_dim, window) in shapes {
         checker.attention(Heads { heads, kv_heads, head_dim }, window, &[(37, 0), (1, 70), (9, 100), (1, 0)])?;
@@ -55,6 +59,9 @@ pub fn all(gpu: &Gpu, extent: Extent, seed: u64) -> Result<Vec<Check>, GpuError>
         checker.attention(heads, None, &[(256, 0), (1, 900), (100, 333), (1, 63), (1, 64)])?;
         checker.draws(128_256)?;
     }
+    let unused = gpu.unused();
+    let name = if unused.is_empty() { String::new() } else { format!(": not {}", unused.join(", ")) };
+    checker.same(format!("every kernel is checked{name}"), unused.is_empty());
     Ok(checker.found)
 }
 
@@ -103,6 +110,13 @@ impl Checker<'_> {
         gpu.embed(&table, &spans, &mut x)?;
         self.cpu.embed(&packed, &ids, &mut expected);
         self.same(format!("embed {name}"), x.read(rows * width)? == expected);
+
+        let kept = [rows as u32 - 1, 0];
+        let (spans, _) = one_token_rows(gpu, &kept)?;
+        let mut few = gpu.floats(2 * width)?;
+        gpu.keep_rows(&x, &spans, width, &mut few)?;
+        let last = expected[(rows - 1) * width..].iter().chain(&expected[..width]).copied();
+        self.same(format!("keep_rows {name}"), few.read(2 * width)? == last.collect::<Vec<f32>>());
 
         let (delta, weight) = (self.values(rows * width, 1.0), self.values(width, 1.0));
         let (on_gpu, on_gpu_weight) = (gpu.floats_of(&delta)?, gpu.floats_of(&weight)?);
@@ -267,6 +281,22 @@ impl Checker<'_> {
             })?;
         }
         self.same("gather_layer".to_string(), same);
+        let host = std::sync::Arc::new(Arena::new(layout, 5));
+        let Some(pinned) = self.gpu.pin(&host) else { return Ok(()) };
+        // SAFETY: this check is the arena's only user.
+        unsafe { self.gpu.begin_give(&mut cache, 0, 2, &[3, 1], &pinned)? };
+        self.gpu.end_gather(0, &mut |_| {})?;
+        let layer = |of: &Arena, block: u32, layer: usize| {
+            let mut bytes = vec![0; layout.layer_bytes()];
+            // SAFETY: as above.
+            unsafe { of.read_layer(block, layer, &mut bytes) };
+            bytes
+        };
+        // Block 3 was copied from block 2.
+        let given = layer(&host, 3, 2) == layer(&arena, 2, 2) && layer(&host, 1, 2) == layer(&arena, 1, 2);
+        let others = [(1, 0), (1, 1), (0, 2), (2, 2), (4, 2)];
+        let left = others.iter().all(|(block, of)| layer(&host, *block, *of).iter().all(|byte| *byte == 0));
+        self.same("give_layer".to_string(), given && left);
         Ok(())
     }
 

@@ -164,8 +164,16 @@ impl Gpu {
         let arguments: [&dyn launch::Argument; 6] = [&from, &width, &reports, &tokens, &logprobs, &top];
         self.launch(launch::REPORT, grid(lists.reports.len()), &arguments)?;
         let mut ids = scratch.tokens.read::<u32>(0, lists.samples.len())?.into_iter();
-        let mut found = scratch.logprobs.read::<f32>(0, lists.reports.len())?.into_iter().zip(&lists.reports);
-        let alternatives: Vec<Alternative> = scratch.top.read(0, lists.alternatives)?;
+        // Reading nothing would wait all the same.
+        let logprobs: Vec<f32> = match lists.reports.len() {
+            0 => Vec::new(),
+            count => scratch.logprobs.read(0, count)?,
+        };
+        let alternatives: Vec<Alternative> = match lists.alternatives {
+            0 => Vec::new(),
+            count => scratch.top.read(0, count)?,
+        };
+        let mut found = logprobs.into_iter().zip(&lists.reports);
         let token = |draw: &GpuDraw| {
             let id = match draw.kind {
                 GpuDrawKind::Given(token) => token,

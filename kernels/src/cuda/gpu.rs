@@ -2,9 +2,12 @@
 //! with `Cpu`, a row's bits depend on nothing but the row's own values. Operations return once they are given to the GPU;
 //! reading a result waits for it.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::path::Path;
-use std::sync::Arc;
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use baton_core::{Arena, BlockLayout, KvDtype};
 
@@ -13,7 +16,8 @@ use super::driver::{Driver, Kernel, SLOTS};
 use super::emulated::Emulated;
 use super::error::GpuError;
 use super::launch::{
-    self, Argument, HEAD_DIMS, HOPPER_UNIT, HOPPERS, HOPPERS_NARROW, Hopper, Layout, MATMULS, PREFILL_ROWS,
+    self, Argument, HEAD_DIMS, HOPPER_AHEAD, HOPPER_UNIT, HOPPERS, HOPPERS_NARROW, Hopper, KERNELS, Layout, MATMULS,
+    PREFILL_ROWS,
 };
 use super::memory::{DEPTH_UNIT, Floats, GpuMatrix, Memory, Rows};
 use super::nvidia::{Nvidia, arch};
@@ -30,6 +34,10 @@ pub struct Gpu {
     pub(crate) driver: Arc<dyn Driver>,
     name: String,
     profile: String,
+    /// Bytes of weights that a thread block of few rows asks for ahead.
+    ahead: AtomicUsize,
+    /// Names of the kernels launched since somebody asked to be told.
+    launched: OnceLock<Mutex<BTreeSet<&'static str>>>,
 }
 
 impl Gpu {
@@ -45,7 +53,33 @@ impl Gpu {
     }
 
     fn over(driver: Arc<dyn Driver>, name: String, arch: &str) -> Gpu {
-        Gpu { driver, name, profile: format!("cuda-{arch}-{}", &source_hash()[..8]) }
+        let ahead = AtomicUsize::new(launch::AHEAD_BYTES);
+        Gpu { driver, name, profile: format!("cuda-{arch}-{}", &source_hash()[..8]), ahead, launched: OnceLock::new() }
+    }
+
+    /// Begins to remember which kernels are launched.
+    pub(crate) fn watch(&self) {
+        self.launched.get_or_init(Mutex::default);
+    }
+
+    /// Kernels of this device that were not launched since `watch`.
+    pub(crate) fn unused(&self) -> Vec<&'static str> {
+        let hoppers = HOPPERS.iter().flatten().chain(HOPPERS_NARROW.iter().map(|(narrow, _)| narrow));
+        let own = hoppers.map(|hopper| hopper.tiled.kernel.name).filter(|_| self.driver.hopper().is_some());
+        let used = self.launched.get().map(|used| used.lock().unwrap_or_else(PoisonError::into_inner).clone());
+        let used = used.unwrap_or_default();
+        KERNELS.iter().map(|kernel| kernel.name).chain(own).filter(|name| !used.contains(name)).collect()
+    }
+
+    fn note(&self, kernel: Kernel) {
+        if let Some(launched) = self.launched.get() {
+            launched.lock().unwrap_or_else(PoisonError::into_inner).insert(kernel.name);
+        }
+    }
+
+    /// Changes how far ahead weights are asked for, to measure it: no bits depend on it.
+    pub(crate) fn set_ahead(&self, bytes: usize) {
+        self.ahead.store(bytes, Ordering::Relaxed);
     }
 
     pub fn name(&self) -> &str {
@@ -237,6 +271,7 @@ impl Gpu {
             rows: rows as u32,
             outputs: w.outputs as u32,
             depth: w.depth as u32,
+            ahead: 0,
         };
         let segments = if segmented { SEGMENTS } else { 1 };
         let fits = w.outputs.is_multiple_of(HOPPER_UNIT) && w.depth.is_multiple_of(HOPPER_UNIT * segments);
@@ -263,6 +298,8 @@ impl Gpu {
         resident: usize,
     ) -> Result<(), GpuError> {
         let Hopper { tiled, boxes, cluster, stays } = hopper;
+        let ahead = self.ahead.load(Ordering::Relaxed) / (2 * tiled.outputs) / HOPPER_AHEAD * HOPPER_AHEAD;
+        let arguments = launch::Matmul { ahead: ahead as u32, ..arguments };
         let xs = self.driver.tensor_map(x.at(), (range.end, w.depth), x.stride() as usize, boxes.0)?;
         let ws = self.driver.tensor_map(w.memory.at(), (w.outputs, w.depth), w.depth, boxes.1)?;
         let tiles = range.len().div_ceil(tiled.rows) * w.outputs.div_ceil(tiled.outputs);
@@ -346,6 +383,7 @@ impl Gpu {
         let grid = [COPY_PARTS.min(count), layout.kv_heads, 1];
         let arguments: [&dyn Argument; 6] = [&layout, &layer, &list, &count, &arena.memory.at(), &to.at];
         let mut pointers = arguments.map(|argument| argument.at());
+        self.note(launch::GIVE_LAYER);
         // SAFETY: blocks inside either arena; the host's are the caller's, the GPU's are written by later layers elsewhere.
         unsafe { self.driver.launch_beside(slot, launch::GIVE_LAYER, grid, &mut pointers) }
     }
@@ -363,6 +401,7 @@ impl Gpu {
             return Ok(());
         }
         let mut pointers: Vec<_> = arguments.iter().map(|argument| argument.at()).collect();
+        self.note(kernel);
         // SAFETY: the operation that calls this has checked what its kernel touches; the arguments outlive the call.
         unsafe { self.driver.launch(kernel, grid.map(|n| n as u32), &mut pointers) }
     }

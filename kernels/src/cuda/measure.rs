@@ -5,7 +5,8 @@
 use baton_core::Rng;
 use baton_core::arena::{BlockLayout, KvDtype};
 
-use super::{Floats, Gpu, GpuAttention, GpuError, GpuMatrix, GpuRope, Rows};
+use super::launch::AHEAD_BYTES;
+use super::{Floats, Gpu, GpuArena, GpuAttention, GpuError, GpuMatrix, GpuRope, Rows};
 use crate::limits::best;
 use crate::{Dtype, Heads, Matrix, RopeTable, Span};
 
@@ -37,14 +38,41 @@ const HIDDEN: usize = 4096;
 const WIDE: usize = 14_336;
 const HEADS: Heads = Heads { heads: 32, kv_heads: 8, head_dim: 128 };
 
+/// (outputs, inputs, whether they are added in segments) of the matmuls of a layer.
+const SHAPES: [(usize, usize, bool); 4] =
+    [(6144, HIDDEN, false), (HIDDEN, HIDDEN, true), (2 * WIDE, HIDDEN, false), (HIDDEN, WIDE, true)];
+/// Layers in turn, whose weights together are many times any cache.
+const LAYERS: usize = 3;
+
+/// The matmuls of a layer, in order.
+type Weights = [GpuMatrix; 4];
+
+/// Layers out of some matrices of each shape.
+fn layers_of(mut turning: Vec<Vec<GpuMatrix>>) -> Vec<Weights> {
+    let mut layer = || {
+        let each: Option<Vec<GpuMatrix>> = turning.iter_mut().map(Vec::pop).collect();
+        each.and_then(|each| <[GpuMatrix; 4]>::try_from(each).ok())
+    };
+    std::iter::from_fn(|| layer()).take(LAYERS).collect()
+}
+
 /// Every kernel of such a model's layer, at one row, some and many.
 pub fn all(gpu: &Gpu, ceilings: Ceilings) -> Result<Vec<Measured>, GpuError> {
     let mut measure = Measure { gpu, ceilings, rng: Rng::new(1), found: Vec::new() };
-    for (outputs, inputs, segmented) in
-        [(6144, HIDDEN, false), (HIDDEN, HIDDEN, true), (2 * WIDE, HIDDEN, false), (HIDDEN, WIDE, true)]
-    {
-        measure.matmul(outputs, inputs, segmented)?;
+    let mut turning = Vec::new();
+    for shape in SHAPES {
+        turning.push(measure.matmul(shape)?);
     }
+    let layers = layers_of(turning);
+    for rows in [1, 8, 64] {
+        measure.layer_matmuls(&layers, rows)?;
+    }
+    for ahead in [AHEAD_BYTES, 0, 64 << 10, 192 << 10, 256 << 10] {
+        gpu.set_ahead(ahead);
+        measure.layer(&layers, ahead)?;
+    }
+    gpu.set_ahead(AHEAD_BYTES);
+    drop(layers);
     measure.attention("decode, 1 of 1024", 1, 1, 1024)?;
     measure.attention("decode, 1 of 8192", 1, 1, 8192)?;
     measure.attention("decode, 64 of 1024", 1, 64, 1024)?;
@@ -84,6 +112,16 @@ impl Measure<'_> {
         self.gpu.floats_of(&values)
     }
 
+    /// Blocks of random keys and values.
+    fn arena_of(&mut self, layout: BlockLayout, blocks: usize) -> Result<GpuArena, GpuError> {
+        let mut arena = self.gpu.arena(layout, blocks)?;
+        for block in 0..blocks as u32 {
+            let bytes: Vec<u8> = self.halves(layout.block_bytes() / 2).into_iter().flat_map(u16::to_le_bytes).collect();
+            arena.write_block(block, &bytes)?;
+        }
+        Ok(arena)
+    }
+
     fn add(&mut self, name: String, value: f64, unit: &'static str, most: Option<f64>) {
         let share =
             most.map(|most| Measured { name: format!("{name}, share"), value: 100.0 * value / most, unit: "%" });
@@ -91,13 +129,14 @@ impl Measure<'_> {
         self.found.extend(share);
     }
 
-    fn matmul(&mut self, outputs: usize, inputs: usize, segmented: bool) -> Result<(), GpuError> {
+    /// Gives back the weights that took turns.
+    fn matmul(&mut self, (outputs, inputs, segmented): (usize, usize, bool)) -> Result<Vec<GpuMatrix>, GpuError> {
         let gpu = self.gpu;
         let bytes: Vec<u8> = self.halves(outputs * inputs).into_iter().flat_map(u16::to_le_bytes).collect();
         let matrix = Matrix { dtype: Dtype::Bf16, bytes: &bytes, rows: outputs, cols: inputs };
         let turning = (0..TURNING.div_ceil(bytes.len()).max(1)).map(|_| gpu.matrix(&[matrix]));
         let turning = turning.collect::<Result<Vec<GpuMatrix>, _>>()?;
-        for rows in [1, 16, 64, 256, 4096] {
+        for rows in [1, 8, 16, 64, 256, 4096] {
             let (x, mut y, mut turn) = (self.rows_of(rows, inputs)?, gpu.floats(rows * outputs)?, 0);
             let seconds = time(gpu, || {
                 turn += 1;
@@ -118,6 +157,64 @@ impl Measure<'_> {
                 }
             }
         }
+        Ok(turning)
+    }
+
+    /// The matmuls of a layer one after another, as a decode step has them.
+    fn layer_matmuls(&mut self, layers: &[Weights], rows: usize) -> Result<(), GpuError> {
+        let gpu = self.gpu;
+        let (x, wide) = (self.rows_of(rows, HIDDEN)?, self.rows_of(rows, WIDE)?);
+        let (mut y, mut turn) = (gpu.floats(rows * 2 * WIDE)?, 0);
+        let seconds = time(gpu, || {
+            turn += 1;
+            for (w, (_, inputs, segmented)) in layers[turn % layers.len()].iter().zip(SHAPES) {
+                let x = if inputs == WIDE { &wide } else { &x };
+                match segmented {
+                    true => gpu.matmul_segmented(x, 0..rows, w, None, &mut y)?,
+                    false => gpu.matmul(x, 0..rows, w, None, &mut y)?,
+                }
+            }
+            Ok(())
+        })?;
+        self.add(format!("layer_matmuls_{rows}_rows"), seconds * 1e6, "us", None);
+        Ok(())
+    }
+
+    /// A whole layer of a decode step of one sequence behind 1024 positions, with so many bytes asked for ahead.
+    fn layer(&mut self, layers: &[Weights], ahead: usize) -> Result<(), GpuError> {
+        let (gpu, heads, context) = (self.gpu, HEADS, 1024);
+        let layout = BlockLayout { layers: 1, kv_heads: 8, head_dim: 128, block_tokens: 16, dtype: KvDtype::Bf16 };
+        let blocks: Vec<u32> = (0..context as u32 / 16 + 1).collect();
+        let mut arena = self.arena_of(layout, blocks.len())?;
+        let mut described = gpu.spans()?;
+        let span = Span { row: 0, rows: 1, position: context, blocks: &blocks };
+        gpu.describe(&mut described, &[0], &[span], &heads, &arena)?;
+        let inv_freq: Vec<f64> = (0..64).map(|i| 0.8f64.powi(i)).collect();
+        let rotations = gpu.rotations(&RopeTable::new(&inv_freq, context + 1))?;
+        let (mut x, weight) = (self.floats_of(HIDDEN)?, self.floats_of(HIDDEN)?);
+        let (mut normed, mut gated) = (self.rows_of(1, HIDDEN)?, gpu.rows(1, WIDE)?);
+        let (mut q, mut attended) = (gpu.rows(1, heads.width())?, gpu.rows(1, heads.width())?);
+        let (mut qkv, mut gate_up) = (gpu.floats(heads.qkv_width())?, gpu.floats(2 * WIDE)?);
+        let (mut delta, mut turn) = (gpu.floats(HIDDEN)?, 0);
+        let rope = GpuRope { heads, layer: 0, eps: 1e-5, rotations: &rotations, q_norm: None, k_norm: None };
+        let attention = GpuAttention { heads, layer: 0, scale: 0.088, window: None };
+        let seconds = time(gpu, || {
+            turn += 1;
+            let [first, out, second, down] = &layers[turn % layers.len()];
+            gpu.matmul(&normed, 0..1, first, None, &mut qkv)?;
+            gpu.rope_store(&rope, &described, &qkv, &mut q, &mut arena)?;
+            gpu.attention(&attention, &described, &q, &arena, &mut attended)?;
+            gpu.matmul_segmented(&attended, 0..1, out, None, &mut delta)?;
+            gpu.add_rms_norm(&mut x, Some(&delta), &weight, 1, 1e-5, &mut normed)?;
+            gpu.matmul(&normed, 0..1, second, None, &mut gate_up)?;
+            gpu.silu_mul(&gate_up, 1, &mut gated)?;
+            gpu.matmul_segmented(&gated, 0..1, down, None, &mut delta)?;
+            gpu.add_rms_norm(&mut x, Some(&delta), &weight, 1, 1e-5, &mut normed)
+        })?;
+        let bytes: usize = layers[0].iter().map(GpuMatrix::bytes).sum();
+        let name = format!("layer of one row, {} KiB ahead", ahead >> 10);
+        self.add(format!("{name}, time"), seconds * 1e6, "us", None);
+        self.add(name, bytes as f64 / seconds / 1e9, "GB/s", self.ceilings.copy_gbps);
         Ok(())
     }
 
@@ -127,12 +224,8 @@ impl Measure<'_> {
         let heads = HEADS;
         let layout = BlockLayout { layers: 1, kv_heads: 8, head_dim: 128, block_tokens: 16, dtype: KvDtype::Bf16 };
         let each = (context + rows).div_ceil(16);
-        let mut arena = gpu.arena(layout, each * sequences)?;
+        let arena = self.arena_of(layout, each * sequences)?;
         let blocks: Vec<u32> = (0..(each * sequences) as u32).collect();
-        for block in &blocks {
-            let bytes: Vec<u8> = self.halves(layout.block_bytes() / 2).into_iter().flat_map(u16::to_le_bytes).collect();
-            arena.write_block(*block, &bytes)?;
-        }
         let spans: Vec<Span> = blocks
             .chunks_exact(each)
             .enumerate()

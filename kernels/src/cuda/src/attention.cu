@@ -72,6 +72,16 @@ __device__ __forceinline__ void load_block(u8* keys, u8* values, const Keys& fro
     }
 }
 
+// Asks for one block of positions, of which the kernel before may still write the last ones.
+template <int Dim> __device__ __forceinline__ void ask_block(const Keys& from, u32 block, u32 last) {
+    u32 tokens = (1u << from.shift) < BLOCK ? 1u << from.shift : BLOCK;
+    u32 position = block * BLOCK + threadIdx.x * tokens;
+    if (threadIdx.x * tokens >= BLOCK || position > last) return;
+    const u16* key = from.first + from.table[position >> from.shift] * from.block_elements + (position & ((1u << from.shift) - 1)) * Dim;
+    ask(key, tokens * Dim * 2);
+    ask(key + from.half_elements, tokens * Dim * 2);
+}
+
 // Queries of a lane's two rows, as the left operand; null is a row of zeros.
 template <int Dim> __device__ __forceinline__ void load_queries(u32 (&q)[Dim / 16][4], const u16* row0, const u16* row1, int lane) {
 #pragma unroll
@@ -278,9 +288,12 @@ __device__ __forceinline__ void decode(const Attention& a, const u16* q, const u
     u32 kv_head = blockIdx.y % a.layout.kv_heads, heads_at = blockIdx.y / a.layout.kv_heads * 16;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     u32 first = first_seen(a.window, row.position) / BLOCK, block = first + blockIdx.x;
-    if (block > row.position / BLOCK) return;
     u8* keys = shared;
     Keys cached = keys_of(a, arena, tables + row.table, kv_head);
+    bool present = block <= row.position / BLOCK;
+    if (present) ask_block<Dim>(cached, block, row.position);
+    after_previous();
+    if (!present) return;
     load_block<Dim, 64, 0>(keys, keys + TileBytes, cached, block, row.position, threadIdx.x);
     copy_commit();
     load_block<Dim, 64, 1>(keys, keys + TileBytes, cached, block, row.position, threadIdx.x);
@@ -327,8 +340,9 @@ __device__ __forceinline__ void decode(const Attention& a, const u16* q, const u
 
 // Merges a row's partials in block order. One thread per dimension.
 KERNEL void attention_merge(Attention a, const Decode* rows, const float* partials, const float* values, u16* out) {
-    begin();
+    let_next_begin();
     Decode row = rows[blockIdx.y];
+    after_previous();
     u32 head = blockIdx.x, dim = a.layout.head_dim;
     u32 first = first_seen(a.window, row.position) / BLOCK, count = row.position / BLOCK - first + 1;
     const float2* pairs = (const float2*)partials + (u64)row.at * a.heads + head;
@@ -365,7 +379,7 @@ KERNEL void attention_merge(Attention a, const Decode* rows, const float* partia
     KERNEL void __launch_bounds__(64) attention_decode_##Dim(Attention a, const u16* q, const u16* arena, const u32* tables,  \
                                                              const Decode* rows, float* partials, float* values) {          \
         DYNAMIC_SHARED(shared);                                                                                             \
-        begin();                                                                                                            \
+        let_next_begin();                                                                                                   \
         decode<Dim>(a, q, arena, tables, rows, partials, values, shared);                                                   \
     }
 

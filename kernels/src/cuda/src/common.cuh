@@ -55,7 +55,8 @@ template <int Left> __device__ __forceinline__ void copy_wait() {
 }
 
 // Launches overlap (nvidia.rs): a kernel may begin while the one before it still runs. Every kernel calls this first, in every
-// thread, and until it returns touches nothing but weights.
+// thread, and until it returns touches nothing but weights and what the host has copied here for the batch: the first launch
+// behind a copy waits for it.
 __device__ __forceinline__ void after_previous() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -66,6 +67,14 @@ __device__ __forceinline__ void after_previous() {
 __device__ __forceinline__ void let_next_begin() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Asks for memory to be brought into the cache that all multiprocessors share: multiples of 16 bytes. It changes nothing that a
+// kernel can see, so that it need not wait for anything.
+__device__ __forceinline__ void ask(const void* from, u32 bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(from)), "r"(bytes) : "memory");
 #endif
 }
 #endif

@@ -75,7 +75,25 @@ __device__ __forceinline__ void load_slab(u32 to, const TensorMap* map, u32 barr
                  : "memory");
 }
 
-// The same, into both thread blocks of the cluster.
+// The same of weights that nobody reads again soon: they leave the cache before anything else does.
+__device__ __forceinline__ void load_once(u32 to, const TensorMap* map, u32 barrier, u32 k, u32 row) {
+    asm volatile("{\n.reg .b64 first;\ncreatepolicy.fractional.L2::evict_first.b64 first, 1.0;\n"
+                 "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+                 " [%0], [%1, {%3, %4}], [%2], first;\n}" ::"r"(to),
+                 "l"(map), "r"(barrier), "r"(k), "r"(row)
+                 : "memory");
+}
+
+// Asks for the next `a.ahead` k of an output's weights from `from` on, up to `end`, in pieces: this thread for every
+// `stride`th, from `piece` on.
+__device__ __forceinline__ void ask_ahead(const Matmul& a, u32 output, u32 from, u32 ahead, u32 end, u32 piece, u32 stride) {
+    constexpr u32 Piece = 512;
+    if (from + ahead < end) end = from + ahead;
+    for (u32 k = from + piece * Piece; k < end; k += stride * Piece)
+        ask(a.w + (u64)output * a.depth + k, (end - k < Piece ? end - k : Piece) * 2);
+}
+
+// `load_slab` into both thread blocks of the cluster.
 __device__ __forceinline__ void load_slab_for_both(u32 to, const TensorMap* map, u32 barrier, u32 k, u32 row) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
                  " [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
@@ -386,7 +404,7 @@ __device__ __forceinline__ void multiply_few(const TensorMap* xs, const TensorMa
                 u32 to = shared_at(items) + slot * ItemBytes + WeightsAt, barrier = full + 8 * slot;
                 barrier_expect(barrier, ItemBytes);
 #pragma unroll
-                for (u32 c = 0; c < Chunks; c++) load_slab(to + c * WBytes, ws, barrier, k_of(i) + c * HOPPER_STEP, output);
+                for (u32 c = 0; c < Chunks; c++) load_once(to + c * WBytes, ws, barrier, k_of(i) + c * HOPPER_STEP, output);
             };
             auto rows = [&](u32 i, u32 slot) {
                 u32 to = shared_at(items) + slot * ItemBytes;
@@ -405,6 +423,13 @@ __device__ __forceinline__ void multiply_few(const TensorMap* xs, const TensorMa
             }
         }
     } else {
+        // Nothing to multiply before the kernel before has ended: memory goes on with what follows the ring.
+        if (Segmented) {
+            u32 whole = a.depth / SEGMENTS, begun = warp * whole + Items / SEGMENTS * HOPPER_STEP;
+            if (lane < Outputs) ask_ahead(a, output + lane, begun, a.ahead / SEGMENTS, (warp + 1) * whole, 0, 1);
+        } else {
+            ask_ahead(a, output + warp * 8 + lane % 8, Items * Chunks * HOPPER_STEP, a.ahead, a.depth, lane / 8, 4);
+        }
         after_previous();
 #pragma unroll
         for (int h = 0; h < High; h++) {
@@ -515,7 +540,7 @@ __device__ __forceinline__ void multiply_some(const TensorMap* xs, const TensorM
                 barrier_expect(barrier, ItemBytes);
 #pragma unroll
                 for (u32 part = 0; part < Outputs / 64; part++)
-                    load_slab(to + part * SLAB_BYTES, ws, barrier, first_k + i * HOPPER_STEP, output + part * 64);
+                    load_once(to + part * SLAB_BYTES, ws, barrier, first_k + i * HOPPER_STEP, output + part * 64);
             };
             auto rows = [&](u32 i, u32 slot) { load_slab(items + slot * ItemBytes, xs, full + 8 * slot, first_k + i * HOPPER_STEP, first_row); };
             u32 first = count < Items ? count : Items;
@@ -530,6 +555,10 @@ __device__ __forceinline__ void multiply_some(const TensorMap* xs, const TensorM
             }
         }
     } else {
+        if (lane < Outputs / 4) {
+            u32 n = output + warp * (Outputs / 4) + lane;
+            if (n < a.outputs) ask_ahead(a, n, first_k + Items * HOPPER_STEP, a.ahead, first_k + count * HOPPER_STEP, 0, 1);
+        }
         after_previous();
         Ring<Items> ring = {0, 0};
 #pragma unroll

@@ -107,41 +107,59 @@ struct Rope {
     u32 q_stride;
 };
 
-// Optional norm and rotation of one head by one warp, in place: lane i holds dimensions i, i + 32, ... of each half.
-__device__ __forceinline__ void turn(float* low, float* high, int count, const float* norm, float eps, int dim,
-                                     const float* turns, int lane) {
+// Halves of a head that a lane holds at most: head_dim up to 256.
+#define HALF_PARTS 4
+
+// Optional norm and rotation of one head by one warp, in place: lane i holds dimensions i, i + 32, ... of each half, zeros
+// behind its end.
+__device__ __forceinline__ void turn(float (&low)[HALF_PARTS], float (&high)[HALF_PARTS], const float* norm, float eps, int dim,
+                                     const float2 (&turns)[HALF_PARTS], int lane) {
     if (norm) {
         float squares = 0.0f;
-        for (int i = 0; i < count; i++) squares = fmaf(high[i], high[i], fmaf(low[i], low[i], squares));
+#pragma unroll
+        for (int i = 0; i < HALF_PARTS; i++) squares = fmaf(high[i], high[i], fmaf(low[i], low[i], squares));
         float scale = 1.0f / sqrtf(warp_sum(squares) / (float)dim + eps);
-        for (int i = 0; i < count; i++) {
+#pragma unroll
+        for (int i = 0; i < HALF_PARTS; i++) {
             int at = lane + 32 * i;
             if (at >= dim / 2) continue;
             low[i] = low[i] * scale * norm[at];
             high[i] = high[i] * scale * norm[at + dim / 2];
         }
     }
-    for (int i = 0; i < count; i++) {
+#pragma unroll
+    for (int i = 0; i < HALF_PARTS; i++) {
         int at = lane + 32 * i;
         if (at >= dim / 2) continue;
-        float cosine = turns[at], sine = turns[at + dim / 2], x = low[i], y = high[i];
+        float cosine = turns[i].x, sine = turns[i].y, x = low[i], y = high[i];
         low[i] = fmaf(x, cosine, -(y * sine));
         high[i] = fmaf(y, cosine, x * sine);
     }
 }
 
-// Halves of a head that a lane holds at most: head_dim up to 256.
-#define HALF_PARTS 4
-
 // Splits rows of (q | k | v), normalises and rotates q and k, rounds q into `q`, and writes k and v into the arena.
 // `turns` is (position, cos then sin, head_dim / 2); `tables` holds each row's block table from `table_at` on. A warp per head.
 KERNEL void rope_store(Rope a, const float* qkv, const u32* positions, const u32* table_at, const u32* tables,
                        const float* turns, const float* q_norm, const float* k_norm, u16* q, u16* arena) {
-    begin();
+    let_next_begin();
     u32 row = blockIdx.x, head = blockIdx.y * (blockDim.x / 32) + threadIdx.x / 32;
-    int lane = threadIdx.x % 32, dim = a.layout.head_dim, count = (dim / 2 + 31) / 32;
+    int lane = threadIdx.x % 32, dim = a.layout.head_dim;
     u32 position = positions[row], heads = a.heads, kv_heads = a.layout.kv_heads;
-    const float* rotation = turns + (u64)position * dim;
+    // Where things go and how they turn does not wait for the kernel before.
+    float2 rotation[HALF_PARTS];
+#pragma unroll
+    for (int i = 0; i < HALF_PARTS; i++) {
+        int at = lane + 32 * i;
+        const float* from = turns + (u64)position * dim + (at < dim / 2 ? at : 0);
+        rotation[i].x = from[0];
+        rotation[i].y = from[dim / 2];
+    }
+    u16* to = q + (u64)row * a.q_stride + (u64)head * dim;
+    if (head >= heads && head < heads + 2 * kv_heads) {
+        u32 half = head < heads + kv_heads ? 0 : 1;
+        to = arena + kv_at(a.layout, tables + table_at[row], position, head - heads - half * kv_heads, a.layer, half);
+    }
+    after_previous();
     if (head < heads + 2 * kv_heads) {
         const float* from = qkv + ((u64)row * (heads + 2 * kv_heads) + head) * dim;
         float low[HALF_PARTS], high[HALF_PARTS];
@@ -151,16 +169,7 @@ KERNEL void rope_store(Rope a, const float* qkv, const u32* positions, const u32
             low[i] = at < dim / 2 ? from[at] : 0.0f;
             high[i] = at < dim / 2 ? from[at + dim / 2] : 0.0f;
         }
-        u16* to;
-        if (head < heads) {
-            turn(low, high, count, q_norm, a.eps, dim, rotation, lane);
-            to = q + (u64)row * a.q_stride + (u64)head * dim;
-        } else {
-            u32 half = head < heads + kv_heads ? 0 : 1;
-            if (half == 0) turn(low, high, count, k_norm, a.eps, dim, rotation, lane);
-            u32 kv_head = head - heads - half * kv_heads;
-            to = arena + kv_at(a.layout, tables + table_at[row], position, kv_head, a.layer, half);
-        }
+        if (head < heads + kv_heads) turn(low, high, head < heads ? q_norm : k_norm, a.eps, dim, rotation, lane);
 #pragma unroll
         for (int i = 0; i < HALF_PARTS; i++) {
             int at = lane + 32 * i;

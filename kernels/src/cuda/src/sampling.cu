@@ -9,6 +9,7 @@
 
 #define THREADS 512
 #define COARSE 1024
+#define AT_ONCE 16
 #define UNIT 274877906944.0f
 
 struct Edit {
@@ -311,10 +312,17 @@ __device__ __forceinline__ u32 nth_of(const Row& row, u32 order, u64 nth) {
 
 __device__ __forceinline__ Best largest(const float* logits, u32 vocab) {
     Best best = {-INFINITE, ~0u};
-    for (u32 i = threadIdx.x; i < vocab; i += THREADS) {
-        if (logits[i] > best.value) {
-            best.value = logits[i];
-            best.id = i;
+    // Some are read at a time, so that their reads do not wait for one another.
+    for (u32 i = threadIdx.x; i < vocab; i += THREADS * AT_ONCE) {
+        float some[AT_ONCE];
+#pragma unroll
+        for (u32 j = 0; j < AT_ONCE; j++) some[j] = i + j * THREADS < vocab ? logits[i + j * THREADS] : -INFINITE;
+#pragma unroll
+        for (u32 j = 0; j < AT_ONCE; j++) {
+            if (some[j] > best.value) {
+                best.value = some[j];
+                best.id = i + j * THREADS;
+            }
         }
     }
     best = block_best(best);
