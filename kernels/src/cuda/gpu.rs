@@ -303,7 +303,7 @@ impl Gpu {
         let xs = self.driver.tensor_map(x.at(), (range.end, w.depth), x.stride() as usize, boxes.0)?;
         let ws = self.driver.tensor_map(w.memory.at(), (w.outputs, w.depth), w.depth, boxes.1)?;
         let tiles = range.len().div_ceil(tiled.rows) * w.outputs.div_ceil(tiled.outputs);
-        let clusters = if stays { tiles.min(resident / cluster) } else { tiles };
+        let clusters = if stays > 0 { tiles.min(resident * stays / cluster) } else { tiles };
         self.launch(tiled.kernel, [clusters * cluster, 1, 1], &[&xs, &ws, &arguments, &(range.start as u32)])
     }
 

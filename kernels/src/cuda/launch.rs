@@ -58,15 +58,15 @@ pub(crate) struct Hopper {
     pub(crate) boxes: (usize, usize),
     /// Thread blocks that share a tile.
     pub(crate) cluster: usize,
-    /// Whether as many clusters as there is room for take tile after tile; otherwise each has one.
-    pub(crate) stays: bool,
+    /// Thread blocks per multiprocessor that stay and take tile after tile; 0: each tile has its own.
+    pub(crate) stays: usize,
 }
 
 /// By rows, fewest first; the second of each pair adds in segments.
 pub(crate) const HOPPERS: [[Hopper; 2]; 3] = [
     [
-        few(kernel("matmul_16_hopper", 160, few_bytes(32, 8 * 2, 0)), 32),
-        few(kernel("matmul_segmented_16_hopper", 288, few_bytes(32, 16, 8)), 32),
+        few(kernel("matmul_16_hopper", 160, few_bytes(32, 8 * 2, 0)), 32, 2),
+        few(kernel("matmul_segmented_16_hopper", 288, few_bytes(32, 16, 8)), 32, 0),
     ],
     [
         some(kernel("matmul_64_hopper", 160, some_bytes(128, 8, 0)), 128, 1),
@@ -79,7 +79,7 @@ pub(crate) const HOPPERS: [[Hopper; 2]; 3] = [
 ];
 /// In place of the first two that add in no segments, where those have fewer tiles than so many per multiprocessor.
 pub(crate) const HOPPERS_NARROW: [(Hopper, usize); 2] = [
-    (few(kernel("matmul_16_narrow_hopper", 96, few_bytes(16, 8 * 2, 0)), 16), 3),
+    (few(kernel("matmul_16_narrow_hopper", 96, few_bytes(16, 8 * 2, 0)), 16, 3), 3),
     (some(kernel("matmul_64_narrow_hopper", 160, some_bytes(64, 12, 0)), 64, 1), 1),
 ];
 /// Outputs, and the K of a segment, are a multiple of this in those kernels.
@@ -92,16 +92,16 @@ pub(crate) const AHEAD_BYTES: usize = 128 << 10;
 /// Bytes lost to alignment, and those of barriers.
 const HOPPER_MORE: usize = 1024 + 1024;
 
-const fn few(kernel: Kernel, outputs: usize) -> Hopper {
-    Hopper { tiled: Tiled { kernel, rows: 16, outputs }, boxes: (16, outputs), cluster: 1, stays: false }
+const fn few(kernel: Kernel, outputs: usize, stays: usize) -> Hopper {
+    Hopper { tiled: Tiled { kernel, rows: 16, outputs }, boxes: (16, outputs), cluster: 1, stays }
 }
 
 const fn some(kernel: Kernel, outputs: usize, cluster: usize) -> Hopper {
-    Hopper { tiled: Tiled { kernel, rows: 64, outputs }, boxes: (64, 64), cluster, stays: false }
+    Hopper { tiled: Tiled { kernel, rows: 64, outputs }, boxes: (64, 64), cluster, stays: 0 }
 }
 
 const fn many(kernel: Kernel, outputs: usize) -> Hopper {
-    Hopper { tiled: Tiled { kernel, rows: 256, outputs }, boxes: (64, 64), cluster: 2, stays: true }
+    Hopper { tiled: Tiled { kernel, rows: 256, outputs }, boxes: (64, 64), cluster: 2, stays: 1 }
 }
 
 /// So many stages of 64 k, and the sums of segments.

@@ -177,11 +177,12 @@ __device__ __forceinline__ void wgmma(float (&d)[32], u64 x, u64 w) {
         : "l"(x), "l"(w));
 }
 
-// A float in the shared memory of a thread block of the cluster, at the place where it is here.
-__device__ __forceinline__ float read_of(u32 at, u32 rank) {
-    float value;
-    asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %1, %2;\nld.shared::cluster.f32 %0, [there];\n}"
-                 : "=f"(value)
+// Four floats in the shared memory of a thread block of the cluster, at the place where they are here.
+__device__ __forceinline__ float4 read_of(u32 at, u32 rank) {
+    float4 value;
+    asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %4, %5;\n"
+                 "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n}"
+                 : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
                  : "r"(at), "r"(rank)
                  : "memory");
     return value;
@@ -344,8 +345,9 @@ KERNEL void __launch_bounds__(384, 1) __cluster_dims__(2, 1, 1)
 }
 
 // Few rows: bound by reading W. A thread block has 16 or 32 outputs; one thread lets the copy engine fill a ring of items, whose
-// weights it asks for before the kernel before has ended. Without segments an item is 128 or 64 k, of which each warp multiplies
-// 8 outputs. With segments an item is 64 k of one segment, and each of eight warps has a segment.
+// weights it asks for before the kernel before has ended. Without segments an item is 128 k, of which each warp multiplies 8
+// outputs, and thread blocks stay and take tile after tile. With segments an item is 64 k of one segment, and each of eight
+// warps has a segment.
 //
 //     shared = items | barriers | sums of segments (segment, row, output)
 //     item = (chunk of 64 k, row) of x, then (chunk, output) of W
@@ -375,6 +377,17 @@ __device__ __forceinline__ void multiply_chunk(float (&sum)[Rows / 16][Wide][4],
     }
 }
 
+// Which item of which tile is next: of the thread block's tiles, one after another, all items in order.
+struct Cursor {
+    u32 output, item;
+    __device__ __forceinline__ void next(u32 count, u32 stride) {
+        if (++item == count) {
+            item = 0;
+            output += stride;
+        }
+    }
+};
+
 template <int Rows, int Outputs, int Items, int Chunks, bool Segmented>
 __device__ __forceinline__ void multiply_few(const TensorMap* xs, const TensorMap* ws, const Matmul& a, u32 first_row, u8* dynamic) {
     constexpr int Warps = Segmented ? SEGMENTS : Outputs / 8, Wide = Segmented ? Outputs / 8 : 1, High = Rows / 16;
@@ -384,7 +397,8 @@ __device__ __forceinline__ void multiply_few(const TensorMap* xs, const TensorMa
     u8* items = dynamic + skip;
     u32 full = shared_at(items) + Items * ItemBytes, empty = full + 8 * Items;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    u32 output = blockIdx.x * Outputs, steps = a.depth / HOPPER_STEP, count = (steps + Chunks - 1) / Chunks;
+    u32 steps = a.depth / HOPPER_STEP, count = (steps + Chunks - 1) / Chunks;
+    u32 output = blockIdx.x * Outputs, stride = gridDim.x * Outputs;
     if (threadIdx.x == 0) {
         for (int s = 0; s < Items; s++) {
             barrier_init(full + 8 * s, 1);
@@ -400,26 +414,27 @@ __device__ __forceinline__ void multiply_few(const TensorMap* xs, const TensorMa
         if (lane == 0) {
             u32 segment_steps = steps / SEGMENTS;
             auto k_of = [&](u32 i) { return (Segmented ? i % SEGMENTS * segment_steps + i / SEGMENTS : i * Chunks) * HOPPER_STEP; };
-            auto weights = [&](u32 i, u32 slot) {
+            auto weights = [&](const Cursor& at, u32 slot) {
                 u32 to = shared_at(items) + slot * ItemBytes + WeightsAt, barrier = full + 8 * slot;
                 barrier_expect(barrier, ItemBytes);
 #pragma unroll
-                for (u32 c = 0; c < Chunks; c++) load_once(to + c * WBytes, ws, barrier, k_of(i) + c * HOPPER_STEP, output);
+                for (u32 c = 0; c < Chunks; c++) load_once(to + c * WBytes, ws, barrier, k_of(at.item) + c * HOPPER_STEP, at.output);
             };
-            auto rows = [&](u32 i, u32 slot) {
+            auto rows = [&](const Cursor& at, u32 slot) {
                 u32 to = shared_at(items) + slot * ItemBytes;
 #pragma unroll
-                for (u32 c = 0; c < Chunks; c++) load_slab(to + c * XBytes, xs, full + 8 * slot, k_of(i) + c * HOPPER_STEP, first_row);
+                for (u32 c = 0; c < Chunks; c++)
+                    load_slab(to + c * XBytes, xs, full + 8 * slot, k_of(at.item) + c * HOPPER_STEP, first_row);
             };
-            u32 first = count < Items ? count : Items;
-            for (u32 i = 0; i < first; i++) weights(i, i);
+            Cursor ahead = {output, 0}, at = ahead;
+            for (u32 slot = 0; slot < Items && ahead.output < a.outputs; slot++, ahead.next(count, stride)) weights(ahead, slot);
             after_previous();
-            for (u32 i = 0; i < first; i++) rows(i, i);
+            for (u32 slot = 0; slot < Items && at.output < a.outputs; slot++, at.next(count, stride)) rows(at, slot);
             Ring<Items> ring = {0, 0};
-            for (u32 i = Items; i < count; i++, ring.next()) {
+            for (; at.output < a.outputs; ring.next(), at.next(count, stride)) {
                 barrier_wait(empty + 8 * ring.stage, ring.parity);
-                weights(i, ring.stage);
-                rows(i, ring.stage);
+                weights(at, ring.stage);
+                rows(at, ring.stage);
             }
         }
     } else {
@@ -431,47 +446,46 @@ __device__ __forceinline__ void multiply_few(const TensorMap* xs, const TensorMa
             ask_ahead(a, output + warp * 8 + lane % 8, Items * Chunks * HOPPER_STEP, a.ahead, a.depth, lane / 8, 4);
         }
         after_previous();
-#pragma unroll
-        for (int h = 0; h < High; h++) {
-#pragma unroll
-            for (int n = 0; n < Wide; n++) {
-#pragma unroll
-                for (int i = 0; i < 4; i++) sum[h][n][i] = 0.0f;
-            }
-        }
         // A warp with a segment takes every eighth item.
         constexpr u32 Stride = Segmented ? SEGMENTS : 1;
         u32 slot = Segmented ? warp % Items : 0, parity = 0;
-        for (u32 i = Segmented ? warp : 0; i < count; i += Stride) {
-            barrier_wait(full + 8 * slot, parity);
-            const u8* x = items + slot * ItemBytes;
+        for (u32 own = output; own < a.outputs; own += stride) {
 #pragma unroll
-            for (int c = 0; c < Chunks; c++)
-                multiply_chunk<Rows, Wide>(sum, x + c * XBytes, x + WeightsAt + c * WBytes, Segmented ? 0 : warp * 8, lane);
-            __syncwarp();
-            if (lane == 0) barrier_arrive_here(empty + 8 * slot);
-            slot += Stride;
-            if (slot >= Items) {
-                slot -= Items;
-                parity ^= 1;
+            for (int h = 0; h < High; h++) {
+#pragma unroll
+                for (int n = 0; n < Wide; n++) {
+#pragma unroll
+                    for (int i = 0; i < 4; i++) sum[h][n][i] = 0.0f;
+                }
+            }
+            for (u32 i = Segmented ? warp : 0; i < count; i += Stride) {
+                barrier_wait(full + 8 * slot, parity);
+                const u8* x = items + slot * ItemBytes;
+#pragma unroll
+                for (int c = 0; c < Chunks; c++)
+                    multiply_chunk<Rows, Wide>(sum, x + c * XBytes, x + WeightsAt + c * WBytes, Segmented ? 0 : warp * 8, lane);
+                __syncwarp();
+                if (lane == 0) barrier_arrive_here(empty + 8 * slot);
+                slot += Stride;
+                if (slot >= Items) {
+                    slot -= Items;
+                    parity ^= 1;
+                }
+            }
+#pragma unroll
+            for (int h = 0; h < (Segmented ? 0 : High); h++) {
+#pragma unroll
+                for (int i = 0; i < 4; i += 2) {
+                    u32 r = h * 16 + lane / 4 + i / 2 * 8, n = own + warp * 8 + lane % 4 * 2;
+                    if (r >= a.rows) continue;
+                    float2 value = make_float2(sum[h][0][i], sum[h][0][i + 1]);
+                    if (a.bias) value = make_float2(value.x + a.bias[n], value.y + a.bias[n + 1]);
+                    *(float2*)(a.y + (u64)r * a.outputs + n) = value;
+                }
             }
         }
     }
-    if (!Segmented) {
-        if (warp == Warps) return;
-#pragma unroll
-        for (int h = 0; h < High; h++) {
-#pragma unroll
-            for (int i = 0; i < 4; i += 2) {
-                u32 r = h * 16 + lane / 4 + i / 2 * 8, n = output + warp * 8 + lane % 4 * 2;
-                if (r >= a.rows) continue;
-                float2 value = make_float2(sum[h][0][i], sum[h][0][i + 1]);
-                if (a.bias) value = make_float2(value.x + a.bias[n], value.y + a.bias[n + 1]);
-                *(float2*)(a.y + (u64)r * a.outputs + n) = value;
-            }
-        }
-        return;
-    }
+    if (!Segmented) return;
     float* sums = (float*)(items + Items * ItemBytes + 1024);
     if (warp < Warps) {
 #pragma unroll
@@ -507,6 +521,8 @@ __device__ __forceinline__ void multiply_few(const TensorMap* xs, const TensorMa
 FEW_KERNEL(matmul_16_hopper, 32, 8, 2, false, 160)
 FEW_KERNEL(matmul_16_narrow_hopper, 16, 8, 2, false, 96)
 FEW_KERNEL(matmul_segmented_16_hopper, 32, 16, 1, true, 288)
+
+__device__ __forceinline__ float4 plus(const float4& a, const float4& b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
 
 // Up to 64 rows, which a warpgroup multiplies with `Outputs` outputs while one thread of another warp loads. With segments a
 // cluster of four thread blocks has the outputs, and each two of the segments; each adds up 16 of the rows in the end.
@@ -601,14 +617,16 @@ __device__ __forceinline__ void multiply_some(const TensorMap* xs, const TensorM
     if (!Segmented) return;
     cluster_sync();
     u32 sums = items + Items * ItemBytes + 1024;
-    for (u32 i = threadIdx.x; i < 16 * Outputs; i += 160) {
-        u32 r = rank * 16 + i / Outputs, n = i % Outputs;
-        if (r >= a.rows || output + n >= a.outputs) continue;
-        float pair[Blocks];
+#pragma unroll
+    for (u32 from = 0; from < 4 * Outputs; from += 160) {
+        u32 i = from + threadIdx.x, r = rank * 16 + i / (Outputs / 4), n = i % (Outputs / 4) * 4;
+        if (i >= 4 * Outputs || r >= a.rows || output + n >= a.outputs) continue;
+        float4 pair[Blocks];
 #pragma unroll
         for (u32 block = 0; block < Blocks; block++) pair[block] = read_of(sums + (r * Stride + n) * 4, block);
-        float all = (pair[0] + pair[1]) + (pair[2] + pair[3]);
-        a.y[(u64)r * a.outputs + output + n] = a.bias ? all + a.bias[output + n] : all;
+        float4 all = plus(plus(pair[0], pair[1]), plus(pair[2], pair[3]));
+        if (a.bias) all = plus(all, *(const float4*)(a.bias + output + n));
+        *(float4*)(a.y + (u64)r * a.outputs + output + n) = all;
     }
     // Nobody leaves while others may still read here.
     cluster_sync();
