@@ -7,6 +7,7 @@ pub mod check;
 mod compile;
 mod draws;
 mod driver;
+mod eights;
 mod emulated;
 mod error;
 mod gpu;

@@ -12,6 +12,7 @@ pub mod collective;
 mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+pub mod f8;
 mod kv;
 pub mod limits;
 mod math;
@@ -27,6 +28,7 @@ mod segments;
 pub use attention::{Attention, Heads, KvHeads, RopeStore, Span};
 pub use collective::{Broken, Collective};
 pub use cpu::Cpu;
+pub use f8::F8Matrix;
 pub use packed::{Dtype, Matrix, Packed, Quantize};
 pub use profile::{Profile, Unsupported};
 pub use rope::RopeTable;

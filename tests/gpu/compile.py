@@ -19,11 +19,11 @@ REGISTERS = 255
 # Registers beyond which fewer than two thread blocks fit (65536 registers of a multiprocessor).
 BOUNDS = {"matmul_128": 128, "matmul_segmented_128": 255, "sample": 64, "report": 64, "adjust": 64}
 SHARED_STATIC = 48 << 10
-KERNELS = {"sm_80": 28, "sm_90a": 36, "sm_100a": 28, "sm_120": 28}
+KERNELS = {"sm_80": 31, "sm_90a": 41, "sm_100a": 31, "sm_120": 31}
 # Kernels that give whole warpgroups to the tensor cores.
 WARPGROUPS = r"matmul_(segmented_)?(64_|64_narrow_)?hopper"
 # Kernels for few rows: the copy engine loads weights, and they are asked for before the kernel before has ended.
-COPIES = r"matmul_(segmented_)?(16|64)_(narrow_)?hopper"
+COPIES = r"matmul_(segmented_)?(16_|64_|16_narrow_|64_narrow_|f8_)hopper"
 
 passed = failed = 0
 

@@ -5,7 +5,9 @@ use baton_core::arena::{Arena, BlockLayout, KvDtype};
 use baton_core::{Philox, Rng, SampledToken, Sampling, TokenId};
 
 use super::{Gpu, GpuArena, GpuAttention, GpuDraw, GpuDrawKind, GpuError, GpuMatrix, GpuNext, GpuRope, GpuSpans, Rows};
-use crate::{Attention, Cpu, Dtype, Heads, KvHeads, Matrix, Packed, Profile, RopeStore, RopeTable, Span, bf16};
+use crate::{
+    Attention, Cpu, Dtype, F8Matrix, Heads, KvHeads, Matrix, Packed, Profile, RopeStore, RopeTable, Span, bf16,
+};
 
 /// Largest ‖out − reference‖ / ‖reference‖.
 pub const ERROR_MAX: f64 = 1e-2;
@@ -46,6 +48,12 @@ pub fn all(gpu: &Gpu, extent: Extent, seed: u64) -> Result<Vec<Check>, GpuError>
     for (heads, kv_heads, head_dim, window) in shapes {
         checker.attention(Heads { heads, kv_heads, head_dim }, window, &[(37, 0), (1, 70), (9, 100), (1, 0)])?;
     }
+    checker.eights(&[1, 16, 17, 65], 72, 320, Scaling::One)?;
+    checker.eights(&[3, 40], 40, 200, Scaling::Outputs)?;
+    checker.eights(&[2, 70], 136, 1024, Scaling::Blocks)?;
+    // What Hopper's own kernels take, with scales in more than one register.
+    checker.eights(&[1, 20], 64, 4352, Scaling::Blocks)?;
+    checker.eights(&[1, 66], 128, 1024, Scaling::Outputs)?;
     checker.blocks()?;
     checker.draws(1500)?;
     if extent == Extent::Large {
@@ -55,6 +63,9 @@ pub fn all(gpu: &Gpu, extent: Extent, seed: u64) -> Result<Vec<Check>, GpuError>
         // Tiles that end in the middle, of every kernel there is.
         checker.matmul(&[1, 17, 65, 130, 300, 1000], 448, 1536)?;
         checker.matmul(&[5, 200, 257], 192, 1344)?;
+        checker.eights(&[1, 8, 64, 100], 4096, 4096, Scaling::Blocks)?;
+        checker.eights(&[1, 33], 17_024, 1024, Scaling::One)?;
+        checker.eights(&[1, 16, 50], 1024, 14336, Scaling::Blocks)?;
         let heads = Heads { heads: 32, kv_heads: 8, head_dim: 128 };
         checker.attention(heads, None, &[(256, 0), (1, 900), (100, 333), (1, 63), (1, 64)])?;
         checker.draws(128_256)?;
@@ -63,6 +74,14 @@ pub fn all(gpu: &Gpu, extent: Extent, seed: u64) -> Result<Vec<Check>, GpuError>
     let name = if unused.is_empty() { String::new() } else { format!(": not {}", unused.join(", ")) };
     checker.same(format!("every kernel is checked{name}"), unused.is_empty());
     Ok(checker.found)
+}
+
+/// What shares a scale.
+#[derive(Clone, Copy, Debug)]
+enum Scaling {
+    One,
+    Outputs,
+    Blocks,
 }
 
 struct Checker<'a> {
@@ -164,6 +183,53 @@ impl Checker<'_> {
             let whole = runs.iter().max_by_key(|run| run.len()).cloned().unwrap_or_default();
             let same = runs.iter().all(|run| equal_bits(run, &whole[..run.len()]));
             self.same(format!("{kind} (.., {outputs}, {inputs}): same bits in every tile"), same);
+        }
+        Ok(())
+    }
+
+    /// Weights of 8 bits: each number of rows against the reference, and against the GPU's own product with what they mean in
+    /// bf16, whose bits they have.
+    fn eights(&mut self, rows: &[usize], outputs: usize, inputs: usize, scaling: Scaling) -> Result<(), GpuError> {
+        let (gpu, most) = (self.gpu, rows.iter().copied().max().unwrap_or(1));
+        // Every byte but the two that are no numbers, small ones among them.
+        let bytes: Vec<u8> = (0..outputs * inputs).map(|_| self.rng.below(254) as u8).map(|b| b + b / 127).collect();
+        let block = match scaling {
+            Scaling::One => (outputs, inputs),
+            Scaling::Outputs => (1, inputs),
+            Scaling::Blocks => (128, 128),
+        };
+        let count = outputs.div_ceil(block.0) * inputs.div_ceil(block.1);
+        let spread = 0.02 / (inputs as f64).sqrt();
+        let scales: Vec<f32> = (0..count).map(|_| ((0.5 + self.rng.f64()) * spread) as f32).collect();
+        let matrix = F8Matrix { bytes: &bytes, rows: outputs, cols: inputs, scales: &scales, block };
+        let widened = matrix.widen();
+        let wide = Matrix { dtype: Dtype::Bf16, bytes: &widened, rows: outputs, cols: inputs };
+        let (packed, w, plain) = (self.cpu.pack(&[wide]), gpu.matrix_f8(&[matrix])?, gpu.matrix(&[wide])?);
+        let bias = self.values(outputs, 1.0);
+        let on_gpu_bias = gpu.floats_of(&bias)?;
+        let (x, values) = self.inputs(most, inputs)?;
+        for segmented in [false, true] {
+            let kind = if segmented { "matmul_segmented" } else { "matmul" };
+            let mut expected = vec![0.0; most * outputs];
+            match segmented {
+                true => self.cpu.matmul_segmented(&values, most, &packed, &mut expected),
+                false => self.cpu.matmul(&values, most, &packed, &mut expected),
+            }
+            self.cpu.add_bias(&mut expected, &bias);
+            for &rows in rows {
+                let run = |w: &GpuMatrix| {
+                    let mut y = gpu.floats(rows * outputs)?;
+                    match segmented {
+                        true => gpu.matmul_segmented(&x, 0..rows, w, Some(&on_gpu_bias), &mut y)?,
+                        false => gpu.matmul(&x, 0..rows, w, Some(&on_gpu_bias), &mut y)?,
+                    }
+                    y.read(rows * outputs)
+                };
+                let (found, of_bf16) = (run(&w)?, run(&plain)?);
+                let name = format!("{kind} of 8 bits ({rows}, {outputs}, {inputs}), {scaling:?}");
+                self.close(name.clone(), &found, &expected[..rows * outputs]);
+                self.same(format!("{name}: the bits of bf16"), equal_bits(&found, &of_bf16));
+            }
         }
         Ok(())
     }

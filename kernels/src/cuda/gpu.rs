@@ -13,16 +13,17 @@ use baton_core::{Arena, BlockLayout, KvDtype};
 
 use super::compile::{Cubins, source_hash};
 use super::driver::{Driver, Kernel, SLOTS};
+use super::eights::{Eights, PackedF8, Wide};
 use super::emulated::Emulated;
 use super::error::GpuError;
 use super::launch::{
-    self, Argument, HEAD_DIMS, HOPPER_AHEAD, HOPPER_UNIT, HOPPERS, HOPPERS_NARROW, Hopper, KERNELS, Layout, MATMULS,
-    PREFILL_ROWS,
+    self, Argument, CELL, EIGHTS, EIGHTS_DEPTH, EIGHTS_ROWS, HEAD_DIMS, HOPPER_AHEAD, HOPPER_EIGHTS, HOPPER_UNIT,
+    HOPPERS, HOPPERS_NARROW, Hopper, KERNELS, Layout, MATMULS, PREFILL_ROWS, hoppers,
 };
 use super::memory::{DEPTH_UNIT, Floats, GpuMatrix, Memory, Rows};
 use super::nvidia::{Nvidia, arch};
 use super::spans::GpuSpans;
-use crate::{Dtype, Heads, Matrix, RopeTable, SEGMENTS};
+use crate::{Dtype, F8Matrix, Heads, Matrix, RopeTable, SEGMENTS};
 
 /// Bytes of weights converted on the host at a time.
 const CONVERT_BYTES: usize = 8 << 20;
@@ -36,6 +37,8 @@ pub struct Gpu {
     profile: String,
     /// Bytes of weights that a thread block of few rows asks for ahead.
     ahead: AtomicUsize,
+    /// A matrix of 8 bits as bf16, for one product after another.
+    wide: Mutex<Wide>,
     /// Names of the kernels launched since somebody asked to be told.
     launched: OnceLock<Mutex<BTreeSet<&'static str>>>,
 }
@@ -54,7 +57,14 @@ impl Gpu {
 
     fn over(driver: Arc<dyn Driver>, name: String, arch: &str) -> Gpu {
         let ahead = AtomicUsize::new(launch::AHEAD_BYTES);
-        Gpu { driver, name, profile: format!("cuda-{arch}-{}", &source_hash()[..8]), ahead, launched: OnceLock::new() }
+        Gpu {
+            driver,
+            name,
+            profile: format!("cuda-{arch}-{}", &source_hash()[..8]),
+            ahead,
+            wide: Mutex::default(),
+            launched: OnceLock::new(),
+        }
     }
 
     /// Begins to remember which kernels are launched.
@@ -64,8 +74,7 @@ impl Gpu {
 
     /// Kernels of this device that were not launched since `watch`.
     pub(crate) fn unused(&self) -> Vec<&'static str> {
-        let hoppers = HOPPERS.iter().flatten().chain(HOPPERS_NARROW.iter().map(|(narrow, _)| narrow));
-        let own = hoppers.map(|hopper| hopper.tiled.kernel.name).filter(|_| self.driver.hopper().is_some());
+        let own = hoppers().map(|hopper| hopper.tiled.kernel.name).filter(|_| self.driver.hopper().is_some());
         let used = self.launched.get().map(|used| used.lock().unwrap_or_else(PoisonError::into_inner).clone());
         let used = used.unwrap_or_default();
         KERNELS.iter().map(|kernel| kernel.name).chain(own).filter(|name| !used.contains(name)).collect()
@@ -145,7 +154,23 @@ impl Gpu {
                 offset += rows * depth * 2;
             }
         }
-        Ok(GpuMatrix { memory, outputs, inputs, depth })
+        Ok(GpuMatrix { memory, outputs, inputs, depth, eights: None })
+    }
+
+    /// The rows of the parts one after another, kept in 8 bits: every product has the bits of one with `F8Matrix::widen`.
+    ///
+    /// # Panics
+    /// If the parts differ in width or their bytes or scales do not fit their shapes.
+    pub fn matrix_f8(&self, parts: &[F8Matrix]) -> Result<GpuMatrix, GpuError> {
+        let packed = PackedF8::new(parts);
+        let memory = Memory::of(&self.driver, &packed.cells)?;
+        let scales = self.floats_of(&packed.scales)?;
+        self.wide
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .ensure(&self.driver, packed.outputs * packed.depth * 2)?;
+        let PackedF8 { outputs, inputs, depth, each, shift, .. } = packed;
+        Ok(GpuMatrix { memory, outputs, inputs, depth, eights: Some(Eights { scales, each, shift }) })
     }
 
     /// Rotations of every position.
@@ -203,6 +228,7 @@ impl Gpu {
     pub fn embed(&self, w: &GpuMatrix, spans: &GpuSpans, x: &mut Floats) -> Result<(), GpuError> {
         let rows = spans.rows();
         assert!(x.len() >= rows * w.inputs && spans.tokens_below(w.outputs), "rows or tokens do not fit");
+        assert!(w.eights.is_none(), "an embedding in 8 bits");
         let (ids, table, stride, hidden) = (spans.tokens_at(), w.memory.at(), w.depth as i32, w.inputs as i32);
         self.launch(launch::EMBED, [rows, 1, 1], &[&ids, &table, &stride, &hidden, &x.at()])
     }
@@ -272,7 +298,64 @@ impl Gpu {
             outputs: w.outputs as u32,
             depth: w.depth as u32,
             ahead: 0,
+            fresh: 0,
         };
+        let Some(eights) = &w.eights else { return self.multiply_bf16(x, range, w, arguments, segmented) };
+        let scaled = launch::Eights { scales: eights.scales.at(), each: eights.each, shift: eights.shift };
+        if rows <= EIGHTS_ROWS {
+            return self.multiply_f8(x, range, w, arguments, scaled, segmented);
+        }
+        let wide = self.wide.lock().unwrap_or_else(PoisonError::into_inner);
+        let cells = w.outputs.div_ceil(CELL.0) * w.depth / CELL.1;
+        let (from, to, outputs, depth) = (w.memory.at(), wide.at(), w.outputs as u32, w.depth as u32);
+        let grid = [cells.div_ceil(launch::WIDEN_F8.threads as usize / 32), 1, 1];
+        self.launch(launch::WIDEN_F8, grid, &[&from, &scaled, &outputs, &depth, &to])?;
+        self.multiply_bf16(x, range, w, launch::Matmul { w: to, fresh: 1, ..arguments }, segmented)
+    }
+
+    /// Over weights of 8 bits, as they are.
+    fn multiply_f8(
+        &self,
+        x: &Rows,
+        range: Range<usize>,
+        w: &GpuMatrix,
+        arguments: launch::Matmul,
+        eights: launch::Eights,
+        segmented: bool,
+    ) -> Result<(), GpuError> {
+        let (Hopper { tiled, boxes, stays, .. }, unit) = HOPPER_EIGHTS[segmented as usize];
+        let tiles = range.len().div_ceil(tiled.rows);
+        let fits = w.outputs.is_multiple_of(HOPPER_UNIT)
+            && w.depth.is_multiple_of(unit)
+            && (!segmented || w.depth <= EIGHTS_DEPTH);
+        if let Some(resident) = self.driver.hopper().filter(|_| fits) {
+            let xs = self.driver.tensor_map(x.at(), (range.end, w.depth), x.stride() as usize, boxes.0)?;
+            let ahead = self.ahead(tiled.outputs);
+            let most = if stays > 0 { (resident * stays / tiles).max(1) } else { usize::MAX };
+            let grid = [(w.outputs / tiled.outputs).min(most) * tiles, 1, 1];
+            let first = range.start as u32;
+            return self.launch(tiled.kernel, grid, &[&xs, &launch::Matmul { ahead, ..arguments }, &eights, &first]);
+        }
+        let tiled = EIGHTS[segmented as usize];
+        let grid = [tiles, w.outputs.div_ceil(tiled.outputs), 1];
+        self.launch(tiled.kernel, grid, &[&arguments, &eights])
+    }
+
+    /// K that a thread block asks for ahead, of outputs that have so many bytes together in each.
+    fn ahead(&self, bytes: usize) -> u32 {
+        (self.ahead.load(Ordering::Relaxed) / bytes / HOPPER_AHEAD * HOPPER_AHEAD) as u32
+    }
+
+    /// Over bf16 at `arguments.w`, in the shape of `w`.
+    fn multiply_bf16(
+        &self,
+        x: &Rows,
+        range: Range<usize>,
+        w: &GpuMatrix,
+        arguments: launch::Matmul,
+        segmented: bool,
+    ) -> Result<(), GpuError> {
+        let rows = range.len();
         let segments = if segmented { SEGMENTS } else { 1 };
         let fits = w.outputs.is_multiple_of(HOPPER_UNIT) && w.depth.is_multiple_of(HOPPER_UNIT * segments);
         if let Some(resident) = self.driver.hopper().filter(|_| fits) {
@@ -298,10 +381,9 @@ impl Gpu {
         resident: usize,
     ) -> Result<(), GpuError> {
         let Hopper { tiled, boxes, cluster, stays } = hopper;
-        let ahead = self.ahead.load(Ordering::Relaxed) / (2 * tiled.outputs) / HOPPER_AHEAD * HOPPER_AHEAD;
-        let arguments = launch::Matmul { ahead: ahead as u32, ..arguments };
+        let arguments = launch::Matmul { ahead: self.ahead(2 * tiled.outputs), ..arguments };
         let xs = self.driver.tensor_map(x.at(), (range.end, w.depth), x.stride() as usize, boxes.0)?;
-        let ws = self.driver.tensor_map(w.memory.at(), (w.outputs, w.depth), w.depth, boxes.1)?;
+        let ws = self.driver.tensor_map(arguments.w, (w.outputs, w.depth), w.depth, boxes.1)?;
         let tiles = range.len().div_ceil(tiled.rows) * w.outputs.div_ceil(tiled.outputs);
         let clusters = if stays > 0 { tiles.min(resident * stays / cluster) } else { tiles };
         self.launch(tiled.kernel, [clusters * cluster, 1, 1], &[&xs, &ws, &arguments, &(range.start as u32)])

@@ -77,11 +77,37 @@ pub(crate) const HOPPERS: [[Hopper; 2]; 3] = [
         many(kernel("matmul_segmented_hopper", 384, many_bytes(128, 5, 256 * 64 * 4)), 128),
     ],
 ];
+/// All kernels of Hopper alone.
+pub(crate) fn hoppers() -> impl Iterator<Item = Hopper> {
+    let narrow = HOPPERS_NARROW.into_iter().chain(HOPPER_EIGHTS).map(|(hopper, _)| hopper);
+    HOPPERS.into_iter().flatten().chain(narrow)
+}
+
 /// In place of the first two that add in no segments, where those have fewer tiles than so many per multiprocessor.
 pub(crate) const HOPPERS_NARROW: [(Hopper, usize); 2] = [
     (few(kernel("matmul_16_narrow_hopper", 96, few_bytes(16, 8 * 2, 0)), 16, 3), 3),
     (some(kernel("matmul_64_narrow_hopper", 160, some_bytes(64, 12, 0)), 64, 1), 1),
 ];
+/// Over weights of 8 bits; the second adds in segments.
+pub(crate) const EIGHTS: [Tiled; 2] = [
+    Tiled { kernel: kernel("matmul_f8", 128, 6 * (16 * 2 + 32) * 128), rows: 16, outputs: 32 },
+    Tiled { kernel: kernel("matmul_segmented_f8", 128, 6 * (16 * 2 + 32) * 128), rows: 16, outputs: 32 },
+];
+/// The same on Hopper, with what K is a multiple of there.
+pub(crate) const HOPPER_EIGHTS: [(Hopper, usize); 2] = [
+    (few(kernel("matmul_f8_hopper", 160, eight_bytes(6 * 4, 0)), 32, 2), 256),
+    (few(kernel("matmul_segmented_f8_hopper", 288, eight_bytes(16 * 2, 8)), 32, 0), 1024),
+];
+/// K at most where segments of weights of 8 bits are added on Hopper.
+pub(crate) const EIGHTS_DEPTH: usize = 32_768;
+/// Rows up to which weights of 8 bits are multiplied as they are; for more they become bf16 first.
+pub(crate) const EIGHTS_ROWS: usize = 64;
+pub(crate) const WIDEN_F8: Kernel = kernel("widen_f8", 256, 0);
+/// Outputs and K of a cell of weights of 8 bits.
+pub(crate) const CELL: (usize, usize) = (8, 64);
+/// K that share a scale, where an output has more than one.
+pub(crate) const SCALED_K: usize = 128;
+
 /// Outputs, and the K of a segment, are a multiple of this in those kernels.
 pub(crate) const HOPPER_UNIT: usize = 64;
 /// `Matmul::ahead` is a multiple of this.
@@ -107,6 +133,11 @@ const fn many(kernel: Kernel, outputs: usize) -> Hopper {
 /// So many stages of 64 k, and the sums of segments.
 const fn few_bytes(outputs: usize, stages: usize, segments: usize) -> u32 {
     (HOPPER_MORE + (16 + outputs) * 128 * stages + segments * 16 * outputs * 4) as u32
+}
+
+/// So many steps of 64 k over 32 outputs of 8 bits, and the sums of segments.
+const fn eight_bytes(steps: usize, segments: usize) -> u32 {
+    (HOPPER_MORE + (16 * 2 + 32) * 64 * steps + segments * 16 * 32 * 4) as u32
 }
 
 /// So many stages of 64 k, and what else there is.
@@ -144,7 +175,7 @@ pub(crate) const ATTENTIONS: [[Kernel; 2]; 5] = [
 ];
 
 /// Every kernel but those of one architecture.
-pub(crate) const KERNELS: [Kernel; 28] = [
+pub(crate) const KERNELS: [Kernel; 31] = [
     EMBED,
     ADD_RMS_NORM,
     SILU_MUL,
@@ -157,6 +188,9 @@ pub(crate) const KERNELS: [Kernel; 28] = [
     ADJUST,
     SAMPLE,
     REPORT,
+    EIGHTS[0].kernel,
+    EIGHTS[1].kernel,
+    WIDEN_F8,
     MATMULS[0][0].kernel,
     MATMULS[0][1].kernel,
     MATMULS[1][0].kernel,
@@ -213,7 +247,7 @@ macro_rules! argument {
 }
 
 plain!(u8, u16, u32, i32, f32, u64, Tile, Decode, Edit, Adjust, Sample, Report, Alternative);
-argument!(Layout, Rope, Matmul, Attention, TensorMap);
+argument!(Layout, Rope, Matmul, Eights, Attention, TensorMap);
 
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -246,6 +280,15 @@ pub(crate) struct Matmul {
     pub(crate) outputs: u32,
     pub(crate) depth: u32,
     pub(crate) ahead: u32,
+    pub(crate) fresh: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct Eights {
+    pub(crate) scales: u64,
+    pub(crate) each: u32,
+    pub(crate) shift: u32,
 }
 
 /// What the copy engine knows of a matrix of bf16: as the driver fills it in.

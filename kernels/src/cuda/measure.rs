@@ -8,7 +8,7 @@ use baton_core::arena::{BlockLayout, KvDtype};
 use super::launch::AHEAD_BYTES;
 use super::{Floats, Gpu, GpuArena, GpuAttention, GpuError, GpuMatrix, GpuRope, Rows};
 use crate::limits::best;
-use crate::{Dtype, Heads, Matrix, RopeTable, Span};
+use crate::{Dtype, F8Matrix, Heads, Matrix, RopeTable, Span};
 
 /// One measured number.
 #[derive(Clone, Debug, PartialEq)]
@@ -49,11 +49,11 @@ type Weights = [GpuMatrix; 4];
 
 /// Layers out of some matrices of each shape.
 fn layers_of(mut turning: Vec<Vec<GpuMatrix>>) -> Vec<Weights> {
-    let mut layer = || {
+    let layer = || {
         let each: Option<Vec<GpuMatrix>> = turning.iter_mut().map(Vec::pop).collect();
         each.and_then(|each| <[GpuMatrix; 4]>::try_from(each).ok())
     };
-    std::iter::from_fn(|| layer()).take(LAYERS).collect()
+    std::iter::from_fn(layer).take(LAYERS).collect()
 }
 
 /// Every kernel of such a model's layer, at one row, some and many.
@@ -65,13 +65,18 @@ pub fn all(gpu: &Gpu, ceilings: Ceilings) -> Result<Vec<Measured>, GpuError> {
     }
     let layers = layers_of(turning);
     for rows in [1, 8, 64] {
-        measure.layer_matmuls(&layers, rows)?;
+        measure.layer_matmuls("", &layers, rows)?;
     }
     for ahead in [AHEAD_BYTES, 0, 64 << 10, 192 << 10, 256 << 10] {
         gpu.set_ahead(ahead);
         measure.layer(&layers, ahead)?;
     }
     gpu.set_ahead(AHEAD_BYTES);
+    drop(layers);
+    let layers = measure.eights()?;
+    for rows in [1, 8, 64, 4096] {
+        measure.layer_matmuls("_f8", &layers, rows)?;
+    }
     drop(layers);
     measure.attention("decode, 1 of 1024", 1, 1, 1024)?;
     measure.attention("decode, 1 of 8192", 1, 1, 8192)?;
@@ -161,7 +166,7 @@ impl Measure<'_> {
     }
 
     /// The matmuls of a layer one after another, as a decode step has them.
-    fn layer_matmuls(&mut self, layers: &[Weights], rows: usize) -> Result<(), GpuError> {
+    fn layer_matmuls(&mut self, kind: &str, layers: &[Weights], rows: usize) -> Result<(), GpuError> {
         let gpu = self.gpu;
         let (x, wide) = (self.rows_of(rows, HIDDEN)?, self.rows_of(rows, WIDE)?);
         let (mut y, mut turn) = (gpu.floats(rows * 2 * WIDE)?, 0);
@@ -176,8 +181,28 @@ impl Measure<'_> {
             }
             Ok(())
         })?;
-        self.add(format!("layer_matmuls_{rows}_rows"), seconds * 1e6, "us", None);
+        self.add(format!("layer_matmuls{kind}_{rows}_rows"), seconds * 1e6, "us", None);
+        if rows == 1 && !kind.is_empty() {
+            let bytes: usize = layers[0].iter().map(GpuMatrix::bytes).sum();
+            let name = format!("layer_matmuls{kind}_{rows}_rows, bandwidth");
+            self.add(name, bytes as f64 / seconds / 1e9, "GB/s", self.ceilings.copy_gbps);
+        }
         Ok(())
+    }
+
+    /// Layers of the same shapes in 8 bits, with a scale for 128 by 128 weights.
+    fn eights(&mut self) -> Result<Vec<Weights>, GpuError> {
+        let mut turning = Vec::new();
+        for (rows, cols, _) in SHAPES {
+            // Without the two bytes that are no numbers.
+            let bytes: Vec<u8> =
+                self.halves(rows * cols / 2).into_iter().flat_map(u16::to_le_bytes).map(|byte| byte & 0xf7).collect();
+            let scales = vec![0.01; rows.div_ceil(128) * cols.div_ceil(128)];
+            let matrix = F8Matrix { bytes: &bytes, rows, cols, scales: &scales, block: (128, 128) };
+            let layers = (0..LAYERS).map(|_| self.gpu.matrix_f8(&[matrix]));
+            turning.push(layers.collect::<Result<Vec<GpuMatrix>, _>>()?);
+        }
+        Ok(layers_of(turning))
     }
 
     /// A whole layer of a decode step of one sequence behind 1024 positions, with so many bytes asked for ahead.

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::driver::Driver;
+use super::eights::Eights;
 use super::error::GpuError;
 use super::launch::{Plain, bytes_of};
 
@@ -171,12 +172,14 @@ impl Rows {
     }
 }
 
-/// A weight matrix (outputs, K) in bf16, row by row, zeros behind each row's end.
+/// A weight matrix (outputs, K): in bf16 row by row, zeros behind each row's end, or in 8 bits.
 pub struct GpuMatrix {
     pub(crate) memory: Memory,
     pub(crate) outputs: usize,
     pub(crate) inputs: usize,
     pub(crate) depth: usize,
+    /// What the memory's cells of 8 bits mean.
+    pub(crate) eights: Option<Eights>,
 }
 
 impl GpuMatrix {
@@ -189,6 +192,6 @@ impl GpuMatrix {
     }
 
     pub fn bytes(&self) -> usize {
-        self.memory.bytes()
+        self.memory.bytes() + self.eights.as_ref().map_or(0, |eights| eights.scales.memory.bytes())
     }
 }

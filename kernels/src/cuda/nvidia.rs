@@ -11,7 +11,7 @@ use cudarc::driver::sys;
 use super::compile::Cubins;
 use super::driver::{Driver, Kernel, SLOTS};
 use super::error::GpuError;
-use super::launch::{HOPPERS, HOPPERS_NARROW, Hopper, KERNELS, TensorMap};
+use super::launch::{Hopper, KERNELS, TensorMap, hoppers};
 
 /// CUDA version of the driver, as 1000 · major + 10 · minor.
 const DRIVER_LEAST: i32 = 12_000;
@@ -193,7 +193,7 @@ impl Nvidia {
         }
         let arch = arch(gpu.capability);
         let own: Vec<Hopper> = match arch == HOPPER_ARCH {
-            true => HOPPERS.into_iter().flatten().chain(HOPPERS_NARROW.map(|(hopper, _)| hopper)).collect(),
+            true => hoppers().collect(),
             false => Vec::new(),
         };
         let kernels = || KERNELS.iter().chain(own.iter().map(|hopper| &hopper.tiled.kernel));

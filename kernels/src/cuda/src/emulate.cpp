@@ -202,6 +202,7 @@ template <class... A> void invoke(void (*kernel)(A...), void** arguments) { Call
 #include "attention.cu"
 #include "blocks.cu"
 #include "matmul.cu"
+#include "matmul_f8.cu"
 #include "matmul_hopper.cu"
 #include "rows.cu"
 #include "sampling.cu"
@@ -218,7 +219,7 @@ static const Entry ENTRIES[] = {
     ENTRY(embed), ENTRY(add_rms_norm), ENTRY(silu_mul), ENTRY(rope_store), ENTRY(keep_rows), ENTRY(matmul_16), ENTRY(matmul_64),
     ENTRY(matmul_128), ENTRY(matmul_segmented_16), ENTRY(matmul_segmented_64), ENTRY(matmul_segmented_128), ENTRIES_FOR(16),
     ENTRIES_FOR(32), ENTRIES_FOR(64), ENTRIES_FOR(96), ENTRIES_FOR(128), ENTRY(attention_merge), ENTRY(copy_blocks),
-    ENTRY(gather_layer), ENTRY(give_layer), ENTRY(adjust), ENTRY(sample), ENTRY(report),
+    ENTRY(gather_layer), ENTRY(give_layer), ENTRY(adjust), ENTRY(sample), ENTRY(report), ENTRY(matmul_f8), ENTRY(matmul_segmented_f8), ENTRY(widen_f8),
 };
 
 // 0, or 1 when there is no kernel of that name.

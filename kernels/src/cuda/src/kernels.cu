@@ -2,6 +2,7 @@
 #include "attention.cu"
 #include "blocks.cu"
 #include "matmul.cu"
+#include "matmul_f8.cu"
 #include "matmul_hopper.cu"
 #include "rows.cu"
 #include "sampling.cu"

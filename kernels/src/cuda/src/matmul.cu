@@ -24,6 +24,8 @@ struct Matmul {
     // K of each output's weights that a thread block asks into the cache behind those it loads at first, while the kernel before
     // still runs; a multiple of 512.
     u32 ahead;
+    // Whether the kernel before makes W.
+    u32 fresh;
 };
 
 // First step (of 16 k) of a segment.
@@ -101,8 +103,9 @@ __device__ __forceinline__ void multiply(const Matmul& a, u8* shared) {
     Held<High * Wide, Segmented> held;
     u32 segment = 0;
 
-    // Weights do not wait for the kernel before.
+    // Weights do not wait for the kernel before, unless it makes them.
     let_next_begin();
+    if (a.fresh) after_previous();
 #pragma unroll
     for (u32 s = 0; s < Stages - 1; s++) {
         if (s < stages) load_weights<TileOutputs, Threads>(a, shared + s * StageBytes + WeightsAt, output, s * STEP_K);

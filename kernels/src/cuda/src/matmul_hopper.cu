@@ -93,6 +93,13 @@ __device__ __forceinline__ void ask_ahead(const Matmul& a, u32 output, u32 from,
         ask(a.w + (u64)output * a.depth + k, (end - k < Piece ? end - k : Piece) * 2);
 }
 
+// Bytes one after another: a multiple of 16.
+__device__ __forceinline__ void load_bytes(u32 to, const void* from, u32 bytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier)
+                 : "memory");
+}
+
 // `load_slab` into both thread blocks of the cluster.
 __device__ __forceinline__ void load_slab_for_both(u32 to, const TensorMap* map, u32 barrier, u32 k, u32 row) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
@@ -388,17 +395,65 @@ struct Cursor {
     }
 };
 
-template <int Rows, int Outputs, int Items, int Chunks, bool Segmented>
-__device__ __forceinline__ void multiply_few(const TensorMap* xs, const TensorMap* ws, const Matmul& a, u32 first_row, u8* dynamic) {
+// Where cells of 8 outputs begin at `k`.
+__device__ __forceinline__ const u8* cell_at(const Matmul& a, u32 group, u32 k) { return (const u8*)a.w + ((u64)group * a.depth + k) * 8; }
+
+// As `ask_ahead`, of the cells of 8 outputs.
+__device__ __forceinline__ void ask_cells(const Matmul& a, u32 group, u32 from, u32 ahead, u32 end, u32 piece, u32 stride) {
+    constexpr u32 Piece = 512;
+    if (from + ahead < end) end = from + ahead;
+    for (u32 k = from + piece * Piece; k < end; k += stride * Piece) ask(cell_at(a, group, k), (end - k < Piece ? end - k : Piece) * 8);
+}
+
+// The scales of a warp's weights, 128 k after 128 k. Where outputs have more than one, each lane holds one of 32 that follow.
+template <int Wide> struct Scales {
+    float now[Wide], held[Wide], later[Wide];
+    const float* from[Wide];
+    u32 at, each;
+
+    __device__ __forceinline__ float read(int n, u32 i) const { return from[n][i < each ? i : each - 1]; }
+    __device__ __forceinline__ void begin(const Eights& e, u32 output, u32 k, int lane) {
+        at = k / SCALED_K;
+        each = e.each;
+#pragma unroll
+        for (int n = 0; n < Wide; n++) {
+            from[n] = scales_of(e, output + n * 8 + (each == 1 ? lane / 4 : 0));
+            if (each == 1) {
+                now[n] = from[n][0];
+            } else {
+                held[n] = read(n, at / 32 * 32 + lane);
+                later[n] = read(n, at / 32 * 32 + 32 + lane);
+            }
+        }
+    }
+    __device__ __forceinline__ void next(int lane) {
+        if (each == 1) return;
+#pragma unroll
+        for (int n = 0; n < Wide; n++) now[n] = __shfl_sync(~0u, held[n], at % 32);
+        if (++at % 32 != 0) return;
+#pragma unroll
+        for (int n = 0; n < Wide; n++) {
+            held[n] = later[n];
+            later[n] = read(n, at + 32 + lane);
+        }
+    }
+};
+
+// `Eight`: weights of 8 bits, as cells (matmul_f8.cu).
+template <int Rows, int Outputs, int Items, int Chunks, bool Segmented, bool Eight>
+__device__ __forceinline__ void multiply_few(const TensorMap* xs, const TensorMap* ws, const Matmul& a, const Eights& e, u32 first_row,
+                                             u8* dynamic) {
     constexpr int Warps = Segmented ? SEGMENTS : Outputs / 8, Wide = Segmented ? Outputs / 8 : 1, High = Rows / 16;
-    constexpr u32 XBytes = Rows * HOPPER_STEP * 2, WBytes = Outputs * HOPPER_STEP * 2;
+    constexpr u32 XBytes = Rows * HOPPER_STEP * 2, WBytes = Outputs * HOPPER_STEP * (Eight ? 1 : 2);
     constexpr u32 ItemBytes = (XBytes + WBytes) * Chunks, WeightsAt = XBytes * Chunks;
+    // Of the thread blocks one after another, so many have the same outputs and other rows.
+    u32 row_tiles = Eight ? (a.rows + Rows - 1) / Rows : 1, row = Eight ? blockIdx.x % row_tiles * Rows : 0;
     u32 skip = (1024 - shared_at(dynamic) % 1024) % 1024;
     u8* items = dynamic + skip;
     u32 full = shared_at(items) + Items * ItemBytes, empty = full + 8 * Items;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     u32 steps = a.depth / HOPPER_STEP, count = (steps + Chunks - 1) / Chunks;
-    u32 output = blockIdx.x * Outputs, stride = gridDim.x * Outputs;
+    u32 output = blockIdx.x / row_tiles * Outputs, stride = gridDim.x / row_tiles * Outputs;
     if (threadIdx.x == 0) {
         for (int s = 0; s < Items; s++) {
             barrier_init(full + 8 * s, 1);
@@ -413,18 +468,26 @@ __device__ __forceinline__ void multiply_few(const TensorMap* xs, const TensorMa
     if (warp == Warps) {
         if (lane == 0) {
             u32 segment_steps = steps / SEGMENTS;
-            auto k_of = [&](u32 i) { return (Segmented ? i % SEGMENTS * segment_steps + i / SEGMENTS : i * Chunks) * HOPPER_STEP; };
+            auto k_of = [&](u32 i) { return (Segmented ? i % SEGMENTS * segment_steps + i / SEGMENTS * Chunks : i * Chunks) * HOPPER_STEP; };
             auto weights = [&](const Cursor& at, u32 slot) {
                 u32 to = shared_at(items) + slot * ItemBytes + WeightsAt, barrier = full + 8 * slot;
                 barrier_expect(barrier, ItemBytes);
+                if constexpr (Eight) {
+                    const u8* from = cell_at(a, at.output / 8, k_of(at.item));
 #pragma unroll
-                for (u32 c = 0; c < Chunks; c++) load_once(to + c * WBytes, ws, barrier, k_of(at.item) + c * HOPPER_STEP, at.output);
+                    for (u32 g = 0; g < Outputs / 8; g++)
+                        load_bytes(to + g * Chunks * CELL_BYTES, from + (u64)g * a.depth * 8, Chunks * CELL_BYTES, barrier);
+                } else {
+#pragma unroll
+                    for (u32 c = 0; c < Chunks; c++)
+                        load_once(to + c * WBytes, ws, barrier, k_of(at.item) + c * HOPPER_STEP, at.output);
+                }
             };
             auto rows = [&](const Cursor& at, u32 slot) {
                 u32 to = shared_at(items) + slot * ItemBytes;
 #pragma unroll
                 for (u32 c = 0; c < Chunks; c++)
-                    load_slab(to + c * XBytes, xs, full + 8 * slot, k_of(at.item) + c * HOPPER_STEP, first_row);
+                    load_slab(to + c * XBytes, xs, full + 8 * slot, k_of(at.item) + c * HOPPER_STEP, first_row + row);
             };
             Cursor ahead = {output, 0}, at = ahead;
             for (u32 slot = 0; slot < Items && ahead.output < a.outputs; slot++, ahead.next(count, stride)) weights(ahead, slot);
@@ -439,11 +502,16 @@ __device__ __forceinline__ void multiply_few(const TensorMap* xs, const TensorMa
         }
     } else {
         // Nothing to multiply before the kernel before has ended: memory goes on with what follows the ring.
-        if (Segmented) {
-            u32 whole = a.depth / SEGMENTS, begun = warp * whole + Items / SEGMENTS * HOPPER_STEP;
-            if (lane < Outputs) ask_ahead(a, output + lane, begun, a.ahead / SEGMENTS, (warp + 1) * whole, 0, 1);
+        // Where a warp's scales begin in K, and the groups of 8 outputs it has.
+        constexpr u32 Begun = Items / (Segmented ? SEGMENTS : 1) * Chunks * HOPPER_STEP;
+        u32 whole = a.depth / (Segmented ? SEGMENTS : 1), begin_k = Segmented ? warp * whole : 0, groups_at = Segmented ? 0 : warp;
+        u32 ahead = a.ahead / (Segmented ? SEGMENTS : 1);
+        if (Eight) {
+            if (!Segmented) ask_cells(a, output / 8 + warp, Begun, ahead, whole, lane, 32);
+            else if (lane < Outputs / 8) ask_cells(a, output / 8 + lane, begin_k + Begun, ahead, begin_k + whole, 0, 1);
         } else {
-            ask_ahead(a, output + warp * 8 + lane % 8, Items * Chunks * HOPPER_STEP, a.ahead, a.depth, lane / 8, 4);
+            if (!Segmented) ask_ahead(a, output + warp * 8 + lane % 8, Begun, ahead, whole, lane / 8, 4);
+            else if (lane < Outputs) ask_ahead(a, output + lane, begin_k + Begun, ahead, begin_k + whole, 0, 1);
         }
         after_previous();
         // A warp with a segment takes every eighth item.
@@ -458,12 +526,22 @@ __device__ __forceinline__ void multiply_few(const TensorMap* xs, const TensorMa
                     for (int i = 0; i < 4; i++) sum[h][n][i] = 0.0f;
                 }
             }
+            Scales<Wide> scales;
+            if (Eight) scales.begin(e, own + groups_at * 8, begin_k, lane);
             for (u32 i = Segmented ? warp : 0; i < count; i += Stride) {
                 barrier_wait(full + 8 * slot, parity);
                 const u8* x = items + slot * ItemBytes;
 #pragma unroll
-                for (int c = 0; c < Chunks; c++)
-                    multiply_chunk<Rows, Wide>(sum, x + c * XBytes, x + WeightsAt + c * WBytes, Segmented ? 0 : warp * 8, lane);
+                for (int c = 0; c < Chunks; c++) {
+                    if (Eight) {
+                        // Two of 64 k share a scale.
+                        if (c % 2 == 0) scales.next(lane);
+                        const u8* cells = x + WeightsAt + groups_at * Chunks * CELL_BYTES + c * CELL_BYTES;
+                        multiply_cells<High, Wide>(sum, x + c * XBytes, cells, Chunks * CELL_BYTES, scales.now, lane, [](int) {});
+                    } else {
+                        multiply_chunk<Rows, Wide>(sum, x + c * XBytes, x + WeightsAt + c * WBytes, groups_at * 8, lane);
+                    }
+                }
                 __syncwarp();
                 if (lane == 0) barrier_arrive_here(empty + 8 * slot);
                 slot += Stride;
@@ -472,15 +550,17 @@ __device__ __forceinline__ void multiply_few(const TensorMap* xs, const TensorMa
                     parity ^= 1;
                 }
             }
+            if constexpr (!Segmented) {
 #pragma unroll
-            for (int h = 0; h < (Segmented ? 0 : High); h++) {
+                for (int h = 0; h < High; h++) {
 #pragma unroll
-                for (int i = 0; i < 4; i += 2) {
-                    u32 r = h * 16 + lane / 4 + i / 2 * 8, n = own + warp * 8 + lane % 4 * 2;
-                    if (r >= a.rows) continue;
-                    float2 value = make_float2(sum[h][0][i], sum[h][0][i + 1]);
-                    if (a.bias) value = make_float2(value.x + a.bias[n], value.y + a.bias[n + 1]);
-                    *(float2*)(a.y + (u64)r * a.outputs + n) = value;
+                    for (int i = 0; i < 4; i += 2) {
+                        u32 r = row + h * 16 + lane / 4 + i / 2 * 8, n = own + warp * 8 + lane % 4 * 2;
+                        if (r >= a.rows) continue;
+                        float2 value = make_float2(sum[h][0][i], sum[h][0][i + 1]);
+                        if (a.bias) value = make_float2(value.x + a.bias[n], value.y + a.bias[n + 1]);
+                        *(float2*)(a.y + (u64)r * a.outputs + n) = value;
+                    }
                 }
             }
         }
@@ -502,7 +582,7 @@ __device__ __forceinline__ void multiply_few(const TensorMap* xs, const TensorMa
     }
     __syncthreads();
     for (u32 i = threadIdx.x; i < Rows * Outputs; i += 32 * (Warps + 1)) {
-        u32 r = i / Outputs, n = output + i % Outputs;
+        u32 r = row + i / Outputs, n = output + i % Outputs;
         if (r >= a.rows) break;
         float s[SEGMENTS];
 #pragma unroll
@@ -516,11 +596,20 @@ __device__ __forceinline__ void multiply_few(const TensorMap* xs, const TensorMa
     KERNEL void __launch_bounds__(Threads)                                                                                   \
         Name(const __grid_constant__ TensorMap xs, const __grid_constant__ TensorMap ws, Matmul a, u32 first_row) {          \
         DYNAMIC_SHARED(shared);                                                                                              \
-        multiply_few<16, Outputs, Items, Chunks, Segmented>(&xs, &ws, a, first_row, shared);                                 \
+        multiply_few<16, Outputs, Items, Chunks, Segmented, false>(&xs, &ws, a, Eights(), first_row, shared);                \
     }
 FEW_KERNEL(matmul_16_hopper, 32, 8, 2, false, 160)
 FEW_KERNEL(matmul_16_narrow_hopper, 16, 8, 2, false, 96)
 FEW_KERNEL(matmul_segmented_16_hopper, 32, 16, 1, true, 288)
+
+// K is a multiple of 256, or of 1024 and at most 32768 with segments.
+#define EIGHT_KERNEL(Name, Outputs, Items, Chunks, Segmented, Threads)                                                       \
+    KERNEL void __launch_bounds__(Threads) Name(const __grid_constant__ TensorMap xs, Matmul a, Eights e, u32 first_row) {   \
+        DYNAMIC_SHARED(shared);                                                                                              \
+        multiply_few<16, Outputs, Items, Chunks, Segmented, true>(&xs, &xs, a, e, first_row, shared);                        \
+    }
+EIGHT_KERNEL(matmul_f8_hopper, 32, 6, 4, false, 160)
+EIGHT_KERNEL(matmul_segmented_f8_hopper, 32, 16, 2, true, 288)
 
 __device__ __forceinline__ float4 plus(const float4& a, const float4& b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
 

@@ -1,0 +1,172 @@
+// Products with weights of 8 bits (e4m3: a sign, 4 bits of exponent, 3 of fraction), each of which has a scale. A weight means its
+// value times its scale, rounded to bf16, which is what the CPU makes of it when it loads. It becomes that in registers, so that
+// a row has the bits that a matrix of bf16 would give it.
+//
+//     cell = 8 outputs, 64 k: (output, quarter q of 16 bytes), and byte 4 s + j of q is k = 16 s + 2 q + {0, 1, 8, 9}[j]:
+//            what one lane hands to the tensor cores in step s
+//     memory = (outputs / 8, K / 64) cells, zeros behind either end
+#include "common.cuh"
+
+#define CELL_BYTES 512
+// K that share a scale, where an output has more than one.
+#define SCALED_K 128
+
+struct Eights {
+    // Each times 2^120, which is what `widened` leaves out.
+    const float* scales;
+    // Scales of an output: one, or one for every 128 k.
+    u32 each;
+    // log2 of the outputs that share them.
+    u32 shift;
+};
+
+__device__ __forceinline__ const float* scales_of(const Eights& e, u32 output) { return e.scales + (u64)(output >> e.shift) * e.each; }
+
+// The weight in the highest byte, times 2^-120, exactly: its exponent and fraction where a float has them.
+__device__ __forceinline__ float highest(u32 word) { return __uint_as_float((u32)((int)word >> 4) & 0x87f00000u); }
+
+// Four weights as two pairs of bf16.
+__device__ __forceinline__ void widened(u32 (&pairs)[2], u32 word, float scale) {
+    pairs[0] = pair_bf16(highest(word << 24) * scale, highest(word << 16) * scale);
+    pairs[1] = pair_bf16(highest(word << 8) * scale, highest(word) * scale);
+}
+
+// 64 k of `Wide` times 8 outputs, whose cells lie `apart` bytes from one another, times 16 `High` rows. In every step of 16 k
+// `before(k)` comes first.
+template <int High, int Wide, class Before>
+__device__ __forceinline__ void multiply_cells(float (&sum)[High][Wide][4], const u8* x, const u8* cells, u32 apart, const float (&scale)[Wide],
+                                               int lane, Before before) {
+    u32 words[Wide][4];
+#pragma unroll
+    for (int n = 0; n < Wide; n++) {
+        uint4 own = *(const uint4*)(cells + n * apart + lane * 16);
+        words[n][0] = own.x;
+        words[n][1] = own.y;
+        words[n][2] = own.z;
+        words[n][3] = own.w;
+    }
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        before(k);
+        u32 left[High][4];
+#pragma unroll
+        for (int h = 0; h < High; h++) load_tiles(left[h], x + tile_at<PARTS>(h * 16 + lane % 16, k * 2 + lane / 16));
+#pragma unroll
+        for (int n = 0; n < Wide; n++) {
+            u32 right[2];
+            widened(right, words[n][k], scale[n]);
+#pragma unroll
+            for (int h = 0; h < High; h++) mma(sum[h][n], left[h], right[0], right[1]);
+        }
+    }
+}
+
+#define EIGHT_ROWS 16
+#define EIGHT_OUTPUTS 32
+#define EIGHT_STAGES 6
+
+// 16 rows and 32 outputs a thread block, 8 outputs a warp.
+//
+//     stage = (two of 64 k, 16 rows, 64 k) of x, then (4 of 8 outputs, two of 64 k) cells: 8 KiB
+template <bool Segmented> __device__ __forceinline__ void multiply_eights(const Matmul& a, const Eights& e, u8* shared) {
+    constexpr u32 XBytes = EIGHT_ROWS * SCALED_K * 2, StageBytes = XBytes + EIGHT_OUTPUTS * SCALED_K;
+    u32 row = blockIdx.x * EIGHT_ROWS, output = blockIdx.y * EIGHT_OUTPUTS;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    u32 stages = (a.depth + SCALED_K - 1) / SCALED_K, steps = a.depth / 16, width = a.depth / STEP_K;
+    auto load_cells = [&](u32 s) {
+        for (u32 i = threadIdx.x; i < EIGHT_OUTPUTS * SCALED_K / 16; i += 128) {
+            u32 n = output + i / 64 * 8, cell = s * 2 + i / 32 % 2;
+            bool present = n < a.outputs && cell < width;
+            u64 at = present ? ((u64)(n / 8) * width + cell) * CELL_BYTES + i % 32 * 16 : 0;
+            copy_async(shared + s % EIGHT_STAGES * StageBytes + XBytes + i * 16, (const u8*)a.w + at, present);
+        }
+    };
+    auto load_x = [&](u32 s) {
+        for (u32 i = threadIdx.x; i < EIGHT_ROWS * SCALED_K / 8; i += 128) {
+            u32 half = i / (EIGHT_ROWS * PARTS), r = i / PARTS % EIGHT_ROWS, k = s * SCALED_K + half * STEP_K + i % PARTS * 8;
+            bool present = row + r < a.rows && k < a.depth;
+            u8* to = shared + s % EIGHT_STAGES * StageBytes + half * (XBytes / 2) + tile_at<PARTS>(r, i % PARTS);
+            copy_async(to, a.x + (present ? (u64)(row + r) * a.x_stride + k : 0), present);
+        }
+    };
+    u32 own = output + warp * 8 + lane / 4;
+    const float* scales = scales_of(e, own < a.outputs ? own : a.outputs - 1);
+    float scale[1], next = scales[0];
+    float sum[1][1][4] = {{{0.0f, 0.0f, 0.0f, 0.0f}}};
+    Held<1, Segmented> held;
+    u32 segment = 0;
+
+    // Weights do not wait for the kernel before.
+    let_next_begin();
+#pragma unroll
+    for (u32 s = 0; s < EIGHT_STAGES - 1; s++) {
+        if (s < stages) load_cells(s);
+    }
+    after_previous();
+#pragma unroll
+    for (u32 s = 0; s < EIGHT_STAGES - 1; s++) {
+        if (s < stages) load_x(s);
+        copy_commit();
+    }
+    for (u32 s = 0; s < stages; s++) {
+        copy_wait<EIGHT_STAGES - 2>();
+        __syncthreads();
+        if (s + EIGHT_STAGES - 1 < stages) {
+            load_x(s + EIGHT_STAGES - 1);
+            load_cells(s + EIGHT_STAGES - 1);
+        }
+        copy_commit();
+        scale[0] = next;
+        if (s + 1 < e.each) next = scales[s + 1];
+        const u8* x = shared + s % EIGHT_STAGES * StageBytes;
+        const u8* cells = x + XBytes + warp * 2 * CELL_BYTES;
+#pragma unroll
+        for (u32 half = 0; half < 2; half++) {
+            u32 step = (s * 2 + half) * 4;
+            if (step >= steps) break;
+            multiply_cells<1, 1>(sum, x + half * (XBytes / 2), cells + half * CELL_BYTES, 0, scale, lane, [&](int k) {
+                if constexpr (Segmented) {
+                    for (; segment < SEGMENTS && segment_at(steps, segment + 1) == step + k; segment++) fold(held, sum[0], segment);
+                }
+            });
+        }
+    }
+    if (Segmented) {
+        for (; segment < SEGMENTS; segment++) fold(held, sum[0], segment);
+    }
+    copy_wait<0>();
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        u32 r = row + lane / 4 + i / 2 * 8, n = output + warp * 8 + lane % 4 * 2 + i % 2;
+        if (r < a.rows && n < a.outputs) a.y[(u64)r * a.outputs + n] = a.bias ? sum[0][0][i] + a.bias[n] : sum[0][0][i];
+    }
+}
+
+// 128 threads, 48 KiB.
+KERNEL void __launch_bounds__(128) matmul_f8(Matmul a, Eights e) {
+    DYNAMIC_SHARED(shared);
+    multiply_eights<false>(a, e, shared);
+}
+KERNEL void __launch_bounds__(128) matmul_segmented_f8(Matmul a, Eights e) {
+    DYNAMIC_SHARED(shared);
+    multiply_eights<true>(a, e, shared);
+}
+
+// The whole matrix as bf16, (outputs, K), for products of many rows. A warp per cell.
+KERNEL void widen_f8(const u8* cells, Eights e, u32 outputs, u32 depth, u16* out) {
+    begin();
+    u32 width = depth / STEP_K, cell = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+    u32 lane = threadIdx.x % 32, n = cell / width * 8 + lane / 4, k = cell % width * STEP_K + lane % 4 * 2;
+    if (n >= outputs) return;
+    uint4 own = *(const uint4*)(cells + (u64)cell * CELL_BYTES + lane * 16);
+    u32 words[4] = {own.x, own.y, own.z, own.w};
+    float scale = scales_of(e, n)[e.each > 1 ? k / SCALED_K : 0];
+    u32* to = (u32*)(out + (u64)n * depth + k);
+#pragma unroll
+    for (int s = 0; s < 4; s++) {
+        u32 pairs[2];
+        widened(pairs, words[s], scale);
+        to[s * 8] = pairs[0];
+        to[s * 8 + 4] = pairs[1];
+    }
+}
