@@ -12,9 +12,14 @@ use std::io;
 use std::ops::Range;
 #[cfg(target_os = "linux")]
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, OnceLock};
 
 use serde::{Deserialize, Serialize};
+
+use crate::BlockId;
+
+pub use device::{Arriving, DeviceBlocks, DeviceSource, Extents};
 
 /// Element type of keys and values in the cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -105,12 +110,20 @@ pub struct Arena {
     blocks: usize,
     /// Bytes from one block to the next.
     stride: usize,
+    beside: OnceLock<Beside>,
+}
+
+/// The same blocks on a device.
+struct Beside {
+    device: Arc<dyn DeviceBlocks>,
+    /// By block: `there(generation)` when its bytes lie on the device and not here.
+    there: Vec<AtomicU64>,
 }
 
 /// Where an arena's bytes come from.
 enum Memory {
     /// Another arena.
-    Of(#[allow(dead_code)] Arc<Arena>),
+    Of(Arc<Arena>),
     Heap {
         start: *mut u8,
         allocation: Layout,
@@ -141,7 +154,7 @@ impl Arena {
         // SAFETY: the offset is below ALIGNMENT, by which the allocation exceeds the blocks.
         let base = unsafe { start.add(start.align_offset(ALIGNMENT)) };
         let stride = layout.block_bytes();
-        Arena { base, memory: Memory::Heap { start, allocation }, layout, blocks, stride }
+        Arena { base, memory: Memory::Heap { start, allocation }, layout, blocks, stride, beside: OnceLock::new() }
     }
 
     /// An arena that other processes of this host can be given to read (`descriptor`).
@@ -157,8 +170,7 @@ impl Arena {
         #[cfg(target_os = "linux")]
         {
             let mapping = shared::Mapping::new(bytes)?;
-            let stride = layout.block_bytes();
-            Ok(Arena { base: mapping.start(), memory: Memory::Shared(mapping), layout, blocks, stride })
+            Ok(Arena::over(mapping, layout, blocks))
         }
         #[cfg(not(target_os = "linux"))]
         Err(io::ErrorKind::Unsupported.into())
@@ -174,11 +186,14 @@ impl Arena {
         let mapping = shared::Mapping::of(descriptor)?;
         match mapping.bytes() / layout.block_bytes().max(1) {
             0 => Err(io::Error::new(io::ErrorKind::InvalidData, "the memory holds no block")),
-            blocks => {
-                let stride = layout.block_bytes();
-                Ok(Arena { base: mapping.start(), memory: Memory::Shared(mapping), layout, blocks, stride })
-            }
+            blocks => Ok(Arena::over(mapping, layout, blocks)),
         }
+    }
+
+    #[cfg(target_os = "linux")]
+    fn over(mapping: shared::Mapping, layout: BlockLayout, blocks: usize) -> Arena {
+        let (base, stride, beside) = (mapping.start(), layout.block_bytes(), OnceLock::new());
+        Arena { base, memory: Memory::Shared(mapping), layout, blocks, stride, beside }
     }
 
     /// Some `heads` of every block, as an arena of their own over the same memory, when blocks have `kv_heads` heads.
@@ -192,11 +207,69 @@ impl Arena {
         }
         // SAFETY: the first block's heads are inside the memory, which holds at least one block.
         let base = unsafe { self.base.add(heads.start as usize * layout.head_stride()) };
-        Some(Arena { base, memory: Memory::Of(self.clone()), layout, blocks: self.bytes() / stride, stride })
+        let (blocks, beside) = (self.bytes() / stride, OnceLock::new());
+        Some(Arena { base, memory: Memory::Of(self.clone()), layout, blocks, stride, beside })
     }
 
-    /// Of the memory from `base` on.
-    fn bytes(&self) -> usize {
+    /// Makes known that a device has memory for the same blocks. The first one stays.
+    pub fn attach(&self, device: Arc<dyn DeviceBlocks>) {
+        let there = || (0..self.blocks).map(|_| AtomicU64::new(0)).collect();
+        self.beside.get_or_init(|| Beside { device, there: there() });
+    }
+
+    /// The same blocks on a device.
+    pub fn device(&self) -> Option<&Arc<dyn DeviceBlocks>> {
+        self.beside().map(|beside| &beside.device)
+    }
+
+    /// The block's bytes lie on the device from here on, and not here.
+    pub fn left_on_device(&self, block: BlockId) {
+        if let Some(there) = self.there(block) {
+            there.store(there_of(block), Relaxed);
+        }
+    }
+
+    /// The block's bytes lie here from here on.
+    pub fn brought_here(&self, block: BlockId) {
+        if let Some(there) = self.there(block) {
+            there.store(0, Relaxed);
+        }
+    }
+
+    /// Whether the block's bytes lie on the device and not here.
+    pub fn is_on_device(&self, block: BlockId) -> bool {
+        self.there(block).is_some_and(|there| there.load(Relaxed) == there_of(block))
+    }
+
+    fn there(&self, block: BlockId) -> Option<&AtomicU64> {
+        self.beside()?.there.get(block.index as usize)
+    }
+
+    fn beside(&self) -> Option<&Beside> {
+        match &self.memory {
+            Memory::Of(arena) => arena.beside(),
+            _ => self.beside.get(),
+        }
+    }
+
+    /// Where one layer of every block lies in the memory, which begins with the first block of the whole arena.
+    pub fn extents(&self, layer: usize) -> Extents {
+        assert!(layer < self.layout.layers as usize, "layer {layer} of {}", self.layout.layers);
+        let start = match &self.memory {
+            Memory::Of(arena) => arena.base,
+            _ => self.base,
+        };
+        Extents {
+            first: self.base.addr() - start.addr() + self.layout.offset(0, layer, Half::Key),
+            block_stride: self.stride,
+            head_stride: self.layout.head_stride(),
+            heads: self.layout.kv_heads as usize,
+            slice: self.layout.slice_bytes(),
+        }
+    }
+
+    /// Bytes of the memory from the first block on.
+    pub fn bytes(&self) -> usize {
         match &self.memory {
             #[cfg(target_os = "linux")]
             Memory::Shared(mapping) => mapping.bytes(),
@@ -287,6 +360,12 @@ impl Drop for Arena {
     }
 }
 
+/// A generation as `Beside::there` has it: never 0.
+fn there_of(block: BlockId) -> u64 {
+    1 << 32 | u64::from(block.generation)
+}
+
+mod device;
 #[cfg(target_os = "linux")]
 mod shared;
 
@@ -381,5 +460,55 @@ mod tests {
         let small = Arena::shared(BlockLayout { layers: 1, kv_heads: 1, ..LAYOUT }, 1).expect("shared memory");
         assert!(Arena::map(small.descriptor().expect("shared").expect("opened"), LAYOUT).is_err());
         assert!(Arena::new(LAYOUT, 1).descriptor().is_none());
+    }
+
+    struct Nowhere;
+
+    impl DeviceBlocks for Nowhere {
+        fn descriptor(&self) -> io::Result<std::os::fd::OwnedFd> {
+            Err(io::ErrorKind::Unsupported.into())
+        }
+
+        fn map(&self, _: std::os::fd::OwnedFd, _: usize) -> io::Result<Arc<dyn DeviceSource>> {
+            Err(io::ErrorKind::Unsupported.into())
+        }
+
+        fn sum(&self, _: &Extents, _: &[u32]) -> io::Result<Box<dyn Arriving>> {
+            Err(io::ErrorKind::Unsupported.into())
+        }
+    }
+
+    /// Where a block's bytes are is known of one generation, by the arena and its views alike.
+    #[test]
+    fn a_block_is_on_the_device_while_its_generation_lasts() {
+        let arena = Arc::new(Arena::new(LAYOUT, 3));
+        let view = arena.view(2, 1..2).unwrap();
+        let [block, later] = [7, 8].map(|generation| BlockId { index: 1, generation });
+        arena.left_on_device(block);
+        assert!(!arena.is_on_device(block), "there is no device");
+        arena.attach(Arc::new(Nowhere));
+        view.left_on_device(block);
+        assert!(arena.is_on_device(block) && view.is_on_device(block) && !arena.is_on_device(later));
+        arena.brought_here(block);
+        assert!(!view.is_on_device(block));
+        arena.left_on_device(BlockId { index: 1, generation: 0 });
+        assert!(!arena.is_on_device(BlockId { index: 0, generation: 0 }));
+    }
+
+    /// Extents are where the arena's own functions find the bytes, of the whole and of some heads.
+    #[test]
+    fn extents_are_where_the_bytes_are() {
+        let arena = Arc::new(Arena::new(LAYOUT, 3));
+        let view = arena.view(2, 1..2).unwrap();
+        for (arena, first_head) in [(&*arena, 0), (&view, 1)] {
+            let extents = arena.extents(2);
+            for (block, head) in (0..3).flat_map(|block| (0..arena.layout().kv_heads as usize).map(move |h| (block, h)))
+            {
+                let at = extents.first + block * extents.block_stride + head * extents.head_stride;
+                assert_eq!(at, block * LAYOUT.block_bytes() + LAYOUT.offset(first_head + head, 2, Half::Key));
+            }
+            assert_eq!((extents.bytes(), extents.slice), (arena.layout().layer_bytes(), LAYOUT.slice_bytes()));
+            assert!(extents.end(2) <= arena.bytes().max(3 * LAYOUT.block_bytes()));
+        }
     }
 }

@@ -4,6 +4,7 @@
 //! `unsafe` lives in this folder: calls of the driver, and launches, whose operations check what their kernels touch.
 
 pub mod check;
+mod check_links;
 mod compile;
 mod draws;
 mod driver;
@@ -15,6 +16,7 @@ mod launch;
 pub mod measure;
 mod memory;
 mod nvidia;
+mod shared;
 mod spans;
 
 pub use compile::{Cubins, compiler, source_hash};

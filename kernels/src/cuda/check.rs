@@ -4,6 +4,7 @@
 use baton_core::arena::{Arena, BlockLayout, KvDtype};
 use baton_core::{Philox, Rng, SampledToken, Sampling, TokenId};
 
+use super::check_links::links;
 use super::{Gpu, GpuArena, GpuAttention, GpuDraw, GpuDrawKind, GpuError, GpuMatrix, GpuNext, GpuRope, GpuSpans, Rows};
 use crate::{
     Attention, Cpu, Dtype, F8Matrix, Heads, KvHeads, Matrix, Packed, Profile, RopeStore, RopeTable, Span, bf16,
@@ -55,6 +56,7 @@ pub fn all(gpu: &Gpu, extent: Extent, seed: u64) -> Result<Vec<Check>, GpuError>
     checker.eights(&[1, 20], 64, 4352, Scaling::Blocks)?;
     checker.eights(&[1, 66], 128, 1024, Scaling::Outputs)?;
     checker.blocks()?;
+    checker.found.extend(links(gpu, seed)?);
     checker.draws(1500)?;
     if extent == Extent::Large {
         checker.rows(300, 4096)?;

@@ -2,6 +2,7 @@
 //! kernels are tested without one by an emulation on the CPU (emulated.rs).
 
 use std::ffi::c_void;
+use std::os::fd::OwnedFd;
 
 use super::error::GpuError;
 use super::launch::TensorMap;
@@ -18,14 +19,62 @@ pub(crate) struct Kernel {
 /// Downloads on their way at a time.
 pub(crate) const SLOTS: usize = 2;
 
+/// Bytes that an errand takes along and brings back.
+pub(crate) const ERRAND_BYTES: usize = 16 << 10;
+
+/// A launch beside all others, with memory of its own that the host and the device both see.
+pub(crate) struct Errand {
+    /// `ERRAND_BYTES` of the host's, and where the device finds them.
+    pub(crate) host: *mut u8,
+    pub(crate) at: u64,
+    /// The driver's.
+    pub(crate) event: u64,
+}
+
+// SAFETY: memory and a handle that belong to whoever has the errand.
+unsafe impl Send for Errand {}
+
 /// One device. Work is done in the order it is given; `download` and `finish` wait for it.
 pub(crate) trait Driver: Send + Sync {
     /// Memory with any content.
     fn allocate(&self, bytes: usize) -> Result<u64, GpuError>;
 
     /// # Safety
-    /// `at` came from `allocate`, and nothing that was given uses it any more but what is done before this.
+    /// `at` came from `allocate`, `allocate_shared` or `import`, and nothing that was given uses it any more but what is done
+    /// before this.
     unsafe fn free(&self, at: u64);
+
+    /// As `allocate`, of memory that `export` can let others read where the device has such memory.
+    fn allocate_shared(&self, bytes: usize) -> Result<u64, GpuError>;
+
+    /// What lets another process of this host map memory that came from `allocate_shared`.
+    fn export(&self, at: u64) -> Result<OwnedFd, GpuError>;
+
+    /// Maps another process's memory of at least so many bytes, for reading. It stays when its owner goes.
+    fn import(&self, descriptor: OwnedFd, least: usize) -> Result<u64, GpuError>;
+
+    fn errand(&self) -> Result<Errand, GpuError>;
+
+    /// Launches beside everything else and before it, one errand after another: not after what was given elsewhere.
+    ///
+    /// # Safety
+    /// As `launch`; and nothing else touches what the kernel writes, or writes what it reads, before `wait_errand`, but
+    /// another process what it reads of its own.
+    unsafe fn launch_errand(
+        &self,
+        errand: &Errand,
+        kernel: Kernel,
+        grid: [u32; 3],
+        arguments: &mut [*mut c_void],
+    ) -> Result<(), GpuError>;
+
+    fn wait_errand(&self, errand: &Errand) -> Result<(), GpuError>;
+
+    /// Gives an errand back that was never launched or has been waited for.
+    fn end_errand(&self, errand: Errand);
+
+    /// `end_download` of this slot waits until all that was given before is done, and reads nothing.
+    fn begin_mark(&self, slot: usize) -> Result<(), GpuError>;
 
     /// # Safety
     /// `to` is memory of this device with room for the bytes.
@@ -76,6 +125,12 @@ pub(crate) trait Driver: Send + Sync {
 
     /// Waits for a slot's download and lets `take` read it.
     fn end_download(&self, slot: usize, take: &mut dyn FnMut(&[u8])) -> Result<(), GpuError>;
+
+    /// Copies inside the device, as fast as the driver can.
+    ///
+    /// # Safety
+    /// Both are memory of this device with room for the bytes.
+    unsafe fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<(), GpuError>;
 
     /// # Safety
     /// As `upload`.

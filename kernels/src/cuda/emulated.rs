@@ -4,13 +4,14 @@
 use std::alloc::{Layout, alloc, dealloc};
 use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::compile::{COMMON, FILES, source_hash};
-use super::driver::{Driver, Kernel, SLOTS};
+use super::driver::{Driver, ERRAND_BYTES, Errand, Kernel, SLOTS};
 use super::error::GpuError;
 
 type Launch = unsafe extern "C" fn(*const c_char, *const c_uint, c_uint, c_uint, *mut *mut c_void) -> c_int;
@@ -26,6 +27,8 @@ struct State {
     /// Bytes of each allocation.
     allocations: BTreeMap<u64, usize>,
     slots: [Vec<u8>; SLOTS],
+    /// Of those that can be shared: what other processes map, or None of what is theirs.
+    shared: BTreeMap<u64, Option<OwnedFd>>,
 }
 
 /// What fresh memory holds: as bf16 and as f32 no number, so that whoever reads what nobody wrote is found out.
@@ -112,6 +115,16 @@ impl Emulated {
     }
 }
 
+/// Maps all of a descriptor's memory.
+fn map(descriptor: &OwnedFd, bytes: usize, access: c_int) -> Result<u64, GpuError> {
+    // SAFETY: a new mapping, wherever the kernel puts it.
+    let at = unsafe { libc::mmap(std::ptr::null_mut(), bytes, access, libc::MAP_SHARED, descriptor.as_raw_fd(), 0) };
+    match at == libc::MAP_FAILED {
+        true => Err(GpuError::Emulation(std::io::Error::last_os_error().to_string())),
+        false => Ok(at as u64),
+    }
+}
+
 fn layout(bytes: usize) -> Layout {
     Layout::from_size_align(bytes.max(1), ALIGNMENT).expect("a size that fits")
 }
@@ -130,10 +143,89 @@ impl Driver for Emulated {
     }
 
     unsafe fn free(&self, at: u64) {
-        if let Some(bytes) = self.state().allocations.remove(&at) {
+        let mut state = self.state();
+        let (allocation, shared) = (state.allocations.remove(&at), state.shared.remove(&at));
+        drop(state);
+        let Some(bytes) = allocation else { return };
+        if shared.is_some() {
+            // SAFETY: mapped by `map` with this length.
+            unsafe { libc::munmap(at as *mut c_void, bytes.max(1)) };
+        } else {
             // SAFETY: allocated by `allocate` with this size.
             unsafe { dealloc(at as *mut u8, layout(bytes)) };
         }
+    }
+
+    fn allocate_shared(&self, bytes: usize) -> Result<u64, GpuError> {
+        let failed = || GpuError::Emulation(std::io::Error::last_os_error().to_string());
+        // SAFETY: a C string and flags; the descriptor is new and ours.
+        let descriptor = unsafe {
+            let raw = libc::memfd_create(c"baton emulated".as_ptr(), libc::MFD_CLOEXEC);
+            if raw < 0 || libc::ftruncate(raw, bytes.max(1) as libc::off_t) < 0 {
+                return Err(failed());
+            }
+            OwnedFd::from_raw_fd(raw)
+        };
+        let at = map(&descriptor, bytes.max(1), libc::PROT_READ | libc::PROT_WRITE)?;
+        // SAFETY: just mapped with this size.
+        unsafe { (at as *mut u8).write_bytes(POISON, bytes) };
+        let mut state = self.state();
+        state.allocations.insert(at, bytes);
+        state.shared.insert(at, Some(descriptor));
+        Ok(at)
+    }
+
+    fn export(&self, at: u64) -> Result<OwnedFd, GpuError> {
+        let state = self.state();
+        let descriptor = state.shared.get(&at).and_then(Option::as_ref);
+        let none = || GpuError::Emulation("this memory is not shared".to_string());
+        descriptor.ok_or_else(none)?.try_clone().map_err(|error| GpuError::Emulation(error.to_string()))
+    }
+
+    fn import(&self, descriptor: OwnedFd, least: usize) -> Result<u64, GpuError> {
+        let failed = |what: &str| GpuError::Emulation(what.to_string());
+        let bytes = std::fs::File::from(descriptor.try_clone().map_err(|error| failed(&error.to_string()))?)
+            .metadata()
+            .map_err(|error| failed(&error.to_string()))?
+            .len() as usize;
+        if bytes < least {
+            return Err(failed("the memory is smaller than its blocks"));
+        }
+        let at = map(&descriptor, bytes, libc::PROT_READ)?;
+        let mut state = self.state();
+        state.allocations.insert(at, bytes);
+        state.shared.insert(at, None);
+        Ok(at)
+    }
+
+    fn errand(&self) -> Result<Errand, GpuError> {
+        let host = Box::into_raw(Box::new([POISON; ERRAND_BYTES])).cast::<u8>();
+        Ok(Errand { host, at: host as u64, event: 0 })
+    }
+
+    unsafe fn launch_errand(
+        &self,
+        _errand: &Errand,
+        kernel: Kernel,
+        grid: [u32; 3],
+        arguments: &mut [*mut c_void],
+    ) -> Result<(), GpuError> {
+        // SAFETY: the caller's.
+        unsafe { self.launch(kernel, grid, arguments) }
+    }
+
+    fn wait_errand(&self, _errand: &Errand) -> Result<(), GpuError> {
+        Ok(())
+    }
+
+    fn end_errand(&self, errand: Errand) {
+        // SAFETY: made by `errand` as a box of this type.
+        drop(unsafe { Box::from_raw(errand.host.cast::<[u8; ERRAND_BYTES]>()) });
+    }
+
+    fn begin_mark(&self, slot: usize) -> Result<(), GpuError> {
+        self.state().slots[slot].clear();
+        Ok(())
     }
 
     unsafe fn upload(&self, to: u64, from: &[u8]) -> Result<(), GpuError> {
@@ -161,6 +253,14 @@ impl Driver for Emulated {
     fn end_download(&self, slot: usize, take: &mut dyn FnMut(&[u8])) -> Result<(), GpuError> {
         let taken = std::mem::take(&mut self.state().slots[slot]);
         take(&taken);
+        Ok(())
+    }
+
+    unsafe fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<(), GpuError> {
+        self.check(from, bytes);
+        self.check(to, bytes);
+        // SAFETY: checked.
+        unsafe { std::ptr::copy(from as *const u8, to as *mut u8, bytes) };
         Ok(())
     }
 

@@ -9,6 +9,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
+use baton_core::arena::DeviceBlocks;
 use baton_core::{Arena, BlockLayout, KvDtype};
 
 use super::compile::{Cubins, source_hash};
@@ -22,6 +23,7 @@ use super::launch::{
 };
 use super::memory::{DEPTH_UNIT, Floats, GpuMatrix, Memory, Rows};
 use super::nvidia::{Nvidia, arch};
+use super::shared::SharedBlocks;
 use super::spans::GpuSpans;
 use crate::{Dtype, F8Matrix, Heads, Matrix, RopeTable, SEGMENTS};
 
@@ -182,7 +184,7 @@ impl Gpu {
     pub fn arena(&self, layout: BlockLayout, blocks: usize) -> Result<GpuArena, GpuError> {
         assert!(layout.dtype == KvDtype::Bf16, "the GPU's cache holds bf16");
         assert!(layout.block_tokens.is_power_of_two(), "the GPU's cache has blocks of a power of two of tokens");
-        let memory = Memory::zeroed(&self.driver, layout.block_bytes() * blocks)?;
+        let memory = Arc::new(Memory::shared(&self.driver, layout.block_bytes() * blocks)?);
         let slot = || Memory::new(&self.driver, 1);
         let (gathered, lists) = ([slot()?, slot()?], [slot()?, slot()?]);
         Ok(GpuArena { memory, layout, blocks, gathered, lists })
@@ -420,6 +422,13 @@ impl Gpu {
         self.launch(launch::COPY_BLOCKS, grid, &[&layout, &list, &memory])
     }
 
+    /// Copies all blocks of another arena of the same size, as the driver copies memory.
+    pub fn copy_arena(&self, from: &GpuArena, to: &mut GpuArena) -> Result<(), GpuError> {
+        assert!(from.memory.bytes() == to.memory.bytes(), "arenas of one size");
+        // SAFETY: both whole.
+        unsafe { self.driver.copy(to.memory.at(), from.memory.at(), to.memory.bytes()) }
+    }
+
     /// Begins to bring one layer of the blocks to the host, beside what is computed later. The slot's last one has ended.
     pub fn begin_gather(
         &self,
@@ -470,6 +479,11 @@ impl Gpu {
         unsafe { self.driver.launch_beside(slot, launch::GIVE_LAYER, grid, &mut pointers) }
     }
 
+    /// `end_gather` of this slot waits for all that was given before, and takes nothing. The slot's last one has ended.
+    pub fn begin_mark(&self, slot: usize) -> Result<(), GpuError> {
+        self.driver.begin_mark(slot)
+    }
+
     /// Waits for a slot's gather: per block (kv_head, K|V, token, head_dim).
     pub fn end_gather(&self, slot: usize, take: &mut dyn FnMut(&[u8])) -> Result<(), GpuError> {
         self.driver.end_download(slot, take)
@@ -517,7 +531,7 @@ impl Drop for PinnedArena {
 
 /// A worker's KV blocks in the GPU's memory, laid out as `baton_core::Arena`.
 pub struct GpuArena {
-    pub(crate) memory: Memory,
+    pub(crate) memory: Arc<Memory>,
     layout: BlockLayout,
     blocks: usize,
     /// Per slot: one layer of some blocks on its way to the host, and which.
@@ -545,6 +559,11 @@ impl GpuArena {
         self.check(&[index]);
         let bytes = self.layout.block_bytes();
         self.memory.read(index as usize * bytes, bytes)
+    }
+
+    /// The blocks as links see them, which read and write them beside this.
+    pub fn shared(&self, gpu: &Gpu) -> Arc<dyn DeviceBlocks> {
+        Arc::new(SharedBlocks::new(gpu.driver.clone(), self.memory.clone()))
     }
 
     pub(crate) fn check(&self, blocks: &[u32]) {

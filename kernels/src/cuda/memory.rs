@@ -1,5 +1,6 @@
 //! Memory of a device, owned: numbers, rows of bf16 and weights.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use super::driver::Driver;
@@ -27,6 +28,23 @@ impl Memory {
         // SAFETY: the whole allocation.
         unsafe { driver.fill(memory.at, 0, bytes)? };
         Ok(memory)
+    }
+
+    /// Zeroed, and for others to read where the device has such memory.
+    pub(crate) fn shared(driver: &Arc<dyn Driver>, bytes: usize) -> Result<Memory, GpuError> {
+        let memory = Memory { driver: driver.clone(), at: driver.allocate_shared(bytes)?, bytes };
+        // SAFETY: the whole allocation.
+        unsafe { driver.fill(memory.at, 0, bytes)? };
+        Ok(memory)
+    }
+
+    /// Another process's memory of at least so many bytes, for reading.
+    pub(crate) fn of_another(driver: &Arc<dyn Driver>, descriptor: OwnedFd, least: usize) -> Result<Memory, GpuError> {
+        Ok(Memory { driver: driver.clone(), at: driver.import(descriptor, least)?, bytes: least })
+    }
+
+    pub(crate) fn export(&self) -> Result<OwnedFd, GpuError> {
+        self.driver.export(self.at)
     }
 
     pub(crate) fn of<T: Plain>(driver: &Arc<dyn Driver>, values: &[T]) -> Result<Memory, GpuError> {

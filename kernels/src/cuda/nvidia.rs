@@ -1,17 +1,21 @@
 //! A GPU through CUDA's driver API. Everything is looked for before it is used: a driver or a compiler that is absent,
 //! too old or broken is an error that says what to do.
 
+mod sharing;
+
 use std::collections::BTreeMap;
 use std::ffi::{CString, c_void};
+use std::os::fd::OwnedFd;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 
 use super::compile::Cubins;
-use super::driver::{Driver, Kernel, SLOTS};
+use super::driver::{Driver, Errand, Kernel, SLOTS};
 use super::error::GpuError;
 use super::launch::{Hopper, KERNELS, TensorMap, hoppers};
+use super::shared::LINK_KERNELS;
 
 /// CUDA version of the driver, as 1000 · major + 10 · minor.
 const DRIVER_LEAST: i32 = 12_000;
@@ -36,6 +40,10 @@ pub struct GpuFound {
     pub multiprocessors: i32,
     /// Dynamic shared memory of a thread block at most.
     pub shared_bytes: usize,
+    /// Whether other processes of the host can map its memory.
+    pub shares: bool,
+    /// The other GPUs whose memory it reads.
+    pub reads: Vec<usize>,
 }
 
 /// Version of CUDA that the driver supports, as (major, minor).
@@ -86,7 +94,25 @@ fn describe(index: i32) -> Result<GpuFound, GpuError> {
         memory_bytes: unsafe { result::device::total_mem(device) }.map_err(failed("cuDeviceTotalMem"))?,
         multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
         shared_bytes: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize,
+        shares: attribute(Attribute::CU_DEVICE_ATTRIBUTE_VIRTUAL_ADDRESS_MANAGEMENT_SUPPORTED)? != 0
+            && attribute(Attribute::CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED)? != 0,
+        reads: readable(device)?,
     })
+}
+
+/// The other GPUs whose memory a GPU reads.
+fn readable(device: sys::CUdevice) -> Result<Vec<usize>, GpuError> {
+    let count = result::device::get_count().map_err(failed("cuDeviceGetCount"))?;
+    let mut found = Vec::new();
+    for other in (0..count).filter(|other| *other != device) {
+        let mut able = 0;
+        // SAFETY: a place for a number; both devices exist.
+        unsafe { sys::cuDeviceCanAccessPeer(&mut able, device, other) }
+            .result()
+            .map_err(failed("cuDeviceCanAccessPeer"))?;
+        found.extend((able != 0).then_some(other as usize));
+    }
+    Ok(found)
 }
 
 /// What NVRTC is to compile for: from Hopper on with the instructions of that architecture alone.
@@ -116,6 +142,11 @@ pub(crate) struct Nvidia {
     functions: BTreeMap<&'static str, sys::CUfunction>,
     compute: sys::CUstream,
     copies: sys::CUstream,
+    /// What links do, before all else.
+    urgent: sys::CUstream,
+    errands: Mutex<Vec<Errand>>,
+    /// Memory that can be shared, or is another process's, by address.
+    shared: Mutex<BTreeMap<u64, sharing::Mapped>>,
     /// Whether launches may overlap: from Hopper on.
     overlaps: bool,
     /// Multiprocessors, where `launch::HOPPERS` run.
@@ -196,7 +227,7 @@ impl Nvidia {
             true => hoppers().collect(),
             false => Vec::new(),
         };
-        let kernels = || KERNELS.iter().chain(own.iter().map(|hopper| &hopper.tiled.kernel));
+        let kernels = || KERNELS.iter().chain(&LINK_KERNELS).chain(own.iter().map(|hopper| &hopper.tiled.kernel));
         if let Some(kernel) = kernels().find(|kernel| kernel.shared as usize > gpu.shared_bytes) {
             return Err(GpuError::SharedMemory {
                 name: gpu.name.clone(),
@@ -226,7 +257,22 @@ impl Nvidia {
         let (compute, copies, staging) = (stream()?, stream()?, Mutex::new(staging));
         let overlaps = gpu.capability >= (9, 0);
         let hopper = (!own.is_empty()).then_some(gpu.multiprocessors as usize);
-        Ok((Nvidia { device, context, module, functions, compute, copies, overlaps, hopper, staging }, gpu.clone()))
+        let (urgent, errands, shared) = (Nvidia::urgent_stream()?, Mutex::default(), Mutex::default());
+        let nvidia = Nvidia {
+            device,
+            context,
+            module,
+            functions,
+            compute,
+            copies,
+            urgent,
+            errands,
+            shared,
+            overlaps,
+            hopper,
+            staging,
+        };
+        Ok((nvidia, gpu.clone()))
     }
 
     /// Calls may come from any thread.
@@ -307,10 +353,56 @@ impl Driver for Nvidia {
     }
 
     unsafe fn free(&self, at: u64) {
-        if self.enter().is_ok() {
+        if self.enter().is_ok() && !self.drop_shared(at) {
             // SAFETY: the caller's; the driver waits for what was given before.
             let _ = unsafe { result::free_sync(at) };
         }
+    }
+
+    fn allocate_shared(&self, bytes: usize) -> Result<u64, GpuError> {
+        match self.make_shared(bytes)? {
+            Some(at) => Ok(at),
+            None => self.allocate(bytes),
+        }
+    }
+
+    fn export(&self, at: u64) -> Result<OwnedFd, GpuError> {
+        self.export_shared(at)
+    }
+
+    fn import(&self, descriptor: OwnedFd, least: usize) -> Result<u64, GpuError> {
+        self.map_shared(descriptor, least)
+    }
+
+    fn errand(&self) -> Result<Errand, GpuError> {
+        self.take_errand()
+    }
+
+    unsafe fn launch_errand(
+        &self,
+        errand: &Errand,
+        kernel: Kernel,
+        grid: [u32; 3],
+        arguments: &mut [*mut c_void],
+    ) -> Result<(), GpuError> {
+        // SAFETY: the caller's.
+        unsafe { self.launch_urgent(errand, kernel, grid, arguments) }
+    }
+
+    fn wait_errand(&self, errand: &Errand) -> Result<(), GpuError> {
+        self.wait_urgent(errand)
+    }
+
+    fn end_errand(&self, errand: Errand) {
+        self.keep_errand(errand);
+    }
+
+    fn begin_mark(&self, slot: usize) -> Result<(), GpuError> {
+        self.enter()?;
+        let mut staging = self.staging();
+        staging.taken[slot] = 0;
+        // SAFETY: the event lives as long as this.
+        unsafe { result::event::record(staging.slots[slot].copied, self.compute) }.map_err(failed("cuEventRecord"))
     }
 
     unsafe fn upload(&self, to: u64, from: &[u8]) -> Result<(), GpuError> {
@@ -418,6 +510,12 @@ impl Driver for Nvidia {
         Ok(())
     }
 
+    unsafe fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<(), GpuError> {
+        self.enter()?;
+        // SAFETY: the caller's.
+        unsafe { result::memcpy_dtod_async(to, from, bytes, self.compute) }.map_err(failed("cuMemcpyDtoDAsync"))
+    }
+
     unsafe fn fill(&self, at: u64, byte: u8, bytes: usize) -> Result<(), GpuError> {
         self.enter()?;
         // SAFETY: the caller's.
@@ -488,7 +586,8 @@ impl Driver for Nvidia {
         // SAFETY: the streams live until drop.
         unsafe {
             result::stream::synchronize(self.compute).map_err(failed("cuStreamSynchronize"))?;
-            result::stream::synchronize(self.copies).map_err(failed("cuStreamSynchronize"))
+            result::stream::synchronize(self.copies).map_err(failed("cuStreamSynchronize"))?;
+            result::stream::synchronize(self.urgent).map_err(failed("cuStreamSynchronize"))
         }
     }
 
@@ -504,6 +603,7 @@ impl Drop for Nvidia {
             // A device that has failed gives nothing back.
             return;
         }
+        self.drop_errands();
         let mut staging = self.staging();
         let Staging { halves, slots, ready, .. } = &mut *staging;
         // SAFETY: everything has ended, and nobody else has these handles.
@@ -515,6 +615,7 @@ impl Drop for Nvidia {
             let _ = result::event::destroy(*ready);
             let _ = result::stream::destroy(self.compute);
             let _ = result::stream::destroy(self.copies);
+            let _ = result::stream::destroy(self.urgent);
             let _ = result::module::unload(self.module);
             let _ = result::primary_ctx::release(self.device);
         }

@@ -219,7 +219,8 @@ static const Entry ENTRIES[] = {
     ENTRY(embed), ENTRY(add_rms_norm), ENTRY(silu_mul), ENTRY(rope_store), ENTRY(keep_rows), ENTRY(matmul_16), ENTRY(matmul_64),
     ENTRY(matmul_128), ENTRY(matmul_segmented_16), ENTRY(matmul_segmented_64), ENTRY(matmul_segmented_128), ENTRIES_FOR(16),
     ENTRIES_FOR(32), ENTRIES_FOR(64), ENTRIES_FOR(96), ENTRIES_FOR(128), ENTRY(attention_merge), ENTRY(copy_blocks),
-    ENTRY(gather_layer), ENTRY(give_layer), ENTRY(adjust), ENTRY(sample), ENTRY(report), ENTRY(matmul_f8), ENTRY(matmul_segmented_f8), ENTRY(widen_f8),
+    ENTRY(gather_layer), ENTRY(give_layer), ENTRY(fetch_extents), ENTRY(sum_extents), ENTRY(copy_extents), ENTRY(adjust), ENTRY(sample), ENTRY(report),
+    ENTRY(matmul_f8), ENTRY(matmul_segmented_f8), ENTRY(widen_f8),
 };
 
 // 0, or 1 when there is no kernel of that name.
