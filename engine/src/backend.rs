@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use baton_core::Arena;
+use baton_core::arena::DeviceBlocks;
 
 use crate::batch::{Batch, Output};
 
@@ -15,6 +16,12 @@ use crate::batch::{Batch, Output};
 pub trait Backend: Send {
     /// Told once, before the first batch over it, of the arena whose blocks batches will name.
     fn prepare(&mut self, _arena: &Arc<Arena>) {}
+
+    /// The blocks of the arena it was prepared for in the memory of its device, which links may read and write instead of the
+    /// arena's. What lands there counts as brought by `Batch::arrived` and is not in the arena.
+    fn device(&self) -> Option<Arc<dyn DeviceBlocks>> {
+        None
+    }
 
     /// Writes the KV of every row into its block and reads off the draws. Calls `layers(layer)` as soon as a layer's KV
     /// of the whole batch is in the arena, layer by layer.

@@ -78,6 +78,8 @@ pub struct Export {
     pub blocks: Vec<(usize, BlockId)>,
     /// Keeps the blocks from being given out anew while they are sent, whatever happens to the sequence.
     pub guard: Blocks,
+    /// They are read where they were computed: they need not be in the arena.
+    pub on_device: bool,
 }
 
 /// What a backend found.
@@ -126,9 +128,9 @@ impl Batch {
         self.copies.push(BlockCopy { from, to });
     }
 
-    pub(crate) fn export(&mut self, request: RequestId, first: usize, guard: Blocks) {
+    pub(crate) fn export(&mut self, request: RequestId, first: usize, guard: Blocks, on_device: bool) {
         let blocks = guard.ids().iter().enumerate().map(|(i, id)| (first + i, *id)).collect();
-        self.exports.push(Export { request, blocks, guard });
+        self.exports.push(Export { request, blocks, guard, on_device });
     }
 
     /// Copies the blocks that sequences are about to write while others still read them. A backend's first act.

@@ -403,7 +403,9 @@ impl Reserved {
         let ids = std::mem::take(&mut self.ids);
         let mut places = lock(&self.cache.inner.places);
         for id in &ids {
-            places.fill(id.index, true);
+            // What a link brought to the device is where the backend computes, as if it had computed it.
+            let on_device = self.cache.inner.arena.is_on_device(*id);
+            places.fill(id.index, !on_device);
             places.arrived.insert(id.index);
         }
         for (id, hash) in ids.iter().zip(hashes) {

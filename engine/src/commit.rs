@@ -24,7 +24,8 @@ impl Engine {
                 self.advance(sequence, &batch, span, results);
             }
         }
-        self.cache.is_present(batch.exports().iter().flat_map(|export| export.blocks.iter().map(|(_, block)| *block)));
+        let brought = batch.exports().iter().filter(|export| !export.on_device);
+        self.cache.is_present(brought.flat_map(|export| export.blocks.iter().map(|(_, block)| *block)));
         self.drop_cancelled();
         self.totals.steps += u64::from(!batch.is_empty());
         events.append(&mut self.ready);

@@ -1,12 +1,14 @@
 //! The transformer on a GPU: the same path as `CpuModel`, with weights and cache in the GPU's memory. The host's arena stays
-//! what links read and write: blocks that came by a handoff are brought to the GPU before they are used, and blocks that
-//! leave by one are brought to the host, each layer while the next one computes.
+//! what links read and write where they cannot do so on the GPU: blocks that came to the host by a handoff are brought to the
+//! GPU before they are used, and blocks that leave from the host are brought there, each layer while the next one computes. Links
+//! between GPUs of one host read and write the GPU's memory itself; they are only told when a layer is done.
 
 mod load;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use baton_core::arena::DeviceBlocks;
 use baton_core::{Arena, BlockId, BlockLayout, SampledToken};
 use baton_kernels::cuda::{
     Floats, Gpu, GpuArena, GpuAttention, GpuDraw, GpuDrawKind, GpuDraws, GpuError, GpuMatrix, GpuNext, GpuRope,
@@ -205,20 +207,28 @@ impl GpuModel {
         self.mirror.attach(batch.arena());
         self.take_in(batch)?;
         let drawn = self.forward(batch, layers)?;
-        self.draw(&batch.draws, &drawn)
+        let tokens = self.draw(&batch.draws, &drawn)?;
+        if tokens.is_empty() {
+            // Nothing was waited for. Blocks of this batch may be given to a link next, whose copies do not wait for what the
+            // batch still computes.
+            self.gpu.finish()?;
+        }
+        Ok(tokens)
     }
 
     /// Brings blocks that came by a handoff to the GPU, then copies those that sequences share.
     fn take_in(&mut self, batch: &Batch) -> Result<(), GpuError> {
         let GpuModel { gpu, mirror, cache: Some(cache), .. } = self else { return Ok(()) };
         let (arena, arrived) = (batch.arena(), batch.arrived());
-        if !arrived.ids().is_empty() {
+        // Others have come to the GPU's memory by themselves.
+        let here: Vec<BlockId> = arrived.ids().iter().copied().filter(|block| !arena.is_on_device(*block)).collect();
+        if !here.is_empty() {
             let pinned = mirror.pinned(gpu);
-            let blocks: Vec<u32> = arrived.ids().iter().map(|block| block.index).collect();
+            let blocks: Vec<u32> = here.iter().map(|block| block.index).collect();
             // SAFETY: held filled by the guard `arrived`.
             unsafe { gpu.bring_blocks(arena, pinned, &blocks, cache)? };
         }
-        mirror.add(arrived.ids());
+        mirror.add(&here);
         gpu.copy_blocks(cache, &batch.copies().collect::<Vec<_>>())
     }
 
@@ -292,6 +302,10 @@ impl Backend for GpuModel {
         false
     }
 
+    fn device(&self) -> Option<Arc<dyn DeviceBlocks>> {
+        self.cache.as_ref().map(|cache| cache.shared(&self.gpu))
+    }
+
     /// # Panics
     /// If the GPU fails, which ends the worker: what its memory holds is lost then.
     fn run(&mut self, batch: &Batch, layers: &mut dyn FnMut(usize)) -> Output {
@@ -307,19 +321,23 @@ impl Backend for GpuModel {
 
 /// Blocks on their way to the host, one layer behind the one that computes.
 struct Leaving {
-    /// Those that the host does not have yet.
+    /// Those that the host does not have yet and that leave from there.
     blocks: Vec<BlockId>,
+    /// Others are read where they are, once a layer of them is done.
+    stay: bool,
     /// The layer whose blocks are on their way.
     layer: Option<usize>,
 }
 
 impl Leaving {
     fn of(batch: &Batch, mirror: &Mirror) -> Leaving {
-        let all = batch.exports().iter().flat_map(|export| &export.blocks).map(|(_, block)| *block);
+        let leaving = batch.exports().iter().filter(|export| !export.on_device);
+        let all = leaving.flat_map(|export| &export.blocks).map(|(_, block)| *block);
         let mut blocks: Vec<BlockId> = all.filter(|block| !mirror.has(block)).collect();
         blocks.sort_unstable_by_key(|block| block.index);
         blocks.dedup();
-        Leaving { blocks, layer: None }
+        let stay = batch.exports().iter().any(|export| export.on_device);
+        Leaving { blocks, stay, layer: None }
     }
 
     /// Sends a computed layer on its way and reports the one before it.
@@ -332,13 +350,14 @@ impl Leaving {
         layer: usize,
         layers: &mut dyn FnMut(usize),
     ) -> Result<(), GpuError> {
-        if self.blocks.is_empty() {
+        if self.blocks.is_empty() && !self.stay {
             layers(layer);
             return Ok(());
         }
         let indices: Vec<u32> = self.blocks.iter().map(|block| block.index).collect();
         let slot = layer % Gpu::GATHERS;
         match mirror.pinned(gpu) {
+            _ if self.blocks.is_empty() => gpu.begin_mark(slot)?,
             // SAFETY: the export's guard keeps the blocks, and nobody reads this layer of them before it is reported.
             Some(host) => unsafe { gpu.begin_give(cache, slot, layer, &indices, host)? },
             None => gpu.begin_gather(cache, slot, layer, &indices)?,
@@ -348,7 +367,7 @@ impl Leaving {
         Ok(())
     }
 
-    /// Waits until the layer that is on its way is in the host's arena, and reports it.
+    /// Waits until the layer that is on its way is in the host's arena, or is done if nothing of it goes there, and reports it.
     fn end(&mut self, gpu: &Gpu, batch: &Batch, layers: &mut dyn FnMut(usize)) -> Result<(), GpuError> {
         let Some(layer) = self.layer.take() else { return Ok(()) };
         let arena = batch.arena();

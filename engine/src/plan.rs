@@ -286,10 +286,10 @@ impl Engine {
 
 /// Announces the blocks before `complete` that have not been announced.
 fn export(batch: &mut Batch, sequence: &mut Sequence, complete: usize) {
-    let (Goal::Prefill { skip_blocks }, Some(blocks)) = (sequence.goal, &sequence.blocks) else { return };
+    let (Goal::Prefill { skip_blocks, on_device }, Some(blocks)) = (sequence.goal, &sequence.blocks) else { return };
     let first = skip_blocks.max(sequence.exported);
     if first < complete {
-        batch.export(sequence.request.id, first, blocks.part(first..complete));
+        batch.export(sequence.request.id, first, blocks.part(first..complete), on_device);
         sequence.exported = complete;
     }
 }

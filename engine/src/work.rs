@@ -28,8 +28,8 @@ pub enum Goal {
     /// Prefill here what `filled` does not cover, then decode to the end.
     Generate,
     /// Compute the shared tokens, sample the first token of each choice, hand off. Blocks before `skip_blocks` are not
-    /// announced.
-    Prefill { skip_blocks: usize },
+    /// announced. Those that leave from where they were computed, `on_device`, need not be in the arena.
+    Prefill { skip_blocks: usize, on_device: bool },
 }
 
 /// Blocks that a handoff filled, with the first tokens that prefill sampled.

@@ -18,7 +18,8 @@ use crate::outbox::{Outbox, PLACES, write_all};
 use crate::sending::Sending;
 use crate::sums::Sums;
 use crate::wire::{
-    BadFrame, Body, ENTRY_BYTES, FEATURE_SHARED, FEATURE_TICKETS, FEATURE_UCX, Header, Message, Tag, VERSION,
+    BadFrame, Body, ENTRY_BYTES, FEATURE_DEVICE, FEATURE_SHARED, FEATURE_TICKETS, FEATURE_UCX, Header, Message, Tag,
+    VERSION,
 };
 
 /// Frames by reference of a link that are under way: they take no memory, and the more there are the fewer times either
@@ -199,6 +200,11 @@ impl Connection {
         self.by == By::Reference
     }
 
+    /// The receiver has mapped this end's memory on a device.
+    pub(crate) fn reads_device(&self) -> bool {
+        self.by_reference() && self.features & FEATURE_DEVICE != 0
+    }
+
     /// Sends one frame once there are credit and a place for it. Its source blocks are read until the flight has
     /// `landed` or is dropped.
     pub(crate) async fn send(
@@ -328,6 +334,8 @@ pub(crate) struct Frame<'a> {
     pub(crate) sums: &'a Sums,
     /// So many of the grant's blocks, from the first on, do not change.
     pub(crate) settled: usize,
+    /// Out of the memory on a device: the unbound checksums of the blocks in their order.
+    pub(crate) on_device: Option<&'a [u64]>,
 }
 
 impl Frame<'_> {
@@ -337,6 +345,9 @@ impl Frame<'_> {
             let compute = || extent::content(arena, block.index, layer);
             if position < self.settled { self.sums.of(layer, block, compute) } else { compute() }
         };
+        if let Some(contents) = self.on_device {
+            return data.refer_on_device(arena, grant, digest, layer, blocks, contents);
+        }
         match by_reference {
             true => data.refer(arena, grant, digest, layer, blocks, contents),
             false => data.lend(arena, grant, digest, layer, blocks, contents),

@@ -110,16 +110,25 @@ pub enum Fallback {
     Refused,
     /// UCX was wanted, and one of the ends has none.
     NoUcx,
+    /// This end has its blocks on a GPU and the other end does not, or is an older release: they pass through the host.
+    NotOnDevice,
+    /// Both ends have GPUs, but this end's memory there cannot be given to another process.
+    DeviceNotShared,
+    /// The other end's GPU cannot read this end's: another GPU without access to it, or another driver's.
+    DeviceRefused,
 }
 
 impl Fallback {
-    pub const ALL: [Fallback; 6] = [
+    pub const ALL: [Fallback; 9] = [
         Fallback::NotShared,
         Fallback::NotOffered,
         Fallback::Relayed,
         Fallback::Unreachable,
         Fallback::Refused,
         Fallback::NoUcx,
+        Fallback::NotOnDevice,
+        Fallback::DeviceNotShared,
+        Fallback::DeviceRefused,
     ];
 
     pub fn as_str(self) -> &'static str {
@@ -130,17 +139,22 @@ impl Fallback {
             Fallback::Unreachable => "unreachable",
             Fallback::Refused => "refused",
             Fallback::NoUcx => "no_ucx",
+            Fallback::NotOnDevice => "not_on_device",
+            Fallback::DeviceNotShared => "device_not_shared",
+            Fallback::DeviceRefused => "device_refused",
         }
     }
 }
 
-/// A snapshot of the sending side. `tcp` + `shm` + `ucx` + `local` = `committed` + `failed` + those in flight.
+/// A snapshot of the sending side. `tcp` + `shm` + `gpu` + `ucx` + `local` = `committed` + `failed` + those in flight.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LinkCounters {
     /// Transfers begun whose bytes go over a connection.
     pub tcp: u64,
     /// Transfers begun to a process of this host that copies out of this arena.
     pub shm: u64,
+    /// Transfers begun to a process of this host whose GPU copies out of this one's memory.
+    pub gpu: u64,
     /// Transfers begun whose bytes go over UCX.
     pub ucx: u64,
     /// Transfers begun to a receiver of this process.
@@ -169,6 +183,7 @@ impl LinkCounters {
 pub(crate) struct LinkCounts {
     pub(crate) tcp: Count,
     pub(crate) shm: Count,
+    pub(crate) gpu: Count,
     pub(crate) ucx: Count,
     pub(crate) local: Count,
     pub(crate) committed: Count,
@@ -189,6 +204,7 @@ impl LinkCounts {
         LinkCounters {
             tcp: self.tcp.get(),
             shm: self.shm.get(),
+            gpu: self.gpu.get(),
             ucx: self.ucx.get(),
             local: self.local.get(),
             committed: self.committed.get(),

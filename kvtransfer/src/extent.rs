@@ -1,16 +1,16 @@
 //! One layer of one block, between an arena and a DATA frame. The only file that touches an arena's bytes.
 #![allow(unsafe_code)]
 
-use std::io::IoSlice;
+use std::io::{self, IoSlice};
 
-use baton_core::arena::Half;
+use baton_core::arena::{Arriving, DeviceSource, Half};
 use baton_core::limits::HANDOFF_FRAME_BYTES_MAX;
 use baton_core::{Arena, BlockId, BlockLayout};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::Grant;
 use crate::hash::Parts;
-use crate::wire::{BY_REFERENCE, ENTRY_BYTES, Entry, FRAME_BLOCKS_MAX, HEADER_BYTES, Header, Kind};
+use crate::wire::{BY_REFERENCE, ENTRY_BYTES, Entry, FRAME_BLOCKS_MAX, HEADER_BYTES, Header, Kind, ON_DEVICE};
 
 /// Bytes a frame of several small extents aims at: enough to amortise a write, little enough to stay in L2.
 const GROUP_BYTES: usize = 256 << 10;
@@ -106,6 +106,21 @@ impl Data {
         self.enter(arena, grant, digest, layer, blocks, BY_REFERENCE, contents)
     }
 
+    /// The same out of the arena's memory on a device, with the unbound checksums of the blocks in their order.
+    pub(crate) fn refer_on_device(
+        &mut self,
+        arena: &Arena,
+        grant: &Grant,
+        digest: u128,
+        layer: usize,
+        blocks: &[(usize, BlockId)],
+        contents: &[u64],
+    ) -> Header {
+        let mut contents = contents.iter();
+        let next = |_, _| *contents.next().expect("a checksum for each block");
+        self.enter(arena, grant, digest, layer, blocks, BY_REFERENCE | ON_DEVICE, next)
+    }
+
     #[allow(clippy::too_many_arguments)] // One frame's parts, all of them different.
     fn enter(
         &mut self,
@@ -115,7 +130,7 @@ impl Data {
         layer: usize,
         blocks: &[(usize, BlockId)],
         flags: u16,
-        contents: impl Fn(usize, BlockId) -> u64,
+        mut contents: impl FnMut(usize, BlockId) -> u64,
     ) -> Header {
         let by_reference = flags & BY_REFERENCE != 0;
         (self.written, self.digest) = (0, 0);
@@ -230,6 +245,7 @@ impl Landing {
     /// it has found it in a transfer that is open, under that transfer's lock, and the transfer lets the guard go only
     /// after it has left that state under the same lock.
     pub(crate) fn copy(&mut self, arena: &Arena, block: BlockId, layer: u32, bytes: &[u8]) {
+        arena.brought_here(block);
         let slice = arena.layout().slice_bytes();
         let targets = slices(arena, block.index, layer as usize).skip(self.heads);
         for (from, to) in bytes.chunks_exact(slice).zip(targets) {
@@ -243,6 +259,7 @@ impl Landing {
     /// held as for `copy`.
     pub(crate) fn fetch(&mut self, arena: &Arena, block: BlockId, layer: u32, source: &Arena, index: u32) {
         assert_eq!(source.layout(), arena.layout());
+        arena.brought_here(block);
         let slice = arena.layout().slice_bytes();
         let targets = slices(arena, block.index, layer as usize);
         for (from, to) in slices(source, index, layer as usize).zip(targets) {
@@ -257,6 +274,23 @@ impl Landing {
     pub(crate) fn finish(self, grant: u128, layer: u32, position: u32) -> u64 {
         bind(self.parts.finish(), grant, layer, position)
     }
+}
+
+/// Begins to copy one layer of blocks (source, target) out of a sender's device into ours. `source` says where they lie. The
+/// caller holds the targets as `Landing::copy` asks, and keeps them from being let go until what is returned has been waited for
+/// or dropped.
+pub(crate) fn take_off(
+    device: &dyn DeviceSource,
+    source: &Arena,
+    arena: &Arena,
+    layer: u32,
+    blocks: &[(u32, BlockId)],
+) -> io::Result<Box<dyn Arriving>> {
+    assert_eq!(source.layout(), arena.layout());
+    blocks.iter().for_each(|(_, block)| arena.left_on_device(*block));
+    let pairs: Vec<(u32, u32)> = blocks.iter().map(|(from, to)| (*from, to.index)).collect();
+    // SAFETY: the caller's. If the sender writes its blocks meanwhile, the checksums are not the announced ones.
+    unsafe { device.fetch(&source.extents(layer as usize), &arena.extents(layer as usize), &pairs) }
 }
 
 #[cfg(test)]

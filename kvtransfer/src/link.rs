@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use baton_core::Arena;
+use baton_core::arena::DeviceSource;
 
 use crate::wire::{Body, FEATURE_RESEND, Tag};
 
@@ -22,6 +23,14 @@ pub(crate) struct Link {
     pub(crate) features: u16,
     /// The sender's arena, over shared memory.
     pub(crate) source: Option<Arc<Arena>>,
+    /// The same blocks on its device, as ours reads them.
+    pub(crate) device: Option<Arc<dyn DeviceSource>>,
+}
+
+/// What a sender of this host brings along.
+pub(crate) struct Brought {
+    pub(crate) arena: Arc<Arena>,
+    pub(crate) device: Option<Arc<dyn DeviceSource>>,
 }
 
 impl Link {

@@ -15,7 +15,7 @@ use crate::connection::{By, Connection, Greeted, connect, greet, within};
 use crate::counters::{Fallback, LinkCounters, LinkCounts};
 use crate::receiver::{Receiver, Shared};
 use crate::sums::Sums;
-use crate::wire::{FEATURE_HEADS, FEATURE_RESEND, FEATURE_SHARED, FEATURE_TICKETS, FEATURE_UCX};
+use crate::wire::{FEATURE_DEVICE, FEATURE_HEADS, FEATURE_RESEND, FEATURE_SHARED, FEATURE_TICKETS, FEATURE_UCX};
 use crate::{Grant, HeadSlice, Outgoing, TransferError, extent, wire};
 
 /// What a sender can do over any link.
@@ -88,6 +88,16 @@ impl Links {
 
     /// Opens the transfer that `grant` allows. The receiver has accepted it when this returns.
     pub async fn open(&self, grant: Grant) -> Result<Outgoing, TransferError> {
+        self.open_from(grant, false).await
+    }
+
+    /// The same for blocks that lie on the arena's device, which the receiver's reads there if it can
+    /// (`Outgoing::is_from_device`).
+    pub async fn open_from_device(&self, grant: Grant) -> Result<Outgoing, TransferError> {
+        self.open_from(grant, true).await
+    }
+
+    async fn open_from(&self, grant: Grant, device: bool) -> Result<Outgoing, TransferError> {
         let arena = self.source.moved(&grant)?;
         let local = lock(&self.source.local).get(&grant.address).cloned();
         if let Some(receiver) = local {
@@ -95,7 +105,7 @@ impl Links {
             return Outgoing::to_local(self.source.clone(), arena, receiver, grant).await;
         }
         let connection = self.source.connection(&grant.address).await?;
-        Outgoing::over(self.source.clone(), arena, connection, grant).await
+        Outgoing::over(self.source.clone(), arena, connection, grant, device).await
     }
 }
 
@@ -236,7 +246,10 @@ impl Keeper {
     async fn connect(&self) -> Result<Greeted, TransferError> {
         let wants_ucx = self.ucx.load(Relaxed);
         let can = |able: bool, feature| if able { feature } else { 0 };
-        let features = FEATURES | can(is_shared(&self.arena), FEATURE_SHARED) | can(wants_ucx, FEATURE_UCX);
+        let features = FEATURES
+            | can(is_shared(&self.arena), FEATURE_SHARED)
+            | can(self.arena.device().is_some(), FEATURE_DEVICE)
+            | can(wants_ucx, FEATURE_UCX);
         let greeted = connect(&*self.net, &self.address, &self.compatibility, features).await?;
         if self.is_part && greeted.features & FEATURE_HEADS == 0 {
             let (ours, theirs) = (format!("{}, some heads", self.compatibility), self.compatibility.clone());
@@ -291,13 +304,42 @@ impl Keeper {
         if self.address.rsplit(':').next() != Some(port) {
             return Err((Fallback::Relayed, format!("it listens on port {port}")));
         }
-        let stream = crate::shm::connect(name, &self.arena).await;
+        let on_device = self.on_device(greeted);
+        let stream = crate::shm::connect(name, &self.arena, on_device.as_ref()).await;
         let stream = stream.map_err(|error| (Fallback::Unreachable, error.to_string()))?;
-        let greeting = greet(Box::new(stream), &self.address, &self.compatibility, FEATURES);
+        let device = if on_device.is_some() { FEATURE_DEVICE } else { 0 };
+        let greeting = greet(Box::new(stream), &self.address, &self.compatibility, FEATURES | device);
         let shared = within(&self.address, greeting).await;
         let mut shared = shared.map_err(|error| (Fallback::Refused, error.to_string()))?;
         shared.by = By::Reference;
+        if on_device.is_some() && shared.features & FEATURE_DEVICE == 0 {
+            self.counts.fall_back(Fallback::DeviceRefused);
+            tracing::info!(
+                address = self.address,
+                "the receiver's GPU cannot read this one's: blocks pass through the host"
+            );
+        }
         Ok(shared)
+    }
+
+    /// What lets the receiver's device read this end's, if both have one.
+    #[cfg(target_os = "linux")]
+    fn on_device(&self, greeted: &Greeted) -> Option<std::os::fd::OwnedFd> {
+        let device = self.arena.device()?;
+        if greeted.features & FEATURE_DEVICE == 0 {
+            self.counts.fall_back(Fallback::NotOnDevice);
+            return None;
+        }
+        let summable = self.arena.extents(0).are_summable();
+        let descriptor = match summable {
+            true => device.descriptor(),
+            false => Err(std::io::Error::other("its blocks are too small for the GPU's checksums")),
+        };
+        let told = |error: &std::io::Error| {
+            self.counts.fall_back(Fallback::DeviceNotShared);
+            tracing::info!(%error, "GPU memory is not shared: blocks pass through the host");
+        };
+        descriptor.inspect_err(told).ok()
     }
 
     #[cfg(not(target_os = "linux"))]

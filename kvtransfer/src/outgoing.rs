@@ -1,8 +1,10 @@
 //! The prefill side of one transfer.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
+use baton_core::arena::Arriving;
 use baton_core::limits::{HANDOFF_CONNECT_MS, REQUEST_DEADLINE_MS};
 use baton_core::{Aborted, Arena, BlockId};
 use tokio::time::{Instant, timeout, timeout_at};
@@ -13,8 +15,9 @@ use crate::link::{Link, LinkId, Peer};
 use crate::links::Source;
 use crate::receiver::Shared;
 use crate::sending::Sending;
+use crate::sums::Sums;
 use crate::transfer::Event;
-use crate::wire::{Body, Message, Summary, Tag};
+use crate::wire::{Body, FRAME_BLOCKS_MAX, Message, Summary, Tag};
 use crate::{Grant, TransferError};
 
 /// What the receiver confirmed.
@@ -33,6 +36,8 @@ pub struct Outgoing {
     sent: Summary,
     /// So many of the grant's blocks, from the first on, do not change while their generation lasts.
     settled: usize,
+    /// What is sent lies in the arena's memory on a device.
+    on_device: bool,
     /// By (layer, position); empty before the first `send`.
     extents: Vec<Option<Extent>>,
     committed: bool,
@@ -61,9 +66,10 @@ impl Outgoing {
         arena: Arc<Arena>,
         connection: Arc<Connection>,
         grant: Grant,
+        from_device: bool,
     ) -> Result<Outgoing, TransferError> {
         let sending = connection.enrol(grant.transfer)?;
-        Outgoing::new(source, arena, Path::Connection(connection), sending, grant).open().await
+        Outgoing::new(source, arena, Path::Connection(connection), sending, grant, from_device).open().await
     }
 
     pub(crate) async fn to_local(
@@ -78,22 +84,37 @@ impl Outgoing {
         };
         let link = receiver.join(peer);
         let path = Path::Local { receiver: receiver.clone(), link };
-        Outgoing::new(source, arena, path, sending, grant).open().await
+        Outgoing::new(source, arena, path, sending, grant, false).open().await
     }
 
-    fn new(source: Arc<Source>, arena: Arc<Arena>, path: Path, sending: Arc<Sending>, grant: Grant) -> Outgoing {
+    fn new(
+        source: Arc<Source>,
+        arena: Arc<Arena>,
+        path: Path,
+        sending: Arc<Sending>,
+        grant: Grant,
+        from_device: bool,
+    ) -> Outgoing {
         let digest = grant.digest();
-        match &path {
+        let on_device = match &path {
+            Path::Connection(connection) => from_device && connection.reads_device(),
+            Path::Local { .. } => false,
+        };
+        let counts = &source.counts;
+        let count = match &path {
             Path::Connection(connection) => match connection.by() {
-                By::Tcp => source.counts.tcp.add(1),
-                By::Reference => source.counts.shm.add(1),
-                By::Ucx => source.counts.ucx.add(1),
+                By::Tcp => &counts.tcp,
+                By::Reference if on_device => &counts.gpu,
+                By::Reference => &counts.shm,
+                By::Ucx => &counts.ucx,
             },
-            Path::Local { .. } => source.counts.local.add(1),
-        }
+            Path::Local { .. } => &counts.local,
+        };
+        count.add(1);
         let deadline = Instant::now() + Duration::from_millis(grant.deadline_ms.min(REQUEST_DEADLINE_MS));
         let (sent, settled, extents) = Default::default();
-        Outgoing { source, arena, grant, digest, deadline, path, sending, sent, settled, extents, committed: false }
+        let committed = false;
+        Outgoing { source, arena, grant, digest, deadline, path, sending, sent, settled, on_device, extents, committed }
     }
 
     async fn open(self) -> Result<Outgoing, TransferError> {
@@ -119,6 +140,12 @@ impl Outgoing {
         // What is kept is of whole blocks; a grant of some of the heads has other sums.
         let whole = self.arena.layout() == self.source.arena.layout();
         self.settled = if whole { count } else { 0 };
+    }
+
+    /// Whether the receiver's device reads what is sent where it lies on this arena's device. The blocks need not be on the host
+    /// then, but are held until `commit` returns: `send` does not wait for the receiver.
+    pub fn is_from_device(&self) -> bool {
+        self.on_device
     }
 
     /// Sends one layer of some blocks: for each its index in `grant.blocks` and the block here that holds it. Layers
@@ -151,9 +178,19 @@ impl Outgoing {
     ) -> Result<Vec<Sent>, TransferError> {
         let mut sent = Vec::with_capacity(blocks.len());
         let mut flight = Flight::default();
-        for blocks in blocks.chunks(extent::extents_per_frame(&self.grant.layout)) {
-            let (arena, sums) = (&self.arena, &self.source.sums);
-            let frame = Frame { arena, grant: &self.grant, digest: self.digest, layer, blocks, sums, settled };
+        let chunks: Vec<_> = match self.on_device {
+            true => blocks.chunks(FRAME_BLOCKS_MAX).collect(),
+            false => blocks.chunks(extent::extents_per_frame(&self.grant.layout)).collect(),
+        };
+        let mut contents = self.begin_sums(layer, &chunks, settled)?;
+        for blocks in chunks {
+            let contents = match contents.pop_front() {
+                Some(found) => Some(found.wait(&self.source.sums, layer, blocks, settled).await?),
+                None => None,
+            };
+            let (arena, sums, on_device) = (&self.arena, &self.source.sums, contents.as_deref());
+            let frame =
+                Frame { arena, grant: &self.grant, digest: self.digest, layer, blocks, sums, settled, on_device };
             match &mut self.path {
                 Path::Connection(connection) => {
                     let sending = connection.send(&self.sending, frame, &mut flight);
@@ -170,11 +207,39 @@ impl Outgoing {
                 }
             }
         }
-        if let Path::Connection(connection) = &self.path {
+        if let Path::Connection(connection) = &self.path
+            && !self.on_device
+        {
             let landed = connection.landed(&self.sending, &flight);
             timeout_at(self.deadline, landed).await.map_err(|_| TransferError::Deadline)??;
         }
         Ok(sent)
+    }
+
+    /// Has the device begin with the checksums of blocks that it sends, one entry for each of `chunks`; none where the host reads
+    /// them.
+    fn begin_sums(
+        &self,
+        layer: usize,
+        chunks: &[&[(usize, BlockId)]],
+        settled: usize,
+    ) -> Result<VecDeque<DeviceSums>, TransferError> {
+        let Some(device) = self.arena.device().filter(|_| self.on_device) else { return Ok(VecDeque::new()) };
+        let extents = self.arena.extents(layer);
+        let begin = |blocks: &&[(usize, BlockId)]| {
+            let known = |(position, block): &(usize, BlockId)| {
+                self.source.sums.known(layer, *block).filter(|_| *position < settled)
+            };
+            let known: Vec<Option<u64>> = blocks.iter().map(known).collect();
+            let unknown = blocks.iter().zip(&known).filter(|(_, known)| known.is_none());
+            let unknown: Vec<u32> = unknown.map(|((_, block), _)| block.index).collect();
+            let arriving = match unknown.is_empty() {
+                true => None,
+                false => Some(device.sum(&extents, &unknown).map_err(|error| device_failed(&error))?),
+            };
+            Ok(DeviceSums { known, arriving })
+        };
+        chunks.iter().map(begin).collect()
     }
 
     /// Says that everything has been sent, and waits until the receiver has confirmed exactly that. The caller holds
@@ -231,7 +296,7 @@ impl Outgoing {
             Path::Connection(connection) => self.sending.writing(|| connection.outbox.tell(tag, body)),
             Path::Local { receiver, link } => {
                 self.sending.writing(|| ())?;
-                let link = Link { id: *link, features: 0, source: None };
+                let link = Link { id: *link, features: 0, source: None, device: None };
                 receiver.hear(&link, Message { tag, body }).expect("a sender's message");
                 Ok(())
             }
@@ -263,6 +328,47 @@ impl Drop for Outgoing {
             Path::Local { receiver, link } => receiver.leave(*link),
         }
     }
+}
+
+/// Checksums of some blocks, known from before or being computed by the device.
+struct DeviceSums {
+    known: Vec<Option<u64>>,
+    arriving: Option<Box<dyn Arriving>>,
+}
+
+impl DeviceSums {
+    /// All of them, in the blocks' order. Those of settled blocks are kept.
+    async fn wait(
+        self,
+        sums: &Sums,
+        layer: usize,
+        blocks: &[(usize, BlockId)],
+        settled: usize,
+    ) -> Result<Vec<u64>, TransferError> {
+        let computed = match self.arriving {
+            // A device is waited for beside the runtime.
+            Some(arriving) => match tokio::task::spawn_blocking(move || arriving.wait()).await {
+                Ok(computed) => computed.map_err(|error| device_failed(&error))?,
+                Err(_) => return Err(TransferError::Aborted(Aborted::Internal)),
+            },
+            None => Vec::new(),
+        };
+        let mut computed = computed.into_iter();
+        let mut all = Vec::with_capacity(blocks.len());
+        for ((position, block), known) in blocks.iter().zip(self.known) {
+            let sum = known.or_else(|| computed.next()).ok_or(TransferError::Aborted(Aborted::Internal))?;
+            if known.is_none() && *position < settled {
+                sums.keep(layer, *block, sum);
+            }
+            all.push(sum);
+        }
+        Ok(all)
+    }
+}
+
+fn device_failed(error: &std::io::Error) -> TransferError {
+    tracing::warn!(%error, "the device that blocks are sent from fails");
+    TransferError::Aborted(Aborted::Internal)
 }
 
 /// The sender of a local transfer as its receiver sees it. It writes only inside calls into the receiver, so when it

@@ -3,15 +3,18 @@
 //! One task accepts, one per connection reads and writes (`serving`), and one keeps the alarms, so that a receiver that is busy or
 //! full still cleans up. What is done about an event is decided in `transfer`; this file carries it out.
 
+mod flight;
 mod serving;
 
 use std::any::Any;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::marker::PhantomData;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
+use baton_core::arena::DeviceSource;
 use baton_core::limits::REQUEST_DEADLINE_MS;
 use baton_core::planted::{self, Bug};
 use baton_core::{Aborted, Arena, BlockId, BlockLayout, Epoch, Net, RequestId, TransferId};
@@ -20,6 +23,7 @@ use tokio::sync::{Notify, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout_at};
 
+use self::flight::Flight;
 pub(crate) use self::serving::serve;
 use crate::connection::{Frame, Sent};
 use crate::counters::{Counters, Counts, Dropped};
@@ -28,7 +32,7 @@ use crate::frames::{Frames, ReadError};
 use crate::link::{Link, LinkId, Peer};
 use crate::ticket::Tickets;
 use crate::transfer::{Action, Event, Received, Transfer, refuse};
-use crate::wire::{self, BY_REFERENCE, BadFrame, Body, Entry, Header, Kind, Message, Tag};
+use crate::wire::{self, BY_REFERENCE, BadFrame, Body, Entry, Header, Kind, Message, ON_DEVICE, Tag};
 use crate::{Grant, HeadSlice, TransferError, extent};
 
 /// What is copied out of a mapped arena under one hold of the transfer's lock.
@@ -319,6 +323,10 @@ struct Pending {
     guard: Option<Guard>,
     done: Option<oneshot::Sender<Outcome>>,
     remains: Option<oneshot::Sender<Remains>>,
+    /// Copies that our device is making into the blocks.
+    flying: usize,
+    /// The blocks are let go when the last of them has ended.
+    is_due: bool,
 }
 
 /// What a grant is asked for.
@@ -357,7 +365,8 @@ impl Shared {
             Grant { transfer, attempt, epoch, request, address, layout, slice, blocks, deadline_ms, ticket };
         grant.ticket = self.tickets.get().map_or(0, |tickets| tickets.of(&grant));
         let transfer = Transfer::new(grant.clone());
-        let pending = Pending { transfer, arena, guard: Some(guard), done: Some(done), remains: Some(remains) };
+        let (guard, done, remains) = (Some(guard), Some(done), Some(remains));
+        let pending = Pending { transfer, arena, guard, done, remains, flying: 0, is_due: false };
         let alarm = Instant::now() + deadline;
         registry.transfers.insert(grant.transfer, Held { pending: Arc::new(Mutex::new(pending)), alarm });
         registry.alarms.insert((alarm, grant.transfer));
@@ -421,15 +430,14 @@ impl Shared {
                 }
             }
             Action::Release => {
-                self.forget(tag.transfer);
-                let kept = lock(pending).part();
-                // Whoever did not stay for it drops the guard here, outside the lock.
-                if planted::is(Bug::LeakOnAbort) {
-                    return std::mem::forget(kept);
+                {
+                    let mut pending = lock(pending);
+                    if pending.flying > 0 {
+                        pending.is_due = true;
+                        return;
+                    }
                 }
-                if let Some((tell, remains)) = kept {
-                    let _ = tell.send(remains);
-                }
+                self.release(tag.transfer, pending);
             }
             Action::Again(extents) => self.counts.again.add(extents),
             Action::Fail(error) => {
@@ -447,33 +455,52 @@ impl Shared {
         }
     }
 
+    /// Nothing can write the blocks any more.
+    fn release(&self, id: TransferId, pending: &Mutex<Pending>) {
+        self.forget(id);
+        let kept = lock(pending).part();
+        // Whoever did not stay for it drops the guard here, outside the lock.
+        if planted::is(Bug::LeakOnAbort) {
+            return std::mem::forget(kept);
+        }
+        if let Some((tell, remains)) = kept {
+            let _ = tell.send(remains);
+        }
+    }
+
+    /// Maps a sender's memory for this arena's device to read.
+    pub(crate) fn map_device(&self, descriptor: OwnedFd, bytes: usize) -> io::Result<Arc<dyn DeviceSource>> {
+        let none = || io::Error::other("this end has no device");
+        self.arena.device().ok_or_else(none)?.map(descriptor, bytes)
+    }
+
     /// Takes a DATA frame's entries, and what follows them out of `frames`: what may be written is written, what may not
-    /// is counted. An error ends the link.
+    /// is counted. An error ends the link. What our device has begun to copy is returned.
     async fn data<R: AsyncRead + Unpin>(
-        &self,
+        self: &Arc<Self>,
         link: &Link,
         header: &Header,
         frames: &mut Frames<R>,
-    ) -> Result<(), ReadError> {
+    ) -> Result<Option<Flight>, ReadError> {
         self.refuse_forged(link, header.tag)?;
         let Some((layout, slice)) = self.moving(header.tag.transfer) else {
             self.counts.drop(Dropped::Unknown);
-            return frames.skip(header.length as usize).await;
+            return frames.skip(header.length as usize).await.map(|()| None);
         };
         let Ok(lines) = wire::entries_bytes(header, layout.layer_bytes()) else {
-            self.spoil(link, header, 0);
-            return frames.skip(header.length as usize).await;
+            self.spoil(link.id, header, 0);
+            return frames.skip(header.length as usize).await.map(|()| None);
         };
         let entries = wire::entries(header, frames.take(lines).await?).map(Vec::from_iter);
         let Ok(entries) = entries else {
-            self.spoil(link, header, 0);
-            return frames.skip(header.length as usize - lines).await;
+            self.spoil(link.id, header, 0);
+            return frames.skip(header.length as usize - lines).await.map(|()| None);
         };
         if header.flags & BY_REFERENCE == 0 {
             for entry in &entries {
                 self.land(link, header, entry, &layout, frames).await?;
             }
-            return Ok(());
+            return Ok(None);
         }
         let Some(source) = &link.source else { return Err(BadFrame::Shape(Kind::Data).into()) };
         let part = slice.map(|HeadSlice { of, first }| source.view(of, first..first.saturating_add(layout.kv_heads)));
@@ -481,16 +508,19 @@ impl Shared {
             None => source,
             Some(Some(part)) => part,
             Some(None) => {
-                self.spoil(link, header, 0);
-                return Ok(());
+                self.spoil(link.id, header, 0);
+                return Ok(None);
             }
         };
+        if header.flags & ON_DEVICE != 0 {
+            return self.take_off(link, header, &entries, source);
+        }
         for entries in entries.chunks((LOCKED_BYTES / layout.layer_bytes()).max(1)) {
             for position in self.fetch_mapped(link, header, entries, source) {
-                self.spoil(link, header, position);
+                self.spoil(link.id, header, position);
             }
         }
-        Ok(())
+        Ok(None)
     }
 
     /// Copies extents out of a mapped arena, all under the transfer's lock. Returns the positions of those that are not
@@ -586,23 +616,23 @@ impl Shared {
                 return;
             }
         }
-        self.spoil(link, header, entry.position);
+        self.spoil(link.id, header, entry.position);
     }
 
     /// Something of a frame was not what was announced.
-    fn spoil(&self, link: &Link, header: &Header, position: u32) {
+    fn spoil(&self, link: LinkId, header: &Header, position: u32) {
         let id = header.tag.transfer;
         let Some(pending) = self.pending(id) else {
             return self.counts.drop(Dropped::Unknown);
         };
-        let admitted = lock(&pending).transfer.admit(link.id, header);
+        let admitted = lock(&pending).transfer.admit(link, header);
         if let Err(reason) = admitted {
             return self.counts.drop(reason);
         }
         self.counts.drop(Dropped::Damaged);
         let event = lock(&pending).transfer.spoiled(header.layer as u32, position).err();
         if let Some(event) = event {
-            self.step(id, link.id, event);
+            self.step(id, link, event);
         }
     }
 

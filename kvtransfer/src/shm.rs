@@ -1,6 +1,7 @@
 //! The link between processes of one host. The protocol is the same and runs over a Unix socket; the bytes do not. The
 //! sender passes its arena as a descriptor that cannot write, the receiver maps it, and a DATA frame by reference rings
-//! for extents that the receiver copies out itself: one copy, past the caches, hashed as it goes.
+//! for extents that the receiver copies out itself: one copy, past the caches, hashed as it goes. A sender with its blocks on a
+//! GPU passes that memory along, and the receiver's GPU copies out of it, where both can.
 //!
 //! Because only its owner ever writes an arena, a sender that is stopped, late or mad cannot spoil a receiver's block:
 //! no write is in flight that an abort would have to wait for. What it can do is overwrite its own blocks while they
@@ -23,6 +24,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{sleep, timeout};
 
+use crate::link::Brought;
 use crate::receiver::{Shared, serve};
 
 /// Names to try before giving up; others of the host may have taken some.
@@ -91,25 +93,31 @@ async fn welcome(shared: Arc<Shared>, stream: UnixStream) {
     let patience = Duration::from_millis(HANDOFF_CONNECT_MS);
     let mapped = async {
         same_user(&stream)?;
-        let descriptor = stream_receive(&stream).await?;
-        Arena::map(descriptor, shared.layout())
+        let (descriptor, on_device) = stream_receive(&stream).await?;
+        let arena = Arc::new(Arena::map(descriptor, shared.layout())?);
+        let device = on_device.and_then(|descriptor| {
+            let mapped = shared.map_device(descriptor, arena.bytes());
+            mapped.inspect_err(|error| tracing::warn!(%error, "a sender's GPU memory cannot be mapped")).ok()
+        });
+        Ok::<_, io::Error>(Brought { arena, device })
     };
     match timeout(patience, mapped).await {
-        Ok(Ok(arena)) => serve(shared, Box::new(stream), Some(Arc::new(arena))).await,
+        Ok(Ok(brought)) => serve(shared, Box::new(stream), Some(brought)).await,
         Ok(Err(error)) => tracing::warn!(%error, "a sender's arena cannot be mapped"),
         Err(_) => tracing::debug!("no arena from a sender within {HANDOFF_CONNECT_MS} ms"),
     }
 }
 
-/// Connects to the receiver that goes by `name` on this host, and gives it `arena` to read.
-pub(crate) async fn connect(name: &str, arena: &Arena) -> io::Result<UnixStream> {
+/// Connects to the receiver that goes by `name` on this host, and gives it `arena` to read, and its blocks `on_device` if the
+/// receiver has said that it takes them.
+pub(crate) async fn connect(name: &str, arena: &Arena, on_device: Option<&OwnedFd>) -> io::Result<UnixStream> {
     let descriptor = arena.descriptor().ok_or_else(|| io::Error::other("the arena is not shared memory"))??;
     let stream = StdStream::connect_addr(&SocketAddr::from_abstract_name(name)?)?;
     stream.set_nonblocking(true)?;
     let stream = UnixStream::from_std(stream)?;
     same_user(&stream)?;
-    let raw = descriptor.as_raw_fd();
-    let sent = stream.async_io(Interest::WRITABLE, || send(stream.as_raw_fd(), raw));
+    let raw: Vec<RawFd> = [Some(&descriptor), on_device].into_iter().flatten().map(AsRawFd::as_raw_fd).collect();
+    let sent = stream.async_io(Interest::WRITABLE, || send(stream.as_raw_fd(), &raw));
     let late = |_| io::Error::new(io::ErrorKind::TimedOut, "the receiver does not take the arena");
     timeout(Duration::from_millis(HANDOFF_CONNECT_MS), sent).await.map_err(late)??;
     Ok(stream)
@@ -127,30 +135,33 @@ fn same_user(stream: &UnixStream) -> io::Result<()> {
     }
 }
 
-async fn stream_receive(stream: &UnixStream) -> io::Result<OwnedFd> {
+async fn stream_receive(stream: &UnixStream) -> io::Result<(OwnedFd, Option<OwnedFd>)> {
     stream.async_io(Interest::READABLE, || receive(stream.as_raw_fd())).await
 }
 
-/// Room for the ancillary data of one descriptor, aligned as its header wants it.
+/// Room for the ancillary data of two descriptors, aligned as its header wants it.
 #[repr(C, align(8))]
 struct Ancillary([u8; 64]);
 
-/// Sends one byte with a descriptor.
-fn send(socket: RawFd, descriptor: RawFd) -> io::Result<()> {
+/// Sends one byte with one or two descriptors.
+fn send(socket: RawFd, descriptors: &[RawFd]) -> io::Result<()> {
     let mut byte = [0u8];
     let mut part = libc::iovec { iov_base: byte.as_mut_ptr().cast(), iov_len: 1 };
     let mut ancillary = Ancillary([0; 64]);
-    // SAFETY: the header points at locals that outlive the call; one descriptor's data fit in `Ancillary` (asserted).
+    let bytes = size_of_val(descriptors) as u32;
+    // SAFETY: the header points at locals that outlive the call; the descriptors' data fit in `Ancillary` (asserted).
     unsafe {
         let mut header: libc::msghdr = zeroed();
         (header.msg_iov, header.msg_iovlen) = (&mut part, 1);
         header.msg_control = ancillary.0.as_mut_ptr().cast();
-        header.msg_controllen = libc::CMSG_SPACE(size_of::<RawFd>() as u32) as _;
+        header.msg_controllen = libc::CMSG_SPACE(bytes) as _;
         assert!(header.msg_controllen as usize <= size_of::<Ancillary>());
         let control = libc::CMSG_FIRSTHDR(&header);
         ((*control).cmsg_level, (*control).cmsg_type) = (libc::SOL_SOCKET, libc::SCM_RIGHTS);
-        (*control).cmsg_len = libc::CMSG_LEN(size_of::<RawFd>() as u32) as _;
-        libc::CMSG_DATA(control).cast::<RawFd>().write_unaligned(descriptor);
+        (*control).cmsg_len = libc::CMSG_LEN(bytes) as _;
+        for (i, descriptor) in descriptors.iter().enumerate() {
+            libc::CMSG_DATA(control).cast::<RawFd>().add(i).write_unaligned(*descriptor);
+        }
         match libc::sendmsg(socket, &header, libc::MSG_NOSIGNAL) {
             1 => Ok(()),
             _ => Err(io::Error::last_os_error()),
@@ -158,8 +169,8 @@ fn send(socket: RawFd, descriptor: RawFd) -> io::Result<()> {
     }
 }
 
-/// Receives one byte and the descriptor that comes with it.
-fn receive(socket: RawFd) -> io::Result<OwnedFd> {
+/// Receives one byte and the one or two descriptors that come with it.
+fn receive(socket: RawFd) -> io::Result<(OwnedFd, Option<OwnedFd>)> {
     let mut byte = [0u8];
     let mut part = libc::iovec { iov_base: byte.as_mut_ptr().cast(), iov_len: 1 };
     let mut ancillary = Ancillary([0; 64]);
@@ -169,19 +180,21 @@ fn receive(socket: RawFd) -> io::Result<OwnedFd> {
         let mut header: libc::msghdr = zeroed();
         (header.msg_iov, header.msg_iovlen) = (&mut part, 1);
         header.msg_control = ancillary.0.as_mut_ptr().cast();
-        header.msg_controllen = libc::CMSG_SPACE(size_of::<RawFd>() as u32) as _;
+        header.msg_controllen = libc::CMSG_SPACE(2 * size_of::<RawFd>() as u32) as _;
         match libc::recvmsg(socket, &mut header, libc::MSG_CMSG_CLOEXEC) {
             1 => {}
             0 => return Err(io::ErrorKind::UnexpectedEof.into()),
             _ => return Err(io::Error::last_os_error()),
         }
         let control = libc::CMSG_FIRSTHDR(&header);
-        let rights = !control.is_null()
-            && ((*control).cmsg_level, (*control).cmsg_type) == (libc::SOL_SOCKET, libc::SCM_RIGHTS)
-            && (*control).cmsg_len as usize == libc::CMSG_LEN(size_of::<RawFd>() as u32) as usize;
-        if !rights {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "no descriptor came with the first byte"));
+        let rights =
+            !control.is_null() && ((*control).cmsg_level, (*control).cmsg_type) == (libc::SOL_SOCKET, libc::SCM_RIGHTS);
+        let bytes = if rights { (*control).cmsg_len as usize - libc::CMSG_LEN(0) as usize } else { 0 };
+        let taken = |i: usize| OwnedFd::from_raw_fd(libc::CMSG_DATA(control).cast::<RawFd>().add(i).read_unaligned());
+        match bytes / size_of::<RawFd>() {
+            1 => Ok((taken(0), None)),
+            2 => Ok((taken(0), Some(taken(1)))),
+            _ => Err(io::Error::new(io::ErrorKind::InvalidData, "no descriptor came with the first byte")),
         }
-        Ok(OwnedFd::from_raw_fd(libc::CMSG_DATA(control).cast::<RawFd>().read_unaligned()))
     }
 }

@@ -29,16 +29,20 @@ impl Sums {
             return sum;
         }
         let sum = compute();
+        self.keep(layer, block, sum);
+        sum
+    }
+
+    pub(crate) fn keep(&self, layer: usize, block: BlockId, sum: u64) {
         if let Some(known) = self.lock().get_mut(block.index as usize) {
             if known.generation != block.generation || known.contents.is_empty() {
                 *known = Known { generation: block.generation, contents: vec![None; self.layers] };
             }
             known.contents[layer] = Some(sum);
         }
-        sum
     }
 
-    fn known(&self, layer: usize, block: BlockId) -> Option<u64> {
+    pub(crate) fn known(&self, layer: usize, block: BlockId) -> Option<u64> {
         let blocks = self.lock();
         let known = blocks.get(block.index as usize).filter(|known| known.generation == block.generation)?;
         known.contents.get(layer).copied().flatten()

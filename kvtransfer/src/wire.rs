@@ -12,7 +12,7 @@
 //! entry        = position (4) | index (4) | generation (4) | source (4) | checksum of its extent (8)
 //! ```
 //! With the flag BY_REFERENCE a DATA frame has no extents: each lies in block `source` of the sender's arena, which the
-//! receiver has mapped. Otherwise `source` is zero. What an end can do beyond the first release (`FEATURE_*`) stands in
+//! receiver has mapped; with ON_DEVICE as well, in that arena's memory on a device. Otherwise `source` is zero. What an end can do beyond the first release (`FEATURE_*`) stands in
 //! the flags of its HELLO, so that a peer of the first release, which sets none and reads none, still pairs.
 //! The payload checksum of DATA covers the entries; the entries' checksums cover the extents, so that bytes are hashed
 //! once. `sequence` counts the DATA payload bytes of a link: in DATA those sent before it, in ACK those taken.
@@ -35,6 +35,8 @@ const MAGIC: [u8; 4] = *b"bKVh";
 const QUIESCED: u16 = 1;
 /// In DATA: the extents lie in the sender's arena.
 pub const BY_REFERENCE: u16 = 2;
+/// In DATA, with BY_REFERENCE: the extents lie in the sender's memory on a device.
+pub const ON_DEVICE: u16 = 4;
 /// In HELLO: extents that arrived damaged may be asked for again.
 pub const FEATURE_RESEND: u16 = 1;
 /// In HELLO: this end's arena can be shared with another process of the host, or it can map such an arena.
@@ -43,6 +45,9 @@ pub const FEATURE_SHARED: u16 = 2;
 pub const FEATURE_HEADS: u16 = 4;
 /// In HELLO: OPEN carries the grant's ticket.
 pub const FEATURE_TICKETS: u16 = 8;
+/// In HELLO: this end has its blocks on a device, whose memory can be shared with another process of the host or which can map
+/// such memory. Over the socket of the host a receiver says it if it has mapped the sender's.
+pub const FEATURE_DEVICE: u16 = 0x10;
 /// In HELLO: this end has UCX and wants it; the receiver says in an OFFER of its own at which port.
 pub const FEATURE_UCX: u16 = 0x100;
 /// Extents one RESEND names at most: it has to fit the buffer of an end that reads small frames only.

@@ -36,17 +36,18 @@ pub(crate) async fn run(
         let detail = format!("{skip_blocks} blocks skipped and {} granted, of {blocks}", grant.blocks.len());
         return Err(Failure::Refused(refusal(Refused::Incompatible, detail)));
     }
-    let mut sending = Sending { outgoing: shell.links().open(grant).await?, skip_blocks, began: None };
+    let mut sending = Sending { outgoing: shell.links().open_from_device(grant).await?, skip_blocks, began: None };
     let full = assigned.shared_tokens().len() / shell.spec.layout.block_tokens as usize;
     sending.outgoing.settle(full.saturating_sub(skip_blocks));
     // Each layer announces each block once, so that so many messages can never be too many: the engine never waits
     // for a slow link, and what waits is bounded by the request itself.
     let layers = shell.spec.layout.layers as usize;
+    let on_device = sending.outgoing.is_from_device();
     let (outlet, inlet) = outlet(layers * blocks + 4);
     let moved = assigned.is_moved();
     drop(bring(shell, &assigned).await);
     let Assigned { request, choices, started, .. } = assigned;
-    let work = Work { request, choices, goal: Goal::Prefill { skip_blocks }, filled: None, moved };
+    let work = Work { request, choices, goal: Goal::Prefill { skip_blocks, on_device }, filled: None, moved };
     let submission = Submission { work, outlet, tag: 0, phases: Phases::default(), started };
     // Dropped at the end of this function, however it ends.
     let admission = shell.engine.submit(submission).map_err(refused)?;

@@ -227,7 +227,9 @@ pub fn record_transfers(counters: &Counters) {
 
 /// What a prefill worker's links have counted since its start.
 pub fn record_links(counters: &LinkCounters) {
-    for (link, begun) in [("tcp", counters.tcp), ("shm", counters.shm), ("local", counters.local)] {
+    for (link, begun) in
+        [("tcp", counters.tcp), ("shm", counters.shm), ("gpu", counters.gpu), ("local", counters.local)]
+    {
         counter!("baton_worker_link_transfers_total", "link" => link).absolute(begun);
     }
     for reason in Fallback::ALL {

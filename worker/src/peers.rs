@@ -241,11 +241,16 @@ impl Shell {
         let _permit = permit.map_err(|_| denied(Refused::NoCapacity, "it lends to others"))?;
         // The guard is the lease: none of the blocks is evicted before the receiver has them all.
         let held = self.recall(&names).await;
-        if held.len() < count || !held.are_present() {
+        let on_device = held.are_on_device();
+        if held.len() < count || !(on_device || held.are_present()) {
             return Err(denied(Refused::Unavailable, "it does not have them all any more"));
         }
         let blocks: Vec<(usize, BlockId)> = held.ids().iter().copied().enumerate().collect();
-        let mut outgoing = self.peers.links.open(grant).await?;
+        let links = &self.peers.links;
+        let mut outgoing = if on_device { links.open_from_device(grant).await? } else { links.open(grant).await? };
+        if on_device && !outgoing.is_from_device() {
+            return Err(denied(Refused::Unavailable, "they are on its GPU, which whoever asks cannot read"));
+        }
         for layer in 0..self.spec.layout.layers as usize {
             outgoing.send(layer, &blocks).await?;
         }

@@ -91,6 +91,10 @@ pub async fn open(role: Role, config: Config, model: LoadedModel, env: Env) -> R
     let receiver = receiver.map_err(|source| StartError::Listen { address: config.kv_listen.clone(), source })?;
     receiver.issue_tickets(rng.secret(), config.kv_tickets_required);
     backend.prepare(cache.arena());
+    // Lower tiers save blocks out of the arena, so with tiers they pass through it.
+    if let Some(device) = backend.device().filter(|_| tiers.is_none()) {
+        cache.arena().attach(device);
+    }
     let engine = Engine::over(cache, spec.clone(), config.engine);
     let engine = EngineThread::start(engine, backend).map_err(StartError::Thread)?;
     Ok(Opened { config, net, spec, engine, tiers, receiver, listener, card, role, rng, pid: process.id, golden })

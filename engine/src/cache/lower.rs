@@ -157,6 +157,12 @@ impl Cache {
 }
 
 impl Blocks {
+    /// Whether all of them are where the backend computed them or a link brought them, on its device, and none is in the arena.
+    pub fn are_on_device(&self) -> bool {
+        let places = lock(&self.cache.inner.places);
+        places.elsewhere && self.ids.iter().all(|id| !places.all[id.index as usize].present)
+    }
+
     /// Whether the arena has the bytes of all of them.
     pub fn are_present(&self) -> bool {
         let places = lock(&self.cache.inner.places);

@@ -112,7 +112,7 @@ pub(crate) struct Handed {
     /// Keeps the blocks, as a worker does until the handoff is done.
     pub(crate) blocks: Blocks,
     /// (index in the sequence, layer, bytes), in the order of announcement.
-    announced: Vec<(usize, usize, Vec<u8>)>,
+    pub(crate) announced: Vec<(usize, usize, Vec<u8>)>,
 }
 
 /// Prefills on `engine` and sends each layer of each announced block at once, as the worker does.

@@ -7,7 +7,7 @@ use std::path::Path;
 use baton_core::{Request, SampledToken, TokenId};
 use baton_engine::cuda::LoadedGpu;
 use baton_engine::testing::{TinyModel, drain, request, work};
-use baton_engine::{Backend, Choice, EngineConfig, Goal, ModelSpec, Work};
+use baton_engine::{Backend, Choice, Engine, EngineConfig, Filled, Goal, ModelSpec, Work};
 use baton_kernels::cuda::{Cubins, Gpu};
 
 use crate::common::{CONFIG, Choices, bits, carry, dir, load_tiny, model_engine, prefill, prompt};
@@ -80,7 +80,7 @@ fn handed_over_equals_local() {
             let (mut here, mut there) = (model_engine(&spec, CONFIG), model_engine(&spec, CONFIG));
             // A worker that has prefilled before sends blocks that it finds in its cache.
             for round in 0..2 {
-                let goal = Goal::Prefill { skip_blocks: 0 };
+                let goal = Goal::Prefill { skip_blocks: 0, on_device: false };
                 let asked = Work { choices: all.clone(), goal, ..work(&request) };
                 let handed = prefill(&mut here, &mut first, asked);
                 let filled = Some(carry(&there, &handed, there.cache().lookup(&[])));
@@ -91,6 +91,57 @@ fn handed_over_equals_local() {
                     assert_eq!(bits(found), bits(expected), "{} round {round}", tiny.architecture);
                 }
                 assert_eq!(found.prompts, expected.prompts);
+            }
+        }
+    }
+}
+
+/// Blocks that go from one GPU's memory straight into another's, as links between GPUs copy them, carry the sequence on with the
+/// same bits; neither host's arena has a byte of them.
+#[test]
+fn handed_over_from_gpu_to_gpu_equals_local() {
+    let tiny = &TinyModel::families()[0];
+    let LoadedGpu { model: mut first, spec } = load("gpu-direct-from", tiny);
+    let LoadedGpu { model: mut second, .. } = load("gpu-direct-to", tiny);
+    for (len, choices) in [(31, 1), (33, 3)] {
+        let request = Request { choices, prompt_logprobs: Some(1), ..asking(1, &prompt(2, len, spec.vocab)) };
+        let mut local = model_engine(&spec, CONFIG);
+        local.admit(work(&request)).expect("room");
+        let expected = Choices::of(drain(&mut local, &mut first));
+        let all: Vec<Choice> = (0..choices).map(|index| Choice { index, so_far: Vec::new() }).collect();
+        let (mut here, mut there) = (model_engine(&spec, CONFIG), model_engine(&spec, CONFIG));
+        for (engine, model) in [(&here, &mut first), (&there, &mut second)] {
+            engine.cache().computes_elsewhere();
+            model.prepare(engine.cache().arena());
+            engine.cache().arena().attach(model.device().expect("a GPU's memory"));
+        }
+        let device = |engine: &Engine| engine.cache().arena().device().expect("attached").clone();
+        let source = device(&there).map(device(&here).descriptor().expect("shared"), here.cache().arena().bytes());
+        let source = source.expect("mapped");
+        for round in 0..2 {
+            let goal = Goal::Prefill { skip_blocks: 0, on_device: true };
+            let handed = prefill(&mut here, &mut first, Work { choices: all.clone(), goal, ..work(&request) });
+            assert!(handed.blocks.are_on_device() && !handed.blocks.are_present(), "round {round}");
+            assert!(handed.announced.iter().all(|(_, _, bytes)| bytes.iter().all(|byte| *byte == 0)), "on the host");
+            let reserved = there.cache().reserve(handed.blocks.len()).expect("room");
+            let pairs: Vec<(u32, u32)> =
+                handed.blocks.ids().iter().zip(reserved.ids()).map(|(from, to)| (from.index, to.index)).collect();
+            for layer in 0..spec.layout.layers as usize {
+                let (from, to) = (here.cache().arena().extents(layer), there.cache().arena().extents(layer));
+                // SAFETY: `reserved` holds the blocks.
+                let sums = unsafe { source.fetch(&from, &to, &pairs) }.and_then(|arriving| arriving.wait());
+                let announced = device(&here).sum(&from, &pairs.iter().map(|pair| pair.0).collect::<Vec<_>>());
+                assert_eq!(sums.expect("copied"), announced.and_then(|arriving| arriving.wait()).expect("summed"));
+            }
+            reserved.ids().into_iter().for_each(|block| there.cache().arena().left_on_device(block));
+            let blocks = reserved.fill(&[]);
+            assert!(blocks.are_on_device() && !blocks.are_present(), "round {round}");
+            let (first_tokens, prompt_logprobs) = (handed.first.clone(), handed.prompt_logprobs.clone());
+            let filled = Filled { blocks, tokens: handed.tokens, first: first_tokens, prompt_logprobs };
+            there.admit(Work { choices: all.clone(), filled: Some(filled), ..work(&request) }).expect("room");
+            let found = Choices::of(drain(&mut there, &mut second));
+            for choice in 0..choices {
+                assert_eq!(bits(found.sampled(1, choice)), bits(expected.sampled(1, choice)), "round {round}");
             }
         }
     }

@@ -115,7 +115,7 @@ fn handed_over_equals_local() {
             let all: Vec<Choice> = (0..choices).map(|index| Choice { index, so_far: so_far(index) }).collect();
             let config = EngineConfig { batch_tokens_max: 13, ..CONFIG };
             let (mut here, mut there) = (model_engine(&spec, config), model_engine(&spec, config));
-            let goal = Goal::Prefill { skip_blocks: 0 };
+            let goal = Goal::Prefill { skip_blocks: 0, on_device: false };
             let handed = prefill(&mut here, &mut model, Work { choices: all.clone(), goal, ..work(&request) });
             let filled = Some(carry(&there, &handed, there.cache().lookup(&[])));
             there.admit(Work { choices: all, filled, ..work(&request) }).expect("room");

@@ -146,8 +146,11 @@ fn handed_over_equals_local() {
             let held = there.cache().lookup(&hashes[..skip]);
             assert_eq!(held.len(), skip);
             let choices = vec![Choice { index: 0, so_far: expected[..emitted].to_vec() }];
-            let prefill_work =
-                Work { choices: choices.clone(), goal: Goal::Prefill { skip_blocks: skip }, ..work(&request) };
+            let prefill_work = Work {
+                choices: choices.clone(),
+                goal: Goal::Prefill { skip_blocks: skip, on_device: false },
+                ..work(&request)
+            };
             let handed = prefill(&mut here, &mut backend(), prefill_work);
             let filled = Some(carry(&there, &handed, held));
             drop(handed);
@@ -170,7 +173,7 @@ fn partly_filled_work_is_completed() {
         let expected = Choices::of(drain(&mut local, &mut backend()));
         for (known, tokens, spare) in [(0, len, 0), (1, len, 2), (0, len / 4 * 4, 0), (2, len, 0)] {
             let (mut here, mut there) = (hash_engine(CONFIG), hash_engine(CONFIG));
-            let goal = Goal::Prefill { skip_blocks: 0 };
+            let goal = Goal::Prefill { skip_blocks: 0, on_device: false };
             let handed = prefill(&mut here, &mut backend(), Work { goal, ..work(&request) });
             let mut filled = carry(&there, &handed, there.cache().lookup(&[]));
             filled.blocks.append(there.cache().reserve(spare).expect("room").fill(&[]));
@@ -194,7 +197,7 @@ fn first_tokens_need_no_step() {
     let prompt = prompt(8, 9, 1000);
     let request = request(1, &prompt, 1);
     let (mut here, mut there) = (hash_engine(CONFIG), hash_engine(CONFIG));
-    let goal = Goal::Prefill { skip_blocks: 0 };
+    let goal = Goal::Prefill { skip_blocks: 0, on_device: false };
     let handed = prefill(&mut here, &mut backend(), Work { goal, ..work(&request) });
     let filled = Some(carry(&there, &handed, there.cache().lookup(&[])));
     there.admit(Work { filled, ..work(&request) }).expect("room");
@@ -388,7 +391,7 @@ fn cancelled_choices_leave_the_others_alone() {
 #[test]
 fn announced_blocks_outlive_their_request() {
     let mut engine = hash_engine(EngineConfig { blocks: 16, batch_tokens_max: 8, prefix_cache: false, ..CONFIG });
-    let goal = Goal::Prefill { skip_blocks: 0 };
+    let goal = Goal::Prefill { skip_blocks: 0, on_device: false };
     engine.admit(Work { goal, ..work(&request(1, &prompt(1, 40, 1000), 4)) }).expect("room");
     let batch = engine.plan().expect("a batch");
     let output = backend().run(&batch, &mut |_| {});

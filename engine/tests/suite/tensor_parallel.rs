@@ -95,7 +95,7 @@ fn groups_of_different_sizes_hand_over() {
             let spec = &groups[from].spec;
             let config = EngineConfig { batch_tokens_max: 13, ..CONFIG };
             let (mut here, mut there) = (model_engine(spec, config), model_engine(spec, config));
-            let goal = Goal::Prefill { skip_blocks: 0 };
+            let goal = Goal::Prefill { skip_blocks: 0, on_device: false };
             let handed = prefill(&mut here, &mut groups[from].model, Work { goal, ..work(&request) });
             let filled = Some(carry(&there, &handed, there.cache().lookup(&[])));
             there.admit(Work { filled, ..work(&request) }).expect("room");

@@ -5,18 +5,20 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use baton_core::limits::{HANDOFF_ACK_BYTES, HANDOFF_BACKOFF_MS, HANDOFF_CONNECT_MS, HANDOFF_LINKS_MAX};
-use baton_core::{Arena, Listener, Stream};
+use baton_core::{Listener, Stream};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
 use super::Shared;
+use super::flight::Landings;
 use crate::counters::Dropped;
 use crate::frames::{Frames, ReadError};
-use crate::link::Link;
+use crate::link::{Brought, Link};
 use crate::outbox::{Outbox, PLACES, write_all};
 use crate::wire::{
-    BadFrame, Body, FEATURE_HEADS, FEATURE_RESEND, FEATURE_SHARED, FEATURE_TICKETS, FEATURE_UCX, Kind, Message, Tag,
+    BadFrame, Body, FEATURE_DEVICE, FEATURE_HEADS, FEATURE_RESEND, FEATURE_SHARED, FEATURE_TICKETS, FEATURE_UCX, Kind,
+    Message, Tag,
 };
 
 /// DATA frames by reference that are taken before they are acknowledged, when more are waiting.
@@ -43,18 +45,24 @@ pub(super) async fn accept(shared: Arc<Shared>, mut listener: Box<dyn Listener>)
     }
 }
 
-/// One connection, from its greeting to its end. `source` is the sender's arena where it came along.
-pub(crate) async fn serve(shared: Arc<Shared>, stream: Stream, source: Option<Arc<Arena>>) {
+/// One connection, from its greeting to its end. `brought` is the sender's memory where it came along.
+pub(crate) async fn serve(shared: Arc<Shared>, stream: Stream, brought: Option<Brought>) {
     let (read, mut write) = tokio::io::split(stream);
     let mut frames = Frames::new(read);
-    let greeting = greet(&shared, &mut frames, &mut write, source.is_none());
+    // Over the network: whether there is a device; over the host's socket: whether it reads the sender's.
+    let device = match &brought {
+        None => shared.arena.device().is_some(),
+        Some(brought) => brought.device.is_some(),
+    };
+    let greeting = greet(&shared, &mut frames, &mut write, brought.is_none(), device);
     let features = match timeout(Duration::from_millis(HANDOFF_CONNECT_MS), greeting).await {
         Ok(Ok(Some(features))) => features,
         _ => return,
     };
     frames.widen(shared.layout().slice_bytes());
     let outbox = Arc::new(Outbox::new(PLACES));
-    let link = Link { id: shared.join(|_| outbox.clone()), features, source };
+    let (source, device) = brought.map_or((None, None), |brought| (Some(brought.arena), brought.device));
+    let link = Link { id: shared.join(|_| outbox.clone()), features, source, device };
     let cause = tokio::select! {
         cause = read_all(&shared, &link, &outbox, &mut frames) => cause,
         cause = outbox.write(&mut write) => cause.into(),
@@ -71,6 +79,7 @@ async fn greet<R, W>(
     frames: &mut Frames<R>,
     to: &mut W,
     offers: bool,
+    device: bool,
 ) -> Result<Option<u16>, ReadError>
 where
     R: AsyncRead + Unpin,
@@ -109,6 +118,7 @@ where
         | FEATURE_HEADS
         | can(tickets.is_some(), FEATURE_TICKETS)
         | can(offer.is_some(), FEATURE_SHARED)
+        | can(device && (offer.is_some() || !offers), FEATURE_DEVICE)
         | can(harbour.is_some(), FEATURE_UCX);
     say(to, Body::Hello { text, features }).await?;
     if let Some(name) = offer {
@@ -123,12 +133,13 @@ where
 
 /// Takes frames until the link fails.
 async fn read_all<R: AsyncRead + Unpin>(
-    shared: &Shared,
+    shared: &Arc<Shared>,
     link: &Link,
     outbox: &Outbox,
     frames: &mut Frames<R>,
 ) -> ReadError {
     let (mut taken, mut acknowledged, mut frames_taken) = (0, 0, 0);
+    let mut landings = Landings::default();
     loop {
         // A sender of references waits for the copies, not for a socket's buffer: it hears of them as soon as none waits.
         let due = match link.source {
@@ -144,6 +155,9 @@ async fn read_all<R: AsyncRead + Unpin>(
             Ok(header) => header,
             Err(error) => return error,
         };
+        if header.kind == Kind::Commit && landings.all_have_landed().await.is_err() {
+            return io::Error::other("the device does not answer").into();
+        }
         if header.kind != Kind::Data {
             let heard = match frames.take(header.length as usize).await {
                 Ok(payload) => Message::decode(&header, payload).and_then(|message| shared.hear(link, message)),
@@ -159,11 +173,13 @@ async fn read_all<R: AsyncRead + Unpin>(
         }
         let replayed = header.sequence < taken;
         let read = match replayed {
-            true => frames.skip(header.length as usize).await,
+            true => frames.skip(header.length as usize).await.map(|()| None),
             false => shared.data(link, &header, frames).await,
         };
-        if let Err(error) = read {
-            return error;
+        match read {
+            Ok(Some(flight)) => landings.follow(flight).await,
+            Ok(None) => {}
+            Err(error) => return error,
         }
         if replayed {
             shared.counts.drop(Dropped::Replayed);

@@ -2,6 +2,8 @@
 //! memory. `BATON_TEST_LONG=1` repeats what is random or counted (aborts, fuzzing) some hundred times more often.
 
 mod aborts;
+#[cfg(target_os = "linux")]
+mod device;
 mod fuzz;
 mod happy;
 mod lessons;

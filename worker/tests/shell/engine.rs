@@ -58,7 +58,7 @@ async fn layers_are_announced_while_they_are_computed() {
     let (_coordinator, worker) = worker().await;
     let (outlet, mut inlet) = outlet(1024);
     let prompt: Vec<u32> = (0..150).collect();
-    let goal = Goal::Prefill { skip_blocks: 2 };
+    let goal = Goal::Prefill { skip_blocks: 2, on_device: false };
     let admission = submit(&worker, Work { goal, ..work(&request(1, &prompt, 4)) }, &outlet).unwrap();
     let (mut announced, mut kept, mut done) = (Vec::new(), Vec::new(), false);
     while !done {
