@@ -11,7 +11,7 @@ use std::str::FromStr;
 use baton_core::Role;
 use baton_kernels::Quantize;
 
-pub(crate) use gpu::{bench, doctor, finding, read};
+pub(crate) use gpu::{bench, doctor, finding, read, send, transfer};
 
 /// A device by name.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -61,7 +61,7 @@ fn findings() -> Vec<(&'static str, String)> {
         ("open files", open_files()),
         (
             "handoff links",
-            "shared memory (workers of one host), tcp and in-process; NCCL is not in this build".to_string(),
+            "shared memory (workers of one host), GPU to GPU (the same, see --gpu), tcp and in-process; NCCL is not in this build".to_string(),
         ),
         ("ucx", ucx()),
         ("gpu", crate::device::finding()),

@@ -1,9 +1,10 @@
 """The handoff between two processes on one GPU, with a large model: `handoff.py BATON MODEL DATA`. Time to the first token of prompts
-of 4096 tokens that nobody has seen, with a prefill and a decode worker and with a decode worker alone. Prints a JSON object a
-line. Called by run.sh."""
+of 4096 tokens that nobody has seen, with a prefill and a decode worker and with a decode worker alone, and which links the handoffs
+took. Prints a JSON object a line; exit code 1 when they did not go from GPU to GPU. Called by run.sh."""
 
 import json
 import random
+import re
 import signal
 import statistics
 import subprocess
@@ -42,6 +43,16 @@ def first_token(name):
     return took
 
 
+def links():
+    """Handoffs by link, and why links are not the best, as the prefill worker counts them."""
+    shown = subprocess.run([baton, "status", "--data", data, "--json"], capture_output=True, text=True, timeout=10).stdout
+    process = next(p for p in json.loads(shown)["processes"] if p["role"] == "prefill" and p["metrics"])
+    with urllib.request.urlopen(f"http://{process['metrics']}/metrics", timeout=5) as answer:
+        text = answer.read().decode()
+    counted = re.findall(r'baton_worker_link_(?:transfers|fallbacks)_total\{(?:link|reason)="(\w+)"\} (\d+)', text)
+    return {name: int(count) for name, count in counted}
+
+
 def measure(prefill):
     up = subprocess.Popen([baton, "up", "--device", "cuda", "--prefill", str(prefill), "--decode", "1", "--port", str(PORT),
                            "--batch-tokens", str(PROMPT), "--kv-blocks", "2048", "--model", model, "--data", data],
@@ -59,7 +70,7 @@ def measure(prefill):
             time.sleep(0.05)
         name = json.loads(get("/v1/models"))["data"][0]["id"]
         took = [first_token(name) for _ in range(ROUNDS)]
-        return statistics.median(took[1:]), took[0]
+        return statistics.median(took[1:]), took[0], links() if prefill else {}
     finally:
         up.send_signal(signal.SIGTERM)
         try:
@@ -68,9 +79,13 @@ def measure(prefill):
             up.kill()
 
 
-alone, _ = measure(0)
+alone, _, _ = measure(0)
 say(f"time to first token, {PROMPT} tokens, decode worker alone", alone * 1e3, "ms")
-pair, first = measure(1)
+pair, first, taken = measure(1)
 say(f"time to first token, {PROMPT} tokens, handed over", pair * 1e3, "ms")
 say("time to first token, the first handoff", first * 1e3, "ms")
 say("handoff, exposed share of the prefill", 100 * (pair - alone) / alone, "%", 10, pair - alone <= 0.1 * alone)
+others = {name: count for name, count in taken.items() if name != "gpu" and count}
+say("handoffs from GPU to GPU", taken.get("gpu", 0), "handoffs", ROUNDS, taken.get("gpu", 0) >= ROUNDS)
+print("other links and fallbacks:", others or "none")
+sys.exit(taken.get("gpu", 0) < ROUNDS)

@@ -6,11 +6,12 @@ mod plain;
 
 use std::sync::Arc;
 
-use baton_core::{Arena, BlockLayout, KvDtype};
+use baton_core::{Arena, BlockLayout, KvDtype, Role};
 use clap::Args;
 
 use self::path::Paths;
 use super::figure::{self, Figure};
+use crate::device::{self, Device, Devices};
 use crate::exit::Failure;
 use crate::table;
 
@@ -29,6 +30,9 @@ const LAYERS: u32 = 4;
 /// spread is the distance from the slowest round to the fastest over the median. "streaming" goes through 256 MiB that
 /// no cache holds, "resident" through 1 MiB again and again. "shm" sends blocks for the first time, "shm again" full blocks
 /// that were sent before, whose checksums the sender has kept; "ucx" is there where the library is.
+///
+/// With --device cuda it measures the link between the GPUs of two processes instead: this one and a second one that it starts.
+/// Rates count every byte twice, read and written, as do those of the copy that they are compared with.
 #[derive(Args, Debug)]
 pub(crate) struct TransferFlags {
     /// Rounds over all figures of a size
@@ -37,6 +41,12 @@ pub(crate) struct TransferFlags {
     /// Bytes of one layer of one block, in KiB; may be given several times [default: 16, 64, 256 and 1024]
     #[arg(long, value_name = "KIB", value_parser = ["16", "64", "256", "1024"])]
     size: Vec<String>,
+    /// Move blocks between two processes' memory on a GPU, or on two of them: cuda, cuda:1, cuda:0,1 [default: cpu]
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<Devices>,
+    /// Be the process that sends, told what by standard input
+    #[arg(long, hide = true, requires = "device")]
+    sender: bool,
     /// Print one JSON object a line for each figure instead of a table
     #[arg(long)]
     json: bool,
@@ -45,6 +55,20 @@ pub(crate) struct TransferFlags {
 pub(crate) fn run(flags: TransferFlags) -> Result<(), Failure> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let mut figures = Vec::new();
+    if let Some(devices) = &flags.device {
+        let (from, to) = (devices.of(Role::Prefill, 0), devices.of(Role::Decode, 0));
+        if let (Device::Cuda(from), Device::Cuda(to)) = (from, to) {
+            if flags.sender {
+                return device::send(from, &runtime);
+            }
+            let figures = device::transfer(from, to, flags.rounds, &runtime)?;
+            match flags.json {
+                true => figure::print(&figures),
+                false => print!("{}", render(&figures)),
+            }
+            return Ok(());
+        }
+    }
     for (kib, layout) in sizes() {
         if flags.size.is_empty() || flags.size.contains(&kib.to_string()) {
             for (pattern, bytes, passes) in

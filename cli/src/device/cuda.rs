@@ -1,5 +1,8 @@
 //! GPUs: loading a model onto one, and what `baton doctor --gpu` finds, checks and measures.
 
+#[path = "links.rs"]
+mod links;
+
 use std::path::{Path, PathBuf};
 
 use baton_engine::bench::{BenchOptions, rates};
@@ -17,6 +20,8 @@ use crate::doctor::DoctorFlags;
 use crate::exit::Failure;
 use crate::role::worker::Room;
 use crate::{surroundings, table};
+
+pub(crate) use self::links::{send, transfer};
 
 /// Of a bf16 matmul's rate, in percent: what prefill is to reach.
 const PREFILL_SHARE: f64 = 55.0;
@@ -159,9 +164,17 @@ fn show(flags: &DoctorFlags, figures: &[Figure]) {
 }
 
 fn describe(gpu: &GpuFound) -> String {
-    let GpuFound { name, capability: (major, minor), memory_bytes, multiprocessors, .. } = gpu;
+    let GpuFound { name, capability: (major, minor), memory_bytes, multiprocessors, shares, reads, .. } = gpu;
+    let links = match (shares, &reads[..]) {
+        (false, _) => "memory that other processes cannot map: handoffs pass through the host".to_string(),
+        (true, []) => "handoffs from GPU to GPU with workers on itself".to_string(),
+        (true, others) => {
+            let others: Vec<String> = others.iter().map(|other| format!("cuda:{other}")).collect();
+            format!("handoffs from GPU to GPU with workers on itself, and to it from {}", others.join(", "))
+        }
+    };
     format!(
-        "{name}, {:.1} GiB, capability {major}.{minor}, {multiprocessors} multiprocessors",
+        "{name}, {:.1} GiB, capability {major}.{minor}, {multiprocessors} multiprocessors; {links}",
         *memory_bytes as f64 / (1u64 << 30) as f64
     )
 }

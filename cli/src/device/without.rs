@@ -4,7 +4,10 @@ use std::path::{Path, PathBuf};
 
 use baton_engine::{Backend, ModelSpec, Progress};
 
+use tokio::runtime::Runtime;
+
 use crate::bench::engine::EngineFlags;
+use crate::bench::figure::Figure;
 use crate::doctor::DoctorFlags;
 use crate::exit::Failure;
 use crate::role::worker::Room;
@@ -24,6 +27,16 @@ pub(crate) fn read(
 
 /// `baton bench engine` on a GPU.
 pub(crate) fn bench(_flags: &EngineFlags, _directory: &Path, _index: usize, _threads: usize) -> Result<(), Failure> {
+    Err(Failure::refuse(ADVICE))
+}
+
+/// `baton bench transfer` on GPUs.
+pub(crate) fn transfer(_from: usize, _to: usize, _rounds: u32, _runtime: &Runtime) -> Result<Vec<Figure>, Failure> {
+    Err(Failure::refuse(ADVICE))
+}
+
+/// Its second process.
+pub(crate) fn send(_from: usize, _runtime: &Runtime) -> Result<(), Failure> {
     Err(Failure::refuse(ADVICE))
 }
 
