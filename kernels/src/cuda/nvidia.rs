@@ -272,6 +272,7 @@ impl Nvidia {
             hopper,
             staging,
         };
+        nvidia.prepare_errands()?;
         Ok((nvidia, gpu.clone()))
     }
 

@@ -13,6 +13,9 @@ use super::{Nvidia, failed};
 use crate::cuda::driver::{ERRAND_BYTES, Errand, Kernel};
 use crate::cuda::error::GpuError;
 
+/// As many as a link has under way, and some sums.
+const ERRANDS_AHEAD: usize = 24;
+
 /// Memory behind a handle, mapped whole.
 #[derive(Clone, Copy)]
 pub(super) struct Mapped {
@@ -175,11 +178,24 @@ impl Nvidia {
         self.map_whole(Mapped { handle, bytes }, &accesses)
     }
 
-    pub(super) fn take_errand(&self) -> Result<Errand, GpuError> {
-        self.enter()?;
-        if let Some(errand) = self.errands().pop() {
-            return Ok(errand);
+    /// Memory that the host and the GPU share takes long to make, so some is made ahead.
+    pub(super) fn prepare_errands(&self) -> Result<(), GpuError> {
+        for _ in 0..ERRANDS_AHEAD {
+            let errand = self.make_errand()?;
+            self.keep_errand(errand);
         }
+        Ok(())
+    }
+
+    pub(super) fn take_errand(&self) -> Result<Errand, GpuError> {
+        match self.errands().pop() {
+            Some(errand) => Ok(errand),
+            None => self.make_errand(),
+        }
+    }
+
+    fn make_errand(&self) -> Result<Errand, GpuError> {
+        self.enter()?;
         let event =
             result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING).map_err(failed("cuEventCreate"))?;
         // SAFETY: a size that is not zero. The device finds memory of the host's under the same address.

@@ -69,10 +69,14 @@ __device__ __forceinline__ void take_extent(const Extents& from, const Extents& 
                                             const u8* source, u8* target, u64* sums) {
     __shared__ u64 partial[2][SUM_PIECES][8];
     __shared__ u64 lanes[8];
+    __shared__ u32 pair[2];
     begin();
+    // The list lies in the host's memory: it is read once for all threads.
+    if (threadIdx.x < 2) pair[threadIdx.x] = pairs[blockIdx.x * 2 + threadIdx.x];
+    __syncthreads();
     u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    source += from.first + pairs[blockIdx.x * 2] * from.block_stride;
-    if (Copy) target += to.first + pairs[blockIdx.x * 2 + 1] * to.block_stride;
+    source += from.first + pair[0] * from.block_stride;
+    if (Copy) target += to.first + pair[1] * to.block_stride;
     u32 stripes = slice / 64 * heads, pieces = (stripes + 15) / 16;
     // Four threads take a stripe, two words each.
     u32 stripe_of = lane / 4, word = lane % 4 * 2;
