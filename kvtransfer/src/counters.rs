@@ -173,6 +173,22 @@ pub struct LinkCounters {
 }
 
 impl LinkCounters {
+    /// In one line for people: transfers by link, and why links are not the best. Empty: there has been nothing yet.
+    pub fn describe(&self) -> String {
+        let links = [("gpu", self.gpu), ("shm", self.shm), ("ucx", self.ucx), ("local", self.local), ("tcp", self.tcp)];
+        let some = |counts: &mut dyn Iterator<Item = (&'static str, u64)>| {
+            let texts: Vec<String> =
+                counts.filter(|(_, count)| *count > 0).map(|(name, count)| format!("{name} {count}")).collect();
+            texts.join(", ")
+        };
+        let taken = some(&mut links.into_iter());
+        let reasons = some(&mut Fallback::ALL.iter().map(|reason| (reason.as_str(), self.fallbacks(*reason))));
+        match reasons.is_empty() {
+            true => taken,
+            false => format!("{taken} ({reasons})").trim_start().to_string(),
+        }
+    }
+
     /// Connections made that are not over the link that was wanted, for this reason.
     pub fn fallbacks(&self, reason: Fallback) -> u64 {
         self.fallbacks[reason as usize]
@@ -265,5 +281,21 @@ impl Count {
 
     fn get(&self) -> u64 {
         self.0.load(Relaxed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn link_counters_are_told_in_a_line() {
+        let counts = LinkCounts::default();
+        assert_eq!(counts.snapshot().describe(), "");
+        counts.fall_back(Fallback::NotOnDevice);
+        assert_eq!(counts.snapshot().describe(), "(not_on_device 1)");
+        counts.gpu.add(12);
+        counts.tcp.add(3);
+        assert_eq!(counts.snapshot().describe(), "gpu 12, tcp 3 (not_on_device 1)");
     }
 }

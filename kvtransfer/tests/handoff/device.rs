@@ -15,6 +15,7 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use crate::net::Loopback;
 use crate::raw::{Frame, Raw};
+use crate::shm::Sender;
 use crate::world::{DEADLINE, EPOCH, Guard, Held, LAYOUT, MODEL, REQUEST, fill, ids, pairs, read, until};
 
 /// What stands in for a GPU.
@@ -50,6 +51,13 @@ impl Told {
 impl Device {
     fn new(layout: BlockLayout, blocks: usize) -> Device {
         Device { memory: Arc::new(Arena::shared(layout, blocks).unwrap()), told: Arc::default() }
+    }
+
+    /// Full of random bytes, the same ones in every process.
+    pub(crate) fn filled(layout: BlockLayout, blocks: usize) -> Device {
+        let device = Device::new(layout, blocks);
+        fill(&device.memory, &mut Rng::new(2));
+        device
     }
 }
 
@@ -191,9 +199,8 @@ impl Pair {
     async fn of(layout: BlockLayout, sends_from_device: bool, takes_on_device: bool) -> Pair {
         let source = Arc::new(Arena::shared(layout, BLOCKS).unwrap());
         let target = Arc::new(Arena::new(layout, BLOCKS));
-        let (from, to) = (Arc::new(Device::new(layout, BLOCKS)), Arc::new(Device::new(layout, BLOCKS)));
+        let (from, to) = (Arc::new(Device::filled(layout, BLOCKS)), Arc::new(Device::new(layout, BLOCKS)));
         fill(&source, &mut Rng::new(1));
-        fill(&from.memory, &mut Rng::new(2));
         if sends_from_device {
             source.attach(from.clone());
         }
@@ -263,8 +270,7 @@ async fn heads_go_from_device_to_device() {
     let half = BlockLayout { kv_heads: 4, ..WIDE };
     let source = Arc::new(Arena::shared(WIDE, 8).unwrap());
     let target = Arc::new(Arena::new(half, 8));
-    let (from, to) = (Arc::new(Device::new(WIDE, 8)), Arc::new(Device::new(half, 8)));
-    fill(&from.memory, &mut Rng::new(2));
+    let (from, to) = (Arc::new(Device::filled(WIDE, 8)), Arc::new(Device::new(half, 8)));
     source.attach(from.clone());
     target.attach(to.clone());
     let listening = Receiver::of_rank(Arc::new(Loopback), "127.0.0.1:0", target.clone(), WIDE.kv_heads, MODEL);
@@ -506,4 +512,55 @@ async fn a_device_frame_without_a_device_closes_the_link() {
     raw.data(frame).await;
     assert!(matches!(incoming.wait().await.err(), Some(TransferError::Lost { .. })));
     assert_eq!((pair.receiver.counters().extents, pair.to.told.fetched.load(SeqCst)), (0, 0));
+}
+
+/// A receiver for a sender in another process, whose device has what this one's sender has and more of it.
+async fn receiving() -> Pair {
+    Pair::of(WIDE, true, true).await
+}
+
+/// From another process's device; its memory is mapped without the right to write.
+#[tokio::test]
+async fn another_process_hands_off_from_its_device() {
+    let pair = receiving().await;
+    let blocks = ids(0..24);
+    let (grant, incoming) = pair.grant(&blocks);
+    let _sender = Sender::from_device(&grant, 2);
+    incoming.wait().await.unwrap();
+    assert!(pair.landed(blocks.iter().copied().zip(blocks.clone())));
+}
+
+/// Killed or stopped while this end's device copies out of its memory: the copy goes on in memory that stays, the blocks are let go
+/// after it, and what the next one brings into them is untouched when the stopped one goes on.
+#[tokio::test]
+async fn a_killed_or_stopped_sender_is_outlived_by_its_memory() {
+    for signal in [libc::SIGKILL, libc::SIGSTOP] {
+        let pair = receiving().await;
+        let blocks = ids(0..24);
+        pair.to.told.stall(true);
+        let (grant, incoming) = pair.grant(&blocks);
+        let sender = Sender::from_device(&grant, 1);
+        until(|| pair.to.told.under_way.load(SeqCst) == 1).await;
+        sender.signal(signal);
+        if signal == libc::SIGKILL {
+            assert!(incoming.wait().await.is_err());
+        } else {
+            drop(incoming);
+            until(|| pair.receiver.counters().links == 0).await;
+        }
+        assert_eq!(pair.held.count(), 1, "the copy has not ended");
+        pair.to.told.stall(false);
+        until(|| pair.held.count() == 0).await;
+
+        let sources = ids((0..24).map(|i| 31 - i));
+        let (grant, incoming) = pair.grant(&blocks);
+        assert_eq!(pair.send(grant, &sources).await, Ok(true));
+        let _guard = incoming.wait().await.unwrap();
+        // That it has gone on shows in its connecting again.
+        sender.signal(libc::SIGCONT);
+        let links = if signal == libc::SIGSTOP { 2 } else { 1 };
+        until(|| pair.receiver.counters().links == links).await;
+        drop(sender);
+        assert!(pair.landed(sources.into_iter().zip(blocks)));
+    }
 }

@@ -144,15 +144,20 @@ pub(crate) struct Sender(Child);
 
 impl Sender {
     fn start(grant: &Grant, layers: usize) -> Sender {
-        Sender::spawn(grant, layers, None)
+        Sender::spawn(grant, layers, "shm", None)
+    }
+
+    /// From a device, with other bytes than those of the arena.
+    pub(crate) fn from_device(grant: &Grant, layers: usize) -> Sender {
+        Sender::spawn(grant, layers, "device", None)
     }
 
     /// Over UCX, which uses these transports at its end.
     pub(crate) fn over_ucx(grant: &Grant, layers: usize, transports: &str) -> Sender {
-        Sender::spawn(grant, layers, Some(transports))
+        Sender::spawn(grant, layers, "ucx", Some(transports))
     }
 
-    fn spawn(grant: &Grant, layers: usize, ucx: Option<&str>) -> Sender {
+    fn spawn(grant: &Grant, layers: usize, link: &str, ucx: Option<&str>) -> Sender {
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "shm::other_process", "--ignored", "--nocapture"])
             .envs(ucx.map(|transports| ("UCX_TLS", transports)))
@@ -160,13 +165,12 @@ impl Sender {
             .stdout(Stdio::null())
             .spawn()
             .unwrap();
-        let link = if ucx.is_some() { "ucx" } else { "shm" };
         let line = format!("{} {} {} {layers} {link}\n", grant.address, grant.transfer.0, grant.blocks.len());
         child.stdin.as_mut().unwrap().write_all(line.as_bytes()).unwrap();
         Sender(child)
     }
 
-    fn signal(&self, signal: libc::c_int) {
+    pub(crate) fn signal(&self, signal: libc::c_int) {
         // SAFETY: a signal to a child that has not been waited for.
         unsafe { libc::kill(self.0.id() as libc::pid_t, signal) };
     }
@@ -191,6 +195,9 @@ async fn other_process() {
     let mut source = Arena::shared(LAYOUTS[1], 64).unwrap();
     assert!(!source.bytes_mut().is_empty());
     fill(&source, &mut Rng::new(1));
+    if link == "device" {
+        source.attach(Arc::new(crate::device::Device::filled(LAYOUTS[1], 64)));
+    }
     let links = Links::new(Arc::new(Loopback), Arc::new(source), MODEL);
     if link == "ucx" {
         links.prefer_ucx();
@@ -210,13 +217,19 @@ async fn other_process() {
         ticket: 0,
     };
     let pairs = pairs(&grant.blocks);
-    let mut outgoing = links.open(grant).await.unwrap();
+    let mut outgoing = links.open_from_device(grant).await.unwrap();
+    assert_eq!(outgoing.is_from_device(), link == "device");
     let layers = layers.parse().unwrap();
     for layer in 0..layers {
         outgoing.send(layer, &pairs).await.unwrap();
     }
     let counters = links.counters();
-    assert_eq!(if link == "ucx" { counters.ucx } else { counters.shm }, 1);
+    let taken = match link {
+        "ucx" => counters.ucx,
+        "device" => counters.gpu,
+        _ => counters.shm,
+    };
+    assert_eq!(taken, 1);
     match layers as u32 == LAYOUTS[1].layers {
         true => drop(outgoing.commit().await.unwrap()),
         false => std::future::pending().await,

@@ -21,6 +21,8 @@ const ERRANDS_AHEAD: usize = 24;
 pub(super) struct Mapped {
     handle: sys::CUmemGenericAllocationHandle,
     bytes: usize,
+    /// Another process's, which only errands use.
+    theirs: bool,
 }
 
 impl Nvidia {
@@ -91,12 +93,12 @@ impl Nvidia {
             Err(_) => return Ok(None),
         }
         let access = [sys::CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE];
-        self.map_whole(Mapped { handle, bytes }, &access).map(Some)
+        self.map_whole(Mapped { handle, bytes, theirs: false }, &access).map(Some)
     }
 
     /// Maps memory with the first of some accesses that the driver grants; gives the handle up if there is none.
     fn map_whole(&self, mapped: Mapped, accesses: &[sys::CUmemAccess_flags]) -> Result<u64, GpuError> {
-        let Mapped { handle, bytes } = mapped;
+        let Mapped { handle, bytes, .. } = mapped;
         let mut at = 0;
         // SAFETY: a handle of this many bytes, a fresh range of addresses of as many; what was done is undone on failure.
         unsafe {
@@ -126,7 +128,7 @@ impl Nvidia {
         Ok(at)
     }
 
-    fn unmap(&self, at: u64, Mapped { handle, bytes }: Mapped) {
+    fn unmap(&self, at: u64, Mapped { handle, bytes, .. }: Mapped) {
         // SAFETY: mapped by `map_whole` and not in use any more; the driver waits for what was given.
         unsafe {
             let _ = sys::cuMemUnmap(at, bytes);
@@ -138,8 +140,10 @@ impl Nvidia {
     /// Frees memory that `make_shared` or `map_shared` made; false: neither did.
     pub(super) fn drop_shared(&self, at: u64) -> bool {
         let Some(mapped) = self.shared().remove(&at) else { return false };
-        // Unmapping does not wait for kernels by itself.
-        let _ = crate::cuda::driver::Driver::finish(self);
+        // Unmapping does not wait for kernels by itself; errands have been waited for by whoever holds the mapping.
+        if !mapped.theirs {
+            let _ = crate::cuda::driver::Driver::finish(self);
+        }
         self.unmap(at, mapped);
         true
     }
@@ -175,7 +179,7 @@ impl Nvidia {
             sys::CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READ,
             sys::CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE,
         ];
-        self.map_whole(Mapped { handle, bytes }, &accesses)
+        self.map_whole(Mapped { handle, bytes, theirs: true }, &accesses)
     }
 
     /// Memory that the host and the GPU share takes long to make, so some is made ahead.
