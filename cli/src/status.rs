@@ -194,6 +194,8 @@ struct WorkerRow {
     order: String,
     /// Why it takes no requests although it is live; empty: it does.
     trouble: String,
+    /// Its handoffs by link, and why not by a better one; empty: none yet.
+    links: String,
     #[serde(flatten)]
     work: Work,
 }
@@ -290,6 +292,7 @@ impl WorkerRow {
             draining: view.load.as_ref().is_some_and(|load| load.draining),
             order: order_word(view.order()).into(),
             trouble: view.trouble.clone(),
+            links: view.load.as_ref().map(|load| load.links.clone()).unwrap_or_default(),
             work: view.load.as_ref().map(Work::of).unwrap_or_default(),
         })
     }
@@ -360,7 +363,9 @@ impl Status {
 
     /// What an operator should know before anything breaks, and what has.
     fn health_text(&self) -> String {
-        let mut lines = Vec::new();
+        let sent = self.workers.iter().filter(|worker| !worker.links.is_empty());
+        let mut lines: Vec<String> =
+            sent.map(|worker| format!("handoffs by {}: {}", worker.id, worker.links)).collect();
         if !self.headroom.is_empty() {
             lines.push(format!("headroom: {}", self.headroom));
         }
@@ -490,6 +495,7 @@ mod tests {
     fn what_is_wrong_is_told() {
         let mut stuck = member("decode-0", v1::Role::Decode, true, 4);
         stuck.trouble = "has work and makes no step".into();
+        stuck.load.as_mut().unwrap().links = "gpu 3 (not_on_device 1)".into();
         let mut leaves = member("prefill-0", v1::Role::Prefill, true, 4);
         leaves.order = v1::Order::BecomeDecode.into();
         let pair = |prefill: &str, state: &str| v1::PairView {
@@ -516,6 +522,7 @@ mod tests {
         for told in [
             "has work and makes no step",
             "become decode ordered",
+            "handoffs by decode-0: gpu 3 (not_on_device 1)",
             "headroom: decode m: 1 workers, cannot lose one",
             "storage: full",
             "canary: the last one 12 ms ago, 1 of 3 pairs good",

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use baton_core::limits::{HEARTBEAT_MS, MESSAGE_BYTES_MAX, RPC_TIMEOUT_MS};
 use baton_core::{Net, Refused, Rng, Role};
+use baton_kvtransfer::Links;
 use baton_proto::convert::{block_hash_bytes, refused};
 use baton_proto::v1::coordinator_client::CoordinatorClient;
 use baton_proto::v1::heartbeat_reply::Outcome as Beat;
@@ -92,6 +93,7 @@ struct Me {
     role: Role,
     standing: Arc<Standing>,
     engine: EngineHandle,
+    links: Links,
 }
 
 impl Membership {
@@ -102,8 +104,9 @@ impl Membership {
         heartbeat_ms: u64,
         standing: Arc<Standing>,
         engine: EngineHandle,
+        links: Links,
     ) -> Membership {
-        let me = Arc::new(Me { member, role, standing, engine });
+        let me = Arc::new(Me { member, role, standing, engine, links });
         let every = match heartbeat_ms {
             0 => HEARTBEAT_MS,
             ms => ms.min(HEARTBEAT_MS),
@@ -226,6 +229,7 @@ impl Me {
             prefill_tokens_per_s: self.engine.prefill_tokens_per_s(),
             draining: self.standing.is_draining(),
             stuck_ms: stuck.as_millis() as u64,
+            links: self.links.counters().describe(),
             ..Load::default()
         }
     }

@@ -175,10 +175,12 @@ impl Opened {
         };
         let (engine, standing) = (self.engine.handle().clone(), Arc::new(Standing::new(coordinators)));
         let (net, told) = (self.net.clone(), standing.clone());
-        let membership = Membership::start(net, member, self.role, registered.heartbeat_ms, told, engine.clone());
+        let links = Links::new(net.clone(), engine.cache().arena().clone(), &self.spec.numerics.0);
+        let (every, handle) = (registered.heartbeat_ms, engine.clone());
+        let membership = Membership::start(net, member, self.role, every, told, handle, links.clone());
         let address = self.address();
         let drain = Duration::from_millis(self.config.drain_ms);
-        let peers = Opened::peers(self.receiver, &self.config, &self.net, &engine, &self.spec);
+        let peers = Opened::peers(self.receiver, &self.config, &self.net, links);
         let shell = Arc::new(Shell {
             id: self.config.id,
             incarnation: Incarnation(registered.incarnation),
@@ -199,16 +201,9 @@ impl Opened {
     }
 
     /// Both ends of its transfers.
-    fn peers(
-        receiver: Receiver,
-        config: &Config,
-        net: &Arc<dyn Net>,
-        engine: &EngineHandle,
-        spec: &ModelSpec,
-    ) -> Peers {
+    fn peers(receiver: Receiver, config: &Config, net: &Arc<dyn Net>, links: Links) -> Peers {
         let kv_advertise = config.kv_advertise.clone();
         let kv_address = kv_advertise.unwrap_or_else(|| config.advertised(&receiver.address()));
-        let links = Links::new(net.clone(), engine.cache().arena().clone(), &spec.numerics.0);
         Peers::new(receiver, links, kv_address, Channels::new(net.clone()), config.kv_pull)
     }
 
