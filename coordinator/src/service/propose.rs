@@ -17,7 +17,7 @@ const QUEUE_MAX: usize = 16_384;
 /// Commands of one caller that go into one entry together, and about as many go into an entry at all.
 const BATCH_MAX: usize = 1024;
 /// Entries under way at a time: the next one is gathered while these replicate.
-const WRITES_MAX: usize = 4;
+const WRITES_MAX: usize = 2;
 
 const _: () = assert!(2 * BATCH_MAX <= COMMANDS_MAX);
 

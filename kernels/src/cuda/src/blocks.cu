@@ -58,6 +58,8 @@ __device__ __forceinline__ u64 secret_between(u32 at, u32 bytes) {
 #define SUM_WARPS 8
 // Pieces of 1 KiB whose sums wait in shared memory at a time.
 #define SUM_PIECES 64
+// Pieces that a warp reads before it looks at the first.
+#define SUM_GROUP 4
 
 // Copies extents and computes their checksums in the same pass: XXH3 with 64 bits ("XXH3 Algorithm for long inputs" of the
 // xxHash specification 0.2.0) over `heads` slices one after another, which are stripes of 64 bytes, more than 240 in all. What a
@@ -78,7 +80,7 @@ __device__ __forceinline__ void take_extent(const Extents& from, const Extents& 
     source += from.first + pair[0] * from.block_stride;
     if (Copy) target += to.first + pair[1] * to.block_stride;
     u32 stripes = slice / 64 * heads, pieces = (stripes + 15) / 16;
-    // Four threads take a stripe, two words each.
+    // Four threads take a stripe, two words each: a warp half a piece.
     u32 stripe_of = lane / 4, word = lane % 4 * 2;
     u64 keys[2][2], last_keys[2] = {0, 0}, total = 0;
     if (Sum) {
@@ -90,41 +92,74 @@ __device__ __forceinline__ void take_extent(const Extents& from, const Extents& 
 #pragma unroll
         for (u32 i = 0; i < 8; i++) total = threadIdx.x == i ? starts[i] : total;
     }
+    // A piece of such slices lies in one head, so that places need one division a group.
+    bool whole = slice % 1024 == 0;
     for (u32 first = 0; first < pieces; first += SUM_PIECES) {
         u32 turn = first / SUM_PIECES % 2, end = first + SUM_PIECES < pieces ? first + SUM_PIECES : pieces;
-        for (u32 piece = first + warp; piece < end; piece += SUM_WARPS) {
-            u64 even = 0, odd = 0;
+        for (u32 piece = first + warp * SUM_GROUP; piece < end; piece += SUM_WARPS * SUM_GROUP) {
+            // Where the pieces begin: the first one's head, and the bytes within it.
+            u32 heads_of[SUM_GROUP], withins[SUM_GROUP];
+            heads_of[0] = whole ? piece * 1024 / slice : 0, withins[0] = piece * 1024 - heads_of[0] * slice;
 #pragma unroll
-            for (u32 half = 0; half < 2; half++) {
-                u32 stripe = piece * 16 + half * 8 + stripe_of;
-                if (stripe < stripes) {
-                    u32 at = stripe * 64 + word * 8, head = at / slice, within = at - head * slice;
-                    uint4 value = *(const uint4*)(source + head * from.head_stride + within);
-                    if (Copy) *(uint4*)(target + head * to.head_stride + within) = value;
-                    if (Sum) {
-                        bool is_last = stripe + 1 == stripes;
-                        u64 low = (u64)value.x | (u64)value.y << 32, high = (u64)value.z | (u64)value.w << 32;
-                        u64 a = low ^ (is_last ? last_keys[0] : keys[half][0]), b = high ^ (is_last ? last_keys[1] : keys[half][1]);
-                        even += (a & 0xffffffffull) * (a >> 32) + high;
-                        odd += (b & 0xffffffffull) * (b >> 32) + low;
-                    }
+            for (u32 g = 1; g < SUM_GROUP; g++) {
+                bool next = whole && withins[g - 1] + 1024 == slice;
+                heads_of[g] = heads_of[g - 1] + next, withins[g] = next ? 0 : withins[g - 1] + 1024;
+            }
+            uint4 values[SUM_GROUP][2];
+#pragma unroll
+            for (u32 g = 0; g < SUM_GROUP; g++) {
+#pragma unroll
+                for (u32 half = 0; half < 2; half++) {
+                    values[g][half] = {0, 0, 0, 0};
+                    u32 at = withins[g] + half * 512 + lane * 16, head = whole ? heads_of[g] : at / slice;
+                    if (piece + g < end && (piece + g) * 16 + half * 8 + stripe_of < stripes)
+                        values[g][half] = *(const uint4*)(source + head * from.head_stride + (whole ? at : at - head * slice));
                 }
             }
+            u64 sums_of[2 * SUM_GROUP];
+#pragma unroll
+            for (u32 g = 0; g < SUM_GROUP; g++) {
+                u64 even = 0, odd = 0;
+#pragma unroll
+                for (u32 half = 0; half < 2; half++) {
+                    u32 stripe = (piece + g) * 16 + half * 8 + stripe_of;
+                    if (piece + g < end && stripe < stripes) {
+                        uint4 value = values[g][half];
+                        u32 at = withins[g] + half * 512 + lane * 16, head = whole ? heads_of[g] : at / slice;
+                        if (Copy) *(uint4*)(target + head * to.head_stride + (whole ? at : at - head * slice)) = value;
+                        if (Sum) {
+                            bool is_last = stripe + 1 == stripes;
+                            u64 low = (u64)value.x | (u64)value.y << 32, high = (u64)value.z | (u64)value.w << 32;
+                            u64 a = low ^ (is_last ? last_keys[0] : keys[half][0]);
+                            u64 b = high ^ (is_last ? last_keys[1] : keys[half][1]);
+                            even += (a & 0xffffffffull) * (a >> 32) + high;
+                            odd += (b & 0xffffffffull) * (b >> 32) + low;
+                        }
+                    }
+                }
+                sums_of[2 * g] = even;
+                sums_of[2 * g + 1] = odd;
+            }
             if (Sum) {
-                for (int distance = 4; distance < 32; distance *= 2) {
-                    even += __shfl_xor_sync(~0u, even, distance);
-                    odd += __shfl_xor_sync(~0u, odd, distance);
+                // Eight sums over eight threads each: every exchange halves what a thread is left with, until it has one.
+#pragma unroll
+                for (u32 left = SUM_GROUP; left > 0; left /= 2) {
+                    bool upper = stripe_of & left;
+#pragma unroll
+                    for (u32 i = 0; i < left; i++) {
+                        u64 mine = upper ? sums_of[left + i] : sums_of[i], given = upper ? sums_of[i] : sums_of[left + i];
+                        sums_of[i] = mine + __shfl_xor_sync(~0u, given, (int)(left * 4));
+                    }
                 }
-                if (lane < 4) {
-                    partial[turn][piece - first][word] = even;
-                    partial[turn][piece - first][word + 1] = odd;
-                }
+                u32 of = piece + stripe_of / 2;
+                if (of < end) partial[turn][of - first][word + stripe_of % 2] = sums_of[0];
             }
         }
         if (Sum) {
             // The other warps go on with the other half of the memory meanwhile.
             __syncthreads();
             if (threadIdx.x < 8) {
+#pragma unroll 8
                 for (u32 piece = first; piece < end; piece++) {
                     total += partial[turn][piece - first][threadIdx.x];
                     if (piece < (stripes - 1) / 16) total = (total ^ total >> 47 ^ SECRET[16 + threadIdx.x]) * 0x9e3779b1ull;
