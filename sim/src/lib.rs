@@ -1,7 +1,9 @@
 //! The production code on a simulated network, driven by a seed. Nobody imports this crate but the binary.
 #![deny(unsafe_code)]
 
+mod compound;
 pub mod draw;
+mod faults;
 pub mod handoff;
 pub mod host;
 pub mod invariant;
@@ -18,6 +20,7 @@ pub mod run;
 pub mod scenario;
 pub mod show;
 pub mod shrink;
+pub mod stalls;
 pub mod topology;
 pub mod workload;
 

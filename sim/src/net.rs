@@ -12,6 +12,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use turmoil::net::{TcpListener, TcpStream};
 
 use crate::record::Record;
+use crate::stalls::{Lane, Stalls};
 use crate::topology::KV_PORT;
 
 /// TCP between turmoil's hosts. Only usable from inside a simulated host.
@@ -52,6 +53,7 @@ pub struct HostNet {
     pub host: String,
     pub record: Record,
     pub flips: Flips,
+    pub stalls: Stalls,
 }
 
 impl Net for HostNet {
@@ -60,7 +62,9 @@ impl Net for HostNet {
             let connected = TurmoilNet.connect(address).await;
             self.record.network(&self.host, if connected.is_ok() { b'c' } else { b'x' }, address.len());
             let flips = address.ends_with(&format!(":{KV_PORT}")).then(|| self.flips.clone());
-            Ok(self.watched(connected?, flips))
+            let stream = Box::new(Lane::new(connected?, self.stalls.connected(address)));
+            let (host, record) = (self.host.clone(), self.record.clone());
+            Ok(Box::new(Watched { stream, host, record, flips }) as Stream)
         })
     }
 
@@ -70,12 +74,6 @@ impl Net for HostNet {
             let (host, record) = (self.host.clone(), self.record.clone());
             Ok(Box::new(WatchedListener { inner, host, record }) as Box<dyn Listener>)
         })
-    }
-}
-
-impl HostNet {
-    fn watched(&self, stream: Stream, flips: Option<Flips>) -> Stream {
-        Box::new(Watched { stream, host: self.host.clone(), record: self.record.clone(), flips })
     }
 }
 

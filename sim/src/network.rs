@@ -26,7 +26,7 @@ pub(crate) struct Network {
 
 impl Network {
     /// Makes the links what these faults want.
-    pub(crate) fn follow(&mut self, sim: &Sim, servers: &[String], active: &[&What]) {
+    pub(crate) fn follow(&mut self, sim: &Sim, servers: &[String], active: &[What]) {
         let mut wanted = BTreeMap::new();
         for what in active {
             for (pair, link) in links(what, servers) {

@@ -3,6 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::compound;
 use crate::draw::{Purpose, between, chance, rng};
 use crate::profile::{Profile, UnknownProfile, Weight};
 use crate::topology::{Topology, kind};
@@ -69,6 +70,20 @@ pub enum What {
     Upgrade { host: String },
     /// The coordinator saves its ledger, as it does when its log has become long.
     Save { host: String },
+    /// Whoever leads now cannot reach the other coordinators; workers and gateways reach all of them.
+    CutLeader {},
+    /// What the one writes to the other on connections of before arrives at the end, even if they have been given up
+    /// meanwhile; new connections pass.
+    Stall { from: String, to: String },
+    /// Nobody can have the worker's free blocks, but so many.
+    Starve { host: String, left: u64 },
+    /// Once blocks are on their way to the worker, all clients that wait for their first token go away, and those that
+    /// would ask later ask now.
+    Leave { host: String },
+    /// An operator gives the worker the other role, and its own one back at the end.
+    Flip { host: String },
+    /// An operator wants the coordinator to lead.
+    HandOver { to: String },
     /// The clients' tenant has limits; 0 is none.
     Limit { requests_open: u64, requests_per_minute: u64 },
 }
@@ -93,7 +108,7 @@ impl Plan {
         let mut rng = rng(seed, Purpose::Faults, 0);
         let weights = profile.weights(&mut rng);
         let count = between(&mut rng, profile.faults_min, profile.faults_max);
-        let mut faults: Vec<Fault> = (0..count).filter_map(|_| draw(&mut rng, &topology, &weights)).collect();
+        let mut faults: Vec<Fault> = (0..count).flat_map(|_| draw(&mut rng, &topology, &weights)).collect();
         faults.sort_by_key(|fault| fault.at_ms);
         Plan { version: VERSION, seed, profile: profile.name.to_string(), faults }
     }
@@ -134,72 +149,92 @@ impl What {
             | What::Flips { host, .. }
             | What::Drain { host }
             | What::Upgrade { host }
+            | What::Starve { host, .. }
+            | What::Leave { host }
+            | What::Flip { host }
+            | What::HandOver { to: host }
             | What::Save { host } => vec![host],
             What::Partition { a, b } | What::Hold { a, b } | What::Latency { a, b, .. } => vec![a, b],
-            What::OneWay { from, to } => vec![from, to],
-            What::Limit { .. } => vec![],
+            What::OneWay { from, to } | What::Stall { from, to } => vec![from, to],
+            What::Limit { .. } | What::CutLeader {} => vec![],
         }
     }
 }
 
-/// None: this cluster has nobody whom such a fault could strike.
-fn draw(rng: &mut baton_core::Rng, topology: &Topology, weights: &[(Weight, u64)]) -> Option<Fault> {
+/// One blow: a fault, or several that belong together. None: this cluster has nobody whom it could strike.
+fn draw(rng: &mut baton_core::Rng, topology: &Topology, weights: &[(Weight, u64)]) -> Vec<Fault> {
     let total: u64 = weights.iter().map(|(_, weight)| weight).sum();
     let mut left = rng.below(total.max(1));
-    let (chosen, _) = weights.iter().find(|(_, weight)| {
+    let chosen = weights.iter().find(|(_, weight)| {
         let here = left < *weight;
         left = left.saturating_sub(*weight);
         here
-    })?;
+    });
+    let Some((chosen, _)) = chosen else { return Vec::new() };
     let at_ms = between(rng, FAULTS_FROM_MS, FAULTS_UNTIL_MS - 1_000);
     let longest = if chance(rng, LONG_PERCENT) { FAULTS_UNTIL_MS } else { SHORT_MS };
     let longest = (FAULTS_UNTIL_MS - at_ms).min(longest);
     let for_ms = between(rng, 20, longest);
-    let servers = topology.servers();
-    let one = |rng: &mut baton_core::Rng, kinds: &[&str]| {
-        let of_kind: Vec<&String> = servers.iter().filter(|host| kinds.contains(&kind(host))).collect();
-        (!of_kind.is_empty()).then(|| of_kind[rng.below(of_kind.len() as u64) as usize].clone())
-    };
-    let any = ["coordinator", "prefill", "decode", "gateway"];
-    let workers = ["prefill", "decode"];
-    let two = |rng: &mut baton_core::Rng| {
-        let a = one(rng, &any)?;
-        let b = one(rng, &any)?;
-        (a != b).then_some((a, b))
-    };
-    let what = match chosen {
+    if let Some(faults) = compound::draw(rng, topology, *chosen, at_ms) {
+        return faults;
+    }
+    let Some(what) = single(rng, topology, *chosen) else { return Vec::new() };
+    // A limit that is soon lifted limits nobody.
+    let for_ms = if matches!(what, What::Limit { .. }) { FAULTS_UNTIL_MS - at_ms } else { for_ms };
+    vec![Fault { at_ms, for_ms, what }]
+}
+
+const ANY: &[&str] = &["coordinator", "prefill", "decode", "gateway"];
+const WORKERS: &[&str] = &["prefill", "decode"];
+
+fn one(rng: &mut baton_core::Rng, topology: &Topology, kinds: &[&str]) -> Option<String> {
+    let mut of_kind = topology.servers();
+    of_kind.retain(|host| kinds.contains(&kind(host)));
+    (!of_kind.is_empty()).then(|| of_kind.swap_remove(rng.below(of_kind.len() as u64) as usize))
+}
+
+fn two(rng: &mut baton_core::Rng, topology: &Topology) -> Option<(String, String)> {
+    let a = one(rng, topology, ANY)?;
+    let b = one(rng, topology, ANY)?;
+    (a != b).then_some((a, b))
+}
+
+fn single(rng: &mut baton_core::Rng, topology: &Topology, chosen: Weight) -> Option<What> {
+    let one = |rng: &mut baton_core::Rng, kinds: &[&str]| one(rng, topology, kinds);
+    Some(match chosen {
         Weight::CrashCoordinator => What::Crash { host: one(rng, &["coordinator"])?, kept: rng.below(200) as usize },
-        Weight::CrashWorker => What::Crash { host: one(rng, &workers)?, kept: 0 },
+        Weight::CrashWorker => What::Crash { host: one(rng, WORKERS)?, kept: 0 },
         Weight::CrashGateway => What::Crash { host: one(rng, &["gateway"])?, kept: 0 },
         Weight::CrashAmid => {
             let host = one(rng, &["coordinator", "prefill", "decode"])?;
             What::CrashAmid { host, kept: rng.below(200) as usize }
         }
         Weight::Partition => {
-            let (a, b) = two(rng)?;
+            let (a, b) = two(rng, topology)?;
             if chance(rng, 30) { What::OneWay { from: a, to: b } } else { What::Partition { a, b } }
         }
         Weight::Isolate => What::Isolate { host: one(rng, &["coordinator", "prefill", "decode"])? },
         Weight::Hold => {
-            let (a, b) = two(rng)?;
+            let (a, b) = two(rng, topology)?;
             What::Hold { a, b }
         }
         Weight::Latency => {
-            let (a, b) = two(rng)?;
+            let (a, b) = two(rng, topology)?;
             What::Latency { a, b, ms: between(rng, 10, 120) }
         }
         Weight::DiskFull => What::DiskFull { host: one(rng, &["coordinator"])? },
         Weight::DiskSlow => What::DiskSlow { host: one(rng, &["coordinator"])?, ms: between(rng, 20, 300) },
-        Weight::Hang => What::Hang { host: one(rng, &workers)? },
-        Weight::Flips => What::Flips { host: one(rng, &["prefill"])?, count: between(rng, 1, 6) },
-        Weight::Drain => What::Drain { host: one(rng, &workers)? },
+        Weight::Hang => What::Hang { host: one(rng, WORKERS)? },
+        Weight::Flips => What::Flips { host: one(rng, WORKERS)?, count: between(rng, 1, 6) },
+        Weight::Drain => What::Drain { host: one(rng, WORKERS)? },
         Weight::Upgrade => What::Upgrade { host: one(rng, &["prefill"])? },
         Weight::Save => What::Save { host: one(rng, &["coordinator"])? },
+        Weight::Starve => What::Starve { host: one(rng, WORKERS)?, left: between(rng, 0, 24) },
+        Weight::Flip => What::Flip { host: one(rng, WORKERS)? },
+        Weight::HandOver => What::HandOver { to: one(rng, &["coordinator"])? },
         Weight::Limit => What::Limit { requests_open: between(rng, 0, 4), requests_per_minute: between(rng, 1, 12) },
-    };
-    // A limit that is soon lifted limits nobody.
-    let for_ms = if matches!(what, What::Limit { .. }) { FAULTS_UNTIL_MS - at_ms } else { for_ms };
-    Some(Fault { at_ms, for_ms, what })
+        Weight::LosePool | Weight::Depose | Weight::Stall | Weight::Leave | Weight::Rolling => return None,
+    })
 }
 
 #[cfg(test)]

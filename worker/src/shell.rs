@@ -311,6 +311,11 @@ impl Shell {
         entered.map_err(|reason| (reason, format!("epoch {} has been superseded", assignment.epoch)))
     }
 
+    /// Whether it takes no more requests, because it was ordered to end.
+    pub fn is_draining(&self) -> bool {
+        self.standing.is_draining()
+    }
+
     /// The requests that were let in, each with its newest epoch. For checks that compare them with the ledger.
     pub fn let_in(&self) -> Vec<(RequestId, Epoch)> {
         self.epochs.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).newest()

@@ -171,7 +171,7 @@ type Places<'a> = BTreeMap<u32, (Place, &'a Model)>;
 fn field<'a>(ledger: &'a Ledger, roster: &Roster) -> (Vec<Probed>, Vec<Probed>, Places<'a>) {
     let mut kinds: Vec<&Model> = Vec::new();
     let (mut decodes, mut prefills, mut places) = (Vec::new(), Vec::new(), BTreeMap::new());
-    for (id, worker) in ledger.workers().filter(|(_, worker)| worker.live && worker.order == Order::Serve) {
+    for (id, worker) in ledger.workers().filter(|(_, worker)| worker.live && worker.wanted() == Order::Serve) {
         let Some(heard) = roster.worker(id, worker.incarnation).filter(|heard| !heard.load.draining) else { continue };
         let model = &worker.model;
         if model.canary_tokens.is_empty() || canary::prompt(model.vocab, model.positions_max).is_empty() {

@@ -44,7 +44,7 @@ use tonic::{Request, Response, Status};
 use crate::log::{Disk, Identity};
 use crate::placement::Policy;
 use crate::raft::{Node, ProposeError};
-use crate::state::{Command, Finished, Order, Outcome, Registration};
+use crate::state::{Command, Finished, Order, Outcome, Registration, Worker};
 use ask::Ask;
 use explain::Decisions;
 use lead::{Elsewhere, Lead};
@@ -318,7 +318,7 @@ impl Shared {
         if let Err((reason, detail)) = self.in_force(&beat.worker, beat.incarnation) {
             return Ok(Err(not_heard(reason, detail)));
         }
-        let order = self.node.ledger().worker(&beat.worker).map_or(Order::Serve, |worker| worker.order);
+        let order = self.node.ledger().worker(&beat.worker).map_or(Order::Serve, Worker::wanted);
         let taken = self.roster().beat(beat, Instant::now());
         self.loads_changed.send_modify(|version| *version += 1);
         self.admission.tell_room();

@@ -290,7 +290,7 @@ impl Heard {
     fn candidate<'a>(&self, id: &'a WorkerId, worker: &'a Worker, hits: u64, now: Instant) -> Candidate<'a> {
         Candidate {
             index: self.index,
-            load: Load { draining: self.load.draining || worker.order != Order::Serve, ..self.load_now(now) },
+            load: Load { draining: self.load.draining || worker.wanted() != Order::Serve, ..self.load_now(now) },
             hits,
             suspect: self.suspect,
             stuck: self.stuck().is_some(),
@@ -335,7 +335,7 @@ fn unheard<'a>(id: &'a WorkerId, worker: &'a Worker) -> Candidate<'a> {
         load: Load {
             blocks_available,
             age_ms: WORKER_LEASE_MS,
-            draining: worker.order != Order::Serve,
+            draining: worker.wanted() != Order::Serve,
             ..Load::default()
         },
         hits: 0,

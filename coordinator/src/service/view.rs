@@ -101,7 +101,7 @@ pub(super) fn view(shared: &Shared) -> v1::ClusterView {
             live: worker.live,
             silent_ms: heard.map_or(0, |heard| (now - heard.at).as_millis() as u64),
             load: Some(heard.map_or_else(|| unheard(worker), |heard| heard.load.clone())),
-            order: order(worker.order).into(),
+            order: order(worker.wanted()).into(),
             trouble: heard.map_or_else(String::new, |heard| heard.trouble(roster.pairs())),
         }
     });

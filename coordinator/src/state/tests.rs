@@ -318,3 +318,20 @@ proptest! {
         }
     }
 }
+
+/// An operator who takes an order back before the worker has heard it, or repeats it too late, does not lose the worker.
+#[test]
+fn an_order_to_take_the_role_a_worker_has_wants_nothing_of_it() {
+    let check = |worker: usize, order: Order, wanted: Order| {
+        let mut ledger = Ledger::default();
+        let id = registration(worker, 1).worker;
+        one(&mut ledger, 1, Command::Register(registration(worker, 1)));
+        one(&mut ledger, 2, Command::Order { worker: id.clone(), order });
+        assert_eq!(ledger.worker(&id).unwrap().wanted(), wanted);
+    };
+    check(0, Order::BecomePrefill, Order::Serve);
+    check(0, Order::BecomeDecode, Order::BecomeDecode);
+    check(2, Order::BecomeDecode, Order::Serve);
+    check(2, Order::BecomePrefill, Order::BecomePrefill);
+    check(2, Order::Drain, Order::Drain);
+}

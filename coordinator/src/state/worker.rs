@@ -49,6 +49,15 @@ impl Worker {
         Place { worker: id.clone(), incarnation: self.incarnation, address: self.address.clone() }
     }
 
+    /// What is wanted of this life. An order to take the role it has is none: it may have come while the worker was on its
+    /// way there, or take back another one that the worker had not heard yet.
+    pub fn wanted(&self) -> Order {
+        match (self.order, self.role) {
+            (Order::BecomePrefill, Role::Prefill) | (Order::BecomeDecode, Role::Decode) => Order::Serve,
+            (order, _) => order,
+        }
+    }
+
     /// Repeating a registration means the same process in the same role.
     fn is(&self, r: &Registration) -> bool {
         self.live && self.process_key == r.process_key && self.role == r.role

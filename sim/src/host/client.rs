@@ -105,9 +105,14 @@ pub async fn run(
     let mut clients = JoinSet::new();
     for ask in asks {
         let (world, notes, mut healed) = (world.clone(), notes.clone(), healed.clone());
+        let mut crowd = world.crowd.subscribe();
         clients.spawn(async move {
             match ask.at {
-                Some(at) => sleep_until(start + at).await,
+                Some(at) => tokio::select! {
+                    biased;
+                    () = sleep_until(start + at) => {}
+                    _ = crowd.changed() => {}
+                },
                 None => drop(healed.wait_for(|healed| *healed).await),
             }
             Client { world, notes, ask, last_event: None, stream: None }.live().await;
@@ -135,13 +140,36 @@ enum Tried {
 
 impl Client {
     async fn live(mut self) {
-        let end = match self.ask.cancel_after {
-            Some(after) => timeout(after, self.until_its_end()).await.unwrap_or(End::Cancelled),
-            None => self.until_its_end().await,
+        let (after, left) = (self.ask.cancel_after, self.left());
+        let end = tokio::select! {
+            biased;
+            () = left => End::Cancelled,
+            end = async {
+                match after {
+                    Some(after) => timeout(after, self.until_its_end()).await.unwrap_or(End::Cancelled),
+                    None => self.until_its_end().await,
+                }
+            } => end,
         };
         let now = self.world.record.now();
         self.world.record.note(CLIENTS, format!("request {} ends: {end:?}", self.ask.number));
         self.told(|told| told.ended = Some((now, end)));
+    }
+
+    /// Resolves when the crowd goes away while this client waits for its first token.
+    fn left(&self) -> impl Future<Output = ()> + use<> {
+        let (mut crowd, notes, number) = (self.world.crowd.subscribe(), self.notes.clone(), self.ask.number);
+        let stays = self.ask.at.is_none();
+        async move {
+            loop {
+                if stays || crowd.changed().await.is_err() {
+                    return std::future::pending().await;
+                }
+                if notes.lock()[number].accepted.is_none() {
+                    return;
+                }
+            }
+        }
     }
 
     fn told(&self, change: impl FnOnce(&mut Told)) {

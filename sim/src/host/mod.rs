@@ -13,13 +13,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use baton_coordinator::Observer;
 use baton_coordinator::log::MemoryDisk;
-use baton_core::{Clock, Env, Process, Rng};
+use baton_core::{Clock, Env, Process, Rng, Role};
 use baton_worker::Shell;
+use tokio::sync::watch;
 
 use crate::draw::{Purpose, rng};
 use crate::model::Pace;
 use crate::net::{Flips, HostNet};
 use crate::record::Record;
+use crate::stalls::Stalls;
 use crate::topology::Topology;
 
 /// What the hosts of one run share with the loop that drives it.
@@ -32,6 +34,10 @@ pub struct World {
     pub disks: Arc<BTreeMap<String, MemoryDisk>>,
     /// Of each worker.
     pub flips: Arc<BTreeMap<String, Flips>>,
+    /// Of each host.
+    pub stalls: Arc<BTreeMap<String, Stalls>>,
+    /// How often the crowd of clients has been moved: those that wait go away, those that are to come come now.
+    pub crowd: watch::Sender<u64>,
     pub seen: Arc<Mutex<Seen>>,
     lives: Arc<AtomicU64>,
 }
@@ -42,6 +48,8 @@ pub struct Seen {
     pub coordinators: BTreeMap<String, Observer>,
     pub workers: BTreeMap<String, Arc<Shell>>,
     pub paces: BTreeMap<String, Pace>,
+    /// Role in which each worker serves.
+    pub roles: BTreeMap<String, Role>,
     /// Lives of each gateway so far.
     pub gateways: BTreeMap<String, u64>,
     /// Hosts whose process has ended by itself, and why; their supervisor has to start it again.
@@ -58,6 +66,7 @@ impl World {
     pub fn new(seed: u64, topology: Topology) -> World {
         let disk = |name: String| (name, MemoryDisk::new(topology.fsync));
         let disks = topology.coordinator_names().into_iter().map(disk).collect();
+        let stalls = topology.servers().into_iter().map(|name| (name, Stalls::default())).collect();
         let flips = topology.servers().into_iter().enumerate();
         let flips = flips.map(|(n, name)| (name, Flips::new(rng(seed, Purpose::Link, n as u64)))).collect();
         World {
@@ -66,6 +75,8 @@ impl World {
             record: Record::default(),
             disks: Arc::new(disks),
             flips: Arc::new(flips),
+            stalls: Arc::new(stalls),
+            crowd: watch::Sender::new(0),
             seen: Arc::default(),
             lives: Arc::default(),
         }
@@ -74,13 +85,19 @@ impl World {
     /// The surroundings of a process that starts now.
     pub fn env(&self, host: &str) -> Env {
         let life = self.lives.fetch_add(1, Ordering::Relaxed);
-        let net = HostNet { host: host.to_string(), record: self.record.clone(), flips: self.flips[host].clone() };
+        let (record, flips, stalls) = (self.record.clone(), self.flips[host].clone(), self.stalls[host].clone());
+        let net = HostNet { host: host.to_string(), record, flips, stalls };
         Env {
             net: Arc::new(net),
             clock: Arc::new(VirtualClock(self.record.clone())),
             rng: Rng::new(rng(self.seed, Purpose::Host, life).u64()),
             process: Process { id: 1000 + life as u32, threads: false },
         }
+    }
+
+    /// Whether the worker drains.
+    pub fn follows_an_order(&self, worker: &str) -> bool {
+        self.seen().workers.get(worker).is_none_or(|shell| shell.is_draining())
     }
 
     pub fn seen(&self) -> MutexGuard<'_, Seen> {

@@ -1,9 +1,11 @@
-//! The operator of a run: passes orders to whichever coordinator leads, as `baton drain` and `baton tenant` do.
+//! The operator of a run: passes orders to whichever coordinator leads, as `baton drain`, `baton tenant` and
+//! `baton coordinator` do.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use baton_proto::v1::admin_client::AdminClient;
+use baton_core::Role;
 use baton_proto::v1::{self, Done, OrderRequest, Tenant, done};
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
@@ -12,9 +14,11 @@ use super::World;
 use crate::net::TurmoilNet;
 use crate::topology::CLIENTS;
 
-const CALL: Duration = Duration::from_millis(1_000);
+const CALL: Duration = Duration::from_millis(1_500);
+/// Longer than between a worker's heartbeats.
+const HEARD: Duration = Duration::from_millis(600);
 const PAUSE: Duration = Duration::from_millis(100);
-/// Times all coordinators are asked before an operator gives up a drain; it is over when the faults are.
+/// Times all coordinators are asked before an operator gives up a drain or a leader.
 const ROUNDS_DRAIN: usize = 20;
 const ROUNDS: usize = 600;
 /// Whose requests are those of a cluster without keys.
@@ -23,7 +27,11 @@ const TENANT: &str = "default";
 /// What an operator wants done.
 #[derive(Clone, Debug)]
 pub enum Order {
-    Drain(String),
+    Worker(String, v1::Order),
+    /// The worker shall have the role, however long that takes.
+    Role(String, Role),
+    /// Which coordinator shall lead.
+    Lead(String),
     /// Limits of the clients' tenant; 0 is none.
     Limit {
         requests_open: u64,
@@ -41,10 +49,10 @@ pub async fn run(world: World, mut orders: mpsc::Receiver<Order>) {
 }
 
 async fn carry_out(world: &World, order: &Order) -> bool {
-    let rounds = if matches!(order, Order::Drain(_)) { ROUNDS_DRAIN } else { ROUNDS };
+    let rounds = if matches!(order, Order::Worker(_, v1::Order::Drain) | Order::Lead(_)) { ROUNDS_DRAIN } else { ROUNDS };
     for _ in 0..rounds {
         for address in world.topology.coordinator_addresses() {
-            if let Ok(true) = timeout(CALL, tell(&address, order)).await {
+            if let Ok(true) = timeout(CALL, tell(world, &address, order)).await {
                 return true;
             }
         }
@@ -53,11 +61,25 @@ async fn carry_out(world: &World, order: &Order) -> bool {
     false
 }
 
-async fn tell(address: &str, order: &Order) -> bool {
+async fn tell(world: &World, address: &str, order: &Order) -> bool {
     let Ok(channel) = baton_proto::channel(Arc::new(TurmoilNet), address) else { return false };
     let mut admin = AdminClient::new(channel);
     let answered = match order.clone() {
-        Order::Drain(worker) => admin.order_worker(OrderRequest { worker, order: v1::Order::Drain.into() }).await,
+        Order::Worker(worker, order) => admin.order_worker(OrderRequest { worker, order: order.into() }).await,
+        Order::Role(worker, role) => {
+            let order = if role == Role::Prefill { v1::Order::BecomePrefill } else { v1::Order::BecomeDecode };
+            let ordered = OrderRequest { worker: worker.clone(), order: order.into() };
+            let Ok(answer) = admin.order_worker(ordered).await else { return false };
+            // A worker that follows another order hears this one only afterwards.
+            sleep(HEARD).await;
+            let has_it = world.seen().roles.get(&worker) == Some(&role) && !world.follows_an_order(&worker);
+            return has_it && matches!(answer.into_inner().outcome, Some(done::Outcome::Done(_)));
+        }
+        Order::Lead(host) => {
+            let names = world.topology.coordinator_names();
+            let node = names.iter().zip(1u64..).find(|(name, _)| **name == host).map_or(0, |(_, node)| node);
+            admin.transfer_leader(v1::NodeNumber { node }).await
+        }
         Order::Limit { requests_open, requests_per_minute } => {
             let name = TENANT.to_string();
             let tenant = Tenant { name, requests_open_max: requests_open, requests_per_minute, ..Tenant::default() };

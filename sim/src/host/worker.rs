@@ -12,13 +12,13 @@ use crate::topology::{KV_PORT, WORKER_PORT};
 const DRAIN: Duration = Duration::from_millis(1_000);
 
 /// One process.
-pub async fn run(world: World, host: String, role: Role) -> turmoil::Result {
+pub async fn run(world: World, host: String, mut role: Role) -> turmoil::Result {
     let mut env = world.env(&host);
     let pace = Pace::new(world.topology.step, world.topology.row);
     world.seen().paces.insert(host.clone(), pace.clone());
     let mut config = config(&world, &host, role);
     let other = world.seen().upgraded.contains(&host);
-    let mut model = loaded(pace, other);
+    let mut model = loaded(pace.clone(), other);
     loop {
         let (net, clock, process) = (env.net.clone(), env.clock.clone(), env.process);
         let life = Env { net, clock, rng: Rng::new(env.rng.u64()), process };
@@ -27,19 +27,29 @@ pub async fn run(world: World, host: String, role: Role) -> turmoil::Result {
             Err(error) => return world.exit(&host, format!("did not start: {error}")).await,
         };
         let incarnation = running.shell().incarnation;
-        world.record.note(&host, format!("serves as incarnation {incarnation}"));
+        world.record.note(&host, format!("serves as {} worker, incarnation {incarnation}", role.as_str()));
+        world.seen().roles.insert(host.clone(), role);
         world.seen().workers.insert(host.clone(), running.shell().clone());
         let ended = until_its_end(&world, &host, running).await;
+        world.seen().roles.remove(&host);
         world.seen().workers.remove(&host);
         match ended {
             Ok((Ending::Drained, _)) => {
                 world.seen().drained.insert(host.clone());
                 return world.exit(&host, "drained".to_string()).await;
             }
-            Ok((_, left)) => {
+            Ok((ending, left)) => {
+                let mut kept = left.model;
+                if let Ending::Becomes(wanted) = ending {
+                    (role, config.role) = (wanted, wanted);
+                    // Of two versions only prefill workers have the other one: the reference knows one.
+                    if other && wanted == Role::Decode {
+                        kept = loaded(pace.clone(), false);
+                    }
+                }
                 let others = config.coordinators.iter().filter(|a| !left.coordinators.contains(a)).cloned();
                 config.coordinators = left.coordinators.iter().cloned().chain(others).collect();
-                model = left.model;
+                model = kept;
             }
             Err(error) => return world.exit(&host, error).await,
         }
@@ -72,7 +82,7 @@ fn config(world: &World, host: &str, role: Role) -> Config {
         coordinators: world.topology.coordinator_addresses(),
         drain_ms: DRAIN.as_millis() as u64,
         autonomy_ms: baton_core::limits::AUTONOMY_GRACE_MS,
-        kv_pull: false,
+        kv_pull: true,
         kv_host_bytes: 0,
         kv_disk: None,
         kv_disk_bytes: 0,

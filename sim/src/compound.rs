@@ -1,0 +1,84 @@
+//! Blows of several faults that belong together: what only happens when one thing follows another.
+
+use baton_core::{Rng, Role};
+
+use crate::draw::{between, chance};
+use crate::plan::{FAULTS_FROM_MS, FAULTS_UNTIL_MS, Fault, What};
+use crate::profile::Weight;
+use crate::topology::Topology;
+
+/// Longer than a request waits for a worker to come back.
+const POOL_LOST_MS: (u64, u64) = (5_300, 6_200);
+/// Longer than a gateway leaves out a worker that it has lost.
+const STALLED_MS: (u64, u64) = (3_300, 5_500);
+/// Between one process of a rolling restart and the next.
+const ROLLING_MS: u64 = 500;
+
+/// The faults of a blow that begins about then; None: it is a single fault.
+pub(crate) fn draw(rng: &mut Rng, topology: &Topology, chosen: Weight, at_ms: u64) -> Option<Vec<Fault>> {
+    let early = |rng: &mut Rng, for_ms: u64| between(rng, FAULTS_FROM_MS, FAULTS_UNTIL_MS - for_ms);
+    Some(match chosen {
+        Weight::LosePool => {
+            let role = if chance(rng, 70) { Role::Decode } else { Role::Prefill };
+            let for_ms = between(rng, POOL_LOST_MS.0, POOL_LOST_MS.1);
+            let at_ms = early(rng, for_ms);
+            let lost = |host| Fault { at_ms, for_ms, what: What::Crash { host, kept: 0 } };
+            topology.worker_names(role).into_iter().map(lost).collect()
+        }
+        Weight::Depose => depose(rng, topology, at_ms),
+        Weight::Stall => {
+            let for_ms = between(rng, STALLED_MS.0, STALLED_MS.1);
+            let at_ms = early(rng, for_ms);
+            let (from, to) = match chance(rng, 70) {
+                true => (topology.gateway_names(), topology.worker_names(Role::Decode)),
+                false => (topology.worker_names(Role::Decode), topology.worker_names(Role::Prefill)),
+            };
+            let (from, to) = (any(rng, from), any(rng, to));
+            vec![Fault { at_ms, for_ms, what: What::Stall { from, to } }]
+        }
+        Weight::Leave => {
+            let host = any(rng, topology.worker_names(Role::Decode));
+            let (ms, before_ms) = (between(rng, 40, 250), between(rng, 50, 400));
+            let slow = |a| Fault { at_ms, for_ms: 1_500, what: What::Latency { a, b: host.clone(), ms } };
+            let at_ms_left = at_ms + before_ms;
+            let mut faults: Vec<Fault> = topology.worker_names(Role::Prefill).into_iter().map(slow).collect();
+            faults.push(Fault { at_ms: at_ms_left, for_ms: 1_000, what: What::Leave { host } });
+            faults
+        }
+        Weight::Rolling => rolling(rng, topology),
+        _ => return None,
+    })
+}
+
+/// A leader goes on without its peers, comes back to a group that has gone on without it, and then all lose power.
+fn depose(rng: &mut Rng, topology: &Topology, at_ms: u64) -> Vec<Fault> {
+    let (for_ms, later_ms) = (between(rng, 400, 2_000), between(rng, 200, 1_200));
+    let at_ms = at_ms.min(FAULTS_UNTIL_MS - for_ms - later_ms - 1_000);
+    let mut faults = vec![Fault { at_ms, for_ms, what: What::CutLeader {} }];
+    for host in topology.coordinator_names() {
+        let kept = rng.below(200) as usize;
+        let lost_ms = between(rng, 50, 600);
+        faults.push(Fault { at_ms: at_ms + for_ms + later_ms, for_ms: lost_ms, what: What::Crash { host, kept } });
+    }
+    faults
+}
+
+/// Every process is started again, one after the other; prefill workers as the other version first, and back at the end.
+fn rolling(rng: &mut Rng, topology: &Topology) -> Vec<Fault> {
+    let mut at_ms = between(rng, FAULTS_FROM_MS, FAULTS_FROM_MS + 1_000);
+    let mut faults = Vec::new();
+    for host in topology.servers() {
+        let upgrades = topology.worker_names(Role::Prefill).contains(&host);
+        let (for_ms, what) = match upgrades {
+            true => (FAULTS_UNTIL_MS - at_ms, What::Upgrade { host }),
+            false => (between(rng, 50, 300), What::Crash { host, kept: rng.below(200) as usize }),
+        };
+        faults.push(Fault { at_ms, for_ms, what });
+        at_ms += ROLLING_MS;
+    }
+    faults
+}
+
+fn any(rng: &mut Rng, mut hosts: Vec<String>) -> String {
+    hosts.swap_remove(rng.below(hosts.len() as u64) as usize)
+}

@@ -1,0 +1,291 @@
+//! The faults of a plan over time: each begins, perhaps strikes later at its moment, and ends.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use baton_core::Role;
+use baton_engine::Reserved;
+use baton_proto::v1;
+use tokio::sync::mpsc;
+use turmoil::Sim;
+
+use crate::host::World;
+use crate::host::operator::Order;
+use crate::network::Network;
+use crate::plan::{Fault, Plan, What};
+use crate::topology::{Topology, kind};
+
+/// Ends a host's process as `kill -9` does.
+pub(crate) fn stop(sim: &mut Sim, world: &World, host: &str) {
+    {
+        let mut seen = world.seen();
+        seen.coordinators.remove(host);
+        seen.workers.remove(host);
+        seen.paces.remove(host);
+        seen.roles.remove(host);
+        if let Some(life) = seen.gateways.get(host).copied() {
+            seen.crashed.entry(host.to_string()).or_default().insert(life);
+        }
+    }
+    sim.crash(host);
+    world.seen().exited.remove(host);
+}
+
+/// The faults of a plan over time.
+pub(crate) struct Faults {
+    faults: Vec<Fault>,
+    begun: Vec<bool>,
+    over: Vec<bool>,
+    /// Faults that waited for their moment and have had it.
+    struck: Vec<bool>,
+    /// Faults in force that keep a host down.
+    down: BTreeMap<String, usize>,
+    /// Blocks that nobody can have, by the fault that took them.
+    starved: BTreeMap<usize, Reserved>,
+    /// The leader that a fault has struck.
+    leaders: BTreeMap<usize, String>,
+    network: Network,
+    coordinators: Vec<String>,
+    servers: Vec<String>,
+    operator: mpsc::Sender<Order>,
+}
+
+impl Faults {
+    pub(crate) fn new(plan: &Plan, topology: &Topology, operator: mpsc::Sender<Order>) -> Faults {
+        let count = plan.faults.len();
+        Faults {
+            faults: plan.faults.clone(),
+            begun: vec![false; count],
+            over: vec![false; count],
+            struck: vec![false; count],
+            down: BTreeMap::new(),
+            starved: BTreeMap::new(),
+            leaders: BTreeMap::new(),
+            network: Network::default(),
+            coordinators: topology.coordinator_names(),
+            servers: topology.servers(),
+            operator,
+        }
+    }
+
+    /// When the last one is over.
+    pub(crate) fn end(&self) -> Duration {
+        let end = self.faults.iter().map(|fault| fault.at_ms + fault.for_ms).max();
+        Duration::from_millis(end.unwrap_or(0))
+    }
+
+    /// Whether a fault keeps the host's process from running.
+    pub(crate) fn is_down(&self, host: &str) -> bool {
+        self.down.get(host).is_some_and(|faults| *faults > 0)
+    }
+
+    /// Whether another fault of the kind is in force on the same hosts; the last one to end lifts them.
+    fn any_other(&self, ended: &What) -> bool {
+        let same = |other: &What| {
+            std::mem::discriminant(other) == std::mem::discriminant(ended) && other.hosts() == ended.hosts()
+        };
+        let in_force = |n: usize| self.begun[n] && !self.over[n];
+        self.faults.iter().enumerate().any(|(n, fault)| in_force(n) && same(&fault.what))
+    }
+
+    pub(crate) fn follow(&mut self, sim: &mut Sim, world: &World) {
+        let now = sim.elapsed().as_millis() as u64;
+        let mut changed = false;
+        for number in 0..self.faults.len() {
+            let fault = self.faults[number].clone();
+            if !self.begun[number] && fault.at_ms <= now {
+                self.begun[number] = true;
+                changed = true;
+                world.record.note("", format!("fault {number} for {} ms: {:?}", fault.for_ms, fault.what));
+                self.begin(sim, world, number, now);
+            }
+            if self.begun[number] && !self.over[number] && fault.at_ms + fault.for_ms <= now {
+                self.over[number] = true;
+                changed = true;
+                world.record.note("", format!("fault {number} is over"));
+                self.end_one(sim, world, number);
+            }
+            if self.begun[number] && !self.over[number] && !self.struck[number] {
+                self.struck[number] = self.strike(sim, world, number);
+                changed |= self.struck[number];
+            }
+        }
+        if changed {
+            let active = (0..self.faults.len()).filter(|n| self.begun[*n] && !self.over[*n]);
+            let active: Vec<What> = active.flat_map(|number| self.on_the_network(number)).collect();
+            self.network.follow(sim, &self.servers, &active);
+        }
+    }
+
+    /// The fault, or what a leader being cut off from its peers means for the links.
+    fn on_the_network(&self, number: usize) -> Vec<What> {
+        let Some(leader) = self.leaders.get(&number) else { return vec![self.faults[number].what.clone()] };
+        let others = self.coordinators.iter().filter(|other| *other != leader);
+        others.map(|other| What::Partition { a: leader.clone(), b: other.clone() }).collect()
+    }
+
+    fn begin(&mut self, sim: &mut Sim, world: &World, number: usize, now_ms: u64) {
+        let Fault { what, for_ms, .. } = self.faults[number].clone();
+        match &what {
+            What::Crash { host, kept } => self.crash(sim, world, host, *kept),
+            What::Drain { host } => {
+                *self.down.entry(host.clone()).or_default() += 1;
+                self.order(Order::Worker(host.clone(), v1::Order::Drain));
+            }
+            What::Limit { requests_open, requests_per_minute } => {
+                self.order(Order::Limit { requests_open: *requests_open, requests_per_minute: *requests_per_minute });
+            }
+            What::Save { host } => {
+                if let Some(observer) = world.seen().coordinators.get(host) {
+                    observer.ask_to_save();
+                }
+            }
+            What::Upgrade { host } => {
+                world.seen().upgraded.insert(host.clone());
+                self.start_anew(sim, world, host);
+            }
+            What::Latency { a, b, ms } => {
+                sim.set_link_max_message_latency(a.as_str(), b.as_str(), Duration::from_millis(*ms));
+            }
+            What::DiskFull { host } => world.disks[host].limit(Some(0)),
+            What::DiskSlow { host, ms } => world.disks[host].slow(Duration::from_millis(*ms)),
+            What::Hang { host } => {
+                if let Some(pace) = world.seen().paces.get(host) {
+                    pace.hang(now_ms, for_ms);
+                }
+            }
+            What::Starve { host, left } => {
+                let cache = world.seen().workers.get(host).map(|shell| shell.engine.cache().clone());
+                let taken = cache.and_then(|cache| {
+                    let count = cache.stats().available().saturating_sub(*left as usize);
+                    cache.reserve(count).ok()
+                });
+                self.starved.extend(taken.map(|taken| (number, taken)));
+            }
+            What::Stall { from, to } => world.stalls[from].begin(to),
+            What::Flip { host } => {
+                let other = if kind(host) == "prefill" { v1::Order::BecomeDecode } else { v1::Order::BecomePrefill };
+                self.order(Order::Worker(host.clone(), other));
+            }
+            What::HandOver { to } => self.order(Order::Lead(to.clone())),
+            What::Flips { host, count } => world.flips[host].arm(*count),
+            What::Partition { .. }
+            | What::OneWay { .. }
+            | What::Hold { .. }
+            | What::Isolate { .. }
+            | What::CutLeader {}
+            | What::Leave { .. }
+            | What::CrashAmid { .. } => {}
+        }
+    }
+
+    fn crash(&mut self, sim: &mut Sim, world: &World, host: &str, kept: usize) {
+        *self.down.entry(host.to_string()).or_default() += 1;
+        stop(sim, world, host);
+        if let Some(disk) = world.disks.get(host) {
+            disk.crash(kept);
+        }
+    }
+
+    /// True when a fault that waits for its moment has had it now.
+    fn strike(&mut self, sim: &mut Sim, world: &World, number: usize) -> bool {
+        match self.faults[number].what.clone() {
+            What::CrashAmid { host, kept } if !self.is_down(&host) && self.is_amid(world, &host) => {
+                world.record.note(&host, "dies in the middle of something");
+                self.crash(sim, world, &host, kept);
+                true
+            }
+            What::CutLeader {} => {
+                let leader = leader(world);
+                if let Some(leader) = &leader {
+                    world.record.note(leader, "leads, and is cut off from its peers");
+                }
+                let found = leader.is_some();
+                self.leaders.extend(leader.map(|leader| (number, leader)));
+                found
+            }
+            What::Leave { host } if self.expects_blocks(world, &host) => {
+                world.record.note(&host, "expects blocks, and the clients leave it");
+                world.crowd.send_modify(|times| *times += 1);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Whether a coordinator has written what is not synced yet, or a worker waits for blocks or computes.
+    fn is_amid(&self, world: &World, host: &str) -> bool {
+        if let Some(disk) = world.disks.get(host) {
+            return disk.unsynced() > 0;
+        }
+        let computes = world.seen().workers.get(host).is_some_and(|shell| shell.engine.load().running > 0);
+        computes || self.expects_blocks(world, host)
+    }
+
+    /// Whether blocks are on their way to a worker.
+    fn expects_blocks(&self, world: &World, host: &str) -> bool {
+        let seen = world.seen();
+        let Some(shell) = seen.workers.get(host) else { return false };
+        let own = |number: &usize| matches!(&self.faults[*number].what, What::Starve { host: own, .. } if own == host);
+        let taken: usize = self.starved.iter().filter(|(number, _)| own(number)).map(|(_, taken)| taken.ids().len()).sum();
+        shell.engine.cache().stats().in_flight > taken
+    }
+
+    /// A full queue of orders: the operator has enough to do.
+    fn order(&self, order: Order) {
+        let _ = self.operator.try_send(order);
+    }
+
+    /// Ends the process and starts it again, unless a fault keeps it down.
+    fn start_anew(&self, sim: &mut Sim, world: &World, host: &str) {
+        stop(sim, world, host);
+        if !self.is_down(host) {
+            world.record.note(host, "is started again");
+            sim.bounce(host);
+        }
+    }
+
+    fn end_one(&mut self, sim: &mut Sim, world: &World, number: usize) {
+        let what = &self.faults[number].what.clone();
+        self.starved.remove(&number);
+        self.leaders.remove(&number);
+        match what {
+            What::CrashAmid { .. } if !self.struck[number] => {}
+            What::CrashAmid { host, .. } | What::Crash { host, .. } | What::Drain { host } => {
+                if let Some(faults) = self.down.get_mut(host) {
+                    *faults -= 1;
+                }
+                if !self.is_down(host) && !sim.is_host_running(host.as_str()) {
+                    world.record.note(host, "is started again");
+                    sim.bounce(host.as_str());
+                }
+            }
+            What::Upgrade { host } if !self.any_other(what) => {
+                world.seen().upgraded.remove(host);
+                self.start_anew(sim, world, host);
+            }
+            What::Limit { .. } if !self.any_other(what) => {
+                self.order(Order::Limit { requests_open: 0, requests_per_minute: 0 });
+            }
+            What::Latency { a, b, .. } if !self.any_other(what) => {
+                sim.set_link_max_message_latency(a.as_str(), b.as_str(), world.topology.latency_max);
+            }
+            What::DiskFull { host } if !self.any_other(what) => world.disks[host].limit(None),
+            What::DiskSlow { host, .. } if !self.any_other(what) => world.disks[host].slow(world.topology.fsync),
+            What::Flips { host, .. } => world.flips[host].arm(0),
+            What::Stall { from, to } if !self.any_other(what) => world.stalls[from].end(to),
+            What::Flip { host } if !self.any_other(what) => {
+                let own = if kind(host) == "prefill" { Role::Prefill } else { Role::Decode };
+                self.order(Order::Role(host.clone(), own));
+            }
+            _ => {}
+        }
+    }
+}
+
+/// The coordinator that leads in the latest term.
+fn leader(world: &World) -> Option<String> {
+    let seen = world.seen();
+    let led = seen.coordinators.iter().filter_map(|(host, observer)| Some((observer.leads()?.1, host)));
+    led.max().map(|(_, host)| host.clone())
+}
