@@ -65,10 +65,11 @@ impl Cluster {
         if let Some(model) = served.iter().find(|m| m.name == name).cloned().or_else(known) {
             return Ok(model);
         }
-        let announced = state.live().any(|m| m.model.as_ref().is_some_and(|model| model.name == name));
-        // Gateways are members too: without any worker nobody knows which models there are.
-        let workers = state.view.members.iter().filter_map(|view| view.member.as_ref()).any(|m| m.model.is_some());
-        if announced || !workers {
+        // Those that are lost count, too: what they served exists, and somebody will serve it again. Gateways are members as
+        // well: without any worker nobody knows which models there are.
+        let mut models = state.view.members.iter().filter_map(|view| view.member.as_ref()?.model.as_ref()).peekable();
+        let workers = models.peek().is_some();
+        if !workers || models.any(|model| model.name == name) {
             return Err(nobody());
         }
         Err(ApiError::model_not_found(name))
