@@ -9,8 +9,11 @@ use crate::topology::Topology;
 
 /// Longer than a request waits for a worker to come back.
 const POOL_LOST_MS: (u64, u64) = (5_300, 6_200);
-/// Longer than a gateway leaves out a worker that it has lost.
-const STALLED_MS: (u64, u64) = (3_300, 5_500);
+/// Longer than a gateway leaves out a worker that it has lost; what it then sends is held back, too, and it loses it again.
+const STALLED_NEW_MS: (u64, u64) = (3_800, 4_600);
+const STALLED_MS: (u64, u64) = (8_300, 9_500);
+/// How long the moment for clients to leave is waited for.
+const LEAVE_MS: u64 = 4_000;
 /// Between one process of a rolling restart and the next.
 const ROLLING_MS: u64 = 500;
 
@@ -27,23 +30,24 @@ pub(crate) fn draw(rng: &mut Rng, topology: &Topology, chosen: Weight, at_ms: u6
         }
         Weight::Depose => depose(rng, topology, at_ms),
         Weight::Stall => {
-            let for_ms = between(rng, STALLED_MS.0, STALLED_MS.1);
-            let at_ms = early(rng, for_ms);
+            let long = chance(rng, 50);
+            let (new_ms, for_ms) = match long {
+                true => (between(rng, STALLED_NEW_MS.0, STALLED_NEW_MS.1), between(rng, STALLED_MS.0, STALLED_MS.1)),
+                false => (0, between(rng, 500, 5_000)),
+            };
+            let at_ms = if long { between(rng, FAULTS_FROM_MS, 3_000) } else { early(rng, for_ms) };
             let (from, to) = match chance(rng, 70) {
                 true => (topology.gateway_names(), topology.worker_names(Role::Decode)),
                 false => (topology.worker_names(Role::Decode), topology.worker_names(Role::Prefill)),
             };
             let (from, to) = (any(rng, from), any(rng, to));
-            vec![Fault { at_ms, for_ms, what: What::Stall { from, to } }]
+            vec![Fault { at_ms, for_ms, what: What::Stall { from, to, new_ms } }]
         }
         Weight::Leave => {
             let host = any(rng, topology.worker_names(Role::Decode));
-            let (ms, before_ms) = (between(rng, 40, 250), between(rng, 50, 400));
-            let slow = |a| Fault { at_ms, for_ms: 1_500, what: What::Latency { a, b: host.clone(), ms } };
-            let at_ms_left = at_ms + before_ms;
-            let mut faults: Vec<Fault> = topology.worker_names(Role::Prefill).into_iter().map(slow).collect();
-            faults.push(Fault { at_ms: at_ms_left, for_ms: 1_000, what: What::Leave { host } });
-            faults
+            let from = any(rng, topology.worker_names(Role::Prefill));
+            let what = What::Leave { host, from, after_ms: between(rng, 0, 40) };
+            vec![Fault { at_ms: early(rng, LEAVE_MS), for_ms: LEAVE_MS, what }]
         }
         Weight::Rolling => rolling(rng, topology),
         _ => return None,

@@ -31,6 +31,9 @@ pub(crate) fn stop(sim: &mut Sim, world: &World, host: &str) {
     world.seen().exited.remove(host);
 }
 
+/// How long a worker's blocks are held up once clients have left it: less than a receiver waits for its sender.
+const LEFT_MS: u64 = 400;
+
 /// The faults of a plan over time.
 pub(crate) struct Faults {
     faults: Vec<Fault>,
@@ -42,6 +45,8 @@ pub(crate) struct Faults {
     down: BTreeMap<String, usize>,
     /// Blocks that nobody can have, by the fault that took them.
     starved: BTreeMap<usize, Reserved>,
+    /// Since when the worker of a fault that waits for it expects blocks, in milliseconds.
+    expecting: BTreeMap<usize, u64>,
     /// The leader that a fault has struck.
     leaders: BTreeMap<usize, String>,
     network: Network,
@@ -60,6 +65,7 @@ impl Faults {
             struck: vec![false; count],
             down: BTreeMap::new(),
             starved: BTreeMap::new(),
+            expecting: BTreeMap::new(),
             leaders: BTreeMap::new(),
             network: Network::default(),
             coordinators: topology.coordinator_names(),
@@ -106,7 +112,7 @@ impl Faults {
                 self.end_one(sim, world, number);
             }
             if self.begun[number] && !self.over[number] && !self.struck[number] {
-                self.struck[number] = self.strike(sim, world, number);
+                self.struck[number] = self.strike(sim, world, number, now);
                 changed |= self.struck[number];
             }
         }
@@ -119,7 +125,11 @@ impl Faults {
 
     /// The fault, or what a leader being cut off from its peers means for the links.
     fn on_the_network(&self, number: usize) -> Vec<What> {
-        let Some(leader) = self.leaders.get(&number) else { return vec![self.faults[number].what.clone()] };
+        let what = self.faults[number].what.clone();
+        if let (What::Leave { host, from, .. }, true) = (&what, self.struck[number]) {
+            return vec![What::Hold { a: from.clone(), b: host.clone() }];
+        }
+        let Some(leader) = self.leaders.get(&number) else { return vec![what] };
         let others = self.coordinators.iter().filter(|other| *other != leader);
         others.map(|other| What::Partition { a: leader.clone(), b: other.clone() }).collect()
     }
@@ -162,7 +172,7 @@ impl Faults {
                 });
                 self.starved.extend(taken.map(|taken| (number, taken)));
             }
-            What::Stall { from, to } => world.stalls[from].begin(to),
+            What::Stall { from, to, .. } => world.stalls[from].begin(to),
             What::Flip { host } => {
                 let other = if kind(host) == "prefill" { v1::Order::BecomeDecode } else { v1::Order::BecomePrefill };
                 self.order(Order::Worker(host.clone(), other));
@@ -188,7 +198,7 @@ impl Faults {
     }
 
     /// True when a fault that waits for its moment has had it now.
-    fn strike(&mut self, sim: &mut Sim, world: &World, number: usize) -> bool {
+    fn strike(&mut self, sim: &mut Sim, world: &World, number: usize, now_ms: u64) -> bool {
         match self.faults[number].what.clone() {
             What::CrashAmid { host, kept } if !self.is_down(&host) && self.is_amid(world, &host) => {
                 world.record.note(&host, "dies in the middle of something");
@@ -204,9 +214,25 @@ impl Faults {
                 self.leaders.extend(leader.map(|leader| (number, leader)));
                 found
             }
-            What::Leave { host } if self.expects_blocks(world, &host) => {
+            What::Leave { host, after_ms, .. } => {
+                let since = match self.expects_blocks(world, &host) {
+                    true => *self.expecting.entry(number).or_insert(now_ms),
+                    false => {
+                        self.expecting.remove(&number);
+                        return false;
+                    }
+                };
+                if now_ms < since + after_ms {
+                    return false;
+                }
                 world.record.note(&host, "expects blocks, and the clients leave it");
                 world.crowd.send_modify(|times| *times += 1);
+                let fault = &mut self.faults[number];
+                (fault.at_ms, fault.for_ms) = (now_ms, LEFT_MS);
+                true
+            }
+            What::Stall { from, to, new_ms } if now_ms >= self.faults[number].at_ms + new_ms => {
+                world.stalls[&from].pass_new(&to);
                 true
             }
             _ => false,
@@ -227,7 +253,8 @@ impl Faults {
         let seen = world.seen();
         let Some(shell) = seen.workers.get(host) else { return false };
         let own = |number: &usize| matches!(&self.faults[*number].what, What::Starve { host: own, .. } if own == host);
-        let taken: usize = self.starved.iter().filter(|(number, _)| own(number)).map(|(_, taken)| taken.ids().len()).sum();
+        let taken: usize =
+            self.starved.iter().filter(|(number, _)| own(number)).map(|(_, taken)| taken.ids().len()).sum();
         shell.engine.cache().stats().in_flight > taken
     }
 
@@ -273,7 +300,7 @@ impl Faults {
             What::DiskFull { host } if !self.any_other(what) => world.disks[host].limit(None),
             What::DiskSlow { host, .. } if !self.any_other(what) => world.disks[host].slow(world.topology.fsync),
             What::Flips { host, .. } => world.flips[host].arm(0),
-            What::Stall { from, to } if !self.any_other(what) => world.stalls[from].end(to),
+            What::Stall { from, to, .. } if !self.any_other(what) => world.stalls[from].end(to),
             What::Flip { host } if !self.any_other(what) => {
                 let own = if kind(host) == "prefill" { Role::Prefill } else { Role::Decode };
                 self.order(Order::Role(host.clone(), own));

@@ -72,14 +72,14 @@ pub enum What {
     Save { host: String },
     /// Whoever leads now cannot reach the other coordinators; workers and gateways reach all of them.
     CutLeader {},
-    /// What the one writes to the other on connections of before arrives at the end, even if they have been given up
-    /// meanwhile; new connections pass.
-    Stall { from: String, to: String },
+    /// What the one writes to the other arrives at the end, even on connections that have been given up meanwhile;
+    /// connections made later than `new_ms` after the beginning pass.
+    Stall { from: String, to: String, new_ms: u64 },
     /// Nobody can have the worker's free blocks, but so many.
     Starve { host: String, left: u64 },
-    /// Once blocks are on their way to the worker, all clients that wait for their first token go away, and those that
-    /// would ask later ask now.
-    Leave { host: String },
+    /// Once blocks have been on their way to the worker for so long, what passes between it and `from` is held, all clients
+    /// that wait for their first token go away, and those that would ask later ask now.
+    Leave { host: String, from: String, after_ms: u64 },
     /// An operator gives the worker the other role, and its own one back at the end.
     Flip { host: String },
     /// An operator wants the coordinator to lead.
@@ -150,12 +150,12 @@ impl What {
             | What::Drain { host }
             | What::Upgrade { host }
             | What::Starve { host, .. }
-            | What::Leave { host }
             | What::Flip { host }
             | What::HandOver { to: host }
             | What::Save { host } => vec![host],
             What::Partition { a, b } | What::Hold { a, b } | What::Latency { a, b, .. } => vec![a, b],
-            What::OneWay { from, to } | What::Stall { from, to } => vec![from, to],
+            What::OneWay { from, to } | What::Stall { from, to, .. } => vec![from, to],
+            What::Leave { host, from, .. } => vec![host, from],
             What::Limit { .. } | What::CutLeader {} => vec![],
         }
     }

@@ -107,7 +107,14 @@ const PROFILES: &[Profile] = &[
         about: "processes die and come back",
         faults_min: 2,
         faults_max: 10,
-        weights: &[(CrashCoordinator, 3), (CrashWorker, 4), (CrashGateway, 1), (CrashAmid, 4), (Drain, 1), (LosePool, 2)],
+        weights: &[
+            (CrashCoordinator, 3),
+            (CrashWorker, 4),
+            (CrashGateway, 1),
+            (CrashAmid, 4),
+            (Drain, 1),
+            (LosePool, 2),
+        ],
         left_out: 0,
     },
     Profile {

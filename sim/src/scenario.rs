@@ -84,6 +84,16 @@ pub const ALL: &[Scenario] = &[
         "found here: an engine that waited for blocks woke itself for the same plan again, without end"
     ),
     scenario!(
+        "an_order_taken_back_wants_nothing",
+        None,
+        "found here: a worker that was ordered to take the role it had was never used again"
+    ),
+    scenario!(
+        "a_model_whose_workers_are_lost_exists",
+        None,
+        "found here: a gateway that started while all workers were lost called their model unknown, which nobody retries"
+    ),
+    scenario!(
         "a_snapshot_and_the_log_are_the_ledger",
         Some(Bug::SnapshotForgets),
         "a node that starts from its snapshot holds another ledger than its peers"

@@ -36,11 +36,16 @@ impl Default for Way {
 }
 
 impl Stalls {
-    /// What is connected to the peer now stands still.
+    /// What is connected to the peer stands still from now on, and what will be.
     pub fn begin(&self, peer: &str) {
-        let mut ways = self.lock();
-        let way = ways.entry(peer.to_string()).or_default();
-        way.still.send_replace(way.made);
+        self.lock().entry(peer.to_string()).or_default().still.send_replace(u64::MAX);
+    }
+
+    /// What will be connected from now on passes.
+    pub fn pass_new(&self, peer: &str) {
+        if let Some(way) = self.lock().get(peer) {
+            way.still.send_replace(way.made);
+        }
     }
 
     pub fn end(&self, peer: &str) {

@@ -4,8 +4,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use baton_proto::v1::admin_client::AdminClient;
 use baton_core::Role;
+use baton_proto::v1::admin_client::AdminClient;
 use baton_proto::v1::{self, Done, OrderRequest, Tenant, done};
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
@@ -49,7 +49,8 @@ pub async fn run(world: World, mut orders: mpsc::Receiver<Order>) {
 }
 
 async fn carry_out(world: &World, order: &Order) -> bool {
-    let rounds = if matches!(order, Order::Worker(_, v1::Order::Drain) | Order::Lead(_)) { ROUNDS_DRAIN } else { ROUNDS };
+    let rounds =
+        if matches!(order, Order::Worker(_, v1::Order::Drain) | Order::Lead(_)) { ROUNDS_DRAIN } else { ROUNDS };
     for _ in 0..rounds {
         for address in world.topology.coordinator_addresses() {
             if let Ok(true) = timeout(CALL, tell(world, &address, order)).await {
