@@ -21,7 +21,7 @@ use crate::measure::Phases;
 use crate::note::Look;
 use crate::openai::{Ask, Envelope, Params, Prompt, Reply, Shape, stream_error};
 use crate::prompt::Encoder;
-use crate::resume::{EventId, take_over};
+use crate::resume::{EventId, adopt, take_over};
 use crate::serve::{Servers, Serving, Terms};
 use crate::text::TextOptions;
 
@@ -125,6 +125,13 @@ impl Gateway {
                 return Err(error);
             }
         };
+        let adopted = match adopt(self, caller, &taken).await {
+            Ok(adopted) => adopted,
+            Err(error) => {
+                taken.inbox.ended();
+                return Err(error);
+            }
+        };
         let mut phases = Phases::new(model.meters.clone(), received);
         phases.parsed(Instant::now());
         phases.encoded();
@@ -133,6 +140,7 @@ impl Gateway {
         let resumable = Some(Arc::new(look.clone()));
         let terms = Terms { block_tokens: model.block_tokens, key: caller.key.clone(), resumable };
         let serving = Serving::resumed(self.servers.clone(), taken, terms, phases, place);
+        adopted.served();
         let parts = Answer::new(0, serving, model.clone(), options, look.silent).parts().boxed();
         let reply = Reply::new(look.envelope(), model, look.shape, params, vec![request.prompt.clone()]);
         Ok(event_stream(Vec::new(), reply.resumable(has), parts, Some(request.id)))

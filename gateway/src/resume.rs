@@ -4,14 +4,15 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use baton_core::{Assignment, Refused, Request, RequestId, limits};
+use baton_core::{Aborted, Assignment, Refused, Request, RequestId, limits};
 use baton_proto::convert::request_id;
 use baton_proto::v1::request_output::Output;
-use baton_proto::v1::{LocateRequest, Resumed};
+use baton_proto::v1::{FinishedRequest, LocateRequest, Resumed};
 use tokio::time::{Instant, timeout};
 
 use crate::access::Caller;
 use crate::error::ApiError;
+use crate::finish::Finishes;
 use crate::generate::Gateway;
 use crate::link::Inbox;
 use crate::note::Note;
@@ -65,10 +66,53 @@ pub(crate) struct TakenOver {
     pub inbox: Inbox,
 }
 
+/// A request that the ledger gives to this gateway: unless the gateway goes on to serve it, it tells its end.
+pub(crate) struct Adopted {
+    finishes: Finishes,
+    end: Option<FinishedRequest>,
+}
+
+impl Adopted {
+    /// From now on its end is told by whoever serves it.
+    pub(crate) fn served(mut self) {
+        self.end = None;
+    }
+}
+
+impl Drop for Adopted {
+    fn drop(&mut self) {
+        if let Some(end) = self.end.take() {
+            self.finishes.send(end);
+        }
+    }
+}
+
+/// Makes this gateway the one that tells the end of what it has taken over. Until then whoever served it is held
+/// responsible, so that a stream that cannot be taken over ends when nobody has come for it in time.
+pub(crate) async fn adopt(gateway: &Gateway, caller: &Caller, taken: &TakenOver) -> Result<Adopted, ApiError> {
+    let end = FinishedRequest {
+        request: taken.request.id.to_string(),
+        epoch: taken.assignment.epoch.0,
+        outcome: Aborted::Cancelled.as_str().to_string(),
+        prompt_tokens: taken.request.prompt.len() as u64,
+        generated_tokens: taken.said.tokens.iter().map(|tokens| tokens.tokens.len() as u64).sum(),
+        ..FinishedRequest::default()
+    };
+    // Before it is asked: the ledger may take the question and its answer be lost, or the client go away meanwhile.
+    let mut adopted = Adopted { finishes: gateway.servers.finishes.clone(), end: Some(end) };
+    let now = locate(gateway, caller, taken.request.id, &gateway.servers.gateway).await?;
+    // What was found before may come from a coordinator that had been deposed without knowing.
+    if now.epoch != taken.assignment.epoch {
+        adopted.end.iter_mut().for_each(|end| end.epoch = now.epoch.0);
+        return Err(ApiError::stream_lost());
+    }
+    Ok(adopted)
+}
+
 /// Takes over the stream called `name`, if it is this caller's.
 pub(crate) async fn take_over(gateway: &Gateway, caller: &Caller, name: &str) -> Result<TakenOver, ApiError> {
     let id: RequestId = request_id(name).map_err(|_| ApiError::stream_unknown())?;
-    let assignment = locate(gateway, caller, id).await?;
+    let assignment = locate(gateway, caller, id, "").await?;
     let place = &assignment.decode;
     let inbox = gateway.servers.links.resume(place, id, &caller.tenant);
     let mut inbox = inbox.map_err(|_| ApiError::stream_lost())?;
@@ -90,14 +134,12 @@ pub(crate) async fn take_over(gateway: &Gateway, caller: &Caller, name: &str) ->
     }
 }
 
-async fn locate(gateway: &Gateway, caller: &Caller, id: RequestId) -> Result<Assignment, ApiError> {
+/// Where a request is served; `serves`: by which gateway from now on, unless empty.
+async fn locate(gateway: &Gateway, caller: &Caller, id: RequestId, serves: &str) -> Result<Assignment, ApiError> {
     let until = Instant::now() + LOCATE_WAIT;
     loop {
-        let question = LocateRequest {
-            request: id.to_string(),
-            gateway: gateway.servers.gateway.clone(),
-            tenant: caller.tenant.clone(),
-        };
+        let question =
+            LocateRequest { request: id.to_string(), gateway: serves.to_string(), tenant: caller.tenant.clone() };
         let refusal = match gateway.servers.coordinators.locate(question).await {
             Ok(assignment) => {
                 return Assignment::try_from(assignment).map_err(|bad| ApiError::internal(bad.to_string()));

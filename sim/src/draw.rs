@@ -15,6 +15,8 @@ pub enum Purpose {
     Link = 5,
     /// Each life of each host.
     Host = 6,
+    /// What is asked of coordinators without a gateway.
+    Asks = 7,
 }
 
 /// The generator for a purpose; `number` tells several of one purpose apart.

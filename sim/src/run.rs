@@ -26,7 +26,7 @@ use crate::topology::{CLIENTS, Topology};
 use crate::workload;
 
 /// Time between the last fault and the requests that must succeed: leases run out, leaders are elected, workers register.
-const HEALING: Duration = Duration::from_millis(3_000);
+pub(crate) const HEALING: Duration = Duration::from_millis(3_000);
 /// All clients have ended so long after the last fault.
 const ENDING: Duration = Duration::from_secs(60);
 /// And so long after them everything is at rest.

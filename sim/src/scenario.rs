@@ -94,6 +94,11 @@ pub const ALL: &[Scenario] = &[
         "found here: a gateway that started while all workers were lost called their model unknown, which nobody retries"
     ),
     scenario!(
+        "a_stream_that_cannot_go_on_is_ended",
+        None,
+        "found here: a gateway took over a stream whose worker was lost, and told nobody that it had ended"
+    ),
+    scenario!(
         "a_snapshot_and_the_log_are_the_ledger",
         Some(Bug::SnapshotForgets),
         "a node that starts from its snapshot holds another ledger than its peers"

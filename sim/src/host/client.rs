@@ -103,6 +103,7 @@ pub async fn run(
     let mut operator = JoinSet::new();
     operator.spawn(super::operator::run(world.clone(), orders));
     let mut clients = JoinSet::new();
+    clients.spawn(super::askers::run(world.clone(), healed.clone()));
     for ask in asks {
         let (world, notes, mut healed) = (world.clone(), notes.clone(), healed.clone());
         let mut crowd = world.crowd.subscribe();

@@ -1,6 +1,7 @@
 //! The hosts of a run: each starts the production code of one process on the simulated network, and tells the world where
 //! to look at it.
 
+pub mod askers;
 pub mod client;
 pub mod coordinator;
 pub mod gateway;
@@ -17,6 +18,7 @@ use baton_core::{Clock, Env, Process, Rng, Role};
 use baton_worker::Shell;
 use tokio::sync::watch;
 
+use self::askers::Asked;
 use crate::draw::{Purpose, rng};
 use crate::model::Pace;
 use crate::net::{Flips, HostNet};
@@ -39,6 +41,7 @@ pub struct World {
     /// How often the crowd of clients has been moved: those that wait go away, those that are to come come now.
     pub crowd: watch::Sender<u64>,
     pub seen: Arc<Mutex<Seen>>,
+    history: Arc<Mutex<Vec<Asked>>>,
     lives: Arc<AtomicU64>,
 }
 
@@ -58,6 +61,8 @@ pub struct Seen {
     pub crashed: BTreeMap<String, BTreeSet<u64>>,
     /// Workers that were drained and are not to come back by themselves.
     pub drained: BTreeSet<String>,
+    /// Lives of workers that ended in order while blocks were held, and how many.
+    pub held_at_end: Vec<(String, usize)>,
     /// Workers that start as the other version.
     pub upgraded: BTreeSet<String>,
 }
@@ -78,6 +83,7 @@ impl World {
             stalls: Arc::new(stalls),
             crowd: watch::Sender::new(0),
             seen: Arc::default(),
+            history: Arc::default(),
             lives: Arc::default(),
         }
     }
@@ -98,6 +104,11 @@ impl World {
     /// Whether the worker drains.
     pub fn follows_an_order(&self, worker: &str) -> bool {
         self.seen().workers.get(worker).is_none_or(|shell| shell.is_draining())
+    }
+
+    /// What was asked of coordinators about single requests.
+    pub fn history(&self) -> MutexGuard<'_, Vec<Asked>> {
+        self.history.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub fn seen(&self) -> MutexGuard<'_, Seen> {

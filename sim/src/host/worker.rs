@@ -59,7 +59,12 @@ pub async fn run(world: World, host: String, mut role: Role) -> turmoil::Result 
 async fn until_its_end(world: &World, host: &str, mut running: Running) -> Result<(Ending, Left), String> {
     let ending = running.ending().await.map_err(|error| error.to_string())?;
     world.record.note(host, format!("this life ends: {}", ending.as_str()));
+    let shell = running.shell().clone();
     let left = running.end(ending).await.map_err(|error| error.to_string())?;
+    let held = shell.engine.cache().stats();
+    if matches!(ending, Ending::Drained | Ending::Becomes(_)) && held.used > 0 {
+        world.seen().held_at_end.push((host.to_string(), held.used));
+    }
     Ok((ending, left))
 }
 

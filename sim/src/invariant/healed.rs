@@ -1,9 +1,15 @@
-//! L1: without faults, requests succeed again, and there is one leader whom all follow, with equal ledgers.
+//! L1: without faults, requests succeed again, and there is one leader whom all follow, with equal ledgers. Q2: they have to
+//! wait for nobody: all that was asked before has ended, or has had its time.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use super::{Invariant, Look};
 use crate::host::client::End;
+use crate::run::HEALING;
+
+/// A few hundred steps of an engine, which no request of a run takes.
+const WAIT_MAX: Duration = Duration::from_secs(6);
 
 pub(super) struct Healed;
 
@@ -15,7 +21,13 @@ impl Invariant for Healed {
     fn step(&mut self, look: &Look) -> Result<(), String> {
         for told in look.told.iter().filter(|told| told.ask.at.is_none()) {
             match &told.ended {
-                None | Some((_, End::Complete)) => {}
+                None => {}
+                Some((at, End::Complete)) => {
+                    let waited = look.healed.map_or(Duration::ZERO, |healed| at.saturating_sub(healed + HEALING));
+                    if waited > WAIT_MAX {
+                        return Err(format!("request {} took {waited:?} in a cluster at rest", told.ask.number));
+                    }
+                }
                 Some((_, end)) => {
                     return Err(format!("request {}, sent after all had healed: {end:?}", told.ask.number));
                 }

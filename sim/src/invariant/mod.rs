@@ -3,10 +3,12 @@
 
 mod blocks;
 mod contents;
+mod drained;
 mod durable;
 mod ends_once;
 mod healed;
 mod ledgers;
+mod linear;
 mod lives;
 mod own_disk;
 mod owners;
@@ -68,6 +70,8 @@ pub fn all() -> Vec<Box<dyn Invariant>> {
         Box::new(durable::OnDisks::default()),
         Box::new(ledgers::Ledgers::default()),
         Box::new(own_disk::OwnDisk::default()),
+        Box::new(linear::Linear),
+        Box::new(drained::Drained),
         Box::new(healed::Healed),
         Box::new(quiet::Quiet),
     ]
