@@ -180,6 +180,14 @@ impl GpuModel {
         self.weights.layers.iter().map(bytes).sum()
     }
 
+    /// Weights of the matrices of all layers: each a multiplication and an addition per token.
+    pub fn layer_weights(&self) -> usize {
+        let weights = |matrix: &GpuMatrix| matrix.outputs() * matrix.inputs();
+        let all =
+            |layer: &Layer| [&layer.qkv, &layer.out, &layer.gate_up, &layer.down].map(weights).iter().sum::<usize>();
+        self.weights.layers.iter().map(all).sum()
+    }
+
     /// Bytes of the output matrix: read once per step that draws.
     pub fn head_bytes(&self) -> usize {
         self.weights.head.bytes()

@@ -327,7 +327,7 @@ impl Loader<'_> {
         let digest = tensor.inspect(self.cpu.threads())?;
         self.digests.push((tensor.name.clone(), digest));
         self.parameters += tensor.elements() as u64;
-        self.done += tensor.bytes.len() as u64;
+        self.done += tensor.stored_bytes() as u64;
         (self.progress)(Progress {
             phase: Phase::Weights,
             bytes_done: self.done.min(self.total),

@@ -1,6 +1,7 @@
 //! For tests of this and other crates: small random models of each family as Hugging Face directories, a model-free
 //! spec, and the loop that drives an engine to the end of its work.
 
+mod eights;
 mod faulty_rank;
 mod zero_block;
 
@@ -25,6 +26,7 @@ pub fn layer_of(arena: &Arena, index: u32, layer: usize) -> Vec<u8> {
     bytes
 }
 
+pub use eights::Scaling;
 pub use faulty_rank::{Fault, faulty_group};
 pub use zero_block::ZeroBlock;
 
@@ -183,28 +185,38 @@ fn write_safetensors(
     values: &[Vec<f32>],
     dtype: Dtype,
 ) -> io::Result<()> {
-    let name = match dtype {
-        Dtype::F32 => "F32",
-        Dtype::F16 => "F16",
-        _ => "BF16",
+    let stored = tensors.iter().zip(values).map(|((name, shape), values)| (name.clone(), stored(shape, values, dtype)));
+    write_tensors(file, &stored.collect::<Vec<_>>())
+}
+
+/// A tensor of a file: the name of its type, its shape and its bytes.
+struct Stored {
+    dtype: &'static str,
+    shape: Vec<usize>,
+    bytes: Vec<u8>,
+}
+
+fn stored(shape: &[usize], values: &[f32], dtype: Dtype) -> Stored {
+    let (name, bytes) = match dtype {
+        Dtype::F32 => ("F32", values.iter().flat_map(|value| value.to_le_bytes()).collect()),
+        Dtype::F16 => ("F16", values.iter().flat_map(|value| to_f16(*value).to_le_bytes()).collect()),
+        _ => ("BF16", values.iter().flat_map(|value| ((value.to_bits() >> 16) as u16).to_le_bytes()).collect()),
     };
+    Stored { dtype: name, shape: shape.to_vec(), bytes }
+}
+
+fn write_tensors(file: &Path, tensors: &[(String, Stored)]) -> io::Result<()> {
     let (mut header, mut offset) = (serde_json::Map::new(), 0);
-    for ((tensor, shape), values) in tensors.iter().zip(values) {
-        let end = offset + values.len() * dtype.unit_bytes();
-        header.insert(tensor.clone(), json!({"dtype": name, "shape": shape, "data_offsets": [offset, end]}));
+    for (name, Stored { dtype, shape, bytes }) in tensors {
+        let end = offset + bytes.len();
+        header.insert(name.clone(), json!({"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}));
         offset = end;
     }
     let header = Value::Object(header).to_string();
     let mut out = io::BufWriter::new(std::fs::File::create(file)?);
     out.write_all(&(header.len() as u64).to_le_bytes())?;
     out.write_all(header.as_bytes())?;
-    for value in values.iter().take(tensors.len()).flatten() {
-        match dtype {
-            Dtype::F32 => out.write_all(&value.to_le_bytes())?,
-            Dtype::F16 => out.write_all(&to_f16(*value).to_le_bytes())?,
-            _ => out.write_all(&((value.to_bits() >> 16) as u16).to_le_bytes())?,
-        }
-    }
+    tensors.iter().try_for_each(|(_, stored)| out.write_all(&stored.bytes))?;
     out.flush()
 }
 

@@ -59,8 +59,8 @@ pub(crate) fn bench(flags: &EngineFlags, directory: &Path, index: usize, threads
         BenchOptions { rounds, decode_steps: 64, prefill_tokens: 4096, context_tokens: 1024, batches: &[1, 8, 64] };
     let rates = rates(&mut model, &spec, &options, &|| started.elapsed().as_secs_f64());
     figures.extend(rates.figures(&options).into_iter().map(|f| Figure::new(f.name, f.value, f.unit)));
-    // A multiplication and an addition per weight, which has two bytes.
-    let tflops = rates.prefill * model.layer_bytes() as f64 / 1e12;
+    // A multiplication and an addition per weight.
+    let tflops = rates.prefill * 2.0 * model.layer_weights() as f64 / 1e12;
     figures.push(Figure::new("prefill_rate", tflops, "TFLOP/s"));
     figures.extend(
         flags

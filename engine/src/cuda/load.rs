@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use baton_core::limits::BLOCK_TOKENS;
 use baton_core::{BlockLayout, KvDtype, NumericsClass};
+use baton_kernels::F8Matrix;
 use baton_kernels::cuda::{Cubins, Floats, Gpu, GpuError, GpuMatrix, check_heads};
 use xxhash_rust::xxh3::Xxh3;
 
@@ -58,8 +59,8 @@ fn load_on(gpu: Gpu, dir: &Path, threads: usize, progress: &mut dyn FnMut(Progre
     progress(Progress { phase: Phase::Open, bytes_done: 0, bytes_total: 0 });
     let config = ModelConfig::read(dir)?;
     check_heads(&config.heads)?;
-    enough(gpu.name(), gpu.memory()?.0 as u64, weight_bytes(&config))?;
     let checkpoint = Checkpoint::open(dir)?;
+    enough(gpu.name(), gpu.memory()?.0 as u64, checkpoint.kept_bytes())?;
     let total = checkpoint.bytes();
     let mut loader = Loader {
         checkpoint: &checkpoint,
@@ -95,15 +96,6 @@ fn load_on(gpu: Gpu, dir: &Path, threads: usize, progress: &mut dyn FnMut(Progre
     Ok(LoadedGpu { model: GpuModel::new(gpu, config, weights)?, spec })
 }
 
-/// Bytes of all matrices in the GPU's memory.
-fn weight_bytes(config: &ModelConfig) -> u64 {
-    let heads = config.heads;
-    let attention = heads.qkv_width() + heads.width();
-    let layer = config.hidden * (attention + 3 * config.intermediate);
-    let embeddings = config.vocab * config.hidden * if config.tied { 1 } else { 2 };
-    2 * (config.layers * layer + embeddings) as u64
-}
-
 /// Refuses a model whose weights do not fit, before anything of it is read.
 fn enough(gpu: &str, free: u64, needed: u64) -> Result<(), LoadError> {
     if needed < free {
@@ -112,7 +104,7 @@ fn enough(gpu: &str, free: u64, needed: u64) -> Result<(), LoadError> {
     let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
     Err(LoadError::Device(format!(
         "{gpu} has {:.1} GiB free, and the weights alone need {:.1} GiB: {:.1} GiB are missing; free memory on it, name another \
-         GPU with --device cuda:INDEX, take a model of at most {:.1} billion parameters, or compute on the CPU",
+         GPU with --device cuda:INDEX, take a model of at most {:.1} billion parameters in 16 bits, or compute on the CPU",
         gib(free),
         gib(needed),
         gib(needed - free),
@@ -135,7 +127,7 @@ struct Loader<'a> {
 impl Loader<'_> {
     fn weights(&mut self, config: &ModelConfig) -> Result<Weights, LoadError> {
         let (vocab, hidden) = (config.vocab, config.hidden);
-        let embedding = Arc::new(self.matrix(&[("model.embed_tokens.weight".into(), vocab)], hidden)?);
+        let embedding = Arc::new(self.table("model.embed_tokens.weight", vocab, hidden)?);
         let layers = (0..config.layers).map(|layer| self.layer(config, layer)).collect::<Result<_, _>>()?;
         let norm = self.vector("model.norm.weight", hidden)?;
         let head = match config.tied {
@@ -175,12 +167,27 @@ impl Loader<'_> {
     }
 
     fn matrix(&mut self, parts: &[(String, usize)], cols: usize) -> Result<GpuMatrix, LoadError> {
-        let tensors = parts.iter().map(|(name, rows)| self.checkpoint.tensor(name, &[*rows, cols]));
-        let tensors = tensors.collect::<Result<Vec<Tensor>, LoadError>>()?;
+        let tensors = parts.iter().map(|(name, rows)| self.checkpoint.kept(name, &[*rows, cols]));
+        let mut tensors = tensors.collect::<Result<Vec<Tensor>, LoadError>>()?;
         tensors.iter().try_for_each(|tensor| self.inspect(tensor))?;
-        let matrices: Vec<_> = tensors.iter().map(Tensor::matrix).collect();
-        let matrix = self.gpu.matrix(&matrices)?;
+        let eights: Option<Vec<F8Matrix>> = tensors.iter().map(Tensor::eights).collect();
+        let matrix = match eights.filter(|parts| GpuMatrix::keeps(parts)) {
+            Some(parts) => self.gpu.matrix_f8(&parts)?,
+            None => {
+                tensors.iter_mut().for_each(Tensor::widen);
+                self.gpu.matrix(&tensors.iter().map(Tensor::matrix).collect::<Vec<_>>())?
+            }
+        };
         tensors.iter().for_each(Tensor::give_pages_back);
+        Ok(matrix)
+    }
+
+    /// A matrix whose rows are looked up: bf16.
+    fn table(&mut self, name: &str, rows: usize, cols: usize) -> Result<GpuMatrix, LoadError> {
+        let tensor = self.checkpoint.tensor(name, &[rows, cols])?;
+        self.inspect(&tensor)?;
+        let matrix = self.gpu.matrix(&[tensor.matrix()])?;
+        tensor.give_pages_back();
         Ok(matrix)
     }
 
@@ -212,7 +219,7 @@ impl Loader<'_> {
         let digest = tensor.inspect(self.threads)?;
         self.digests.push((tensor.name.clone(), digest));
         self.parameters += tensor.elements() as u64;
-        self.done += tensor.bytes.len() as u64;
+        self.done += tensor.stored_bytes() as u64;
         let (bytes_done, bytes_total) = (self.done.min(self.total), self.total);
         (self.progress)(Progress { phase: Phase::Weights, bytes_done, bytes_total });
         Ok(())

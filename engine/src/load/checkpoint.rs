@@ -7,7 +7,8 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use baton_kernels::{Dtype, Matrix};
+use baton_kernels::f8::SCALE_BOUND;
+use baton_kernels::{Dtype, F8Matrix, Matrix};
 use memmap2::{Advice, Mmap, UncheckedAdvice};
 use safetensors::SafeTensorError;
 use safetensors::tensor::SafeTensors;
@@ -19,6 +20,11 @@ use crate::load::gguf::{self, Header};
 
 /// Bytes hashed and checked as one piece of work.
 const PIECE_BYTES: usize = 4 << 20;
+
+/// What safetensors calls e4m3.
+const EIGHTS: &str = "F8_E4M3";
+/// Outputs, and inputs, of a block that shares a scale.
+const SCALE_BLOCK: usize = 128;
 
 /// All weights of a model directory.
 pub struct Checkpoint {
@@ -41,9 +47,18 @@ pub struct Tensor<'a> {
     pub name: String,
     pub dtype: Dtype,
     pub shape: Vec<usize>,
+    /// Of a matrix of 8 bits what they mean in bf16, or nothing (`Checkpoint::kept`).
     pub bytes: Cow<'a, [u8]>,
-    /// Where they lie in the file.
+    /// Where it lies in the file.
     place: Range<usize>,
+    eights: Option<Eights<'a>>,
+}
+
+/// A matrix of e4m3 as the file has it, with its scales.
+struct Eights<'a> {
+    bytes: &'a [u8],
+    scales: Vec<f32>,
+    block: (usize, usize),
 }
 
 #[derive(Deserialize)]
@@ -102,9 +117,29 @@ impl Checkpoint {
         self.files.iter().map(|file| file.map.len() as u64).sum()
     }
 
-    /// Element type of the named tensor, if there is one and it is known.
+    /// Element type that the named tensor is loaded as, if there is one and it is known.
     pub fn dtype(&self, name: &str) -> Option<Dtype> {
-        self.files[*self.index.get(name)?].tensors.get(name)?.dtype.clone().ok()
+        match &self.found(name)?.1.dtype {
+            Ok(dtype) => Some(*dtype),
+            Err(found) => (found == EIGHTS).then_some(Dtype::Bf16),
+        }
+    }
+
+    /// Bytes of all matrices in memory, where those of 8 bits are kept as they are, and of the largest of these in bf16.
+    pub fn kept_bytes(&self) -> u64 {
+        let matrices =
+            self.files.iter().flat_map(|file| file.tensors.values()).filter(|tensor| tensor.shape.len() == 2);
+        let sizes = matrices.map(|tensor| (tensor.shape.iter().product::<usize>() as u64, is_eights(tensor)));
+        let (sum, largest) = sizes.fold((0, 0), |(sum, largest), (elements, eights)| match eights {
+            true => (sum + elements, elements.max(largest)),
+            false => (sum + 2 * elements, largest),
+        });
+        sum + 2 * largest
+    }
+
+    fn found(&self, name: &str) -> Option<(&File, &gguf::Tensor)> {
+        let file = &self.files[*self.index.get(name)?];
+        file.tensors.get(name).map(|tensor| (file, tensor))
     }
 
     /// The named tensor if there is one; it must have this shape.
@@ -115,12 +150,17 @@ impl Checkpoint {
         }
     }
 
-    /// The named tensor, which must have this shape.
+    /// The named tensor, which must have this shape; 8 bits become bf16.
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor<'_>, LoadError> {
-        let file = self.index.get(name).map(|at| &self.files[*at]);
-        let found = file.and_then(|file| file.tensors.get(name).map(|tensor| (file, tensor)));
-        let Some((file, found)) = found else {
-            let file = file.map_or(&self.whole, |file| &file.path).clone();
+        let mut tensor = self.kept(name, shape)?;
+        tensor.widen();
+        Ok(tensor)
+    }
+
+    /// As `tensor`, with 8 bits left as they are: `Tensor::eights` has them.
+    pub fn kept(&self, name: &str, shape: &[usize]) -> Result<Tensor<'_>, LoadError> {
+        let Some((file, found)) = self.found(name) else {
+            let file = self.index.get(name).map_or(&self.whole, |at| &self.files[*at].path).clone();
             return Err(LoadError::MissingTensor { file, tensor: name.to_string(), expected: shape.to_vec() });
         };
         if found.shape != shape {
@@ -131,6 +171,12 @@ impl Checkpoint {
                 expected: shape.to_vec(),
             });
         }
+        if is_eights(found) && shape.len() == 2 {
+            let (scales, block) = self.scales(name, (shape[0], shape[1]))?;
+            let eights = Some(Eights { bytes: &file.map[found.bytes.clone()], scales, block });
+            let (name, shape, place) = (name.to_string(), shape.to_vec(), found.bytes.clone());
+            return Ok(Tensor { file, name, dtype: Dtype::Bf16, shape, bytes: Cow::Borrowed(&[]), place, eights });
+        }
         let dtype = found.dtype.clone().map_err(|found| {
             let (file, tensor) = (file.path.clone(), name.to_string());
             LoadError::Dtype { file, tensor, found }
@@ -140,8 +186,41 @@ impl Checkpoint {
             Some(head_dim) => Cow::Owned(unpaired(file, name, bytes, shape[0], head_dim)?),
             None => Cow::Borrowed(bytes),
         };
-        Ok(Tensor { file, name: name.to_string(), dtype, shape: shape.to_vec(), bytes, place: found.bytes.clone() })
+        let (name, shape, place) = (name.to_string(), shape.to_vec(), found.bytes.clone());
+        Ok(Tensor { file, name, dtype, shape, bytes, place, eights: None })
     }
+
+    /// Scales of a matrix of 8 bits, and the outputs and inputs that share one: `X_scale` (compressed-tensors: one, or one for
+    /// each output) or `X_scale_inv` (one for 128 by 128). A weight is multiplied by either.
+    fn scales(&self, name: &str, (rows, cols): (usize, usize)) -> Result<(Vec<f32>, (usize, usize)), LoadError> {
+        let blocks = [rows.div_ceil(SCALE_BLOCK), cols.div_ceil(SCALE_BLOCK)];
+        let named = [format!("{name}_scale_inv"), format!("{name}_scale")];
+        let found = named.into_iter().find_map(|name| self.found(&name).map(|(_, found)| (name, found.shape.clone())));
+        let Some((scale, shape)) = found else {
+            let (file, tensor) = (self.whole.clone(), format!("{name}_scale"));
+            return Err(LoadError::MissingTensor { file, tensor, expected: blocks.to_vec() });
+        };
+        let block = match shape[..] {
+            [] | [1] | [1, 1] => (rows, cols),
+            [len] | [len, 1] if len == rows => (1, cols),
+            [down, across] if [down, across] == blocks => (SCALE_BLOCK, SCALE_BLOCK),
+            _ => {
+                let file = self.whole.clone();
+                return Err(LoadError::Shape { file, tensor: scale, found: shape, expected: blocks.to_vec() });
+            }
+        };
+        let tensor = self.tensor(&scale, &shape)?;
+        let scales = tensor.values()?;
+        if let Some(index) = scales.iter().position(|scale| !(0.0..SCALE_BOUND).contains(scale)) {
+            let (file, value) = (tensor.file.path.clone(), scales[index]);
+            return Err(LoadError::Scale { file, tensor: scale, index, value, bound: SCALE_BOUND });
+        }
+        Ok((scales, block))
+    }
+}
+
+fn is_eights(tensor: &gguf::Tensor) -> bool {
+    tensor.dtype.as_ref().is_err_and(|found| found == EIGHTS)
 }
 
 /// Rows of heads as Hugging Face lays them: llama.cpp keeps rows i and i + head_dim/2, which rotate together, side by side.
@@ -220,7 +299,25 @@ fn data_bytes(bytes: &[u8], header: u64) -> u64 {
 
 impl Tensor<'_> {
     pub fn elements(&self) -> usize {
-        self.bytes.len() / self.dtype.unit_bytes() * self.dtype.unit()
+        self.shape.iter().product()
+    }
+
+    /// Bytes of the file.
+    pub fn stored_bytes(&self) -> usize {
+        self.place.len()
+    }
+
+    /// The matrix as the file has it, if that is in 8 bits.
+    pub fn eights(&self) -> Option<F8Matrix<'_>> {
+        let Eights { bytes, scales, block } = self.eights.as_ref()?;
+        Some(F8Matrix { bytes, rows: self.shape[0], cols: self.shape[1], scales, block: *block })
+    }
+
+    /// Makes bf16 of 8 bits.
+    pub fn widen(&mut self) {
+        if let Some(eights) = self.eights() {
+            self.bytes = Cow::Owned(eights.widen());
+        }
     }
 
     /// As a matrix; a vector is one column wide.
@@ -238,15 +335,23 @@ impl Tensor<'_> {
         Ok(self.bytes.chunks_exact(self.dtype.unit_bytes()).map(|bytes| value(self.dtype, bytes)).collect())
     }
 
-    /// Content hash of dtype, shape and bytes, or the first value that is not finite. Independent of `threads`.
+    /// Content hash of dtype, shape and bytes, or the first value that is not finite. Independent of `threads`, and of whether
+    /// 8 bits were made bf16.
     pub fn inspect(&self, threads: usize) -> Result<u128, LoadError> {
-        let size = self.dtype.unit_bytes();
-        let pieces: Vec<&[u8]> = self.bytes.chunks(PIECE_BYTES / size * size).collect();
+        let (stored, size) = match &self.eights {
+            Some(eights) => (eights.bytes, 1),
+            None => (&self.bytes[..], self.dtype.unit_bytes()),
+        };
+        let finite = |piece: &[u8]| match &self.eights {
+            Some(_) => !piece.iter().fold(false, |found, byte| found | (byte & 0x7f == 0x7f)),
+            None => is_finite(self.dtype, piece),
+        };
+        let pieces: Vec<&[u8]> = stored.chunks(PIECE_BYTES / size * size).collect();
         let next = AtomicUsize::new(0);
         let work = || {
             let mut results = Vec::new();
             while let Some(piece) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
-                results.push((piece.as_ptr() as usize, xxh3_128(piece), is_finite(self.dtype, piece)));
+                results.push((piece.as_ptr() as usize, xxh3_128(piece), finite(piece)));
             }
             results
         };
@@ -261,12 +366,23 @@ impl Tensor<'_> {
         }
         results.sort_unstable();
         let mut hasher = Xxh3::new();
-        hasher.update(format!("{:?}{:?}", self.dtype, self.shape).as_bytes());
+        match &self.eights {
+            None => hasher.update(format!("{:?}{:?}", self.dtype, self.shape).as_bytes()),
+            Some(eights) => {
+                hasher.update(format!("{EIGHTS}{:?}{:?}", self.shape, eights.block).as_bytes());
+                eights.scales.iter().for_each(|scale| hasher.update(&scale.to_le_bytes()));
+            }
+        }
         results.iter().for_each(|result| hasher.update(&result.1.to_le_bytes()));
         Ok(hasher.digest128())
     }
 
     fn not_finite(&self) -> LoadError {
+        if let Some(eights) = &self.eights {
+            let index = eights.bytes.iter().position(|byte| byte & 0x7f == 0x7f).unwrap_or(0);
+            let (file, tensor) = (self.file.path.clone(), self.name.clone());
+            return LoadError::NotFinite { file, tensor, index, value: f32::NAN };
+        }
         let units = self.bytes.chunks_exact(self.dtype.unit_bytes()).enumerate();
         let mut values = units.flat_map(|(at, unit)| numbers(self.dtype, unit).map(move |value| (at, value)));
         let (at, value) = values.find(|(_, value)| !value.is_finite()).unwrap_or((0, f32::NAN));

@@ -7,6 +7,7 @@ use baton_core::TokenId;
 use baton_kernels::Heads;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
 
 use crate::load::error::LoadError;
 
@@ -78,7 +79,7 @@ struct Raw {
     use_sliding_window: Option<bool>,
     max_window_layers: Option<usize>,
     layer_types: Option<Vec<String>>,
-    quantization_config: Option<serde_json::Value>,
+    quantization_config: Option<Value>,
     eos_token_id: Option<Ids>,
 }
 
@@ -135,7 +136,7 @@ impl ModelConfig {
     }
 
     /// Checks what config.json says, or what another file says in its words. `more` are further tokens that end sequences.
-    pub(crate) fn check(file: &Path, value: serde_json::Value, more: Vec<TokenId>) -> Result<ModelConfig, LoadError> {
+    pub(crate) fn check(file: &Path, value: Value, more: Vec<TokenId>) -> Result<ModelConfig, LoadError> {
         let family = family(file, &value)?;
         let raw: Raw =
             serde_json::from_value(value).map_err(|error| LoadError::Json { file: file.to_path_buf(), error })?;
@@ -158,7 +159,7 @@ fn read_json<T: DeserializeOwned>(file: &Path) -> Result<T, LoadError> {
     serde_json::from_slice(&text).map_err(|error| LoadError::Json { file: file.to_path_buf(), error })
 }
 
-fn family(file: &Path, value: &serde_json::Value) -> Result<Family, LoadError> {
+fn family(file: &Path, value: &Value) -> Result<Family, LoadError> {
     let found = value["architectures"][0].as_str().unwrap_or("none").to_string();
     match found.as_str() {
         "LlamaForCausalLM" => Ok(Family::Llama),
@@ -199,10 +200,38 @@ impl Checker<'_> {
     }
 }
 
+/// Quantized weights that are understood.
+const EIGHTS: &str = "none (weights in F32, F16 or BF16) or 8-bit floating-point weights: quant_method fp8 with fmt e4m3 and \
+                      weight_block_size [128, 128] or none, or quant_method compressed-tensors with format float-quantized and \
+                      weights of 8 bits, symmetric, of the strategy tensor, channel or block [128, 128]";
+
+/// Whether `quantization_config` says that weights are e4m3 with scales that the checkpoint has. What it says of activations
+/// is left aside: they stay bf16, which is nearer to the model that was quantized.
+fn is_eights(found: &Value) -> bool {
+    let block = |found: &Value| found.is_null() || *found == json!([128, 128]);
+    match found["quant_method"].as_str() {
+        Some("fp8") => matches!(found["fmt"].as_str(), None | Some("e4m3")) && block(&found["weight_block_size"]),
+        Some("compressed-tensors") => {
+            let groups = found["config_groups"].as_object();
+            let understood = |group: &Value| {
+                let weights = &group["weights"];
+                weights["num_bits"] == 8
+                    && weights["type"] == "float"
+                    && weights["symmetric"] != false
+                    && matches!(weights["strategy"].as_str(), Some("tensor" | "channel" | "block"))
+                    && block(&weights["block_structure"])
+            };
+            found["format"] == "float-quantized"
+                && groups.is_some_and(|groups| !groups.is_empty() && groups.values().all(understood))
+        }
+        _ => false,
+    }
+}
+
 fn check(file: &Path, family: Family, raw: Raw) -> Result<ModelConfig, LoadError> {
     let checker = Checker { file };
-    if let Some(quantization) = &raw.quantization_config {
-        return Err(checker.wrong("quantization_config", quantization, "none: weights in F32, F16 or BF16"));
+    if let Some(found) = raw.quantization_config.as_ref().filter(|found| !is_eights(found)) {
+        return Err(checker.wrong("quantization_config", found, EIGHTS));
     }
     if let Some(act) = raw.hidden_act.as_deref().filter(|act| *act != "silu") {
         return Err(checker.wrong("hidden_act", act, "silu"));

@@ -14,14 +14,18 @@ use crate::common::{CONFIG, Choices, bits, carry, dir, load_tiny, model_engine, 
 
 const TOKENS: u32 = 6;
 
-fn load(name: &str, tiny: &TinyModel) -> LoadedGpu {
-    let gpu = match std::env::var_os("BATON_TEST_GPU") {
+/// What these tests run on.
+pub(crate) fn opened() -> Gpu {
+    match std::env::var_os("BATON_TEST_GPU") {
         Some(cubins) => Gpu::open(0, &Cubins::new(cubins)).expect("a GPU"),
         None => Gpu::emulated(Path::new(env!("CARGO_TARGET_TMPDIR"))).expect("a C++ compiler builds the emulation"),
-    };
+    }
+}
+
+fn load(name: &str, tiny: &TinyModel) -> LoadedGpu {
     let dir = dir(name);
     tiny.write(&dir, 7).expect("write a model");
-    LoadedGpu::on(gpu, &dir, 1, &mut |_| {}).expect("load")
+    LoadedGpu::on(opened(), &dir, 1, &mut |_| {}).expect("load")
 }
 
 fn asking(id: u128, prompt: &[TokenId]) -> Request {

@@ -3,6 +3,7 @@
 mod bad_models;
 mod cache;
 mod common;
+mod eights;
 mod gguf;
 #[cfg(feature = "cuda")]
 mod gpu;

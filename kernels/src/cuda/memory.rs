@@ -6,7 +6,8 @@ use std::sync::Arc;
 use super::driver::Driver;
 use super::eights::Eights;
 use super::error::GpuError;
-use super::launch::{Plain, bytes_of};
+use super::launch::{CELL, Plain, SCALED_K, bytes_of};
+use crate::F8Matrix;
 
 /// K in memory is a multiple of this, so that tiles and 16-byte copies never straddle a row's end.
 pub(crate) const DEPTH_UNIT: usize = 64;
@@ -201,6 +202,12 @@ pub struct GpuMatrix {
 }
 
 impl GpuMatrix {
+    /// Whether the parts of a matrix can be kept in 8 bits together: scaled alike, in pieces that the kernels know.
+    pub fn keeps(parts: &[F8Matrix]) -> bool {
+        let several = parts.iter().any(|part| part.block.1 < part.cols);
+        parts.iter().all(|part| part.fits() && (!several || part.whole(CELL.0, SCALED_K)))
+    }
+
     pub fn outputs(&self) -> usize {
         self.outputs
     }
