@@ -44,7 +44,7 @@ ceilings=()
 [ -z "$(value matmul)" ] || ceilings+=(--matmul-tflops "$(value matmul)")
 
 step "kernels against the reference" 120 "$baton" doctor --gpu --json
-step "kernels measured" 90 "$baton" doctor --gpu --small --measure --json "${ceilings[@]}"
+step "kernels measured" 120 "$baton" doctor --gpu --small --measure --json "${ceilings[@]}"
 step "same bytes" 120 "$engine" gpu --test-threads 4
 [ ! -e "$work/model/config.json" ] ||
     step "engine" 120 "$baton" bench engine --device cuda --model "$work/model" --rounds 2 --json "${ceilings[@]}"
@@ -73,6 +73,11 @@ with open(sys.argv[1], "a") as figures:
             cost = 100 * (found[name] / found[f"cublas {name}"] - 1)
             cost = {"name": f"invariance_cost_{rows}_rows", "value": cost, "unit": "%", "target": 10, "ok": cost <= 10}
             figures.write(json.dumps(cost) + "\n")
+    # Weights of 8 bits are half of what a decode step reads.
+    of_bf16, of_f8 = found.get("layer_matmuls_1_rows"), found.get("layer_matmuls_f8_1_rows")
+    if of_bf16 and of_f8:
+        gain = {"name": "f8_gain_1_rows", "value": of_bf16 / of_f8, "unit": "times", "target": 1.6, "ok": of_bf16 / of_f8 >= 1.6}
+        figures.write(json.dumps(gain) + "\n")
 for line in open(sys.argv[1]):
     f = json.loads(line)
     if f["unit"] == "relative error" and f["ok"]:
