@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::driver::Driver;
 use super::error::GpuError;
-use super::launch::{CELL, SCALED_K};
+use super::launch::{CELL, SCALED_K, TILE_OUTPUTS};
 use super::memory::{Floats, Memory};
 use crate::f8::F8Matrix;
 
@@ -62,12 +62,12 @@ impl PackedF8 {
     pub(crate) fn new(parts: &[F8Matrix]) -> PackedF8 {
         let inputs = parts.first().map_or(0, |part| part.cols);
         let outputs = parts.iter().map(|part| part.rows).sum::<usize>();
-        let (depth, groups) = (inputs.next_multiple_of(CELL.1), outputs.div_ceil(CELL.0));
+        let (depth, padded) = (inputs.next_multiple_of(CELL.1), outputs.next_multiple_of(TILE_OUTPUTS));
         let several = parts.iter().any(|part| part.block.1 < inputs);
         let each = if several { inputs.div_ceil(SCALED_K) } else { 1 };
         let shift = if several { SHARED } else { 0 };
-        let mut cells = vec![0; groups * CELL.0 * depth];
-        let mut scales = vec![0.0; ((groups * CELL.0) >> shift) * each];
+        let mut cells = vec![0; padded * depth];
+        let mut scales = vec![0.0; (padded >> shift) * each];
         let places: [usize; 64] = std::array::from_fn(place);
         let mut output = 0;
         for part in parts {
@@ -75,9 +75,10 @@ impl PackedF8 {
             assert!(part.fits(), "bytes or scales do not fit the shape");
             assert!(!several || part.whole(CELL.0, SCALED_K), "scales of other pieces than 128 k and whole cells");
             for row in 0..part.rows {
-                let group = (output / CELL.0) * CELL.0 * depth + output % CELL.0 * CELL.1;
+                // Behind the cells of the outputs before, at the row of its cell.
+                let first = output / TILE_OUTPUTS * TILE_OUTPUTS * depth + output % TILE_OUTPUTS * CELL.1;
                 for (cell, bytes) in part.bytes[row * inputs..][..inputs].chunks(CELL.1).enumerate() {
-                    let to = &mut cells[group + cell * CELL.0 * CELL.1..][..CELL.1];
+                    let to = &mut cells[first + cell * TILE_OUTPUTS * CELL.1..][..CELL.1];
                     bytes.iter().zip(places).for_each(|(byte, place)| to[place] = *byte);
                 }
                 for i in 0..each {

@@ -19,7 +19,7 @@ use super::emulated::Emulated;
 use super::error::GpuError;
 use super::launch::{
     self, Argument, CELL, EIGHTS, EIGHTS_DEPTH, EIGHTS_ROWS, HEAD_DIMS, HOPPER_AHEAD, HOPPER_EIGHTS, HOPPER_UNIT,
-    HOPPERS, HOPPERS_NARROW, Hopper, KERNELS, Layout, MATMULS, PREFILL_ROWS, hoppers,
+    HOPPERS, HOPPERS_NARROW, Hopper, KERNELS, Layout, MATMULS, PREFILL_ROWS, TILE_OUTPUTS, hoppers,
 };
 use super::memory::{DEPTH_UNIT, Floats, GpuMatrix, Memory, Rows};
 use super::nvidia::{Nvidia, arch};
@@ -308,7 +308,7 @@ impl Gpu {
             return self.multiply_f8(x, range, w, arguments, scaled, segmented);
         }
         let wide = self.wide.lock().unwrap_or_else(PoisonError::into_inner);
-        let cells = w.outputs.div_ceil(CELL.0) * w.depth / CELL.1;
+        let cells = w.outputs.next_multiple_of(TILE_OUTPUTS) * w.depth / (CELL.0 * CELL.1);
         let (from, to, outputs, depth) = (w.memory.at(), wide.at(), w.outputs as u32, w.depth as u32);
         let grid = [cells.div_ceil(launch::WIDEN_F8.threads as usize / 32), 1, 1];
         self.launch(launch::WIDEN_F8, grid, &[&from, &scaled, &outputs, &depth, &to])?;

@@ -105,6 +105,8 @@ pub(crate) const EIGHTS_ROWS: usize = 64;
 pub(crate) const WIDEN_F8: Kernel = kernel("widen_f8", 256, 0);
 /// Outputs and K of a cell of weights of 8 bits.
 pub(crate) const CELL: (usize, usize) = (8, 64);
+/// Outputs whose cells lie side by side.
+pub(crate) const TILE_OUTPUTS: usize = 32;
 /// K that share a scale, where an output has more than one.
 pub(crate) const SCALED_K: usize = 128;
 

@@ -4,10 +4,13 @@
 //
 //     cell = 8 outputs, 64 k: (output, quarter q of 16 bytes), and byte 4 s + j of q is k = 16 s + 2 q + {0, 1, 8, 9}[j]:
 //            what one lane hands to the tensor cores in step s
-//     memory = (outputs / 8, K / 64) cells, zeros behind either end
+//     memory = (outputs / 32, K / 64, 4) cells, zeros behind either end: a thread block's weights lie one after another
 #include "common.cuh"
 
 #define CELL_BYTES 512
+// Cells side by side, and their outputs.
+#define CELLS 4
+#define TILE_OUTPUTS 32
 // K that share a scale, where an output has more than one.
 #define SCALED_K 128
 
@@ -19,6 +22,11 @@ struct Eights {
     // log2 of the outputs that share them.
     u32 shift;
 };
+
+// Where the cell of a group of 8 outputs lies, `cell` of `width` along K.
+__device__ __forceinline__ u64 cell_of(u32 group, u32 cell, u32 width) {
+    return (((u64)(group / CELLS) * width + cell) * CELLS + group % CELLS) * CELL_BYTES;
+}
 
 __device__ __forceinline__ const float* scales_of(const Eights& e, u32 output) { return e.scales + (u64)(output >> e.shift) * e.each; }
 
@@ -77,7 +85,7 @@ template <bool Segmented> __device__ __forceinline__ void multiply_eights(const 
         for (u32 i = threadIdx.x; i < EIGHT_OUTPUTS * SCALED_K / 16; i += 128) {
             u32 n = output + i / 64 * 8, cell = s * 2 + i / 32 % 2;
             bool present = n < a.outputs && cell < width;
-            u64 at = present ? ((u64)(n / 8) * width + cell) * CELL_BYTES + i % 32 * 16 : 0;
+            u64 at = present ? cell_of(n / 8, cell, width) + i % 32 * 16 : 0;
             copy_async(shared + s % EIGHT_STAGES * StageBytes + XBytes + i * 16, (const u8*)a.w + at, present);
         }
     };
@@ -156,7 +164,8 @@ KERNEL void __launch_bounds__(128) matmul_segmented_f8(Matmul a, Eights e) {
 KERNEL void widen_f8(const u8* cells, Eights e, u32 outputs, u32 depth, u16* out) {
     begin();
     u32 width = depth / STEP_K, cell = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
-    u32 lane = threadIdx.x % 32, n = cell / width * 8 + lane / 4, k = cell % width * STEP_K + lane % 4 * 2;
+    u32 lane = threadIdx.x % 32, column = cell / CELLS % width, group = cell / CELLS / width * CELLS + cell % CELLS;
+    u32 n = group * 8 + lane / 4, k = column * STEP_K + lane % 4 * 2;
     if (n >= outputs) return;
     uint4 own = *(const uint4*)(cells + (u64)cell * CELL_BYTES + lane * 16);
     u32 words[4] = {own.x, own.y, own.z, own.w};

@@ -395,14 +395,17 @@ struct Cursor {
     }
 };
 
-// Where cells of 8 outputs begin at `k`.
-__device__ __forceinline__ const u8* cell_at(const Matmul& a, u32 group, u32 k) { return (const u8*)a.w + ((u64)group * a.depth + k) * 8; }
+// Where the cells of 32 outputs begin at `k`.
+__device__ __forceinline__ const u8* cells_at(const Matmul& a, u32 output, u32 k) {
+    return (const u8*)a.w + ((u64)(output / TILE_OUTPUTS) * a.depth + k) * TILE_OUTPUTS;
+}
 
-// As `ask_ahead`, of the cells of 8 outputs.
-__device__ __forceinline__ void ask_cells(const Matmul& a, u32 group, u32 from, u32 ahead, u32 end, u32 piece, u32 stride) {
-    constexpr u32 Piece = 512;
+// As `ask_ahead`, of the cells of 32 outputs.
+__device__ __forceinline__ void ask_cells(const Matmul& a, u32 output, u32 from, u32 ahead, u32 end, u32 piece, u32 stride) {
+    constexpr u32 Piece = 128;
     if (from + ahead < end) end = from + ahead;
-    for (u32 k = from + piece * Piece; k < end; k += stride * Piece) ask(cell_at(a, group, k), (end - k < Piece ? end - k : Piece) * 8);
+    for (u32 k = from + piece * Piece; k < end; k += stride * Piece)
+        ask(cells_at(a, output, k), (end - k < Piece ? end - k : Piece) * TILE_OUTPUTS);
 }
 
 // The scales of a warp's weights, 128 k after 128 k. Where outputs have more than one, each lane holds one of 32 that follow.
@@ -473,10 +476,8 @@ __device__ __forceinline__ void multiply_few(const TensorMap* xs, const TensorMa
                 u32 to = shared_at(items) + slot * ItemBytes + WeightsAt, barrier = full + 8 * slot;
                 barrier_expect(barrier, ItemBytes);
                 if constexpr (Eight) {
-                    const u8* from = cell_at(a, at.output / 8, k_of(at.item));
-#pragma unroll
-                    for (u32 g = 0; g < Outputs / 8; g++)
-                        load_bytes(to + g * Chunks * CELL_BYTES, from + (u64)g * a.depth * 8, Chunks * CELL_BYTES, barrier);
+                    static_assert(Outputs == TILE_OUTPUTS, "a thread block's cells lie one after another");
+                    load_bytes(to, cells_at(a, at.output, k_of(at.item)), WBytes * Chunks, barrier);
                 } else {
 #pragma unroll
                     for (u32 c = 0; c < Chunks; c++)
@@ -507,8 +508,8 @@ __device__ __forceinline__ void multiply_few(const TensorMap* xs, const TensorMa
         u32 whole = a.depth / (Segmented ? SEGMENTS : 1), begin_k = Segmented ? warp * whole : 0, groups_at = Segmented ? 0 : warp;
         u32 ahead = a.ahead / (Segmented ? SEGMENTS : 1);
         if (Eight) {
-            if (!Segmented) ask_cells(a, output / 8 + warp, Begun, ahead, whole, lane, 32);
-            else if (lane < Outputs / 8) ask_cells(a, output / 8 + lane, begin_k + Begun, ahead, begin_k + whole, 0, 1);
+            if (!Segmented) ask_cells(a, output, Begun, ahead, whole, threadIdx.x, 32 * Warps);
+            else ask_cells(a, output, begin_k + Begun, ahead, begin_k + whole, lane, 32);
         } else {
             if (!Segmented) ask_ahead(a, output + warp * 8 + lane % 8, Begun, ahead, whole, lane / 8, 4);
             else if (lane < Outputs) ask_ahead(a, output + lane, begin_k + Begun, ahead, begin_k + whole, 0, 1);
@@ -536,8 +537,8 @@ __device__ __forceinline__ void multiply_few(const TensorMap* xs, const TensorMa
                     if (Eight) {
                         // Two of 64 k share a scale.
                         if (c % 2 == 0) scales.next(lane);
-                        const u8* cells = x + WeightsAt + groups_at * Chunks * CELL_BYTES + c * CELL_BYTES;
-                        multiply_cells<High, Wide>(sum, x + c * XBytes, cells, Chunks * CELL_BYTES, scales.now, lane, [](int) {});
+                        const u8* cells = x + WeightsAt + c * WBytes + groups_at * CELL_BYTES;
+                        multiply_cells<High, Wide>(sum, x + c * XBytes, cells, CELL_BYTES, scales.now, lane, [](int) {});
                     } else {
                         multiply_chunk<Rows, Wide>(sum, x + c * XBytes, x + WeightsAt + c * WBytes, groups_at * 8, lane);
                     }
@@ -604,7 +605,7 @@ FEW_KERNEL(matmul_segmented_16_hopper, 32, 16, 1, true, 288)
 
 // K is a multiple of 256, or of 1024 and at most 32768 with segments.
 #define EIGHT_KERNEL(Name, Outputs, Items, Chunks, Segmented, Threads)                                                       \
-    KERNEL void __launch_bounds__(Threads) Name(const __grid_constant__ TensorMap xs, Matmul a, Eights e, u32 first_row) {   \
+    KERNEL void __launch_bounds__(Threads, 1) Name(const __grid_constant__ TensorMap xs, Matmul a, Eights e, u32 first_row) { \
         DYNAMIC_SHARED(shared);                                                                                              \
         multiply_few<16, Outputs, Items, Chunks, Segmented, true>(&xs, &xs, a, e, first_row, shared);                        \
     }
