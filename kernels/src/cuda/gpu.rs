@@ -6,8 +6,7 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use std::path::Path;
 
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use baton_core::arena::DeviceBlocks;
 use baton_core::{Arena, BlockLayout, KvDtype};
@@ -18,8 +17,8 @@ use super::eights::{Eights, PackedF8, Wide};
 use super::emulated::Emulated;
 use super::error::GpuError;
 use super::launch::{
-    self, Argument, CELL, EIGHTS, EIGHTS_DEPTH, EIGHTS_ROWS, HEAD_DIMS, HOPPER_AHEAD, HOPPER_EIGHTS, HOPPER_UNIT,
-    HOPPERS, HOPPERS_NARROW, Hopper, KERNELS, Layout, MATMULS, PREFILL_ROWS, TILE_OUTPUTS, hoppers,
+    self, Argument, CELL, EIGHTS, EIGHTS_DEPTH, EIGHTS_ROWS, HEAD_DIMS, HOPPER_EIGHTS, HOPPER_UNIT, HOPPERS,
+    HOPPERS_NARROW, Hopper, KERNELS, Layout, MATMULS, PREFILL_ROWS, TILE_OUTPUTS, hoppers,
 };
 use super::memory::{DEPTH_UNIT, Floats, GpuMatrix, Memory, Rows};
 use super::nvidia::{Nvidia, arch};
@@ -37,12 +36,10 @@ pub struct Gpu {
     pub(crate) driver: Arc<dyn Driver>,
     name: String,
     profile: String,
-    /// Bytes of weights that a thread block of few rows asks for ahead.
-    ahead: AtomicUsize,
     /// A matrix of 8 bits as bf16, for one product after another.
     wide: Mutex<Wide>,
-    /// Names of the kernels launched since somebody asked to be told.
-    launched: OnceLock<Mutex<BTreeSet<&'static str>>>,
+    /// Names of the kernels launched, while somebody watches.
+    launched: Mutex<Option<BTreeSet<&'static str>>>,
 }
 
 impl Gpu {
@@ -58,39 +55,31 @@ impl Gpu {
     }
 
     fn over(driver: Arc<dyn Driver>, name: String, arch: &str) -> Gpu {
-        let ahead = AtomicUsize::new(launch::AHEAD_BYTES);
         Gpu {
             driver,
             name,
             profile: format!("cuda-{arch}-{}", &source_hash()[..8]),
-            ahead,
             wide: Mutex::default(),
-            launched: OnceLock::new(),
+            launched: Mutex::default(),
         }
     }
 
     /// Begins to remember which kernels are launched.
     pub(crate) fn watch(&self) {
-        self.launched.get_or_init(Mutex::default);
+        self.launched.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_default();
     }
 
-    /// Kernels of this device that were not launched since `watch`.
+    /// Kernels of this device that were not launched since `watch`, which this ends.
     pub(crate) fn unused(&self) -> Vec<&'static str> {
         let own = hoppers().map(|hopper| hopper.tiled.kernel.name).filter(|_| self.driver.hopper().is_some());
-        let used = self.launched.get().map(|used| used.lock().unwrap_or_else(PoisonError::into_inner).clone());
-        let used = used.unwrap_or_default();
+        let used = self.launched.lock().unwrap_or_else(PoisonError::into_inner).take().unwrap_or_default();
         KERNELS.iter().map(|kernel| kernel.name).chain(own).filter(|name| !used.contains(name)).collect()
     }
 
     fn note(&self, kernel: Kernel) {
-        if let Some(launched) = self.launched.get() {
-            launched.lock().unwrap_or_else(PoisonError::into_inner).insert(kernel.name);
+        if let Some(launched) = &mut *self.launched.lock().unwrap_or_else(PoisonError::into_inner) {
+            launched.insert(kernel.name);
         }
-    }
-
-    /// Changes how far ahead weights are asked for, to measure it: no bits depend on it.
-    pub(crate) fn set_ahead(&self, bytes: usize) {
-        self.ahead.store(bytes, Ordering::Relaxed);
     }
 
     pub fn name(&self) -> &str {
@@ -299,7 +288,6 @@ impl Gpu {
             rows: rows as u32,
             outputs: w.outputs as u32,
             depth: w.depth as u32,
-            ahead: 0,
             fresh: 0,
         };
         let Some(eights) = &w.eights else { return self.multiply_bf16(x, range, w, arguments, segmented) };
@@ -332,20 +320,14 @@ impl Gpu {
             && (!segmented || w.depth <= EIGHTS_DEPTH);
         if let Some(resident) = self.driver.hopper().filter(|_| fits) {
             let xs = self.driver.tensor_map(x.at(), (range.end, w.depth), x.stride() as usize, boxes.0)?;
-            let ahead = self.ahead(tiled.outputs);
             let most = if stays > 0 { (resident * stays / tiles).max(1) } else { usize::MAX };
             let grid = [(w.outputs / tiled.outputs).min(most) * tiles, 1, 1];
             let first = range.start as u32;
-            return self.launch(tiled.kernel, grid, &[&xs, &launch::Matmul { ahead, ..arguments }, &eights, &first]);
+            return self.launch(tiled.kernel, grid, &[&xs, &arguments, &eights, &first]);
         }
         let tiled = EIGHTS[segmented as usize];
         let grid = [tiles, w.outputs.div_ceil(tiled.outputs), 1];
         self.launch(tiled.kernel, grid, &[&arguments, &eights])
-    }
-
-    /// K that a thread block asks for ahead, of outputs that have so many bytes together in each.
-    fn ahead(&self, bytes: usize) -> u32 {
-        (self.ahead.load(Ordering::Relaxed) / bytes / HOPPER_AHEAD * HOPPER_AHEAD) as u32
     }
 
     /// Over bf16 at `arguments.w`, in the shape of `w`.
@@ -383,7 +365,6 @@ impl Gpu {
         resident: usize,
     ) -> Result<(), GpuError> {
         let Hopper { tiled, boxes, cluster, stays } = hopper;
-        let arguments = launch::Matmul { ahead: self.ahead(2 * tiled.outputs), ..arguments };
         let xs = self.driver.tensor_map(x.at(), (range.end, w.depth), x.stride() as usize, boxes.0)?;
         let ws = self.driver.tensor_map(arguments.w, (w.outputs, w.depth), w.depth, boxes.1)?;
         let tiles = range.len().div_ceil(tiled.rows) * w.outputs.div_ceil(tiled.outputs);

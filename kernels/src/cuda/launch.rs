@@ -112,11 +112,6 @@ pub(crate) const SCALED_K: usize = 128;
 
 /// Outputs, and the K of a segment, are a multiple of this in those kernels.
 pub(crate) const HOPPER_UNIT: usize = 64;
-/// `Matmul::ahead` is a multiple of this.
-pub(crate) const HOPPER_AHEAD: usize = 512;
-/// Bytes of weights that a thread block asks for ahead, beside what it loads at first. The thread blocks that are there at a time
-/// ask for 17 to 34 MB of the 50 that the cache holds.
-pub(crate) const AHEAD_BYTES: usize = 128 << 10;
 /// Bytes lost to alignment, and those of barriers.
 const HOPPER_MORE: usize = 1024 + 1024;
 
@@ -281,7 +276,6 @@ pub(crate) struct Matmul {
     pub(crate) rows: u32,
     pub(crate) outputs: u32,
     pub(crate) depth: u32,
-    pub(crate) ahead: u32,
     pub(crate) fresh: u32,
 }
 

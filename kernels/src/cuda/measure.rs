@@ -5,7 +5,6 @@
 use baton_core::Rng;
 use baton_core::arena::{BlockLayout, KvDtype};
 
-use super::launch::AHEAD_BYTES;
 use super::{Floats, Gpu, GpuArena, GpuAttention, GpuError, GpuMatrix, GpuRope, Rows};
 use crate::limits::best;
 use crate::{Dtype, F8Matrix, Heads, Matrix, RopeTable, Span};
@@ -67,11 +66,7 @@ pub fn all(gpu: &Gpu, ceilings: Ceilings) -> Result<Vec<Measured>, GpuError> {
     for rows in [1, 8, 64] {
         measure.layer_matmuls("", &layers, rows)?;
     }
-    for ahead in [AHEAD_BYTES, 0, 64 << 10, 192 << 10, 256 << 10] {
-        gpu.set_ahead(ahead);
-        measure.layer(&layers, ahead)?;
-    }
-    gpu.set_ahead(AHEAD_BYTES);
+    measure.layer(&layers)?;
     drop(layers);
     let layers = measure.eights()?;
     for rows in [1, 8, 64, 4096] {
@@ -205,8 +200,8 @@ impl Measure<'_> {
         Ok(layers_of(turning))
     }
 
-    /// A whole layer of a decode step of one sequence behind 1024 positions, with so many bytes asked for ahead.
-    fn layer(&mut self, layers: &[Weights], ahead: usize) -> Result<(), GpuError> {
+    /// A whole layer of a decode step of one sequence behind 1024 positions.
+    fn layer(&mut self, layers: &[Weights]) -> Result<(), GpuError> {
         let (gpu, heads, context) = (self.gpu, HEADS, 1024);
         let layout = BlockLayout { layers: 1, kv_heads: 8, head_dim: 128, block_tokens: 16, dtype: KvDtype::Bf16 };
         let blocks: Vec<u32> = (0..context as u32 / 16 + 1).collect();
@@ -237,7 +232,7 @@ impl Measure<'_> {
             gpu.add_rms_norm(&mut x, Some(&delta), &weight, 1, 1e-5, &mut normed)
         })?;
         let bytes: usize = layers[0].iter().map(GpuMatrix::bytes).sum();
-        let name = format!("layer of one row, {} KiB ahead", ahead >> 10);
+        let name = "layer of one row".to_string();
         self.add(format!("{name}, time"), seconds * 1e6, "us", None);
         self.add(name, bytes as f64 / seconds / 1e9, "GB/s", self.ceilings.copy_gbps);
         Ok(())

@@ -21,9 +21,6 @@ struct Matmul {
     u32 rows;
     u32 outputs;
     u32 depth;
-    // K of each output's weights that a thread block asks into the cache behind those it loads at first, while the kernel before
-    // still runs; a multiple of 512.
-    u32 ahead;
     // Whether the kernel before makes W.
     u32 fresh;
 };

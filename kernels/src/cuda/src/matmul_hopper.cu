@@ -84,15 +84,6 @@ __device__ __forceinline__ void load_once(u32 to, const TensorMap* map, u32 barr
                  : "memory");
 }
 
-// Asks for the next `a.ahead` k of an output's weights from `from` on, up to `end`, in pieces: this thread for every
-// `stride`th, from `piece` on.
-__device__ __forceinline__ void ask_ahead(const Matmul& a, u32 output, u32 from, u32 ahead, u32 end, u32 piece, u32 stride) {
-    constexpr u32 Piece = 512;
-    if (from + ahead < end) end = from + ahead;
-    for (u32 k = from + piece * Piece; k < end; k += stride * Piece)
-        ask(a.w + (u64)output * a.depth + k, (end - k < Piece ? end - k : Piece) * 2);
-}
-
 // Bytes one after another: a multiple of 16.
 __device__ __forceinline__ void load_bytes(u32 to, const void* from, u32 bytes, u32 barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
@@ -400,14 +391,6 @@ __device__ __forceinline__ const u8* cells_at(const Matmul& a, u32 output, u32 k
     return (const u8*)a.w + ((u64)(output / TILE_OUTPUTS) * a.depth + k) * TILE_OUTPUTS;
 }
 
-// As `ask_ahead`, of the cells of 32 outputs.
-__device__ __forceinline__ void ask_cells(const Matmul& a, u32 output, u32 from, u32 ahead, u32 end, u32 piece, u32 stride) {
-    constexpr u32 Piece = 128;
-    if (from + ahead < end) end = from + ahead;
-    for (u32 k = from + piece * Piece; k < end; k += stride * Piece)
-        ask(cells_at(a, output, k), (end - k < Piece ? end - k : Piece) * TILE_OUTPUTS);
-}
-
 // The scales of a warp's weights, 128 k after 128 k. Where outputs have more than one, each lane holds one of 32 that follow.
 template <int Wide> struct Scales {
     float now[Wide], held[Wide], later[Wide];
@@ -481,7 +464,7 @@ __device__ __forceinline__ void multiply_few(const TensorMap* xs, const TensorMa
                 } else {
 #pragma unroll
                     for (u32 c = 0; c < Chunks; c++)
-                        load_once(to + c * WBytes, ws, barrier, k_of(at.item) + c * HOPPER_STEP, at.output);
+                        load_slab(to + c * WBytes, ws, barrier, k_of(at.item) + c * HOPPER_STEP, at.output);
                 }
             };
             auto rows = [&](const Cursor& at, u32 slot) {
@@ -502,18 +485,8 @@ __device__ __forceinline__ void multiply_few(const TensorMap* xs, const TensorMa
             }
         }
     } else {
-        // Nothing to multiply before the kernel before has ended: memory goes on with what follows the ring.
-        // Where a warp's scales begin in K, and the groups of 8 outputs it has.
-        constexpr u32 Begun = Items / (Segmented ? SEGMENTS : 1) * Chunks * HOPPER_STEP;
-        u32 whole = a.depth / (Segmented ? SEGMENTS : 1), begin_k = Segmented ? warp * whole : 0, groups_at = Segmented ? 0 : warp;
-        u32 ahead = a.ahead / (Segmented ? SEGMENTS : 1);
-        if (Eight) {
-            if (!Segmented) ask_cells(a, output, Begun, ahead, whole, threadIdx.x, 32 * Warps);
-            else ask_cells(a, output, begin_k + Begun, ahead, begin_k + whole, lane, 32);
-        } else {
-            if (!Segmented) ask_ahead(a, output + warp * 8 + lane % 8, Begun, ahead, whole, lane / 8, 4);
-            else if (lane < Outputs) ask_ahead(a, output + lane, begin_k + Begun, ahead, begin_k + whole, 0, 1);
-        }
+        // Where a warp begins in K, and its first group of 8 outputs.
+        u32 begin_k = Segmented ? warp * (a.depth / SEGMENTS) : 0, groups_at = Segmented ? 0 : warp;
         after_previous();
         // A warp with a segment takes every eighth item.
         constexpr u32 Stride = Segmented ? SEGMENTS : 1;
@@ -661,10 +634,6 @@ __device__ __forceinline__ void multiply_some(const TensorMap* xs, const TensorM
             }
         }
     } else {
-        if (lane < Outputs / 4) {
-            u32 n = output + warp * (Outputs / 4) + lane;
-            if (n < a.outputs) ask_ahead(a, n, first_k + Items * HOPPER_STEP, a.ahead, first_k + count * HOPPER_STEP, 0, 1);
-        }
         after_previous();
         Ring<Items> ring = {0, 0};
 #pragma unroll
