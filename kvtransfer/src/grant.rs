@@ -54,10 +54,13 @@ impl Grant {
         if let Some(HeadSlice { of, first }) = self.slice {
             hash.update(&[of.to_le_bytes(), first.to_le_bytes()].concat());
         }
-        for block in &self.blocks {
-            hash.update(&block.index.to_le_bytes());
-            hash.update(&block.generation.to_le_bytes());
-        }
+        // In one piece: a transfer of many blocks waits for it.
+        let blocks: Vec<u8> = self
+            .blocks
+            .iter()
+            .flat_map(|block| (u64::from(block.generation) << 32 | u64::from(block.index)).to_le_bytes())
+            .collect();
+        hash.update(&blocks);
         hash.digest128()
     }
 }

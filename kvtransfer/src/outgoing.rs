@@ -1,12 +1,13 @@
 //! The prefill side of one transfer.
 
-use std::collections::VecDeque;
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
 use baton_core::arena::Arriving;
 use baton_core::limits::{HANDOFF_CONNECT_MS, REQUEST_DEADLINE_MS};
 use baton_core::{Aborted, Arena, BlockId};
+use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::connection::{By, Connection, Flight, Frame, Sent};
@@ -15,13 +16,16 @@ use crate::link::{Link, LinkId, Peer};
 use crate::links::Source;
 use crate::receiver::Shared;
 use crate::sending::Sending;
-use crate::sums::Sums;
 use crate::transfer::Event;
 use crate::wire::{Body, FRAME_BLOCKS_MAX, Message, Summary, Tag};
 use crate::{Grant, TransferError};
 
 /// What the receiver confirmed.
 pub type Committed = Summary;
+
+/// Bytes of layers that leave a device together. Each time a receiver's process copies, a sender's process on the same GPU stands
+/// still while the GPU changes over, which takes as long as copying some layers does.
+const GATHERED_BYTES: usize = 128 << 20;
 
 /// A transfer that the receiver has opened. Dropping it aborts the transfer.
 pub struct Outgoing {
@@ -40,6 +44,9 @@ pub struct Outgoing {
     on_device: bool,
     /// By (layer, position); empty before the first `send`.
     extents: Vec<Option<Extent>>,
+    /// Layers out of a device that leave with the next ones, and their bytes.
+    gathered: Vec<Gathered>,
+    gathered_bytes: usize,
     committed: bool,
 }
 
@@ -113,8 +120,23 @@ impl Outgoing {
         count.add(1);
         let deadline = Instant::now() + Duration::from_millis(grant.deadline_ms.min(REQUEST_DEADLINE_MS));
         let (sent, settled, extents) = Default::default();
-        let committed = false;
-        Outgoing { source, arena, grant, digest, deadline, path, sending, sent, settled, on_device, extents, committed }
+        let (gathered, gathered_bytes, committed) = (Vec::new(), 0, false);
+        Outgoing {
+            source,
+            arena,
+            grant,
+            digest,
+            deadline,
+            path,
+            sending,
+            sent,
+            settled,
+            on_device,
+            extents,
+            gathered,
+            gathered_bytes,
+            committed,
+        }
     }
 
     async fn open(self) -> Result<Outgoing, TransferError> {
@@ -157,38 +179,85 @@ impl Outgoing {
     /// If the layer or an index is not one of the grant's.
     pub async fn send(&mut self, layer: usize, blocks: &[(usize, BlockId)]) -> Result<(), TransferError> {
         assert!(layer < self.grant.layout.layers as usize, "layer {layer} of {}", self.grant.layout.layers);
-        if self.extents.is_empty() {
-            self.extents = vec![None; self.grant.layout.layers as usize * self.grant.blocks.len()];
-        }
-        for Sent { position, source, sum } in self.transmit(layer, blocks, self.settled).await? {
-            self.extents[layer * self.grant.blocks.len() + position as usize] = Some(Extent { source, sum });
-            self.sent.digest = self.sent.digest.wrapping_add(sum);
-        }
-        self.sent.extents += blocks.len() as u64;
-        self.sent.bytes += (blocks.len() * self.grant.layout.layer_bytes()) as u64;
+        let sent = self.transmit(layer, blocks, self.settled).await?;
+        self.enter(layer, &sent);
         Ok(())
     }
 
-    /// Returns once the receiver can do without the source blocks.
+    /// The same for somebody who has more to send: out of a device, what is sent leaves together with later layers, when there is
+    /// much of it or at `commit`. Its checksums begin to be computed at once.
+    ///
+    /// # Panics
+    /// As `send`.
+    pub async fn send_soon(&mut self, layer: usize, blocks: &[(usize, BlockId)]) -> Result<(), TransferError> {
+        if !self.on_device {
+            return self.send(layer, blocks).await;
+        }
+        assert!(layer < self.grant.layout.layers as usize, "layer {layer} of {}", self.grant.layout.layers);
+        self.sending.writing(|| ())?;
+        let newest = self.gather(layer, blocks, self.settled)?;
+        self.gathered.push(newest);
+        self.gathered_bytes += blocks.len() * self.grant.layout.layer_bytes();
+        if self.gathered_bytes < GATHERED_BYTES {
+            return Ok(());
+        }
+        // The device goes on with the newest one's checksums while those before it leave.
+        let newest = self.gathered.pop_if(|newest| newest.is_under_way());
+        self.flush().await?;
+        if let Some(newest) = newest {
+            self.gathered_bytes = newest.blocks.len() * self.grant.layout.layer_bytes();
+            self.gathered.push(newest);
+        }
+        Ok(())
+    }
+
+    /// Sends what `send_soon` has gathered.
+    async fn flush(&mut self) -> Result<(), TransferError> {
+        self.gathered_bytes = 0;
+        let gathered = std::mem::take(&mut self.gathered);
+        if gathered.is_empty() {
+            return Ok(());
+        }
+        let layers: Vec<(usize, usize)> = gathered.iter().map(|layer| (layer.layer, layer.blocks.len())).collect();
+        let sent = self.leave(gathered).await?;
+        let mut rest = &sent[..];
+        for (layer, extents) in layers {
+            let (of_layer, after) = rest.split_at(extents);
+            self.enter(layer, of_layer);
+            rest = after;
+        }
+        Ok(())
+    }
+
+    /// Keeps in mind what was sent of a layer.
+    fn enter(&mut self, layer: usize, sent: &[Sent]) {
+        let blocks = self.grant.blocks.len();
+        if self.extents.is_empty() {
+            self.extents = vec![None; self.grant.layout.layers as usize * blocks];
+        }
+        for Sent { position, source, sum } in sent {
+            self.extents[layer * blocks + *position as usize] = Some(Extent { source: *source, sum: *sum });
+            self.sent.digest = self.sent.digest.wrapping_add(*sum);
+        }
+        self.sent.extents += sent.len() as u64;
+        self.sent.bytes += (sent.len() * self.grant.layout.layer_bytes()) as u64;
+    }
+
+    /// Returns once the receiver can do without the source blocks, or out of a device as soon as it knows of them.
     async fn transmit(
         &mut self,
         layer: usize,
         blocks: &[(usize, BlockId)],
         settled: usize,
     ) -> Result<Vec<Sent>, TransferError> {
+        if self.on_device {
+            let gathered = self.gather(layer, blocks, settled)?;
+            return self.leave(vec![gathered]).await;
+        }
         let mut sent = Vec::with_capacity(blocks.len());
         let mut flight = Flight::default();
-        let chunks: Vec<_> = match self.on_device {
-            true => blocks.chunks(FRAME_BLOCKS_MAX).collect(),
-            false => blocks.chunks(extent::extents_per_frame(&self.grant.layout)).collect(),
-        };
-        let mut contents = self.begin_sums(layer, &chunks, settled)?;
-        for blocks in chunks {
-            let contents = match contents.pop_front() {
-                Some(found) => Some(found.wait(&self.source.sums, layer, blocks, settled).await?),
-                None => None,
-            };
-            let (arena, sums, on_device) = (&self.arena, &self.source.sums, contents.as_deref());
+        for blocks in blocks.chunks(extent::extents_per_frame(&self.grant.layout)) {
+            let (arena, sums, on_device) = (&self.arena, &self.source.sums, None);
             let frame =
                 Frame { arena, grant: &self.grant, digest: self.digest, layer, blocks, sums, settled, on_device };
             match &mut self.path {
@@ -207,44 +276,67 @@ impl Outgoing {
                 }
             }
         }
-        if let Path::Connection(connection) = &self.path
-            && !self.on_device
-        {
+        if let Path::Connection(connection) = &self.path {
             let landed = connection.landed(&self.sending, &flight);
             timeout_at(self.deadline, landed).await.map_err(|_| TransferError::Deadline)??;
         }
         Ok(sent)
     }
 
-    /// Has the device begin with the checksums of blocks that it sends, one entry for each of `chunks`; none where the host reads
-    /// them.
-    fn begin_sums(
-        &self,
-        layer: usize,
-        chunks: &[&[(usize, BlockId)]],
-        settled: usize,
-    ) -> Result<VecDeque<DeviceSums>, TransferError> {
-        let Some(device) = self.arena.device().filter(|_| self.on_device) else { return Ok(VecDeque::new()) };
+    /// Has the device begin with those checksums of a layer's blocks that are not known.
+    fn gather(&self, layer: usize, blocks: &[(usize, BlockId)], settled: usize) -> Result<Gathered, TransferError> {
+        let device = self.arena.device().ok_or(TransferError::Aborted(Aborted::Internal))?;
         let extents = self.arena.extents(layer);
-        let begin = |blocks: &&[(usize, BlockId)]| {
-            let known = |(position, block): &(usize, BlockId)| {
-                self.source.sums.known(layer, *block).filter(|_| *position < settled)
-            };
-            let known: Vec<Option<u64>> = blocks.iter().map(known).collect();
-            let unknown = blocks.iter().zip(&known).filter(|(_, known)| known.is_none());
+        let known = self.source.sums.known_of(layer, blocks, settled);
+        let begin = |(blocks, known): (&[(usize, BlockId)], &[Option<u64>])| {
+            let unknown = blocks.iter().zip(known).filter(|(_, known)| known.is_none());
             let unknown: Vec<u32> = unknown.map(|((_, block), _)| block.index).collect();
-            let arriving = match unknown.is_empty() {
-                true => None,
-                false => Some(device.sum(&extents, &unknown).map_err(|error| device_failed(&error))?),
-            };
-            Ok(DeviceSums { known, arriving })
+            match unknown.is_empty() {
+                true => Ok(None),
+                false => device.sum(&extents, &unknown).map(Some).map_err(|error| device_failed(&error)),
+            }
         };
-        chunks.iter().map(begin).collect()
+        let frames = blocks.chunks(FRAME_BLOCKS_MAX).zip(known.chunks(FRAME_BLOCKS_MAX));
+        let arriving = frames.map(begin).collect::<Result<_, _>>()?;
+        Ok(Gathered { layer, blocks: blocks.to_vec(), settled, known, arriving })
+    }
+
+    /// Sends frames of layers out of the device, each as soon as its checksums are there.
+    async fn leave(&mut self, mut layers: Vec<Gathered>) -> Result<Vec<Sent>, TransferError> {
+        let mut sent = Vec::with_capacity(layers.iter().map(|layer| layer.blocks.len()).sum());
+        let mut flight = Flight::default();
+        let mut computed = await_all(layers.iter_mut().flat_map(Gathered::take_arriving).collect());
+        for Gathered { layer, blocks, settled, known, arriving } in layers {
+            let frames = blocks.chunks(FRAME_BLOCKS_MAX).zip(known.chunks(FRAME_BLOCKS_MAX)).zip(arriving);
+            for ((blocks, known), _) in frames {
+                let new = match known.contains(&None) {
+                    true => {
+                        let lost = TransferError::Aborted(Aborted::Internal);
+                        computed.recv().await.ok_or(lost)?.map_err(|error| device_failed(&error))?
+                    }
+                    false => Vec::new(),
+                };
+                let contents = self.source.sums.complete(layer, blocks, settled, known, &new);
+                let contents = contents.ok_or(TransferError::Aborted(Aborted::Internal))?;
+                let (arena, sums, on_device) = (&self.arena, &self.source.sums, Some(&contents[..]));
+                let frame =
+                    Frame { arena, grant: &self.grant, digest: self.digest, layer, blocks, sums, settled, on_device };
+                let Path::Connection(connection) = &self.path else {
+                    return Err(TransferError::Aborted(Aborted::Internal));
+                };
+                let sending = connection.send(&self.sending, frame, &mut flight);
+                sent.extend(timeout_at(self.deadline, sending).await.map_err(|_| TransferError::Deadline)??);
+                // The frame leaves at once, so that the receiver copies while the next one is made.
+                tokio::task::yield_now().await;
+            }
+        }
+        Ok(sent)
     }
 
     /// Says that everything has been sent, and waits until the receiver has confirmed exactly that. The caller holds
     /// the source blocks until this returns, so that what arrived damaged can be sent again.
     pub async fn commit(mut self) -> Result<Committed, TransferError> {
+        self.flush().await?;
         loop {
             self.tell(Body::Commit(self.sent))?;
             let answer =
@@ -330,40 +422,38 @@ impl Drop for Outgoing {
     }
 }
 
-/// Checksums of some blocks, known from before or being computed by the device.
-struct DeviceSums {
+/// Blocks of one layer that leave a device, and their checksums: known from before, or being computed by the device.
+struct Gathered {
+    layer: usize,
+    blocks: Vec<(usize, BlockId)>,
+    settled: usize,
     known: Vec<Option<u64>>,
-    arriving: Option<Box<dyn Arriving>>,
+    /// By frame; None where all are known, or once somebody waits for them.
+    arriving: Vec<Option<Box<dyn Arriving>>>,
 }
 
-impl DeviceSums {
-    /// All of them, in the blocks' order. Those of settled blocks are kept.
-    async fn wait(
-        self,
-        sums: &Sums,
-        layer: usize,
-        blocks: &[(usize, BlockId)],
-        settled: usize,
-    ) -> Result<Vec<u64>, TransferError> {
-        let computed = match self.arriving {
-            // A device is waited for beside the runtime.
-            Some(arriving) => match tokio::task::spawn_blocking(move || arriving.wait()).await {
-                Ok(computed) => computed.map_err(|error| device_failed(&error))?,
-                Err(_) => return Err(TransferError::Aborted(Aborted::Internal)),
-            },
-            None => Vec::new(),
-        };
-        let mut computed = computed.into_iter();
-        let mut all = Vec::with_capacity(blocks.len());
-        for ((position, block), known) in blocks.iter().zip(self.known) {
-            let sum = known.or_else(|| computed.next()).ok_or(TransferError::Aborted(Aborted::Internal))?;
-            if known.is_none() && *position < settled {
-                sums.keep(layer, *block, sum);
-            }
-            all.push(sum);
-        }
-        Ok(all)
+impl Gathered {
+    fn is_under_way(&self) -> bool {
+        self.arriving.iter().any(Option::is_some)
     }
+
+    fn take_arriving(&mut self) -> impl Iterator<Item = Box<dyn Arriving>> {
+        self.arriving.iter_mut().filter_map(Option::take)
+    }
+}
+
+/// What a device computes, in order. It is waited for beside the runtime, by one thread for all of it.
+fn await_all(arriving: Vec<Box<dyn Arriving>>) -> mpsc::Receiver<io::Result<Vec<u64>>> {
+    let (tell, told) = mpsc::channel(arriving.len().max(1));
+    if !arriving.is_empty() {
+        tokio::task::spawn_blocking(move || {
+            for arriving in arriving {
+                // There is a place for each; whoever asked may have gone.
+                let _ = tell.try_send(arriving.wait());
+            }
+        });
+    }
+    told
 }
 
 fn device_failed(error: &std::io::Error) -> TransferError {

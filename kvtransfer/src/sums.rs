@@ -25,31 +25,61 @@ impl Sums {
 
     /// The checksum of one layer of `block` before it is bound, computed once for each generation.
     pub(crate) fn of(&self, layer: usize, block: BlockId, compute: impl FnOnce() -> u64) -> u64 {
-        if let Some(sum) = self.known(layer, block) {
+        let known = find(&self.lock(), layer, block);
+        if let Some(sum) = known {
             return sum;
         }
         let sum = compute();
-        self.keep(layer, block, sum);
+        keep(&mut self.lock(), self.layers, layer, block, sum);
         sum
     }
 
-    pub(crate) fn keep(&self, layer: usize, block: BlockId, sum: u64) {
-        if let Some(known) = self.lock().get_mut(block.index as usize) {
-            if known.generation != block.generation || known.contents.is_empty() {
-                *known = Known { generation: block.generation, contents: vec![None; self.layers] };
-            }
-            known.contents[layer] = Some(sum);
-        }
+    /// What is known of each of some blocks, (position, block), of which those before the position `settled` do not change.
+    pub(crate) fn known_of(&self, layer: usize, blocks: &[(usize, BlockId)], settled: usize) -> Vec<Option<u64>> {
+        let all = self.lock();
+        let known = |(position, block): &(usize, BlockId)| find(&all, layer, *block).filter(|_| *position < settled);
+        blocks.iter().map(known).collect()
     }
 
-    pub(crate) fn known(&self, layer: usize, block: BlockId) -> Option<u64> {
-        let blocks = self.lock();
-        let known = blocks.get(block.index as usize).filter(|known| known.generation == block.generation)?;
-        known.contents.get(layer).copied().flatten()
+    /// The checksums of blocks in their order, of what `known_of` said and what was then computed of the others, which is kept of
+    /// the settled ones. None: too few were computed.
+    pub(crate) fn complete(
+        &self,
+        layer: usize,
+        blocks: &[(usize, BlockId)],
+        settled: usize,
+        known: &[Option<u64>],
+        computed: &[u64],
+    ) -> Option<Vec<u64>> {
+        let mut all = (!computed.is_empty()).then(|| self.lock());
+        let mut computed = computed.iter();
+        let mut sums = Vec::with_capacity(blocks.len());
+        for ((position, block), known) in blocks.iter().zip(known) {
+            let sum = known.or_else(|| computed.next().copied())?;
+            if let Some(all) = all.as_mut().filter(|_| known.is_none() && *position < settled) {
+                keep(all, self.layers, layer, *block, sum);
+            }
+            sums.push(sum);
+        }
+        Some(sums)
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Known>> {
         self.blocks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn find(all: &[Known], layer: usize, block: BlockId) -> Option<u64> {
+    let known = all.get(block.index as usize).filter(|known| known.generation == block.generation)?;
+    known.contents.get(layer).copied().flatten()
+}
+
+fn keep(all: &mut [Known], layers: usize, layer: usize, block: BlockId, sum: u64) {
+    if let Some(known) = all.get_mut(block.index as usize) {
+        if known.generation != block.generation || known.contents.is_empty() {
+            *known = Known { generation: block.generation, contents: vec![None; layers] };
+        }
+        known.contents[layer] = Some(sum);
     }
 }
 
@@ -74,5 +104,19 @@ mod tests {
         assert_eq!(sums.of(0, second, || 20), 20);
         assert_eq!(sums.of(1, second, || 21), 21);
         assert_eq!(sums.of(0, BlockId { index: 9, generation: 1 }, || 30), 30, "a block of no arena is not kept");
+    }
+
+    /// Many at once are known and kept as one is; those that may change are neither.
+    #[test]
+    fn checksums_of_many_blocks_are_completed() {
+        let sums = Sums::new(&LAYOUT, 4);
+        let blocks: Vec<_> = (0..4).map(|index| (index as usize, BlockId { index, generation: 1 })).collect();
+        sums.of(1, blocks[1].1, || 11);
+        sums.of(1, blocks[3].1, || 13);
+        let known = sums.known_of(1, &blocks, 3);
+        assert_eq!(known, [None, Some(11), None, None], "the last one may have changed");
+        assert_eq!(sums.complete(1, &blocks, 3, &known, &[20, 22]), None, "one is missing");
+        assert_eq!(sums.complete(1, &blocks, 3, &known, &[20, 22, 23]), Some(vec![20, 11, 22, 23]));
+        assert_eq!(sums.known_of(1, &blocks, 4), [Some(20), Some(11), Some(22), Some(13)]);
     }
 }

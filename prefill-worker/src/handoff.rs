@@ -128,7 +128,7 @@ impl Sending {
         {
             *block = last;
         }
-        self.outgoing.send(layer, &blocks).await?;
+        self.outgoing.send_soon(layer, &blocks).await?;
         Ok(())
     }
 }

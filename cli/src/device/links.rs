@@ -341,7 +341,7 @@ async fn carry_out(
     let mut outgoing = links.open_from_device(grant).await.map_err(Failure::refused)?;
     outgoing.settle(if order.settled { pairs.len() } else { 0 });
     for layer in 0..order.layers as usize {
-        outgoing.send(layer, &pairs).await.map_err(Failure::refused)?;
+        outgoing.send_soon(layer, &pairs).await.map_err(Failure::refused)?;
     }
     outgoing.commit().await.map_err(Failure::refused)?;
     Ok(links.counters())

@@ -6,6 +6,7 @@ mod sharing;
 use std::collections::BTreeMap;
 use std::ffi::{CString, c_void};
 use std::os::fd::OwnedFd;
+use std::sync::atomic::AtomicUsize;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use cudarc::driver::result::{self, DriverError};
@@ -142,8 +143,9 @@ pub(crate) struct Nvidia {
     functions: BTreeMap<&'static str, sys::CUfunction>,
     compute: sys::CUstream,
     copies: sys::CUstream,
-    /// What links do, before all else.
-    urgent: sys::CUstream,
+    /// What links do, before all else. Errands take turns on them, so that one's last thread blocks do not keep the next one waiting.
+    urgent: [sys::CUstream; sharing::URGENT_STREAMS],
+    errands_launched: AtomicUsize,
     errands: Mutex<Vec<Errand>>,
     /// Memory that can be shared, or is another process's, by address.
     shared: Mutex<BTreeMap<u64, sharing::Mapped>>,
@@ -257,7 +259,7 @@ impl Nvidia {
         let (compute, copies, staging) = (stream()?, stream()?, Mutex::new(staging));
         let overlaps = gpu.capability >= (9, 0);
         let hopper = (!own.is_empty()).then_some(gpu.multiprocessors as usize);
-        let (urgent, errands, shared) = (Nvidia::urgent_stream()?, Mutex::default(), Mutex::default());
+        let (urgent, errands, shared) = (Nvidia::urgent_streams()?, Mutex::default(), Mutex::default());
         let nvidia = Nvidia {
             device,
             context,
@@ -266,6 +268,7 @@ impl Nvidia {
             compute,
             copies,
             urgent,
+            errands_launched: AtomicUsize::new(0),
             errands,
             shared,
             overlaps,
@@ -588,7 +591,10 @@ impl Driver for Nvidia {
         unsafe {
             result::stream::synchronize(self.compute).map_err(failed("cuStreamSynchronize"))?;
             result::stream::synchronize(self.copies).map_err(failed("cuStreamSynchronize"))?;
-            result::stream::synchronize(self.urgent).map_err(failed("cuStreamSynchronize"))
+            for urgent in self.urgent {
+                result::stream::synchronize(urgent).map_err(failed("cuStreamSynchronize"))?;
+            }
+            Ok(())
         }
     }
 
@@ -616,7 +622,9 @@ impl Drop for Nvidia {
             let _ = result::event::destroy(*ready);
             let _ = result::stream::destroy(self.compute);
             let _ = result::stream::destroy(self.copies);
-            let _ = result::stream::destroy(self.urgent);
+            for urgent in self.urgent {
+                let _ = result::stream::destroy(urgent);
+            }
             let _ = result::module::unload(self.module);
             let _ = result::primary_ctx::release(self.device);
         }

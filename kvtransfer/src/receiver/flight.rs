@@ -17,7 +17,7 @@ use crate::link::{Link, LinkId};
 use crate::wire::{BadFrame, Entry, Header, Kind};
 
 /// Frames of a link that the device is given before the first of them is waited for.
-const FLIGHTS_MAX: usize = 16;
+const FLIGHTS_MAX: usize = 32;
 
 /// One frame's extents on their way. Dropping it waits for them.
 pub(super) struct Flight {
@@ -26,6 +26,8 @@ pub(super) struct Flight {
     header: Header,
     pending: Arc<Mutex<Pending>>,
     entries: Vec<Entry>,
+    /// The grant's.
+    digest: u128,
     /// None once they have landed.
     arriving: Option<Box<dyn Arriving>>,
 }
@@ -47,11 +49,14 @@ impl Shared {
         };
         let layer = u32::from(header.layer);
         let (mut taken, mut outside) = (Vec::with_capacity(entries.len()), None);
+        let digest;
         let arriving = {
             let mut pending = lock(&pending);
+            let transfer = &pending.transfer;
+            digest = transfer.digest();
+            let admitted = transfer.admit(link.id, header);
             for entry in entries {
-                let transfer = &pending.transfer;
-                match transfer.admit(link.id, header).and_then(|()| transfer.expects(layer, entry)) {
+                match admitted.and_then(|()| transfer.expects(layer, entry)) {
                     Ok(()) if (entry.source as usize) < source.blocks() => taken.push(*entry),
                     Ok(()) => outside = Some(entry.position),
                     Err(reason) => self.counts.drop(reason),
@@ -70,7 +75,7 @@ impl Shared {
         }
         let Some(arriving) = arriving? else { return Ok(None) };
         let (shared, arriving) = (self.clone(), Some(arriving));
-        Ok(Some(Flight { shared, link: link.id, header: header.clone(), pending, entries: taken, arriving }))
+        Ok(Some(Flight { shared, link: link.id, header: header.clone(), pending, entries: taken, digest, arriving }))
     }
 }
 
@@ -83,28 +88,34 @@ impl Flight {
             Vec::new()
         });
         let layer = u32::from(self.header.layer);
-        let mut spoiled = Vec::new();
-        let is_due = {
+        // Before the lock is taken, for which the next frame waits.
+        let skips = planted::is(Bug::SkipChecksum);
+        let is_announced = |(i, entry): (usize, &Entry)| {
+            let found = sums.get(i).map(|sum| extent::bind(*sum, self.digest, layer, entry.position));
+            found == Some(entry.sum) || skips
+        };
+        let announced: Vec<bool> = self.entries.iter().enumerate().map(is_announced).collect();
+        let (mut spoiled, mut arrived) = (Vec::new(), 0);
+        let (is_due, bytes) = {
             let mut pending = lock(&self.pending);
             pending.flying -= 1;
-            let digest = pending.transfer.digest();
-            for (i, entry) in self.entries.iter().enumerate() {
-                let transfer = &pending.transfer;
+            let bytes = pending.transfer.grant.layout.layer_bytes();
+            let admitted = pending.transfer.admit(self.link, &self.header);
+            for (entry, is_announced) in self.entries.iter().zip(announced) {
                 // It may have ended meanwhile, or a frame beside this one has brought the same.
-                if let Err(reason) =
-                    transfer.admit(self.link, &self.header).and_then(|()| transfer.expects(layer, entry))
-                {
+                if let Err(reason) = admitted.and_then(|()| pending.transfer.expects(layer, entry)) {
                     self.shared.counts.drop(reason);
-                    continue;
-                }
-                let found = sums.get(i).map(|sum| extent::bind(*sum, digest, layer, entry.position));
-                match found == Some(entry.sum) || planted::is(Bug::SkipChecksum) {
-                    true => pending.arrived(&self.shared.counts, layer, entry),
-                    false => spoiled.push(entry.position),
+                } else if is_announced {
+                    pending.transfer.arrived(layer, entry, bytes);
+                    arrived += 1;
+                } else {
+                    spoiled.push(entry.position);
                 }
             }
-            pending.flying == 0 && pending.is_due
+            (pending.flying == 0 && pending.is_due, bytes)
         };
+        self.shared.counts.extents.add(arrived);
+        self.shared.counts.bytes.add(arrived * bytes as u64);
         for position in spoiled {
             self.shared.spoil(self.link, &self.header, position);
         }

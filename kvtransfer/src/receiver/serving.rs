@@ -18,7 +18,7 @@ use crate::link::{Brought, Link};
 use crate::outbox::{Outbox, PLACES, write_all};
 use crate::wire::{
     BadFrame, Body, FEATURE_DEVICE, FEATURE_HEADS, FEATURE_RESEND, FEATURE_SHARED, FEATURE_TICKETS, FEATURE_UCX, Kind,
-    Message, Tag,
+    Message, ON_DEVICE, Tag,
 };
 
 /// DATA frames by reference that are taken before they are acknowledged, when more are waiting.
@@ -140,14 +140,17 @@ async fn read_all<R: AsyncRead + Unpin>(
 ) -> ReadError {
     let (mut taken, mut acknowledged, mut frames_taken) = (0, 0, 0);
     let mut landings = Landings::default();
+    // Whether something was taken out of the sender's arena since the last acknowledgement.
+    let mut is_awaited = false;
     loop {
         // A sender of references waits for the copies, not for a socket's buffer: it hears of them as soon as none waits.
         let due = match link.source {
-            Some(_) => taken > acknowledged && (!frames.has_more() || frames_taken >= UNACKNOWLEDGED_MAX),
-            None => taken - acknowledged >= HANDOFF_ACK_BYTES as u64,
+            Some(_) if is_awaited => taken > acknowledged && (!frames.has_more() || frames_taken >= UNACKNOWLEDGED_MAX),
+            // Out of a device nobody waits for them.
+            _ => taken - acknowledged >= HANDOFF_ACK_BYTES as u64,
         };
         if due {
-            (acknowledged, frames_taken) = (taken, 0);
+            (acknowledged, frames_taken, is_awaited) = (taken, 0, false);
             outbox.ack(taken);
             tokio::task::yield_now().await;
         }
@@ -187,5 +190,6 @@ async fn read_all<R: AsyncRead + Unpin>(
         }
         taken += header.length as u64;
         frames_taken += 1;
+        is_awaited |= header.flags & ON_DEVICE == 0;
     }
 }

@@ -264,6 +264,72 @@ async fn blocks_go_from_device_to_device() {
     }
 }
 
+/// Layers that are sent soon leave together: at the commit, or once there are many bytes of them. Their checksums are computed
+/// at once, and a newest layer whose checksums are not there does not keep the others.
+#[tokio::test]
+async fn layers_leave_a_device_together() {
+    let pair = Pair::of(WIDE, true, true).await;
+    let quiet = async || {
+        for _ in 0..50 {
+            tokio::task::yield_now().await;
+        }
+        pair.receiver.counters().extents
+    };
+    let blocks = ids(0..8);
+    let (grant, incoming) = pair.grant(&blocks);
+    let mut outgoing = pair.links.open_from_device(grant).await.unwrap();
+    for layer in 0..2 {
+        outgoing.send_soon(layer, &pairs(&blocks)).await.unwrap();
+        assert_eq!((pair.from.told.summed.load(SeqCst), quiet().await), (8 * (layer + 1), 0));
+    }
+    outgoing.commit().await.unwrap();
+    incoming.wait().await.unwrap();
+    assert!(pair.landed(blocks.iter().copied().zip(blocks.clone())));
+
+    // The same block in many places: 70 MiB a layer, in two frames.
+    let many = vec![BlockId { index: 9, generation: 1 }; 1100];
+    let many_sources = vec![BlockId { index: 31, generation: 1 }; 1100];
+    let (first, all) = (16 + 1100, 16 + 2200);
+    for (leave_first, leave_second) in [(first, first), (all + 1100, all + 2200)] {
+        let (grant, incoming) = pair.grant(&many);
+        let mut outgoing = pair.links.open_from_device(grant).await.unwrap();
+        outgoing.settle(many.len());
+        for layer in 0..2 {
+            assert!(quiet().await <= leave_first - 1100, "70 MiB leave with the next ones");
+            outgoing.send_soon(layer, &pairs(&many_sources)).await.unwrap();
+        }
+        until(|| pair.receiver.counters().extents == leave_second).await;
+        assert_eq!(quiet().await, leave_second);
+        let committed = outgoing.commit().await.unwrap();
+        assert_eq!(committed.extents, 2200);
+        incoming.wait().await.unwrap();
+    }
+    assert!(pair.landed([(many_sources[0], many[0])]));
+    assert_eq!(pair.receiver.counters().dropped_total(), 0);
+}
+
+/// One that is given up with layers that have not left leaves nothing behind, and one whose receiver gives up finds out.
+#[tokio::test]
+async fn layers_that_have_not_left_are_given_up() {
+    let pair = Pair::new().await;
+    let blocks = ids(0..4);
+    let (grant, incoming) = pair.grant(&blocks);
+    let mut outgoing = pair.links.open_from_device(grant).await.unwrap();
+    outgoing.send_soon(0, &pairs(&blocks)).await.unwrap();
+    outgoing.abort(baton_core::Aborted::Cancelled).await;
+    assert!(incoming.wait().await.is_err());
+    until(|| pair.held.count() == 0).await;
+
+    let (grant, incoming) = pair.grant(&blocks);
+    let mut outgoing = pair.links.open_from_device(grant).await.unwrap();
+    outgoing.send_soon(0, &pairs(&blocks)).await.unwrap();
+    drop(incoming);
+    until(|| pair.held.count() == 0).await;
+    assert!(outgoing.send_soon(1, &pairs(&blocks)).await.is_err());
+    assert!(outgoing.commit().await.is_err());
+    assert_eq!(pair.receiver.counters().extents, 0);
+}
+
 /// Some heads of the sender's blocks into some heads of the receiver's.
 #[tokio::test]
 async fn heads_go_from_device_to_device() {

@@ -4,6 +4,7 @@
 
 use std::ffi::c_void;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{MutexGuard, PoisonError};
 
 use cudarc::driver::result::{self, DriverError};
@@ -14,7 +15,9 @@ use crate::cuda::driver::{ERRAND_BYTES, Errand, Kernel};
 use crate::cuda::error::GpuError;
 
 /// As many as a link has under way, and some sums.
-const ERRANDS_AHEAD: usize = 24;
+const ERRANDS_AHEAD: usize = 64;
+/// An errand of a thousand extents just fills a GPU: while its last thread blocks end, those of the next one fill the places.
+pub(super) const URGENT_STREAMS: usize = 4;
 
 /// Memory behind a handle, mapped whole.
 #[derive(Clone, Copy)]
@@ -27,20 +30,22 @@ pub(super) struct Mapped {
 
 impl Nvidia {
     /// The highest of the priorities, so that a copy's thread blocks go before those of a matmul that waits for room.
-    pub(super) fn urgent_stream() -> Result<sys::CUstream, GpuError> {
+    pub(super) fn urgent_streams() -> Result<[sys::CUstream; URGENT_STREAMS], GpuError> {
         let (mut least, mut greatest) = (0, 0);
-        let mut stream = std::ptr::null_mut();
-        // SAFETY: places for numbers and a handle; a context is current.
+        let mut streams = [std::ptr::null_mut(); URGENT_STREAMS];
+        // SAFETY: places for numbers and handles; a context is current.
         unsafe {
             sys::cuCtxGetStreamPriorityRange(&mut least, &mut greatest)
                 .result()
                 .map_err(failed("cuCtxGetStreamPriorityRange"))?;
             let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
-            sys::cuStreamCreateWithPriority(&mut stream, flags, greatest)
-                .result()
-                .map_err(failed("cuStreamCreateWithPriority"))?;
+            for stream in &mut streams {
+                sys::cuStreamCreateWithPriority(stream, flags, greatest)
+                    .result()
+                    .map_err(failed("cuStreamCreateWithPriority"))?;
+            }
         }
-        Ok(stream)
+        Ok(streams)
     }
 
     fn attribute(&self, which: sys::CUdevice_attribute) -> bool {
@@ -218,11 +223,12 @@ impl Nvidia {
     ) -> Result<(), GpuError> {
         self.enter()?;
         let (grid, threads) = ((grid[0], grid[1], grid[2]), (kernel.threads, 1, 1));
+        let stream = self.urgent[self.errands_launched.fetch_add(1, Relaxed) % URGENT_STREAMS];
         // SAFETY: the caller's; the errand's event lives until this is dropped.
         unsafe {
-            result::launch_kernel(self.functions[kernel.name], grid, threads, kernel.shared, self.urgent, arguments)
+            result::launch_kernel(self.functions[kernel.name], grid, threads, kernel.shared, stream, arguments)
                 .map_err(failed(kernel.name))?;
-            result::event::record(errand.event as sys::CUevent, self.urgent).map_err(failed("cuEventRecord"))
+            result::event::record(errand.event as sys::CUevent, stream).map_err(failed("cuEventRecord"))
         }
     }
 
