@@ -14,22 +14,32 @@ use crate::coordinators::{Coordinators, deadline};
 const HEARTBEAT: Duration = Duration::from_millis(limits::HEARTBEAT_MS);
 const REGISTER_PAUSE: Duration = Duration::from_millis(500);
 
-/// Registers and sends heartbeats, for ever; registers again when it has been forgotten.
+/// Registers and sends heartbeats, for ever; registers again when it has been forgotten, in the cluster that it was in
+/// before and in no other.
 pub(crate) async fn announce(
     coordinators: &Coordinators,
     member: Member,
     process_key: String,
     running: impl Fn() -> usize,
 ) {
+    let mut cluster = String::new();
     loop {
         let request = RegisterRequest {
-            cluster: String::new(),
+            cluster: cluster.clone(),
             wire_version: WIRE_VERSION,
             member: Some(member.clone()),
             process_key: process_key.clone(),
         };
         match coordinators.register(request).await {
-            Ok(_) => beat_all(coordinators, &member, &running).await,
+            Ok(registered) => {
+                if cluster.is_empty() {
+                    cluster = registered.cluster;
+                }
+                beat_all(coordinators, &member, &running).await;
+            }
+            Err(refusal) if refusal.reason == Refused::Incompatible => {
+                tracing::error!(%refusal, "this gateway is not wanted");
+            }
             Err(refusal) => tracing::debug!(%refusal, "not registered yet"),
         }
         tokio::time::sleep(REGISTER_PAUSE).await;

@@ -1,4 +1,5 @@
-//! A coordinator whose ledger is not the leader's, although no checksum says so, stops by itself and says why.
+//! Ledgers that are not what they were: one that differs from the leader's, although no checksum says so, stops its node;
+//! one that began anew is another cluster's, which the workers of the old one stay out of.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -100,4 +101,21 @@ async fn a_node_whose_ledger_differs_stops_and_says_why() {
     assert!(message.contains("here and to") && message.contains("on the leader"), "{message}");
     assert_eq!(fleet.leader().await, leader, "the others are untouched");
     write(&address, "after").await;
+}
+
+/// Goal: a worker belongs to the cluster that it has been in: a coordinator that began a new one refuses it, and says so.
+/// Method: the only coordinator's directory is emptied.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_does_not_follow_an_emptied_coordinator() {
+    let mut fleet = Fleet::start(&Shape { prefill: 0, gateways: 0, ..Shape::default() }).await;
+    fleet.kill("coordinator-1").await;
+    std::fs::remove_dir_all(fleet.data("coordinator-1")).expect("it is there");
+    fleet.restart("coordinator-1").await;
+    let end = fleet.end("decode-0").await;
+    let message = end.last["message"].as_str().unwrap_or_default().to_string();
+    assert_eq!(end.code, Some(2), "{end:?}");
+    assert!(message.contains("this is cluster") && message.contains("directory emptied"), "{message}");
+    let refused = "baton_coordinator_registrations_refused_total";
+    assert_eq!(fleet.metric("coordinator-1", refused, "reason=\"cluster\"").await, 1.0);
+    assert_eq!(fleet.metric("coordinator-1", refused, "").await, 1.0, "and for nothing else");
 }

@@ -32,6 +32,9 @@ pub struct Config {
     pub advertise_host: String,
     /// gRPC addresses of the coordinators, at least one.
     pub coordinators: Vec<String>,
+    /// The cluster that an earlier life of this process was in; empty for the first one.
+    #[serde(skip)]
+    pub cluster: String,
     /// How long a worker that drains lets its requests go on before they move to other workers, in milliseconds.
     #[serde(default = "drain_ms")]
     pub drain_ms: u64,

@@ -15,7 +15,9 @@ pub enum StartError {
     Disk { path: String, source: io::Error },
     #[error("start the engine thread: {0}")]
     Thread(io::Error),
-    #[error("the coordinator refuses this worker for good: {0}; run the same version and model everywhere")]
+    #[error(
+        "the coordinator refuses this worker for good: {0}; run the same version and model everywhere, and coordinators of one cluster"
+    )]
     Incompatible(String),
     #[error("the model cannot be served, it fails its canary: {0}")]
     Canary(#[from] CanaryError),

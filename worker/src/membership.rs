@@ -1,7 +1,7 @@
 //! This worker's place in the cluster: registration until a coordinator accepts it, heartbeats to every coordinator
 //! node there is, and the farewell. What the rest of the worker sees of it is its `Standing`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -31,29 +31,42 @@ const RETRY_MS: (u64, u64) = (20, 30);
 const LEAVE_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Registers, trying one coordinator after another and following them to their leader, until one accepts. Only a
-/// refusal that no retry can change ends it otherwise.
+/// refusal that no retry can change ends it otherwise. `cluster`: the one that this process belongs to, empty if it has
+/// been in none; where it has, one coordinator that is no longer of that cluster does not speak for the others.
 pub(crate) async fn register(
     net: &Arc<dyn Net>,
     coordinators: &[String],
     member: &Member,
+    cluster: &str,
     rng: &mut Rng,
 ) -> Result<Registered, StartError> {
     let request = RegisterRequest {
-        cluster: String::new(),
+        cluster: cluster.to_string(),
         wire_version: WIRE_VERSION,
         member: Some(member.clone()),
         process_key: format!("{:032x}", rng.u128()),
     };
     let mut leader: Option<String> = None;
+    let mut foreign: BTreeSet<String> = BTreeSet::new();
     for attempt in 0.. {
         let address = leader.take().unwrap_or_else(|| coordinators[attempt % coordinators.len()].clone());
         match register_at(net, &address, &request).await {
             Ok(Answer::Registered(registered)) => return Ok(registered),
             Ok(Answer::Refused(refusal)) => match refused(&refusal) {
-                Refused::Incompatible => return Err(StartError::Incompatible(refusal.detail)),
+                Refused::Incompatible => {
+                    foreign.insert(address);
+                    if cluster.is_empty() || coordinators.iter().all(|address| foreign.contains(address)) {
+                        return Err(StartError::Incompatible(refusal.detail));
+                    }
+                    tracing::error!(detail = refusal.detail, "a coordinator refuses this worker for good");
+                }
                 reason => {
                     tracing::debug!(%address, %reason, "not registered yet");
                     leader = Some(refusal.leader_address).filter(|leader| !leader.is_empty());
+                    match leader.as_ref().is_some_and(|leader| foreign.contains(leader)) {
+                        true => drop(foreign.insert(address)),
+                        false => drop(foreign.remove(&address)),
+                    }
                 }
             },
             Err(error) => tracing::debug!(%address, %error, "coordinator not reached yet"),

@@ -33,6 +33,7 @@ const CLOSE: Duration = Duration::from_secs(1);
 pub(crate) struct Parts {
     pub(crate) address: String,
     pub(crate) role: Role,
+    pub(crate) cluster: String,
     pub(crate) engine: EngineThread,
     pub(crate) tiers: Option<Arc<Tiers>>,
     pub(crate) membership: Membership,
@@ -47,6 +48,8 @@ pub struct Left {
     pub model: LoadedModel,
     /// The coordinators as last heard.
     pub coordinators: Vec<String>,
+    /// The cluster that the life was in.
+    pub cluster: String,
 }
 
 /// A serving worker. Dropping it ends everything at once; `stop` lets its requests finish.
@@ -56,6 +59,7 @@ pub struct Running {
     server: JoinSet<Result<(), tonic::transport::Error>>,
     shut: Option<oneshot::Sender<()>>,
     role: Role,
+    cluster: String,
     card: ModelCard,
     drain: Duration,
     membership: Option<Membership>,
@@ -71,7 +75,7 @@ impl Running {
         shut: oneshot::Sender<()>,
         shutdown: oneshot::Receiver<()>,
     ) -> Running {
-        let Parts { address, role, engine, tiers, membership, listener, card, drain } = parts;
+        let Parts { address, role, cluster, engine, tiers, membership, listener, card, drain } = parts;
         let connections = baton_proto::incoming(listener);
         let mut server = JoinSet::new();
         server.spawn(router.serve_with_incoming_shutdown(connections, async {
@@ -80,7 +84,7 @@ impl Running {
         }));
         tracing::info!(worker = %shell.id, incarnation = %shell.incarnation, %address, "serving");
         let (shut, membership, engine) = (Some(shut), Some(membership), Some(engine));
-        Running { address, shell, server, shut, role, card, drain, membership, engine, tiers }
+        Running { address, shell, server, shut, role, cluster, card, drain, membership, engine, tiers }
     }
 
     /// Where others reach the gRPC service.
@@ -147,7 +151,7 @@ impl Running {
         metrics::undescribe(self.role, &self.shell.spec);
         tracing::info!(%worker, ?ending, took_ms = since.elapsed().as_millis() as u64, "this life has ended");
         let model = LoadedModel { spec: self.shell.spec.clone(), backend, card: self.card.clone() };
-        Ok(Left { model, coordinators })
+        Ok(Left { model, coordinators, cluster: self.cluster.clone() })
     }
 
     /// Takes no more requests, and waits until none is left and nobody reads a block.

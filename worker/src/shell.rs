@@ -167,12 +167,15 @@ impl Opened {
     /// Registers with the coordinators, however long that takes, and starts the heartbeats.
     pub async fn join(mut self) -> Result<Joined, StartError> {
         let member = self.member();
-        let registered = register(&self.net, &self.config.coordinators, &member, &mut self.rng).await?;
+        let registered =
+            register(&self.net, &self.config.coordinators, &member, &self.config.cluster, &mut self.rng).await?;
         let member = Member { incarnation: registered.incarnation, ..member };
         let coordinators = match registered.coordinators.is_empty() {
             true => self.config.coordinators.clone(),
             false => registered.coordinators,
         };
+        // Whose cluster has no name yet learns it with a later life.
+        let cluster = Some(registered.cluster).filter(|name| !name.is_empty()).unwrap_or(self.config.cluster.clone());
         let (engine, standing) = (self.engine.handle().clone(), Arc::new(Standing::new(coordinators)));
         let (net, told) = (self.net.clone(), standing.clone());
         let links = Links::new(net.clone(), engine.cache().arena().clone(), &self.spec.numerics.0);
@@ -197,7 +200,7 @@ impl Opened {
             closing: watch::Sender::new(false),
         });
         let Opened { engine, tiers, listener, card, role, .. } = self;
-        Ok(Joined { shell, parts: Parts { address, role, engine, tiers, membership, listener, card, drain } })
+        Ok(Joined { shell, parts: Parts { address, role, cluster, engine, tiers, membership, listener, card, drain } })
     }
 
     /// Both ends of its transfers.

@@ -187,6 +187,7 @@ impl Lives {
             }
             before = Some(Instant::now());
             (config.role, config.coordinators) = (role, union(left.coordinators, &self.configured));
+            config.cluster = left.cluster;
             model = left.model;
         }
     }

@@ -253,7 +253,7 @@ impl Shared {
                 let detail = "its canary tokens are not those of the live workers of its numerics class";
                 Err(not_registered("golden_tokens", Refused::Incompatible, detail))
             }
-            Outcome::Refused(reason) => Err(refusal(reason, "the ledger takes no further worker")),
+            Outcome::Refused(reason) => Err(not_registered("full", reason, "the ledger takes no further worker")),
             other => Err(unexpected(&other)),
         }
     }
@@ -282,7 +282,7 @@ impl Shared {
         if cluster.is_empty() || own.is_empty() || cluster == own {
             return Ok(());
         }
-        let detail = format!("this is cluster {own:?}, not {cluster:?}");
+        let detail = format!("this is cluster {own:?}, not {cluster:?}: was this coordinator's directory emptied?");
         Err(not_registered("cluster", Refused::Incompatible, detail))
     }
 
@@ -302,7 +302,10 @@ impl Shared {
         match self.roster().gateway(member, now) {
             Some(false) => return Ok(()),
             Some(true) => {}
-            None => return Err(refusal(Refused::NoCapacity, format!("{} gateways already", roster::GATEWAYS_MAX))),
+            None => {
+                let detail = format!("{} gateways already", roster::GATEWAYS_MAX);
+                return Err(not_registered("full", Refused::NoCapacity, detail));
+            }
         }
         self.tell_members();
         Ok(())
@@ -366,8 +369,7 @@ impl Shared {
         }
         self.release_ended(&finished);
         let commands: Vec<Command> = finished.into_iter().map(Command::Finish).collect();
-        metrics::counter!("baton_coordinator_finished_total").increment(commands.len() as u64);
-        Ok(self.submit_many(commands).await.map(|_| ()))
+        Ok(self.submit_many(commands).await.map(|outcomes| outcomes.iter().for_each(count_end)))
     }
 
     /// Requests that end make room, on their workers and for those that wait.
@@ -402,6 +404,16 @@ impl Shared {
         tracing::info!(%worker, %incarnation, "leaves");
         self.submit(Command::Leave { worker, incarnation }).await.map_err(refused)?;
         Ok(())
+    }
+}
+
+/// Counts what became of an end that somebody told.
+fn count_end(outcome: &Outcome) {
+    match outcome {
+        Outcome::Refused(reason) => {
+            metrics::counter!("baton_coordinator_finishes_refused_total", "reason" => reason.as_str()).increment(1);
+        }
+        _ => metrics::counter!("baton_coordinator_finished_total").increment(1),
     }
 }
 

@@ -86,6 +86,7 @@ impl Cluster {
             listen: "127.0.0.1:0".into(),
             kv_listen: self.kv.0.into(),
             kv_advertise: self.kv.1.map(Into::into),
+            cluster: String::new(),
             kv_tickets_required: true,
             advertise_host: "127.0.0.1".into(),
             coordinators: vec![self.coordinator.address()],

@@ -49,7 +49,7 @@ pub async fn run(world: World, host: String, mut role: Role) -> turmoil::Result 
                 }
                 let others = config.coordinators.iter().filter(|a| !left.coordinators.contains(a)).cloned();
                 config.coordinators = left.coordinators.iter().cloned().chain(others).collect();
-                model = kept;
+                (config.cluster, model) = (left.cluster, kept);
             }
             Err(error) => return world.exit(&host, error).await,
         }
@@ -82,6 +82,7 @@ fn config(world: &World, host: &str, role: Role) -> Config {
         listen: format!("0.0.0.0:{WORKER_PORT}"),
         kv_listen: format!("0.0.0.0:{KV_PORT}"),
         kv_advertise: None,
+        cluster: String::new(),
         kv_tickets_required: false,
         advertise_host: host.to_string(),
         coordinators: world.topology.coordinator_addresses(),

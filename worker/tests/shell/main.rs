@@ -25,6 +25,7 @@ fn config(coordinators: &[&FakeCoordinator]) -> Config {
         listen: "127.0.0.1:0".into(),
         kv_listen: "127.0.0.1:0".into(),
         kv_advertise: None,
+        cluster: String::new(),
         kv_tickets_required: false,
         advertise_host: "127.0.0.1".into(),
         coordinators: coordinators.iter().map(|coordinator| coordinator.address()).collect(),
