@@ -107,6 +107,8 @@ async fn a_poisoned_request_is_refused_and_the_pool_lives() {
         let body = again.json();
         assert_eq!((again.status, body["error"]["code"].as_str()), (500, Some("poisoned")), "{body}");
     }
+    let counted = fleet.metric("coordinator-1", "baton_coordinator_refused_total", "reason=\"poisoned\"").await;
+    assert!(counted >= 3.0, "once for its deaths and twice for its content, counted {counted}");
     stop.send_replace(true);
     for (number, innocent) in innocents.into_iter().enumerate() {
         for streamed in innocent.await.expect("the streams end") {

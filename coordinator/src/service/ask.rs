@@ -60,6 +60,8 @@ pub(super) struct Ask {
     resumable_ms: u64,
     pub(super) fingerprint: u128,
     pub(super) killed: Vec<Life>,
+    /// Of the assignment that this attempt follows; 0: none.
+    pub(super) previous: Epoch,
 }
 
 impl Ask {
@@ -98,6 +100,7 @@ impl Ask {
             resumable_ms: wire.resumable_ms.min(RESUMABLE_MS_MAX),
             fingerprint: fingerprint(&wire.fingerprint)?,
             killed: wire.killed.into_iter().map(life).collect(),
+            previous: Epoch(wire.previous_epoch),
         })
     }
 

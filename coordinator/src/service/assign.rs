@@ -105,12 +105,17 @@ impl Shared {
 
     fn look_at(&self, ask: Ask, ledger: &Ledger, roster: &mut Roster, now: Instant) -> Looked {
         let now_ms = self.lead.stamp().unwrap_or(ledger.time_ms());
+        let before = ledger.request(ask.request);
+        if before.is_some_and(|open| !open.goes_on(ask.attempt, &ask.gateway, ask.previous)) {
+            let refused = refusal(Refused::Stale, refused_because(Refused::Stale));
+            return Looked::Fate(Box::new(Fate::Answered(Err(self.refused(&ask, refused, None)))));
+        }
         if let Some(assigned) = ledger.assignment(ask.request, ask.attempt, now_ms)
             && !planted::is(Bug::ApplyTwice)
         {
             return Looked::Fate(Box::new(Fate::Answered(Ok(granted(assigned, String::new(), None)))));
         }
-        let accepted = ledger.request(ask.request).is_some();
+        let accepted = before.is_some();
         if let Err(refused) = acceptable(&ask, ledger, accepted, now_ms) {
             return Looked::Fate(Box::new(Fate::Answered(Err(self.refused(&ask, refused, None)))));
         }
@@ -185,7 +190,10 @@ impl Shared {
         if placed.is_empty() {
             return Vec::new();
         }
-        let command = |placed: &Placed| Command::Assign(Box::new(placed.ask.proposed(&placed.decision)));
+        let command = |placed: &Placed| Command::AssignAfter {
+            proposed: Box::new(placed.ask.proposed(&placed.decision)),
+            previous: placed.ask.previous,
+        };
         let outcomes = self.submit_many(placed.iter().map(command).collect()).await;
         match outcomes {
             Ok(outcomes) => placed.into_iter().zip(outcomes).map(|(one, outcome)| self.fate(one, outcome)).collect(),
@@ -275,7 +283,7 @@ fn ended() -> Refusal {
 fn refused_because(reason: Refused) -> &'static str {
     match reason {
         Refused::Poisoned => "workers died under this request; it is not tried again for ten minutes",
-        Refused::Stale => "a later attempt of this request has been assigned",
+        Refused::Stale => "another attempt of this request is in force, or another gateway serves it",
         Refused::Expired => "its deadline has passed, or it has had all its attempts",
         Refused::Unknown => "its key has been revoked",
         Refused::NoCapacity => "as many requests are open as the cluster may have",

@@ -6,7 +6,7 @@ use xxhash_rust::xxh3::xxh3_64;
 use super::{Batch, Ledger, version1, version2};
 
 /// Version of the entries and snapshots this binary writes; it reads all up to it.
-pub const VERSION: u16 = 3;
+pub const VERSION: u16 = 4;
 
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum CodecError {
@@ -21,7 +21,7 @@ pub fn encode_batch(batch: &Batch) -> Vec<u8> {
 }
 
 pub fn decode_batch(bytes: &[u8]) -> Result<Batch, CodecError> {
-    // Version 3 has one command more than version 2, after the others.
+    // Versions 3 and 4 have one command more each than the one before, after the others.
     decode::<Batch, version1::Batch, Batch>(bytes)
 }
 
@@ -58,7 +58,8 @@ where
         0 => return Err(CodecError::Damaged(0, "there was no such version".into())),
         1 => postcard::from_bytes::<One>(body).map(T::from),
         2 => postcard::from_bytes::<Two>(body).map(T::from),
-        VERSION => postcard::from_bytes(body),
+        // Version 4 has the ledger of version 3.
+        3 | VERSION => postcard::from_bytes(body),
         _ => return Err(CodecError::Newer(version)),
     };
     value.map_err(|error| CodecError::Damaged(version, error.to_string()))

@@ -33,7 +33,7 @@ pub enum Command {
         worker: WorkerId,
         incarnation: Incarnation,
     },
-    /// Accept + assign. The key is (request, attempt).
+    /// Accept + assign, as versions up to 3 did it: by whichever gateway, and blaming no request for late deaths.
     Assign(Box<Proposed>),
     Finish(Finished),
     /// Ends every request whose deadline has passed.
@@ -73,6 +73,21 @@ pub enum Command {
         name: String,
         value: Option<String>,
     },
+    /// Accept + assign, of one gateway. The key is (request, attempt, gateway). A later attempt follows the assignment
+    /// under `previous`, and no other; 0: there was none.
+    AssignAfter {
+        proposed: Box<Proposed>,
+        previous: Epoch,
+    },
+}
+
+/// How an assignment is judged: as the entry's version did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Terms {
+    /// `Assign`.
+    Version3,
+    /// `AssignAfter`.
+    After(Epoch),
 }
 
 /// The hash of a ledger at an index, as bytes of one version.

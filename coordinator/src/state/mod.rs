@@ -24,6 +24,7 @@ use serde::{Deserialize, Serialize};
 
 pub use access::{KEYS_MAX, Key, Keys, Limits, TENANTS_MAX};
 pub use codec::{CodecError, VERSION, decode_batch, decode_ledger, encode_batch, encode_ledger, hash};
+use command::Terms;
 pub use command::{Assigned, Batch, Check, Command, Finished, Model, Order, Outcome, Proposed, Registration};
 pub use nodes::{JOINS_REMEMBERED_MAX, Join, NODES_JOINING_MAX, NODES_REMOVED_MAX, NodeCommand, Nodes};
 pub use poison::{Apart, BLAME_MS, Life, POISON_STRIKES, POISON_STRIKES_CROWDED, QUARANTINE_MS, SUSPECT_STRIKES};
@@ -143,7 +144,10 @@ impl Ledger {
             Command::Register(registration) => self.register(registration, Incarnation(number)),
             Command::Fence { worker, incarnation } => self.fence(&worker, incarnation),
             Command::Leave { worker, incarnation } => self.leave(&worker, incarnation),
-            Command::Assign(proposed) => self.assign(*proposed, Epoch(number)),
+            Command::Assign(proposed) => self.assign(*proposed, Epoch(number), Terms::Version3),
+            Command::AssignAfter { proposed, previous } => {
+                self.assign(*proposed, Epoch(number), Terms::After(previous))
+            }
             Command::Finish(finished) => self.finish(finished),
             Command::Expire => self.expire(),
             Command::Order { worker, order } => self.order(&worker, order),

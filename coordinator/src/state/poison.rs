@@ -2,8 +2,11 @@
 //! narrowed before anybody is refused:
 //!
 //! ```text
-//! strike      a life ended under the request before it gained a token there, or within BLAME_MS of its assignment
-//! first       a life that ended later than that: the count begins again at one
+//! strike      a life ended under the request before it gained a token there, or within BLAME_MS of its assignment, or
+//!             while it ran nothing else
+//! first       a life that ended later than that, among others: the count begins again at one, or stays at
+//!             SUSPECT_STRIKES if it is at least the LATE_SUSPECT-th that ended under the request
+//! struck too  a suspect, by every such life: a suspect shares none with another one
 //! suspect     from SUSPECT_STRIKES on; no two suspects share a life, and they run alone where a worker is empty
 //! bystander   not struck by the end of a life that had a suspect on it
 //! poisoned    at POISON_STRIKES if the last life ran nothing else, at POISON_STRIKES_CROWDED anyhow
@@ -16,13 +19,16 @@ use std::collections::{BTreeMap, BTreeSet};
 use baton_core::{Incarnation, Place, RequestId, WorkerId};
 use serde::{Deserialize, Serialize};
 
+use super::command::{Proposed, Terms};
 use super::{Ledger, OpenRequest};
 
 pub const SUSPECT_STRIKES: u32 = 2;
 pub const POISON_STRIKES: u32 = 3;
 /// For a request that found no empty worker to be tried on.
 pub const POISON_STRIKES_CROWDED: u32 = 4;
-/// A request that gained tokens on a life for longer than this is not what ended it, more likely than not.
+/// Lives that ended under one request and make a suspect of it, however late and among however many others they ended.
+const LATE_SUSPECT: usize = 3;
+/// A request among others that gained tokens on a life for longer than this is not what ended it, more likely than not.
 pub const BLAME_MS: u64 = 1_000;
 /// How long a poisoned fingerprint is refused, ledger time.
 pub const QUARANTINE_MS: u64 = 600_000;
@@ -138,18 +144,21 @@ impl Ledger {
             true => open.strikes + killed.iter().filter(|life| runs_on(open, life)).count() as u32,
             false => open.strikes,
         });
-        strikes.is_some_and(|strikes| strikes >= SUSPECT_STRIKES)
+        let often = || killed.iter().collect::<BTreeSet<_>>().len() >= LATE_SUSPECT;
+        strikes.is_some_and(|strikes| strikes >= SUSPECT_STRIKES || often())
     }
 
     /// Counts the ends of lives that a new attempt reports against its request, once per attempt. Only lives of the
     /// assignment in force count.
-    pub(super) fn blame(&mut self, request: RequestId, attempt: u32, prompt_tokens: u64, killed: &[Life]) -> Verdict {
+    pub(super) fn blame(&mut self, p: &Proposed, terms: Terms) -> Verdict {
+        let Proposed { request, attempt, prompt_tokens, ref killed, .. } = *p;
         let Some(open) = self.open.get(&request).filter(|open| open.reported < attempt) else {
             return Verdict::GoesOn;
         };
         let lives: BTreeSet<Life> = killed.iter().filter(|life| runs_on(open, life)).cloned().collect();
         let soon = self.time_ms - open.assigned_ms <= BLAME_MS;
         let gained = prompt_tokens > open.prompt_tokens;
+        let often = killed.iter().collect::<BTreeSet<_>>().len() >= LATE_SUSPECT;
         let (mut strikes, mut alone) = (open.strikes, false);
         for life in lives {
             self.record_death(&life);
@@ -158,8 +167,14 @@ impl Ledger {
             if accused && strikes < SUSPECT_STRIKES {
                 continue;
             }
-            strikes = if soon || !gained { strikes + 1 } else { 1 };
             alone = death.requests <= 1;
+            strikes = match terms {
+                _ if soon || !gained => strikes + 1,
+                Terms::Version3 => 1,
+                Terms::After(_) if alone || death.suspects.contains(&request) => strikes + 1,
+                Terms::After(_) if often => SUSPECT_STRIKES,
+                Terms::After(_) => 1,
+            };
         }
         let open = self.open.get_mut(&request).expect("looked up above");
         open.reported = attempt;
@@ -213,7 +228,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::super::tests::{Shape, shaped};
-    use super::super::{Batch, Command, Finished, Outcome, Proposed};
+    use super::super::{Batch, Command, Finished, Outcome};
     use super::*;
 
     /// Decode workers that restart when they die, and requests, some of which kill the worker they are on.
@@ -222,6 +237,8 @@ mod tests {
         workers: Vec<Life>,
         requests: BTreeMap<u128, Run>,
         deaths: u32,
+        /// Entries are those of version 3.
+        old: bool,
     }
 
     #[derive(Clone, Default)]
@@ -229,7 +246,7 @@ mod tests {
         poison: bool,
         attempt: u32,
         on: Option<Life>,
-        killed: Option<Life>,
+        killed: Vec<Life>,
         epoch: u64,
         /// Ends of lives that it was on.
         deaths: u32,
@@ -238,7 +255,8 @@ mod tests {
 
     impl World {
         fn new(workers: usize, requests: &[bool]) -> World {
-            let mut world = World { ledger: Ledger::default(), workers: vec![], requests: BTreeMap::new(), deaths: 0 };
+            let mut world =
+                World { ledger: Ledger::default(), workers: vec![], requests: BTreeMap::new(), deaths: 0, old: false };
             for worker in 0..workers {
                 let life = world.register(worker);
                 world.workers.push(life);
@@ -266,7 +284,7 @@ mod tests {
         /// Places a request that is on no worker, as the leader does. False: it has to wait.
         fn place(&mut self, id: u128, choice: usize) -> bool {
             let run = self.requests[&id].clone();
-            let killed: Vec<Life> = run.killed.iter().cloned().collect();
+            let killed = run.killed.clone();
             let apart = self.ledger.apart(RequestId(id), run.attempt + 1, &killed);
             let free = |avoid: &BTreeSet<Life>| {
                 let free: Vec<&Life> = self.workers.iter().filter(|life| !avoid.contains(life)).collect();
@@ -281,17 +299,14 @@ mod tests {
             };
             let Some(life) = life else { return false };
             let p = Proposed { decode: life.clone(), killed, fingerprint: id, attempt: run.attempt + 1, ..shaped(id) };
-            let outcome = self.apply(Command::Assign(Box::new(p)));
+            let outcome = match self.old {
+                true => self.apply(Command::Assign(Box::new(p))),
+                false => self.apply(Command::AssignAfter { proposed: Box::new(p), previous: Epoch(run.epoch) }),
+            };
             let run = self.requests.get_mut(&id).unwrap();
             match outcome {
                 Outcome::Assigned(assigned) => {
-                    *run = Run {
-                        attempt: run.attempt + 1,
-                        on: Some(life),
-                        killed: None,
-                        epoch: assigned.epoch.0,
-                        ..run.clone()
-                    };
+                    *run = Run { attempt: run.attempt + 1, on: Some(life), epoch: assigned.epoch.0, ..run.clone() };
                 }
                 Outcome::Refused(Refused::Poisoned) => run.end = Some("poisoned"),
                 Outcome::Refused(Refused::Expired) => run.end = Some("out of attempts"),
@@ -305,7 +320,7 @@ mod tests {
             let Some(life) = self.requests[&id].on.clone().filter(|_| self.requests[&id].poison) else { return };
             self.deaths += 1;
             for run in self.requests.values_mut().filter(|run| run.on.as_ref() == Some(&life)) {
-                run.killed = run.on.take();
+                run.killed.extend(run.on.take());
                 run.deaths += 1;
             }
             let worker = self.workers.iter().position(|known| *known == life).unwrap();
@@ -365,22 +380,88 @@ mod tests {
         assert_eq!(again, Outcome::Refused(Refused::Poisoned));
     }
 
-    /// Goal: somebody who kills a worker by chance is not suspected for ever. Method: long runs that gain tokens.
+    impl World {
+        /// Lets all of them run for long and gain tokens, then kills the life that the request is on.
+        fn kill_late(&mut self, id: u128) {
+            let time_ms = self.ledger.time_ms() + 10 * BLAME_MS;
+            self.ledger.apply(self.ledger.index() + 1, Batch { time_ms, commands: vec![] });
+            // More tokens so far than in the attempt before.
+            self.ledger.open.values_mut().for_each(|open| open.prompt_tokens = 0);
+            let poison = std::mem::replace(&mut self.requests.get_mut(&id).unwrap().poison, true);
+            self.kill(id);
+            self.requests.get_mut(&id).unwrap().poison = poison;
+        }
+
+        fn place_all(&mut self, choice: usize) {
+            let ids: Vec<u128> = self.requests.keys().copied().collect();
+            for id in ids {
+                if self.requests[&id].on.is_none() && self.requests[&id].end.is_none() {
+                    self.place(id, choice);
+                }
+            }
+        }
+
+        fn convicted(&self) -> usize {
+            self.requests.values().filter(|run| run.end == Some("poisoned")).count()
+        }
+    }
+
+    /// Goal: entries of earlier versions are judged as they were then. Method: one request alone, whose workers die late.
     #[test]
-    fn workers_that_die_late_blame_nobody() {
-        let mut world = World::new(1, &[true]);
-        let mut time = 0;
+    fn entries_of_version_3_blame_nobody_for_late_deaths() {
+        let mut world = World { old: true, ..World::new(1, &[true]) };
         for attempt in 1..ATTEMPTS_MAX {
             assert!(world.place(1, 0), "attempt {attempt}");
-            world.requests.get_mut(&1).unwrap().epoch = 0;
-            time += 10 * BLAME_MS;
-            world.ledger.apply(world.ledger.index() + 1, Batch { time_ms: time, commands: vec![] });
-            // More tokens so far than in the attempt before.
-            world.ledger.open.get_mut(&RequestId(1)).unwrap().prompt_tokens = 0;
-            world.kill(1);
+            world.kill_late(1);
         }
         assert_eq!(world.requests[&1].end, None);
         assert_eq!(world.ledger.open[&RequestId(1)].strikes, 1);
+    }
+
+    /// Goal: a request that kills whatever runs it, however late and however much it has gained, is refused after three
+    /// deaths where it ran alone.
+    #[test]
+    fn a_late_poison_alone_is_refused_after_three_deaths() {
+        let mut world = World::new(2, &[true]);
+        while world.requests[&1].end.is_none() {
+            assert!(world.place(1, world.deaths as usize));
+            world.kill_late(1);
+            if world.deaths == POISON_STRIKES {
+                world.place(1, 0);
+            }
+        }
+        assert_eq!((world.deaths, world.requests[&1].end), (POISON_STRIKES, Some("poisoned")));
+        assert!(world.ledger.quarantined(1, world.ledger.time_ms()));
+    }
+
+    /// Goal: among others a late poison becomes a suspect by its third death and is refused by the next one, alone, and
+    /// nobody with it. Method: twenty requests on one of three workers, the poison among them.
+    #[test]
+    fn a_late_poison_among_others_is_refused_alone() {
+        let mut world = World::new(3, &[&[true][..], &[false; 19][..]].concat());
+        while world.requests[&1].end.is_none() && world.deaths < ATTEMPTS_MAX {
+            // All on one worker, as long as nobody is suspected.
+            world.place_all(0);
+            if world.requests[&1].on.is_some() {
+                world.kill_late(1);
+            }
+        }
+        assert_eq!((world.requests[&1].end, world.convicted()), (Some("poisoned"), 1));
+        assert_eq!(world.deaths as usize, LATE_SUSPECT + 1);
+    }
+
+    /// Goal: workers that die by bad luck with twenty requests on them convict none. Method: two deaths of all of them,
+    /// late, and more that hit whoever is left on a worker.
+    #[test]
+    fn bad_luck_convicts_nobody() {
+        let mut world = World::new(4, &[false; 20]);
+        for _ in 0..2 {
+            world.place_all(0);
+            world.kill_late(1);
+        }
+        world.place_all(1);
+        assert!(world.ledger.poison.suspects.is_empty(), "two late deaths suspect nobody");
+        assert_eq!((world.requests.values().filter(|run| run.on.is_some()).count(), world.convicted()), (20, 0));
     }
 
     proptest! {

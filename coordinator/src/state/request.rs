@@ -9,7 +9,7 @@ use baton_core::planted::{self, Bug};
 use baton_core::{Epoch, Lane, NumericsClass, Place, Refused, RequestId, Role};
 use serde::{Deserialize, Serialize};
 
-use super::command::{Assigned, Finished, Proposed};
+use super::command::{Assigned, Finished, Proposed, Terms};
 use super::poison::{Life, Verdict};
 use super::tenant::{Charge, Usage};
 use super::{EXPIRE_MAX, Ledger, Outcome, REQUESTS_OPEN_MAX, Worker};
@@ -46,6 +46,17 @@ pub struct OpenRequest {
     pub strikes: u32,
     /// The latest attempt whose report of deaths has been counted.
     pub reported: u32,
+}
+
+impl OpenRequest {
+    /// Whether this attempt of this gateway repeats the assignment in force or follows it, so that no two gateways run the
+    /// request under one epoch, and none goes on from an assignment that another one has followed.
+    pub fn goes_on(&self, attempt: u32, gateway: &str, previous: Epoch) -> bool {
+        match attempt == self.attempt {
+            true => gateway == self.gateway,
+            false => attempt > self.attempt && previous == self.epoch,
+        }
+    }
 }
 
 /// The latest ended requests, oldest forgotten first, so that a late repetition is known for what it is.
@@ -98,11 +109,16 @@ struct Kept {
 }
 
 impl Ledger {
-    pub(super) fn assign(&mut self, p: Proposed, epoch: Epoch) -> Outcome {
+    pub(super) fn assign(&mut self, p: Proposed, epoch: Epoch, terms: Terms) -> Outcome {
         if self.ended.contains(p.request) {
             return Outcome::Ended;
         }
         if let Some(open) = self.open.get(&p.request) {
+            if let Terms::After(previous) = terms
+                && !open.goes_on(p.attempt, &p.gateway, previous)
+            {
+                return Outcome::Refused(Refused::Stale);
+            }
             if p.attempt == open.attempt && !planted::is(Bug::ApplyTwice) {
                 return self.assigned(p.request, open);
             }
@@ -110,7 +126,7 @@ impl Ledger {
                 return Outcome::Refused(Refused::Stale);
             }
         }
-        if let Verdict::Poisoned = self.blame(p.request, p.attempt, p.prompt_tokens, &p.killed) {
+        if let Verdict::Poisoned = self.blame(&p, terms) {
             self.quarantine(p.fingerprint);
             self.end(p.request, None);
             return Outcome::Refused(Refused::Poisoned);

@@ -111,6 +111,52 @@ fn the_same_attempt_gives_the_same_assignment_and_a_later_one_a_later_epoch() {
     assert_eq!(ledger.requests_open(), 1);
 }
 
+fn follow(ledger: &mut Ledger, gateway: &str, previous: Epoch, p: Proposed) -> Outcome {
+    let proposed = Box::new(Proposed { gateway: gateway.into(), ..p });
+    one(ledger, 2, Command::AssignAfter { proposed, previous })
+}
+
+/// Goal: no two gateways run a request under one epoch, and a later attempt follows the assignment in force. Method: two
+/// gateways that repeat, follow and take over.
+#[test]
+fn an_assignment_has_one_gateway_and_one_successor() {
+    let (mut ledger, _, d) = pair();
+    let attempt = |attempt| proposed(1, attempt, (2, d), None);
+    let stale = Outcome::Refused(Refused::Stale);
+    let first = follow(&mut ledger, "g", Epoch(0), attempt(1));
+    assert_eq!(follow(&mut ledger, "g", Epoch(0), attempt(1)), first, "asked again");
+    assert_eq!(follow(&mut ledger, "h", Epoch(0), attempt(1)), stale, "another gateway");
+    assert_eq!(follow(&mut ledger, "g", Epoch(0), attempt(2)), stale, "it does not know the assignment in force");
+    assert_eq!(follow(&mut ledger, "g", Epoch(epoch(&first).0 + 1), attempt(2)), stale);
+    let second = follow(&mut ledger, "g", epoch(&first), attempt(2));
+    assert!(epoch(&second) > epoch(&first));
+    assert_eq!(follow(&mut ledger, "g", epoch(&first), attempt(2)), second, "asked again");
+    assert_eq!(follow(&mut ledger, "g", epoch(&first), attempt(3)), stale, "it has been followed");
+    assert_eq!(follow(&mut ledger, "g", epoch(&first), attempt(1)), stale);
+    let adopt = Command::Adopt { request: RequestId(1), gateway: "h".into() };
+    assert_eq!(epoch(&one(&mut ledger, 2, adopt)), epoch(&second));
+    assert_eq!(follow(&mut ledger, "g", epoch(&first), attempt(2)), stale, "another gateway has taken over");
+    assert!(epoch(&follow(&mut ledger, "h", epoch(&second), attempt(3))) > epoch(&second));
+}
+
+/// Goal: what version 3 wrote means what it meant: an assignment asks for neither. Method: bytes marked as of version 3.
+#[test]
+fn bytes_of_version_3_are_read_as_they_were_meant() {
+    let (mut ledger, _, d) = pair();
+    let old = |mut bytes: Vec<u8>| {
+        bytes[..2].copy_from_slice(&3u16.to_le_bytes());
+        bytes
+    };
+    for (attempt, gateway) in [(1, "g"), (1, "h"), (2, "h")] {
+        let p = Proposed { gateway: gateway.into(), ..proposed(1, attempt, (2, d), None) };
+        let batch = Batch { time_ms: 2, commands: vec![Command::Assign(Box::new(p))] };
+        let read = decode_batch(&old(encode_batch(&batch))).unwrap();
+        assert_eq!(read, batch);
+        assert!(matches!(ledger.apply(ledger.index() + 1, read)[..], [Outcome::Assigned(_)]), "{attempt} {gateway}");
+    }
+    assert_eq!(decode_ledger(&old(encode_ledger(&ledger))).unwrap(), ledger);
+}
+
 #[test]
 fn a_placement_on_a_life_that_is_over_is_handed_back() {
     let (mut ledger, p, d) = pair();
@@ -211,7 +257,7 @@ fn command() -> impl Strategy<Value = Command> {
     let incarnation = (0u64..12).prop_map(|index| Incarnation(index * COMMANDS_MAX as u64));
     let life = (0usize..4, (0u64..12).prop_map(|index| index * COMMANDS_MAX as u64));
     let worker = (0usize..4).prop_map(|worker| WorkerId(WORKERS[worker].0.into()));
-    let worker_again = worker.clone();
+    let (worker_again, life_again) = (worker.clone(), life.clone());
     let killed = proptest::option::of((0usize..4, (0u64..12).prop_map(|index| index * COMMANDS_MAX as u64)));
     prop_oneof![
         4 => (0usize..4, 0u8..3).prop_map(|(worker, key)| Command::Register(registration(worker, key))),
@@ -225,6 +271,10 @@ fn command() -> impl Strategy<Value = Command> {
                 Command::Assign(Box::new(Proposed { killed, tenant, fingerprint, ..p }))
             }
         ),
+        3 => (0u128..4, 1u32..4, life_again, 0u8..2, 0u64..8).prop_map(|(request, attempt, decode, gateway, previous)| {
+            let p = Proposed { gateway: format!("g{gateway}"), ..proposed(request, attempt, decode, None) };
+            Command::AssignAfter { proposed: Box::new(p), previous: Epoch(previous * COMMANDS_MAX as u64) }
+        }),
         3 => (0u128..4, 0u64..40).prop_map(|(request, index)| finished(request, Epoch(index * COMMANDS_MAX as u64))),
         1 => Just(Command::Expire),
         1 => (worker_again, 0usize..4).prop_map(|(worker, order)| Command::Order { worker, order: ORDERS[order] }),
@@ -290,7 +340,7 @@ proptest! {
             check_invariants(&ledger);
             for (command, outcome) in commands.into_iter().zip(outcomes) {
                 match (command, outcome) {
-                    (Command::Assign(p), Outcome::Assigned(a)) => {
+                    (Command::Assign(p) | Command::AssignAfter { proposed: p, .. }, Outcome::Assigned(a)) => {
                         prop_assert!(!ended.contains(&p.request), "assigned after its end");
                         let before = granted.insert(p.request, a.epoch);
                         prop_assert!(before.is_none_or(|before| before <= a.epoch));

@@ -236,8 +236,9 @@ async fn a_failed_handoff_breaks_its_pair_for_all() {
     }
     let life = |nth: usize| Some(v1::WorkerLife { id: lives[nth].0.into(), incarnation: lives[nth].1 });
     let pair = v1::WorkerPair { prefill: life(1), decode: life(0) };
-    assert_eq!(client.assign(request(1, 1)).await.unwrap().prefill.unwrap().worker, "prefill-0");
-    let again = v1::AssignRequest { exclude_pairs: vec![pair], ..request(1, 2) };
+    let first = client.assign(request(1, 1)).await.unwrap();
+    assert_eq!(first.prefill.unwrap().worker, "prefill-0");
+    let again = v1::AssignRequest { exclude_pairs: vec![pair], previous_epoch: first.epoch, ..request(1, 2) };
     assert_eq!(client.assign(again).await.unwrap().prefill.unwrap().worker, "prefill-1");
     assert_eq!(prefill_of(&client, 2).await, "prefill-1");
     assert!(pair_is(&client, "prefill-0", "decode-0", "broken").await.reason.contains("handoff"));
@@ -333,6 +334,6 @@ async fn a_new_leader_knows_what_the_last_one_knew() {
         assert_eq!(told.load.as_ref().unwrap().blocks_total, 1000, "{told:?}");
     }
     let after = hits(&client, 200).await;
-    assert!(before - after <= 2, "{after} of 40 prompts find their blocks, {before} before");
+    assert!(before - after <= 1, "{after} of 40 prompts find their blocks, {before} before");
     group.stop_all().await;
 }

@@ -27,7 +27,11 @@ async fn a_request_is_assigned_repeated_moved_and_finished() {
     assert_eq!(first.prefill.as_ref().unwrap().incarnation, prefill);
     let again = client.assign(request(1, 1)).await.unwrap();
     assert_eq!((again.epoch, &again.decode, &again.prefill), (first.epoch, &first.decode, &first.prefill));
-    let moved = client.assign(request(1, 2)).await.unwrap();
+    assert_eq!(client.assign(request(1, 2)).await.unwrap_err().reason, "stale", "it follows nothing");
+    let other = v1::AssignRequest { gateway: "another".into(), ..request(1, 1) };
+    assert_eq!(client.assign(other).await.unwrap_err().reason, "stale", "one gateway runs it");
+    let next = v1::AssignRequest { previous_epoch: first.epoch, ..request(1, 2) };
+    let moved = client.assign(next).await.unwrap();
     assert!(moved.epoch > first.epoch);
     assert_eq!(client.view().await.unwrap().requests_open, 1);
     client.finish(1, first.epoch).await.unwrap();

@@ -123,7 +123,7 @@ async fn an_accepted_request_does_not_queue_again() {
     let running = start(config(1, directory.path(), &[])).await;
     let mut client = Client::new(&running.address());
     let life = client.register("decode-0", "k").await.unwrap();
-    client.assign(request(1, 1)).await.unwrap();
+    let first = client.assign(request(1, 1)).await.unwrap();
     client.beat_with("decode-0", life, 1, busy(9)).await.unwrap();
     let mut waiting = client.clone();
     let waiting = tokio::spawn(async move { waiting.assign(request(2, 1)).await });
@@ -132,7 +132,8 @@ async fn an_accepted_request_does_not_queue_again() {
         async move { (client.view().await?.requests_queued == 1).then_some(()) }
     })
     .await;
-    let again = tokio::time::timeout(Duration::from_millis(500), client.assign(request(1, 2))).await;
+    let next = baton_proto::v1::AssignRequest { previous_epoch: first.epoch, ..request(1, 2) };
+    let again = tokio::time::timeout(Duration::from_millis(500), client.assign(next)).await;
     assert!(again.expect("at once").is_ok());
     waiting.abort();
     running.stop().await;
