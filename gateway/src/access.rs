@@ -3,18 +3,21 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use axum::http::{HeaderMap, header};
 use baton_proto::v1::{self, WatchRequest};
 use tokio::sync::watch;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use crate::coordinators::{Client, Coordinators, deadline};
 use crate::error::ApiError;
 
 const RECONNECT_PAUSE: Duration = Duration::from_millis(100);
+/// So long may no coordinator have told of access before keys are taken for unknown where nobody but the gateway looks at
+/// them: together with the detection of a lost connection it bounds how long a revoked key can be used.
+const STALE: Duration = Duration::from_millis(900);
 /// A presented key; longer ones are wrong without a look.
 const KEY_BYTES_MAX: usize = 256;
 /// Whose requests are those of an open cluster.
@@ -35,6 +38,8 @@ pub(crate) struct Caller {
 /// What the ledger says about access, as last heard.
 pub(crate) struct Access {
     known: watch::Sender<Option<Arc<Known>>>,
+    /// Since when no coordinator tells of changes; None while one does.
+    lost: Mutex<Option<Instant>>,
     /// Others than this machine's can reach the gateway, and nobody has said that they may without keys.
     exposed: bool,
 }
@@ -53,16 +58,17 @@ struct Key {
 
 impl Access {
     pub(crate) fn new(exposed: bool) -> Access {
-        Access { known: watch::Sender::new(None), exposed }
+        Access { known: watch::Sender::new(None), lost: Mutex::new(None), exposed }
     }
 
-    /// Follows one coordinator after the other, for ever. What was heard last holds while none answers: the ledger
-    /// itself refuses keys that it no longer has.
+    /// Follows one coordinator after the other, for ever. What was heard last holds while none answers, for requests that
+    /// the ledger is asked about: it refuses keys that it no longer has.
     pub(crate) async fn watch(&self, coordinators: &Coordinators) {
         loop {
             for address in coordinators.addresses() {
                 if let Some(client) = coordinators.client(&address) {
                     let problem = self.follow(client).await;
+                    self.lost().get_or_insert_with(Instant::now);
                     tracing::debug!(coordinator = %address, problem, "access lost");
                 }
                 tokio::time::sleep(RECONNECT_PAUSE).await;
@@ -96,6 +102,11 @@ impl Access {
         }
         tracing::debug!(open = known.open, keys = known.keys.len(), tenants = known.tenants.len(), "access");
         self.known.send_replace(Some(Arc::new(known)));
+        *self.lost() = None;
+    }
+
+    fn lost(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.lost.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether anybody who reaches this gateway could use it, though nobody has said so; None: not heard within `wait`.
@@ -111,6 +122,19 @@ impl Access {
     /// Whether a coordinator has said who may ask.
     pub(crate) fn is_known(&self) -> bool {
         self.known.borrow().is_some()
+    }
+
+    /// Who a call comes from that nobody but this gateway judges, so that it must know of every revocation.
+    pub(crate) fn caller_alone(&self, headers: &HeaderMap) -> Result<Caller, ApiError> {
+        let caller = self.caller(headers)?;
+        let stale = self.lost().is_some_and(|since| since.elapsed() > STALE);
+        match stale && !caller.key.is_empty() {
+            true => {
+                let message = "No coordinator can be reached that knows whether this key has been revoked.";
+                Err(ApiError::unavailable("access_unknown", message))
+            }
+            false => Ok(caller),
+        }
     }
 
     /// Who a call with these headers comes from.
@@ -218,6 +242,29 @@ mod tests {
         assert_eq!(asks(&access(true, true), "Bearer bk-1"), Err(503));
         assert_eq!(asks(&access(true, false), "Bearer bk-1").map(|caller| caller.tenant), Ok("a".into()));
         assert_eq!(asks(&Access::new(false), "Bearer bk-1"), Err(503), "nothing is known yet");
+    }
+
+    /// Goal: what only the gateway judges is judged for as long as it hears of revocations, and a little longer.
+    #[tokio::test(start_paused = true)]
+    async fn keys_are_unknown_soon_after_the_last_coordinator_is_lost() {
+        let access = access(false, false);
+        let mut headers = HeaderMap::new();
+        headers.insert(header::AUTHORIZATION, HeaderValue::from_static("Bearer bk-1"));
+        let alone = |access: &Access| access.caller_alone(&headers).map_err(|error| error.reason).map(|_| ());
+        assert_eq!(alone(&access), Ok(()));
+        *access.lost() = Some(Instant::now());
+        tokio::time::advance(STALE).await;
+        assert_eq!(alone(&access), Ok(()));
+        tokio::time::advance(Duration::from_millis(1)).await;
+        assert_eq!(alone(&access), Err("access_unknown"));
+        assert!(access.caller(&headers).is_ok(), "the ledger judges it");
+        let told = v1::Access { open: false, keys: Vec::new(), tenants: Vec::new() };
+        access.learn(told);
+        assert_eq!(alone(&access), Err("unauthorized"), "told again, and it was revoked meanwhile");
+        access.learn(v1::Access { open: true, ..Default::default() });
+        *access.lost() = Some(Instant::now());
+        tokio::time::advance(2 * STALE).await;
+        assert_eq!(alone(&access), Ok(()), "an open cluster has no keys to revoke");
     }
 
     #[test]

@@ -3,7 +3,7 @@
 
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use baton_core::{Aborted, Refused};
+use baton_core::{Aborted, Refused, RequestId};
 use serde_json::{Value, json};
 
 /// An error in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}` under a status.
@@ -19,6 +19,8 @@ pub(crate) struct ApiError {
     pub retry_after_ms: Option<u64>,
     /// Word for the `x-baton-refused` header and the metrics' label.
     pub reason: &'static str,
+    /// The request that was refused or failed, where it had got as far as a coordinator.
+    pub request: Option<RequestId>,
 }
 
 const RETRY_AFTER_MS: u64 = 1_000;
@@ -26,7 +28,7 @@ const RETRY_AFTER_MS: u64 = 1_000;
 impl ApiError {
     fn new(status: StatusCode, kind: &'static str, reason: &'static str, message: impl Into<String>) -> ApiError {
         let message = message.into();
-        ApiError { status, kind, param: None, code: None, message, retry_after_ms: None, reason }
+        ApiError { status, kind, param: None, code: None, message, retry_after_ms: None, reason, request: None }
     }
 
     fn code(self, code: &'static str) -> ApiError {
@@ -194,6 +196,10 @@ impl IntoResponse for ApiError {
         let mut response = (self.status, axum::Json(self.body())).into_response();
         let headers = response.headers_mut();
         headers.insert("x-baton-refused", HeaderValue::from_static(self.reason));
+        if let Some(request) = self.request {
+            let request = HeaderValue::try_from(request.to_string()).expect("hexadecimal digits are a header value");
+            headers.insert("x-baton-request", request);
+        }
         if self.status == StatusCode::UNAUTHORIZED {
             headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }

@@ -77,7 +77,11 @@ async fn around(State(gateway): Shared, mut request: Request, next: Next) -> Res
 fn admit(gateway: &Gateway, request: &mut Request) -> Result<(), ApiError> {
     let path = request.uri().path();
     if path.starts_with("/v1/") || ["/tokenize", "/detokenize", "/tokenizer_info"].contains(&path) {
-        let caller = gateway.access.caller(request.headers())?;
+        let by_ledger = ["/v1/chat/completions", "/v1/completions"].contains(&path) || path.starts_with("/v1/streams/");
+        let caller = match by_ledger {
+            true => gateway.access.caller(request.headers())?,
+            false => gateway.access.caller_alone(request.headers())?,
+        };
         request.extensions_mut().insert(caller);
     }
     Ok(())

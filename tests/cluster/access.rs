@@ -70,19 +70,31 @@ async fn a_key_opens_every_gateway_until_it_is_revoked() {
         }
         assert_eq!(client.get("/health").await.status, 200, "what shows no model needs no key");
     }
+    for gateway in ["gateway-0", "gateway-1"] {
+        let wrong = fleet.metric(gateway, "baton_gateway_http_responses_total", "status=\"401\"").await;
+        assert!(wrong >= 8.0, "{wrong} answers of 401 are counted at {gateway}");
+    }
     let id = first.split('-').nth(1).expect("bk-<id>-<secret>").to_string();
     let listed = fleet.done(&["key", "list", "--json"]).await;
     let secret = first.rsplit('-').next().expect("bk-<id>-<secret>");
     assert!(listed.contains(&id) && !listed.contains(secret), "{listed}");
 
+    let revoking = Instant::now();
     fleet.done(&["key", "revoke", &id]).await;
     let revoked = Instant::now();
+    for client in &clients {
+        status_is(&client.with_key(&first), MODELS, 401).await;
+    }
+    println!(
+        "revoked at every gateway {} ms after the command began, {} ms after it ended",
+        revoking.elapsed().as_millis(),
+        revoked.elapsed().as_millis()
+    );
+    assert!(revoked.elapsed() < SOON, "revoked everywhere after {:?}", revoked.elapsed());
     for client in &clients {
         refused(&client.with_key(&first).post(CHAT, &chat("hello", 2)).await, 401, "invalid_api_key");
     }
     for client in &clients {
-        status_is(&client.with_key(&first), MODELS, 401).await;
-        assert!(revoked.elapsed() < SOON, "revoked everywhere after {:?}", revoked.elapsed());
         assert_eq!(client.with_key(&second).post(CHAT, &chat("hello", 2)).await.status, 200);
     }
     fleet.done(&["tenant", "remove", "acme"]).await;
@@ -90,6 +102,31 @@ async fn a_key_opens_every_gateway_until_it_is_revoked() {
         refused(&client.with_key(&second).post(CHAT, &chat("hello", 2)).await, 401, "invalid_api_key");
         status_is(client, MODELS, 401).await;
     }
+}
+
+/// Goal: a gateway that no coordinator tells of revocations does not go on with what it knew where nobody else looks at the
+/// key. Method: the only coordinator dies and comes back.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_gateway_that_is_cut_off_knows_no_keys() {
+    let mut fleet = start(1).await;
+    let acme = key(&fleet, "acme", &[]).await;
+    let client = fleet.client(0).with_key(&acme);
+    let words = json!({"model": "baton-3m", "prompt": "And God said"});
+    status_is(&client, MODELS, 200).await;
+    fleet.kill("coordinator-1").await;
+    status_is(&client, MODELS, 503).await;
+    for reply in [client.get(MODELS).await, client.post("/tokenize", &words).await] {
+        let body = reply.json();
+        assert_eq!(
+            (reply.status, reply.headers["x-baton-refused"].to_str().ok()),
+            (503, Some("access_unknown")),
+            "{body}"
+        );
+    }
+    refused(&fleet.client(0).with_key("bk-x").get(MODELS).await, 401, "invalid_api_key");
+    fleet.restart("coordinator-1").await;
+    status_is(&client, MODELS, 200).await;
+    assert_eq!(client.post("/tokenize", &words).await.status, 200);
 }
 
 /// Goal: a tenant's limits count over all gateways, whatever they limit, and none of them touches another tenant.
@@ -110,8 +147,12 @@ async fn limits_hold_over_all_gateways() {
     let ask = async |gateway, key: &str| client(gateway, key).post(CHAT, &chat("hello", 2)).await;
 
     assert_eq!([ask(0, &twice).await.status, ask(1, &twice).await.status], [200, 200]);
-    comes_again(&ask(0, &twice).await);
+    let over = ask(0, &twice).await;
+    comes_again(&over);
     comes_again(&ask(1, &twice).await);
+    let id = over.headers["x-baton-request"].to_str().expect("an id");
+    let why: Value = serde_json::from_str(&fleet.done(&["explain", id, "--json"]).await).expect("JSON");
+    assert_eq!((&why["decisions"][0]["outcome"], &why["decisions"][0]["reason"]), (&json!("refused"), &json!("quota")));
 
     let mut open = client(0, &alone).open(CHAT, &chat(&long_prompt(1), 1200)).await;
     open.until_text(1).await;
@@ -149,6 +190,10 @@ async fn limits_hold_over_all_gateways() {
     let usage: Value = serde_json::from_str(&fleet.done(&["tenant", "list", "--json"]).await).expect("JSON");
     let twice = usage["tenants"].as_array().and_then(|all| all.iter().find(|t| t["name"] == "twice").cloned());
     assert_eq!(twice.expect("listed")["requests_total"], 2, "what was refused is not billed: {usage}");
+    let over = fleet.metric("coordinator-1", "baton_coordinator_refused_total", "reason=\"quota\"").await;
+    assert!(over >= 4.0, "{over} refusals by quota are counted");
+    let none = fleet.metric("coordinator-1", "baton_coordinator_headroom", "").await;
+    assert!(none < 1.0, "a cluster of one decode worker can lose nobody, and has no prefill pool: {none}");
 }
 
 /// Goal: a gateway that others can reach refuses to start while the cluster has no keys, unless it is told to be open.

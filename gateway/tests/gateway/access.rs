@@ -146,6 +146,8 @@ async fn refusals_of_the_ledger_have_their_own_codes() {
         let refused = post(&world.address(), PATH, &hi(json!({}))).await;
         assert_eq!((refused.status, &refused.json()["error"]["code"]), (status, &json!(code)));
         assert_eq!(refused.header("x-baton-refused"), Some(reason));
+        let asked = world.seen.borrow().assigns.last().map(|asked| asked.request.clone());
+        assert_eq!(refused.header("x-baton-request"), asked.as_deref(), "it can be explained");
         assert_eq!(refused.header("retry-after-ms"), (status == 429).then_some("1500"));
     }
     assert_eq!(world.seen.borrow().assigns.len(), 3, "none is asked again");
