@@ -8,6 +8,7 @@ use baton_core::{Aborted, Refused};
 use baton_proto::convert::{abort, refusal, request_id};
 use baton_proto::v1::request_output::Output;
 use baton_proto::v1::{Refusal, RequestOutput, Resumed, Start};
+use baton_worker::metrics;
 use baton_worker::outlet::{Inlet, outlet};
 use tokio::sync::mpsc;
 
@@ -19,7 +20,10 @@ use crate::stream::STEPS_UNREAD_MAX;
 
 /// Begins a request that may outlive its gateway's stream, and reads it.
 pub(crate) fn begin(decode: &Arc<Decode>, start: Start) -> Result<(Arc<Kept>, Reader), Refusal> {
-    let bad = |what: &str| refusal(Refused::Incompatible, what);
+    let bad = |what: &str| {
+        metrics::count_refused(Refused::Incompatible);
+        refusal(Refused::Incompatible, what)
+    };
     let (assignment, request) = (start.assignment.clone(), start.request.clone());
     let (Some(assignment), Some(request)) = (assignment, request) else {
         return Err(bad("assignment or request is missing"));

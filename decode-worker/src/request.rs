@@ -36,6 +36,7 @@ impl From<Abort> for End {
 
 impl From<BadMessage> for End {
     fn from(bad: BadMessage) -> End {
+        metrics::count_refused(Refused::Incompatible);
         End::Refused(refusal(Refused::Incompatible, bad.to_string()))
     }
 }

@@ -108,6 +108,7 @@ impl Requests {
             return Err(Status::invalid_argument(format!("handle {handle} is in use")));
         }
         if self.running.len() >= GATEWAY_REQUESTS_MAX {
+            baton_worker::metrics::count_refused(Refused::NoCapacity);
             let refusal = refusal(Refused::NoCapacity, "too many requests on one stream");
             self.say(handle, Output::Refused(refusal)).await;
             return Ok(());

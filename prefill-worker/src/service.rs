@@ -27,6 +27,7 @@ pub(crate) enum Failure {
 
 impl From<BadMessage> for Failure {
     fn from(bad: BadMessage) -> Failure {
+        metrics::count_refused(baton_core::Refused::Incompatible);
         Failure::Refused(refusal(baton_core::Refused::Incompatible, bad.to_string()))
     }
 }

@@ -137,4 +137,6 @@ async fn a_prefill_worker_stopped_in_a_handoff_is_fenced_and_wakes_as_another() 
         }
     }
     assert!(!fleet.ended(PREFILL), "it goes on in the same process");
+    let fenced = fleet.metric("coordinator-1", "baton_coordinator_fenced_total", "reason=\"silent\"").await;
+    assert!(fenced >= 1.0, "{fenced} fenced lives are counted");
 }

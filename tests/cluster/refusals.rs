@@ -3,10 +3,12 @@
 use std::sync::Arc;
 
 use baton_core::Net;
+use baton_proto::v1::admin_client::AdminClient;
 use baton_proto::v1::coordinator_client::CoordinatorClient;
 use baton_proto::v1::raft_client::RaftClient;
 use baton_proto::v1::{
-    Blob, HeartbeatRequest, Load, Member, ModelSummary, RegisterRequest, Role, heartbeat_reply, register_reply,
+    AssignRequest, Blob, FinishRequest, FinishedRequest, HeartbeatRequest, KeyId, Load, Member, ModelSummary,
+    RegisterRequest, Role, TenantName, assign_reply, done, heartbeat_reply, register_reply,
 };
 use baton_proto::{TcpNet, WIRE_VERSION, channel};
 use baton_tests::{Fleet, Shape};
@@ -104,7 +106,48 @@ async fn strangers_and_the_past_are_refused_and_counted() {
     let moved = register(&mut client, asks("", WIRE_VERSION, here, "other")).await.expect("the name is free at once");
     assert!(moved > later);
 
+    let ends = async |request: u128, epoch: u64| {
+        let request = format!("{request:032x}");
+        let ended = FinishedRequest { request, epoch, outcome: "complete".into(), ..Default::default() };
+        CoordinatorClient::new(connect()).finish(FinishRequest { requests: vec![ended] }).await.expect("it answers");
+        let counted = async |name| fleet.metric(NODE, name, "").await;
+        [counted("baton_coordinator_finished_total").await, counted("baton_coordinator_finishes_refused_total").await]
+    };
+    let ask = AssignRequest {
+        request: format!("{:032x}", 9),
+        attempt: 1,
+        model: "m".into(),
+        prompt_tokens: 10,
+        tokens_max: 10,
+        choices: 1,
+        deadline_ms: 60_000,
+        gateway: "g".into(),
+        ..Default::default()
+    };
+    let other = AssignRequest { gateway: "h".into(), ..ask.clone() };
+    let granted = client.assign(ask).await.expect("it answers").into_inner().outcome;
+    let Some(assign_reply::Outcome::Assignment(granted)) = granted else { panic!("refused: {granted:?}") };
+    let refused = client.assign(other).await.expect("it answers").into_inner().outcome;
+    assert!(matches!(&refused, Some(assign_reply::Outcome::Refused(why)) if why.reason == "stale"), "{refused:?}");
+    assert_eq!(fleet.metric(NODE, "baton_coordinator_refused_total", "reason=\"stale\"").await, 1.0);
+    assert_eq!(ends(9, granted.epoch + 1).await, [0.0, 1.0], "another epoch ends nothing");
+    assert_eq!(ends(9, granted.epoch).await, [1.0, 1.0]);
+
+    let mut admin = AdminClient::new(connect());
+    let unknown = KeyId { id: "nobody".into() };
+    let refused = admin.revoke_key(unknown).await.expect("it answers").into_inner().outcome;
+    assert!(matches!(&refused, Some(done::Outcome::Refused(why)) if why.reason == "unknown"), "{refused:?}");
+    admin.remove_tenant(TenantName { name: "a b".into() }).await.expect_err("it is no name");
+    for (command, reason) in [("revoke_key", "unknown"), ("remove_tenant", "malformed")] {
+        let label = format!("command=\"{command}\",reason=\"{reason}\"");
+        assert_eq!(fleet.metric(NODE, "baton_coordinator_commands_refused_total", &label).await, 1.0, "{label}");
+    }
+
     let mut raft = RaftClient::new(connect());
+    let newer = Blob { data: vec![99; 8].into(), cluster: String::new(), to: 1 };
+    let refused = raft.vote(newer).await.expect_err("nobody here can read it");
+    assert!(refused.message().contains("version 99"), "{refused}");
+    assert_eq!(fleet.metric(NODE, "baton_coordinator_foreign_messages_total", "\"version\"").await, 1.0);
     for (kind, cluster, to) in [("cluster", "another", 1), ("node", "", 7)] {
         let blob = Blob { data: vec![0; 8].into(), cluster: cluster.into(), to };
         let refused = raft.vote(blob).await.expect_err("it is not for this node");

@@ -16,6 +16,12 @@ pub struct Headroom {
     pub line: String,
 }
 
+/// Whether every pool of a role could lose any one worker; not where the role has no pool.
+pub fn holds(pools: &[Headroom], role: Role) -> bool {
+    let mut of_role = pools.iter().filter(|pool| pool.role == role).peekable();
+    of_role.peek().is_some() && of_role.all(|pool| pool.holds)
+}
+
 /// Every pool's headroom, in the order of role and model.
 pub fn headroom(candidates: &[Candidate], policy: &Policy) -> Vec<Headroom> {
     let mut pools: Vec<(Role, &str)> = candidates.iter().map(|c| (c.role, c.model.name.as_str())).collect();

@@ -26,7 +26,7 @@ use baton_core::planted::{self, Bug};
 use baton_core::{Holder, Incarnation, Lane, NumericsClass, Place, Role, WorkerId};
 
 pub use declined::Declined;
-pub use headroom::{Headroom, headroom};
+pub use headroom::{Headroom, headroom, holds};
 pub use policy::{Policy, Targets};
 pub use prefix::{PrefixIndex, WorkerIndex};
 pub use trace::{Scored, TRACED_MAX, Trace};

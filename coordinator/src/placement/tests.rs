@@ -388,6 +388,14 @@ fn headroom_says_whether_each_pool_could_lose_its_largest() {
     assert!(lines(&[]).is_empty());
 }
 
+#[test]
+fn a_role_without_a_pool_can_lose_nobody() {
+    let world = World::new(&["d0", "d1"]);
+    let pools = headroom(&world.candidates(), &Policy::default());
+    assert_eq!([Role::Decode, Role::Prefill].map(|role| holds(&pools, role)), [true, false]);
+    assert!(!holds(&[], Role::Decode), "nobody is left of it");
+}
+
 fn load() -> impl Strategy<Value = (Load, u64, bool)> {
     let load = (0u64..1000, 0u64..300, 0u64..300, 0u64..20_000, 0u64..5000, any::<bool>());
     let load = load.prop_map(|(blocks_available, running, waiting, tokens_waiting, prefill_rate, draining)| Load {

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use serde::{Serialize, de::DeserializeOwned};
 use tonic::Status;
 
-use super::wire::{decode, encode};
+use super::wire::{WireError, decode, encode};
 
 /// One node's name on the wire. Clones are the same.
 #[derive(Clone)]
@@ -52,7 +52,7 @@ impl Envelope {
     /// Reads a message that is for this node of this cluster. A sender that does not know its cluster's name yet is
     /// heard: it is one of those that found it.
     pub(crate) fn open<T: DeserializeOwned>(&self, blob: Blob) -> Result<T, Status> {
-        decode(&self.open_bytes(blob)?).map_err(|error| Status::invalid_argument(error.to_string()))
+        decode(&self.open_bytes(blob)?).map_err(|error| self.unreadable(&error))
     }
 
     /// The same, of a part.
@@ -66,6 +66,16 @@ impl Envelope {
             return Err(self.refuse("node", format!("this is node {}, not node {}", self.node, blob.to)));
         }
         Ok(blob.data)
+    }
+
+    /// What this binary cannot read, because another version wrote it or nobody of sense did.
+    fn unreadable(&self, error: &WireError) -> Status {
+        let kind = match error {
+            WireError::Version(_) => "version",
+            WireError::Empty | WireError::Damaged(_) => "damaged",
+        };
+        let status = self.refuse(kind, error.to_string());
+        Status::invalid_argument(status.message())
     }
 
     fn refuse(&self, kind: &'static str, what: String) -> Status {

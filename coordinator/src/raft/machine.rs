@@ -97,6 +97,9 @@ impl Machine {
         let batch = state::decode_batch(&proposal.0).map_err(invalid)?;
         batch.commands.iter().try_for_each(|command| self.compare(command))?;
         let mut ledger = self.ledger.write().expect("ledger lock");
+        if batch.time_ms < ledger.time_ms() {
+            metrics::counter!("baton_coordinator_stamps_behind_total").increment(1);
+        }
         let outcomes = ledger.apply(index, batch);
         self.log_bytes.fetch_add(proposal.0.len() as u64, Ordering::Relaxed);
         if index.is_multiple_of(HASH_EVERY) {

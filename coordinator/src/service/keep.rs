@@ -12,7 +12,7 @@ use super::lead::Leading;
 use super::roster::Heard;
 use super::{Shared, stopped};
 use crate::log::Identity;
-use crate::placement::headroom;
+use crate::placement::{headroom, holds};
 use crate::raft::ProposeError;
 use crate::state::Command;
 
@@ -56,7 +56,7 @@ async fn round(shared: &Shared) {
         shared.tell_members();
     }
     shared.node.save_when_long().await;
-    let Some(leading) = shared.lead.now() else { return };
+    let Some(leading) = shared.lead.now() else { return gauge_headroom(|_| false) };
     for (worker, incarnation) in silent(shared, &leading, now) {
         tracing::warn!(%worker, %incarnation, "silent for a whole lease: fenced");
         metrics::counter!("baton_coordinator_fenced_total", "reason" => "silent").increment(1);
@@ -102,14 +102,17 @@ fn stuck(shared: &Shared) -> Vec<(WorkerId, Incarnation)> {
     stuck.map(|(id, worker)| (id.clone(), worker.incarnation)).collect()
 }
 
-/// 1 for a role whose pools could each lose their largest worker.
+/// 1 at the leader for a role that has a pool, and whose pools could each lose their largest worker.
 fn tell_headroom(shared: &Shared, now: Instant) {
     let ledger = shared.node.ledger();
     let roster = shared.roster();
     let pools = headroom(&roster.pools(&ledger, &[], now).candidates, &shared.policies.of(&ledger).fresh);
+    gauge_headroom(|role| holds(&pools, role));
+}
+
+fn gauge_headroom(holds: impl Fn(Role) -> bool) {
     for role in [Role::Prefill, Role::Decode] {
-        let mut of_role = pools.iter().filter(|pool| pool.role == role);
-        let holds = of_role.all(|pool| pool.holds);
+        let holds = holds(role);
         metrics::gauge!("baton_coordinator_headroom", "role" => role.as_str()).set(if holds { 1.0 } else { 0.0 });
     }
 }

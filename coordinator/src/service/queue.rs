@@ -42,6 +42,11 @@ struct Desk {
     tell: oneshot::Sender<Result<Placed, Refusal>>,
 }
 
+/// How long somebody stood in the queue, and how that ended.
+fn record_wait(end: &'static str, wait: Duration) {
+    metrics::histogram!("baton_coordinator_queue_wait_seconds", "end" => end).record(wait.as_secs_f64());
+}
+
 /// A place in the queue; dropping it leaves the queue.
 pub(super) struct Parked {
     ticket: Ticket,
@@ -211,6 +216,7 @@ impl Shared {
         line.queue.pass(now_ms);
         for ticket in line.queue.overdue(now_ms) {
             let Some(desk) = line.parked.remove(&ticket) else { continue };
+            record_wait("overdue", now - desk.entered);
             let retry_after_ms = line.queue.retry_after_ms(now_ms, &desk.ask.model, desk.ask.lane);
             let retry_step_us = line.queue.turn_us(now_ms, &desk.ask.model);
             let waited =
@@ -243,7 +249,7 @@ impl Shared {
                 Ok(decision) => {
                     line.queue.placed(self.admission.now_ms(), ticket);
                     let Desk { ask, entered, tell } = line.parked.remove(&ticket).expect("looked at above");
-                    metrics::histogram!("baton_coordinator_queue_wait_seconds").record((now - entered).as_secs_f64());
+                    record_wait("placed", now - entered);
                     drop(tell.send(Ok(Placed { ask, decision })));
                     return true;
                 }

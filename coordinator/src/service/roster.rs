@@ -114,6 +114,7 @@ impl Roster {
         self.prefix.remove(index, beat.removed);
         self.prefix.add(index, beat.added);
         metrics::gauge!("baton_coordinator_prefix_index_blocks").set(self.prefix.len() as f64);
+        metrics::gauge!("baton_coordinator_prefix_index_dropped").set(self.prefix.dropped() as f64);
         Ok(gap && !reset)
     }
 
