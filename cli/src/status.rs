@@ -51,15 +51,18 @@ async fn show(flags: StatusFlags) -> Result<(), Failure> {
             (Some(file), coordinators)
         }
     };
-    let view = match view(&coordinators).await {
-        Some(view) => Some(with_others(view).await),
-        None => None,
+    let (view, storages) = match view(&coordinators).await {
+        Some(view) => {
+            let (view, storages) = with_others(view).await;
+            (Some(view), storages)
+        }
+        None => (None, Vec::new()),
     };
     if view.is_none() && file.is_none() {
         return Err(Failure::refuse(format!("no coordinator answers at {}", coordinators.join(", "))));
     }
     let answered = view.is_some();
-    let status = Status::new(file, view.unwrap_or_default());
+    let status = Status { storages, ..Status::new(file, view.unwrap_or_default()) };
     match flags.json {
         true => println!("{}", serde_json::to_string(&status)?),
         false => print!("{}", status.text()),
@@ -81,33 +84,48 @@ pub(crate) fn read(data: &Path) -> Result<ClusterFile, Failure> {
     }
 }
 
-/// The first coordinator's view that can be had.
+/// The first coordinator's view that knows a leader; else the first that can be had.
 async fn view(coordinators: &[String]) -> Option<ClusterView> {
+    let mut leaderless = None;
     for address in coordinators {
         let asked = tokio::time::timeout(VIEW_TIMEOUT, watch_once(address)).await;
         match asked {
-            Ok(Ok(view)) => return Some(view),
+            Ok(Ok(view)) if view.leader != 0 => return Some(view),
+            Ok(Ok(view)) => drop(leaderless.get_or_insert(view)),
             Ok(Err(error)) => tracing::debug!(address, "no view: {error:#}"),
             Err(_) => tracing::debug!(address, "no view in time"),
         }
     }
-    None
+    leaderless
 }
 
 /// The view with what each of the other coordinators says of itself: its process and its storage.
-async fn with_others(mut view: ClusterView) -> ClusterView {
-    let own = view.node;
+async fn with_others(mut view: ClusterView) -> (ClusterView, Vec<Storage>) {
+    let own = Storage { node: view.node, storage: view.storage.clone() };
     let ask = |node: CoordinatorNode| async move {
-        if node.id == own {
-            return node;
+        if node.id == view.node {
+            return (node, None);
         }
         let asked = tokio::time::timeout(VIEW_TIMEOUT, watch_once(&node.address)).await;
-        let said = asked.ok().and_then(Result::ok);
+        let said = asked.ok().and_then(Result::ok).filter(|said| said.node == node.id);
+        let storage = said.as_ref().map(|said| Storage { node: node.id, storage: said.storage.clone() });
         let themselves = said.and_then(|said| said.coordinators.into_iter().find(|n| n.id == node.id && n.pid != 0));
-        themselves.map_or(node.clone(), |said| CoordinatorNode { pid: said.pid, version: said.version, ..node })
+        let told = |said: CoordinatorNode| CoordinatorNode { pid: said.pid, version: said.version, ..node.clone() };
+        (themselves.map_or(node.clone(), told), storage)
     };
-    view.coordinators = futures::future::join_all(std::mem::take(&mut view.coordinators).into_iter().map(ask)).await;
-    view
+    let asked = futures::future::join_all(std::mem::take(&mut view.coordinators).into_iter().map(ask)).await;
+    let (coordinators, others): (_, Vec<_>) = asked.into_iter().unzip();
+    view.coordinators = coordinators;
+    let mut storages: Vec<Storage> = std::iter::once(own).chain(others.into_iter().flatten()).collect();
+    storages.sort_by_key(|storage| storage.node);
+    (view, storages)
+}
+
+/// What a coordinator says of its own disk: ok, full.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+struct Storage {
+    node: u64,
+    storage: String,
 }
 
 async fn watch_once(address: &str) -> anyhow::Result<ClusterView> {
@@ -135,6 +153,8 @@ struct Status {
     headroom: String,
     /// Of the coordinator that answered: ok, full.
     storage: String,
+    /// Of every coordinator that answers.
+    storages: Vec<Storage>,
     /// Since the last canary came back; null before the first.
     canary_age_ms: Option<u64>,
     /// Decode workers there are, and none of them works.
@@ -343,6 +363,7 @@ impl Status {
             ledger_index: view.ledger_index,
             pairs: view.pairs.into_iter().map(PairRow::of).collect(),
             headroom: view.headroom,
+            storages: vec![Storage { node: view.node, storage: view.storage.clone() }],
             storage: view.storage,
             canary_age_ms: view.canary_age_ms,
             broken: view.broken,
@@ -369,9 +390,8 @@ impl Status {
         if !self.headroom.is_empty() {
             lines.push(format!("headroom: {}", self.headroom));
         }
-        if !matches!(self.storage.as_str(), "" | "ok") {
-            lines.push(format!("storage: {}", self.storage));
-        }
+        let troubled = self.storages.iter().filter(|said| !matches!(said.storage.as_str(), "" | "ok"));
+        lines.extend(troubled.map(|said| format!("storage of coordinator {}: {}", said.node, said.storage)));
         if let Some(ms) = self.canary_age_ms {
             let good = self.pairs.iter().filter(|pair| pair.state == "good").count();
             lines.push(format!("canary: the last one {ms} ms ago, {good} of {} pairs good", self.pairs.len()));
@@ -512,6 +532,7 @@ mod tests {
                 members: vec![stuck, leaves],
                 pairs: vec![pair("prefill-0", "broken"), pair("", "broken"), pair("prefill-1", "good")],
                 headroom: "decode m: 1 workers, cannot lose one".into(),
+                node: 2,
                 storage: "full".into(),
                 canary_age_ms: Some(12),
                 broken: true,
@@ -524,7 +545,7 @@ mod tests {
             "become decode ordered",
             "handoffs by decode-0: gpu 3 (not_on_device 1)",
             "headroom: decode m: 1 workers, cannot lose one",
-            "storage: full",
+            "storage of coordinator 2: full",
             "canary: the last one 12 ms ago, 1 of 3 pairs good",
             "broken for 7 ms: prefill-0 decode-0: canary wrong",
             "broken for 7 ms: (by itself) decode-0: canary wrong",

@@ -3,6 +3,7 @@
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// A directory that goes when the test ends.
 struct Directory(PathBuf);
@@ -35,10 +36,13 @@ struct Node {
 
 impl Node {
     fn start(arguments: &[&str]) -> Node {
+        // Another one for each: what a process draws from its seed is the name that it joins under.
+        static SEED: AtomicU32 = AtomicU32::new(7);
+        let seed = SEED.fetch_add(1, Ordering::Relaxed).to_string();
         let mut child = Command::new(env!("CARGO_BIN_EXE_baton"))
             .arg("coordinator")
             .args(arguments)
-            .args(["--events", "--seed", "7", "--listen", "127.0.0.1:0"])
+            .args(["--events", "--seed", &seed, "--listen", "127.0.0.1:0"])
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
@@ -123,4 +127,58 @@ fn a_node_joins_and_leaves_by_commands() {
     let again = baton(&["--node", "3", "--data", &directory.join("third"), "--listen", "127.0.0.1:0"]);
     assert_eq!(again.status.code(), Some(2), "{}", said(&again));
     assert!(said(&again).contains("baton coordinator join"), "{}", said(&again));
+}
+
+/// Asks the coordinators until one says who leads.
+fn leader(nodes: &[&Node]) -> u64 {
+    let mut led = None;
+    wait_for(|| {
+        led = nodes.iter().find_map(|node| status(node)["leader"].as_u64());
+        led.is_some()
+    });
+    led.expect("somebody leads")
+}
+
+/// Has leadership handed over, as soon as the node votes.
+fn hand_over(to: &str, known: &[&str]) {
+    wait_for(|| baton(&[&["transfer-leader", to][..], known].concat()).status.success());
+}
+
+fn status(node: &Node) -> serde_json::Value {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_baton"));
+    let output = command.args(["status", "--json", "--coordinator", &node.address]).output().unwrap();
+    serde_json::from_slice(&output.stdout).unwrap_or_default()
+}
+
+/// Goal: leadership is handed to the node that is named, and a node whose disk is lost is replaced under a new number, by
+/// commands alone. Method: three processes, one of which dies with its directory.
+#[test]
+fn leadership_is_handed_over_and_a_lost_node_replaced_by_commands() {
+    let directory = Directory::new("replace");
+    let first = Node::start(&["--data", &directory.join("first")]);
+    let second = Node::start(&["join", "--via", &first.address, "--data", &directory.join("second")]);
+    let third = Node::start(&["join", "--via", &first.address, "--data", &directory.join("third")]);
+    let known = ["--coordinator", &first.address, "--coordinator", &second.address, "--coordinator", &third.address];
+    for wanted in ["2", "1"] {
+        hand_over(wanted, &known);
+        wait_for(|| leader(&[&first, &second, &third]).to_string() == wanted);
+    }
+    let strange = baton(&[&["transfer-leader", "9"][..], &known].concat());
+    assert!(!strange.status.success(), "there is no node 9");
+
+    drop(third);
+    std::fs::remove_dir_all(directory.join("third")).unwrap();
+    let fourth = Node::start(&["replace", "3", "--via", &first.address, "--data", &directory.join("fourth")]);
+    assert_eq!(fourth.id, "coordinator-4", "a number is never used again");
+    let nodes = |status: serde_json::Value| -> Vec<String> {
+        let rows = status["processes"].as_array().cloned().unwrap_or_default();
+        let nodes = rows.iter().filter(|row| row["role"] == "coordinator").filter_map(|row| row["id"].as_str());
+        nodes.map(str::to_string).collect()
+    };
+    let wanted = ["coordinator-1", "coordinator-2", "coordinator-4"];
+    wait_for(|| nodes(status(&first)) == wanted);
+    // The new node votes: with it and one of the old ones there is a majority.
+    drop(second);
+    hand_over("4", &["--coordinator", &first.address, "--coordinator", &fourth.address]);
+    wait_for(|| leader(&[&fourth, &first]) == 4);
 }
