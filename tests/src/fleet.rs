@@ -179,8 +179,13 @@ impl Fleet {
         member.child = Some(child);
     }
 
+    /// Starts a process that was killed, without waiting for it.
+    pub fn start_again(&mut self, id: &str) {
+        self.spawn(id);
+    }
+
     /// Waits until the process says that it serves.
-    async fn ready(&mut self, id: &str) {
+    pub async fn ready(&mut self, id: &str) {
         let member = self.members.get_mut(id).unwrap_or_else(|| panic!("no {id} in the fleet"));
         let lines = member.events.as_mut().unwrap_or_else(|| panic!("{id} was not started"));
         let said = async {

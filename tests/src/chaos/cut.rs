@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 use super::load::{self, Load};
 use super::report::quantile;
-use super::workers::{calm_moments, extra, go_on, silences};
+use super::workers::{MORE_MAX, calm_moments, extra, go_on, repeated, silences};
 use super::{Draw, Extent, Report};
 use crate::{Fault, Fleet, Proxy, Shape, Way};
 
@@ -41,7 +41,8 @@ pub async fn run(extent: Extent) -> Report {
     let calm = calm_moments(started, Instant::now());
     let workers = [fleet.ids("decode"), fleet.ids("prefill")].concat();
     let (mut draw, mut cuts) = (Draw::new(extent.seed), Vec::new());
-    for _ in 0..extent.times {
+    let (before, mut touched) = (repeated(&fleet).await, 0);
+    while cuts.len() < extent.times || (touched == 0 && cuts.len() < extent.times + MORE_MAX) {
         let blocks = draw.below(2) == 0;
         let proxy = match blocks {
             true => &fleet.handoff[draw.choose(&fleet.ids("decode"))],
@@ -53,13 +54,16 @@ pub async fn run(extent: Extent) -> Report {
         proxy.heal();
         fleet.whole().await;
         go_on(&load, STREAMS_EACH).await;
+        touched = repeated(&fleet).await - before;
     }
     let observed = load.finish().await;
     fleet.quiet().await;
 
-    let mut report = Report::new("path cut or damaged", extent.times, &observed);
+    let mut report = Report::new("path cut or damaged", cuts.len(), &observed);
     report.expect_whole();
     report.gaps(extra(&silences(&observed, &cuts), &silences(&observed, &calm)));
+    // Faults that meet no stream show nothing.
+    report.at_least("attempts that lost their path", touched as f64, "attempts", 1.0);
     report.tell("extra gap p99", quantile(&report.gaps_ms, 0.99), "ms");
     report
 }

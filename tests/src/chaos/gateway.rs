@@ -38,6 +38,9 @@ pub async fn run(extent: Extent) -> Report {
     report.expect_whole();
     report.gaps(freed);
     report.at_most("all given back p99", quantile(&report.gaps_ms, 0.99), "ms", ENDED_MS);
-    report.tell("connections broken", broken as f64, "streams");
+    let orphans = fleet.metric("coordinator-1", "baton_coordinator_orphans_total", "").await;
+    report.at_least("orphans counted", orphans, "requests", 1.0);
+    // Kills that meet no stream show nothing.
+    report.at_least("connections broken", broken as f64, "streams", 1.0);
     report
 }

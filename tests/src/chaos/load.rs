@@ -142,7 +142,8 @@ async fn read(
     judge(events.so_far.joined(), &expected[number])
 }
 
-fn judge(streamed: Streamed, expected: &Streamed) -> Verdict {
+/// How a stream that has come to its end compares with the undisturbed one.
+pub(super) fn judge(streamed: Streamed, expected: &Streamed) -> Verdict {
     if streamed == *expected {
         return Verdict::Same;
     }

@@ -10,10 +10,11 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
+use super::load::judge;
 use super::report::sorted;
-use super::{Extent, Report};
+use super::{Extent, Report, Verdict};
 use crate::client::NotOpened;
-use crate::{Client, Fleet, Shape};
+use crate::{Client, Fleet, Shape, Streamed};
 
 /// How often a client comes again after a 429 before it gives up: once more than OpenAI's does.
 const TRIES: usize = 4;
@@ -22,6 +23,10 @@ const RETRY_AFTER_UNTOLD: Duration = Duration::from_secs(1);
 /// The interactive lane's budget, and what an answer may take on top of it: prefill and the first token under load.
 const BUDGET_MS: f64 = 2_000.0;
 const SLACK_MS: f64 = 3_000.0;
+/// Different texts that are asked for, and compared with the undisturbed run.
+const TEXTS: usize = 24;
+/// The queue's waits are counted up to here: the budget, and what a busy machine adds to it.
+const QUEUE_WAIT_LE: &str = "le=\"2.5\"";
 const OVERLOAD: f64 = 3.0;
 const GOODPUT_DURING: f64 = 0.90;
 const GOODPUT_AFTER: f64 = 0.95;
@@ -36,15 +41,23 @@ struct Seen {
     waits: Mutex<Vec<(Instant, f64)>>,
     refused: AtomicUsize,
     gave_up: AtomicUsize,
-    broken: AtomicUsize,
+    verdicts: Mutex<Vec<(usize, Verdict)>>,
+    expected: Vec<Streamed>,
     ended: watch::Sender<bool>,
 }
 
 impl Seen {
-    fn new() -> Arc<Seen> {
+    fn new(expected: Vec<Streamed>) -> Arc<Seen> {
         let (complete, waits, ended) = (Mutex::default(), Mutex::default(), watch::Sender::new(false));
-        let (refused, gave_up, broken) = (AtomicUsize::new(0), AtomicUsize::new(0), AtomicUsize::new(0));
-        Arc::new(Seen { complete, waits, refused, gave_up, broken, ended })
+        let (refused, gave_up) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        Arc::new(Seen { complete, waits, refused, gave_up, verdicts: Mutex::default(), expected, ended })
+    }
+
+    fn judged(&self, number: usize, verdict: Verdict) {
+        if verdict == Verdict::Same {
+            self.complete.lock().expect("no panic while held").push(Instant::now());
+        }
+        self.verdicts.lock().expect("no panic while held").push((number, verdict));
     }
 
     fn waited(&self, since: Instant) {
@@ -65,10 +78,12 @@ impl Seen {
     }
 }
 
+/// Few texts, so that each can be compared; a salt of its own, so that none is found in a cache.
 fn body(number: usize) -> Value {
+    let (text, salt) = (number % TEXTS, number.to_string());
     json!({
-        "model": "baton-3m", "max_tokens": 32, "temperature": 0, "ignore_eos": true,
-        "messages": [{"role": "user", "content": format!("{number} and the voice of the LORD came a second time, ").repeat(8)}],
+        "model": "baton-3m", "max_tokens": 32, "temperature": 0, "ignore_eos": true, "cache_salt": salt,
+        "messages": [{"role": "user", "content": format!("{text} and the voice of the LORD came a second time, ").repeat(8)}],
     })
 }
 
@@ -81,18 +96,12 @@ async fn ask(client: &Client, number: usize, seen: &Seen) {
             Ok(mut events) => {
                 events.until_text(1).await;
                 seen.waited(started);
-                let streamed = events.finish().await;
-                match streamed.done && streamed.error.is_none() {
-                    true => seen.complete.lock().expect("no panic while held").push(Instant::now()),
-                    false => drop(seen.broken.fetch_add(1, Ordering::Relaxed)),
-                }
-                return;
+                let streamed = events.finish().await.joined();
+                return seen.judged(number, judge(streamed, &seen.expected[number % TEXTS]));
             }
             Err(NotOpened::Refused { status: 429 | 503, retry_after, .. }) => retry_after,
-            Err(_) => {
-                seen.broken.fetch_add(1, Ordering::Relaxed);
-                return;
-            }
+            Err(NotOpened::Unreachable(_)) => return seen.judged(number, Verdict::Lost),
+            Err(refused) => return seen.judged(number, Verdict::Failed(refused.to_string())),
         };
         seen.waited(started);
         seen.refused.fetch_add(1, Ordering::Relaxed);
@@ -158,7 +167,13 @@ pub async fn run(extent: Extent) -> Report {
     let fleet = Fleet::start(&Shape::default()).await;
     let client = fleet.client(0);
     let seconds = Duration::from_secs(extent.times as u64);
-    let seen = Seen::new();
+    let mut expected = Vec::with_capacity(TEXTS);
+    for number in 0..TEXTS {
+        let streamed = client.stream("/v1/chat/completions", &body(number)).await.joined();
+        assert!(streamed.done && streamed.error.is_none(), "text {number} undisturbed: {streamed:?}");
+        expected.push(streamed);
+    }
+    let seen = Seen::new(expected);
     closed(&client, extent.streams, seconds / 4, 0, &seen).await;
     // Its most: at the load that is usual here, or at twice that.
     let own = processor_s();
@@ -175,18 +190,27 @@ pub async fn run(extent: Extent) -> Report {
     let after = closed(&client, extent.streams, rest / 3, 4_000_000, &seen).await;
     seen.ended.send_replace(true);
     fleet.quiet().await;
+    let waited = "baton_coordinator_queue_wait_seconds";
+    let stood = fleet.metric("coordinator-1", &format!("{waited}_count"), "").await;
+    let in_time = fleet.metric("coordinator-1", &format!("{waited}_bucket"), QUEUE_WAIT_LE).await;
 
     let count = |of: fn(&Seen) -> &AtomicUsize| of(&seen).load(Ordering::Relaxed) as f64;
     let waits = seen.waits.lock().expect("no panic while held");
     let waits = sorted(waits.iter().filter(|(since, _)| (started..over).contains(since)).map(|(_, wait)| *wait));
+    let overloaded = fleet.metric("coordinator-1", "baton_coordinator_refused_total", "reason=\"overloaded\"").await;
     let mut report = Report::new("overload", extent.times, &[]);
     report.streams = waits.len();
-    report.failed = count(|seen| &seen.broken) as usize;
+    for (number, verdict) in seen.verdicts.lock().expect("no panic while held").iter() {
+        report.judged(*number, verdict);
+    }
     report.expect_whole();
+    report.tell("stood in the queue", stood, "requests");
+    report.at_most("stood there for longer than 2.5 s, their budget is 2 s", stood - in_time, "requests", 0.0);
     report.tell("peak goodput", peak, "requests/s");
     report.at_least("goodput during, of peak", during / peak, "", GOODPUT_DURING);
     report.at_least("goodput after, of peak", after / peak, "", GOODPUT_AFTER);
     report.tell("tries refused", refused, "tries");
+    report.at_least("refusals counted by the coordinator", overloaded, "requests", 1.0);
     report.tell("clients that gave up", count(|seen| &seen.gave_up), "requests");
     report.tell("processors taken by the clients at peak", own_peak, "");
     report.tell("processors taken by the clients during", own_during, "");

@@ -20,6 +20,8 @@ pub struct Report {
     pub fault: String,
     pub times: usize,
     pub streams: usize,
+    /// Of which the text was compared with the undisturbed run.
+    pub compared: usize,
     pub lost: usize,
     pub hung: usize,
     pub doubled: usize,
@@ -38,19 +40,23 @@ const REMARKS: usize = 5;
 impl Report {
     pub fn new(fault: &str, times: usize, observed: &[Observed]) -> Report {
         let mut report = Report { fault: fault.into(), times, streams: observed.len(), ..Report::default() };
-        for stream in observed {
-            let count = match &stream.verdict {
-                Verdict::Same => continue,
-                Verdict::Lost => &mut report.lost,
-                Verdict::Hung => &mut report.hung,
-                Verdict::Doubled(_) => &mut report.doubled,
-                Verdict::Wrong(_) => &mut report.wrong,
-                Verdict::Failed(_) => &mut report.failed,
-            };
-            *count += 1;
-            report.remark(format!("request {}: {:?}", stream.number, stream.verdict));
-        }
+        observed.iter().for_each(|stream| report.judged(stream.number, &stream.verdict));
         report
+    }
+
+    /// Counts a stream that was compared.
+    pub fn judged(&mut self, number: usize, verdict: &Verdict) {
+        self.compared += 1;
+        let count = match verdict {
+            Verdict::Same => return,
+            Verdict::Lost => &mut self.lost,
+            Verdict::Hung => &mut self.hung,
+            Verdict::Doubled(_) => &mut self.doubled,
+            Verdict::Wrong(_) => &mut self.wrong,
+            Verdict::Failed(_) => &mut self.failed,
+        };
+        *count += 1;
+        self.remark(format!("request {number}: {verdict:?}"));
     }
 
     pub fn remark(&mut self, remark: String) {
@@ -119,9 +125,12 @@ pub fn print_table(reports: &[Report]) {
     let head = ["FAULT", "TIMES", "STREAMS", "LOST", "HUNG", "DOUBLED", "WRONG", "FAILED", "GAP P50", "P99", "MAX MS"];
     println!("{:<28}{}", head[0], head[1..].iter().map(|h| format!("{h:>9}")).collect::<String>());
     for report in reports {
-        let counts =
-            [report.times, report.streams, report.lost, report.hung, report.doubled, report.wrong, report.failed];
-        let counts: String = counts.iter().map(|count| format!("{count:>9}")).collect();
+        let told = [report.times, report.streams].map(|count| format!("{count:>9}")).concat();
+        let judged = [report.lost, report.hung, report.doubled, report.wrong, report.failed];
+        // Where nothing was compared, nothing is known.
+        let judged =
+            judged.map(|count| if report.compared > 0 { format!("{count:>9}") } else { format!("{:>9}", "–") });
+        let counts = told + &judged.concat();
         let gaps = [0.5, 0.99, 1.0].map(|share| format!("{:>9.0}", quantile(&report.gaps_ms, share)));
         println!("{:<28}{counts}{}", report.fault, gaps.concat());
     }

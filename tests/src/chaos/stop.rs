@@ -5,7 +5,7 @@ use tokio::time::Instant;
 
 use super::load::{self, Load};
 use super::report::quantile;
-use super::workers::{calm_moments, extra, go_on, silences};
+use super::workers::{MORE_MAX, calm_moments, extra, go_on, repeated, silences};
 use super::{Draw, Extent, Report};
 use crate::cluster::{alive, wait_for};
 use crate::{Fleet, Shape};
@@ -29,7 +29,8 @@ pub async fn run(extent: Extent) -> Report {
     let calm = calm_moments(started, Instant::now());
     let workers = [fleet.ids("decode"), fleet.ids("prefill")].concat();
     let (mut draw, mut stops, mut fenced) = (Draw::new(extent.seed), Vec::new(), Vec::new());
-    for _ in 0..extent.times {
+    let (before_all, mut touched) = (repeated(&fleet).await, 0);
+    while stops.len() < extent.times || (touched == 0 && stops.len() < extent.times + MORE_MAX) {
         let victim = draw.choose(&workers).clone();
         let pid = fleet.pid(&victim);
         let before = wait_for("the worker's life", || life(&fleet, &victim)).await;
@@ -56,14 +57,17 @@ pub async fn run(extent: Extent) -> Report {
         }
         fleet.whole().await;
         go_on(&load, STREAMS_EACH / 2).await;
+        touched = repeated(&fleet).await - before_all;
     }
     let observed = load.finish().await;
     fleet.quiet().await;
 
-    let mut report = Report::new("worker stopped, woken", extent.times, &observed);
+    let mut report = Report::new("worker stopped, woken", stops.len(), &observed);
     report.expect_whole();
     report.gaps(extra(&silences(&observed, &stops), &silences(&observed, &calm)));
     report.at_most("fenced, longest", fenced.iter().copied().fold(0.0, f64::max), "ms", FENCED_MS);
+    // Stops that meet no stream show nothing.
+    report.at_least("attempts that lost a worker", touched as f64, "attempts", 1.0);
     report.tell("extra gap p99", quantile(&report.gaps_ms, 0.99), "ms");
     report
 }

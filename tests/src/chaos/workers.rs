@@ -15,7 +15,7 @@ const WINDOW: Duration = Duration::from_secs(2);
 const STREAMS_EACH: usize = 50;
 const CALM_STREAMS: usize = 2 * STREAMS_EACH;
 /// Kills beyond those asked for, until one has met a stream.
-const MORE_MAX: usize = 20;
+pub(super) const MORE_MAX: usize = 20;
 const GAP_P50_MS: f64 = 300.0;
 const GAP_P99_MS: f64 = 1_500.0;
 
@@ -59,7 +59,7 @@ pub(super) fn calm_moments(from: Instant, to: Instant) -> Vec<Instant> {
 }
 
 /// Attempts that gateways had to repeat elsewhere so far.
-async fn repeated(fleet: &Fleet) -> usize {
+pub(super) async fn repeated(fleet: &Fleet) -> usize {
     let mut count = 0.0;
     for gateway in fleet.ids("gateway") {
         count += fleet.metric(&gateway, "baton_gateway_attempts_failed_total", "").await;
