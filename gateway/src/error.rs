@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 pub(crate) struct ApiError {
     pub status: StatusCode,
     pub kind: &'static str,
-    pub param: Option<String>,
+    pub param: Option<Box<str>>,
     pub code: Option<&'static str>,
     pub message: String,
     /// Milliseconds after which a retry makes sense.
@@ -20,7 +20,7 @@ pub(crate) struct ApiError {
     /// Word for the `x-baton-refused` header and the metrics' label.
     pub reason: &'static str,
     /// The request that was refused or failed, where it had got as far as a coordinator.
-    pub request: Option<RequestId>,
+    pub request: Option<Box<RequestId>>,
 }
 
 const RETRY_AFTER_MS: u64 = 1_000;
@@ -42,7 +42,7 @@ impl ApiError {
     /// 400: the parameter `param` is not acceptable.
     pub(crate) fn invalid(param: &str, message: impl Into<String>) -> ApiError {
         let error = ApiError::new(StatusCode::BAD_REQUEST, "invalid_request_error", "invalid", message);
-        ApiError { param: Some(param.to_string()), ..error }
+        ApiError { param: Some(param.into()), ..error }
     }
 
     /// 400: a parameter that would change the answer and that Baton cannot honour.

@@ -244,7 +244,7 @@ impl Serving {
         };
         self.route = None;
         self.outcome = Some(ended.reason.to_string());
-        Err(ApiError { request: Some(self.request.id), ..ended })
+        Err(ApiError { request: Some(Box::new(self.request.id)), ..ended })
     }
 
     /// The gateway needs no more of this choice: its stop string is complete after `generated` tokens.
