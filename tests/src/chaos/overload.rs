@@ -193,11 +193,11 @@ pub async fn run(extent: Extent) -> Report {
     let waited = "baton_coordinator_queue_wait_seconds";
     let stood = fleet.metric("coordinator-1", &format!("{waited}_count"), "").await;
     let in_time = fleet.metric("coordinator-1", &format!("{waited}_bucket"), QUEUE_WAIT_LE).await;
+    let overloaded = fleet.metric("coordinator-1", "baton_coordinator_refused_total", "reason=\"overloaded\"").await;
 
     let count = |of: fn(&Seen) -> &AtomicUsize| of(&seen).load(Ordering::Relaxed) as f64;
     let waits = seen.waits.lock().expect("no panic while held");
     let waits = sorted(waits.iter().filter(|(since, _)| (started..over).contains(since)).map(|(_, wait)| *wait));
-    let overloaded = fleet.metric("coordinator-1", "baton_coordinator_refused_total", "reason=\"overloaded\"").await;
     let mut report = Report::new("overload", extent.times, &[]);
     report.streams = waits.len();
     for (number, verdict) in seen.verdicts.lock().expect("no panic while held").iter() {
