@@ -48,7 +48,7 @@ step "kernels measured" 120 "$baton" doctor --gpu --small --measure --json "${ce
 step "same bytes" 120 "$engine" gpu --test-threads 4
 [ ! -e "$work/model/config.json" ] ||
     step "engine" 120 "$baton" bench engine --device cuda --model "$work/model" --rounds 2 --json "${ceilings[@]}"
-step "handoff from GPU to GPU" 60 "$baton" bench transfer --device cuda --json
+step "handoff from GPU to GPU" 60 "$baton" bench transfer --device cuda --rounds 15 --json
 [ ! -e "$work/model/config.json" ] || {
     # The random model has no tokenizer of its own; prompts are given as tokens.
     cp models/baton-3m/tokenizer*.json "$work/model/"

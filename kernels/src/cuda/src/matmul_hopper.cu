@@ -443,7 +443,7 @@ __device__ __forceinline__ void multiply_few(const TensorMap* xs, const TensorMa
     if (threadIdx.x == 0) {
         for (int s = 0; s < Items; s++) {
             barrier_init(full + 8 * s, 1);
-            barrier_init(empty + 8 * s, Segmented ? 1 : Warps);
+            barrier_init(empty + 8 * s, (Segmented ? 1 : Warps) * (Eight ? 32 : 1));
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
@@ -473,15 +473,28 @@ __device__ __forceinline__ void multiply_few(const TensorMap* xs, const TensorMa
                 for (u32 c = 0; c < Chunks; c++)
                     load_slab(to + c * XBytes, xs, full + 8 * slot, k_of(at.item) + c * HOPPER_STEP, first_row + row);
             };
-            Cursor ahead = {output, 0}, at = ahead;
-            for (u32 slot = 0; slot < Items && ahead.output < a.outputs; slot++, ahead.next(count, stride)) weights(ahead, slot);
-            after_previous();
-            for (u32 slot = 0; slot < Items && at.output < a.outputs; slot++, at.next(count, stride)) rows(at, slot);
             Ring<Items> ring = {0, 0};
-            for (; at.output < a.outputs; ring.next(), at.next(count, stride)) {
-                barrier_wait(empty + 8 * ring.stage, ring.parity);
-                weights(at, ring.stage);
-                rows(at, ring.stage);
+            if constexpr (Segmented) {
+                // Items are small here: what this thread does for each is what the memory waits for.
+                u32 first = count < Items ? count : Items;
+                for (u32 i = 0; i < first; i++) weights({output, i}, i);
+                after_previous();
+                for (u32 i = 0; i < first; i++) rows({output, i}, i);
+                for (u32 i = Items; i < count; i++, ring.next()) {
+                    barrier_wait(empty + 8 * ring.stage, ring.parity);
+                    weights({output, i}, ring.stage);
+                    rows({output, i}, ring.stage);
+                }
+            } else {
+                Cursor ahead = {output, 0}, at = ahead;
+                for (u32 slot = 0; slot < Items && ahead.output < a.outputs; slot++, ahead.next(count, stride)) weights(ahead, slot);
+                after_previous();
+                for (u32 slot = 0; slot < Items && at.output < a.outputs; slot++, at.next(count, stride)) rows(at, slot);
+                for (; at.output < a.outputs; ring.next(), at.next(count, stride)) {
+                    barrier_wait(empty + 8 * ring.stage, ring.parity);
+                    weights(at, ring.stage);
+                    rows(at, ring.stage);
+                }
             }
         }
     } else {
@@ -517,7 +530,8 @@ __device__ __forceinline__ void multiply_few(const TensorMap* xs, const TensorMa
                     }
                 }
                 __syncwarp();
-                if (lane == 0) barrier_arrive_here(empty + 8 * slot);
+                // Cells are read by ordinary loads, whose order before a refill every lane tells for itself.
+                if (Eight || lane == 0) barrier_arrive_here(empty + 8 * slot);
                 slot += Stride;
                 if (slot >= Items) {
                     slot -= Items;
