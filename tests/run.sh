@@ -21,8 +21,9 @@ step "cargo test"
 log=target/test.log
 cargo test --release --locked --workspace --no-fail-fast 2>&1 | tee "$log"
 [ "${PIPESTATUS[0]}" -eq 0 ] || failing=1
-# The GPU's kernels and backend, on an emulation of a GPU that the system's C++ compiler builds.
-cargo test --release --locked -p baton-kernels -p baton-engine --features baton-kernels/cuda,baton-engine/cuda \
+# The GPU's kernels and backend, on an emulation of a GPU that the system's C++ compiler builds. The binary's crate is named so that
+# the packages below keep the features they were built with.
+cargo test --release --locked -p baton-kernels -p baton-engine -p baton-cli --features baton-kernels/cuda,baton-engine/cuda \
     --no-fail-fast --lib --test emulated --test suite -- cuda gpu every_kernel 2>&1 | tee -a "$log"
 [ "${PIPESTATUS[0]}" -eq 0 ] || failing=1
 passed=$(awk '/^test result:/ {n += $4} END {print n + 0}' "$log")

@@ -179,15 +179,16 @@ pub async fn run(extent: Extent) -> Report {
     let own = processor_s();
     let usual = closed(&client, extent.streams, seconds / 4, 1_000_000, &seen).await;
     let more = closed(&client, 2 * extent.streams, seconds / 4, 1_500_000, &seen).await;
-    let (peak, own_peak) = (usual.max(more), (processor_s() - own) / (seconds / 2).as_secs_f64());
+    let (peak, at_peak) = if more > usual { (more, 2 * extent.streams) } else { (usual, extent.streams) };
+    let own_peak = (processor_s() - own) / (seconds / 2).as_secs_f64();
     let (started, own) = (Instant::now(), processor_s());
     let during = open(&client, OVERLOAD * peak, seconds, 2_000_000, &seen).await;
     let (over, own_during) = (Instant::now(), (processor_s() - own) / seconds.as_secs_f64());
     let refused = seen.refused.load(Ordering::Relaxed) as f64;
-    // What is left of the overload drains in the first part; the last one is measured.
+    // What is left of the overload drains in the first part; the last one is measured, at the load that had the peak.
     let rest = seconds.min(AFTER_MAX);
-    closed(&client, extent.streams, rest * 2 / 3, 3_000_000, &seen).await;
-    let after = closed(&client, extent.streams, rest / 3, 4_000_000, &seen).await;
+    closed(&client, at_peak, rest * 2 / 3, 3_000_000, &seen).await;
+    let after = closed(&client, at_peak, rest / 3, 4_000_000, &seen).await;
     seen.ended.send_replace(true);
     fleet.quiet().await;
     let waited = "baton_coordinator_queue_wait_seconds";
@@ -207,6 +208,7 @@ pub async fn run(extent: Extent) -> Report {
     report.tell("stood in the queue", stood, "requests");
     report.at_most("stood there for longer than 2.5 s, their budget is 2 s", stood - in_time, "requests", 0.0);
     report.tell("peak goodput", peak, "requests/s");
+    report.tell("clients at the peak, and after", at_peak as f64, "clients");
     report.at_least("goodput during, of peak", during / peak, "", GOODPUT_DURING);
     report.at_least("goodput after, of peak", after / peak, "", GOODPUT_AFTER);
     report.tell("tries refused", refused, "tries");
