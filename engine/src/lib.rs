@@ -9,6 +9,7 @@ mod commit;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod engine;
+pub mod experts;
 mod journal;
 pub mod load;
 pub mod model;

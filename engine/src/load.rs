@@ -16,11 +16,12 @@ use baton_core::{BlockLayout, KvDtype, NumericsClass};
 use baton_kernels::{Collective, Cpu, Dtype, Matrix, Packed, Profile, Quantize};
 use xxhash_rust::xxh3::Xxh3;
 
+use crate::experts::{Expert, Experts};
 use crate::load::checkpoint::{Checkpoint, Tensor};
-use crate::load::config::ModelConfig;
+use crate::load::config::{Mixture, ModelConfig};
 use crate::load::error::LoadError;
-use crate::model::{CpuModel, Layer, Weights};
-use crate::shard::Shard;
+use crate::model::{CpuModel, Dense, Layer, Mlp, Weights};
+use crate::shard::{Shard, Steps};
 use crate::spec::ModelSpec;
 
 /// Numbers that ranks exchange at a time: what fits a core's cache beside what it computes on.
@@ -169,9 +170,15 @@ fn shards(config: &ModelConfig, checkpoint: &Checkpoint, options: LoadOptions) -
         (0..config.layers).filter_map(|layer| checkpoint.dtype(&name(layer))).collect()
     };
     let (down, out) = (dtypes("mlp.down_proj"), dtypes("self_attn.o_proj"));
-    let step = down.iter().map(|dtype| dtype.step(options.quantize)).max().unwrap_or(1);
-    Shard::check(config, options.ranks, step)?;
-    let shards: Vec<Shard> = (0..options.ranks).map(|rank| Shard::of(config, rank, options.ranks, step)).collect();
+    let of_experts = |mixture: &Mixture| -> Vec<Dtype> {
+        let Mixture { experts, names, .. } = mixture;
+        (0..*experts).flat_map(|expert| dtypes(&format!("{}.experts.{expert}.{}", names.block, names.down))).collect()
+    };
+    let experts = config.mixture.as_ref().map(of_experts).unwrap_or_default();
+    let step = |dtypes: &[Dtype]| dtypes.iter().map(|dtype| dtype.step(options.quantize)).max().unwrap_or(1);
+    let steps = Steps { mlp: step(&down), experts: step(&experts) };
+    Shard::check(config, options.ranks, steps)?;
+    let shards: Vec<Shard> = (0..options.ranks).map(|rank| Shard::of(config, rank, options.ranks, steps)).collect();
     for shard in &shards {
         let dim = config.heads.head_dim;
         let own = shard.q().start * dim..shard.q().end * dim;
@@ -180,6 +187,10 @@ fn shards(config: &ModelConfig, checkpoint: &Checkpoint, options: LoadOptions) -
         }
         for dtype in &down {
             shard.check_columns("mlp.down_proj", config.intermediate, &shard.inner, *dtype, options.quantize)?;
+        }
+        for (mixture, dtype) in config.mixture.iter().flat_map(|mixture| experts.iter().map(move |of| (mixture, of))) {
+            let (name, inner) = (mixture.names.down, &shard.expert_inner);
+            shard.check_columns(name, mixture.intermediate, inner, *dtype, options.quantize)?;
         }
     }
     Ok(shards)
@@ -234,20 +245,18 @@ impl Loader<'_> {
     }
 
     fn layer(&mut self, config: &ModelConfig, layer: usize) -> Result<Layer, LoadError> {
-        let (heads, hidden, wide) = (config.heads, config.hidden, config.intermediate);
+        let (heads, hidden) = (config.heads, config.hidden);
         let (dim, q, kv) = (heads.head_dim, heads.width(), heads.kv_heads * heads.head_dim);
         let name = |part: &str| format!("model.layers.{layer}.{part}");
         let weight = |part: &str| name(&format!("{part}.weight"));
         let of_heads = |heads: Range<usize>| heads.start * dim..heads.end * dim;
-        let (own_q, own_kv, own_wide) = (of_heads(self.shard.q()), of_heads(self.shard.k()), self.shard.inner.clone());
+        let (own_q, own_kv) = (of_heads(self.shard.q()), of_heads(self.shard.k()));
         let qkv = [
             ("self_attn.q_proj", q, own_q.clone()),
             ("self_attn.k_proj", kv, own_kv.clone()),
             ("self_attn.v_proj", kv, own_kv),
         ];
-        let gate_up = [("mlp.gate_proj", wide, own_wide.clone()), ("mlp.up_proj", wide, own_wide.clone())];
         let out = [("self_attn.o_proj", hidden, 0..hidden)];
-        let down = [("mlp.down_proj", hidden, 0..hidden)];
         let tensors = |parts: &[(&str, usize, Range<usize>)], kind: &str| -> Vec<Rows> {
             let rows = |(part, of, range): &(&str, usize, Range<usize>)| {
                 let tensor = name(&format!("{part}.{kind}"));
@@ -264,12 +273,50 @@ impl Loader<'_> {
             out: self.columns(&tensors(&out, "weight")[0], q, own_q)?,
             out_bias: self.bias(config.out_bias, &tensors(&out, "bias"))?,
             mlp_norm: self.vector(&weight("post_attention_layernorm"), hidden)?,
-            gate_up: self.matrix(&tensors(&gate_up, "weight"), hidden)?,
-            gate_up_bias: self.bias(config.mlp_bias, &tensors(&gate_up, "bias"))?,
-            down: self.columns(&tensors(&down, "weight")[0], wide, own_wide)?,
-            down_bias: self.bias(config.mlp_bias, &tensors(&down, "bias"))?,
+            mlp: match config.mixture.as_ref().filter(|mixture| mixture.layers[layer]) {
+                Some(mixture) => Mlp::Experts(self.experts(mixture, hidden, layer)?),
+                None => Mlp::Dense(self.dense(config, layer)?),
+            },
             window: config.windows[layer],
         })
+    }
+
+    fn dense(&mut self, config: &ModelConfig, layer: usize) -> Result<Dense, LoadError> {
+        let (hidden, wide, own) = (config.hidden, config.intermediate, self.shard.inner.clone());
+        let rows = |part: &str, kind: &str, of: usize, range: &Range<usize>| {
+            let tensor = format!("model.layers.{layer}.mlp.{part}.{kind}");
+            Rows { tensor, of, range: range.clone() }
+        };
+        let gate_up = |kind: &str| ["gate_proj", "up_proj"].map(|part| rows(part, kind, wide, &own));
+        let down = |kind: &str| rows("down_proj", kind, hidden, &(0..hidden));
+        Ok(Dense {
+            gate_up: self.matrix(&gate_up("weight"), hidden)?,
+            gate_up_bias: self.bias(config.mlp_bias, &gate_up("bias"))?,
+            down: self.columns(&down("weight"), wide, own.clone())?,
+            down_bias: self.bias(config.mlp_bias, &[down("bias")])?,
+        })
+    }
+
+    fn experts(&mut self, mixture: &Mixture, hidden: usize, layer: usize) -> Result<Experts, LoadError> {
+        let Mixture { experts, intermediate: wide, names, .. } = *mixture;
+        let block = format!("model.layers.{layer}.{}", names.block);
+        let own = self.shard.expert_inner.clone();
+        let expert = |expert: usize| {
+            let rows = |part: &str, of: usize, range: Range<usize>| {
+                let tensor = format!("{block}.experts.{expert}.{part}.weight");
+                Rows { tensor, of, range }
+            };
+            let gate_up = [rows(names.gate, wide, own.clone()), rows(names.up, wide, own.clone())];
+            let gate_up = self.matrix(&gate_up, hidden)?;
+            Ok(Expert { gate_up, down: self.columns(&rows(names.down, hidden, 0..hidden), wide, own.clone())? })
+        };
+        let all = (0..experts).map(expert).collect::<Result<Vec<_>, LoadError>>()?;
+        // It is small and decides much: it is never quantized.
+        let quantize = self.quantize.take();
+        let router =
+            self.matrix(&[Rows { tensor: format!("{block}.gate.weight"), of: experts, range: 0..experts }], hidden);
+        self.quantize = quantize;
+        Ok(Experts { router: router?, all, used: mixture.used, over_chosen: mixture.over_chosen, inner: wide })
     }
 
     /// Some rows of each of the named tensors, one below the other.

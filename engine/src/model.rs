@@ -1,5 +1,5 @@
-//! The transformer on a CPU: one code path for Llama, Qwen2, Qwen3 and Mistral, alone or as a rank of a tensor-parallel
-//! group. The bits of a row depend on the row, the weights and its sequence's KV alone, because those of every kernel do,
+//! The transformer on a CPU: one code path for Llama, Qwen2, Qwen3 and Mistral, and their mixtures of experts, alone or as a
+//! rank of a tensor-parallel group. The bits of a row depend on the row, the weights and its sequence's KV alone, because those of every kernel do,
 //! nothing here mixes rows, and what ranks add up is added in one order.
 
 use std::io;
@@ -11,6 +11,7 @@ use baton_kernels::{Attention, Broken, Collective, Cpu, Packed, RopeStore, RopeT
 
 use crate::backend::Backend;
 use crate::batch::{Batch, Draw, Output};
+use crate::experts::{self, Experts, Place};
 use crate::load::config::ModelConfig;
 use crate::ranks::{Compute, Ranks, Rows, Step};
 use crate::sampling;
@@ -58,12 +59,46 @@ pub struct Layer {
     pub out: Packed,
     pub out_bias: Option<Vec<f32>>,
     pub mlp_norm: Vec<f32>,
+    pub mlp: Mlp,
+    pub window: Option<usize>,
+}
+
+/// The second half of a layer.
+pub enum Mlp {
+    Dense(Dense),
+    Experts(Experts),
+}
+
+/// An MLP that every row goes through.
+pub struct Dense {
     /// Rows of gate, then up.
     pub gate_up: Packed,
     pub gate_up_bias: Option<Vec<f32>>,
     pub down: Packed,
     pub down_bias: Option<Vec<f32>>,
-    pub window: Option<usize>,
+}
+
+impl Layer {
+    /// Bytes of the matrices, of experts as told.
+    fn bytes(&self, experts: fn(&Experts) -> usize) -> usize {
+        self.qkv.bytes()
+            + self.out.bytes()
+            + match &self.mlp {
+                Mlp::Dense(dense) => dense.gate_up.bytes() + dense.down.bytes(),
+                Mlp::Experts(mixture) => experts(mixture),
+            }
+    }
+
+    /// Weights that one row is multiplied with.
+    fn weights(&self) -> usize {
+        let size = |matrix: &Packed| matrix.rows() * matrix.cols();
+        size(&self.qkv)
+            + size(&self.out)
+            + match &self.mlp {
+                Mlp::Dense(dense) => size(&dense.gate_up) + size(&dense.down),
+                Mlp::Experts(mixture) => mixture.weights_per_row(),
+            }
+    }
 }
 
 /// Buffers that grow to the largest batch seen and stay.
@@ -87,13 +122,14 @@ struct Scratch {
     logits: Vec<f32>,
     /// (drawn row, the rank's tokens)
     part: Vec<f32>,
+    experts: experts::Scratch,
 }
 
 impl CpuModel {
     /// # Panics
     /// If the weights do not have the configuration's number of layers.
     pub fn new(cpu: Cpu, config: ModelConfig, weights: Weights) -> CpuModel {
-        let shard = Shard::of(&config, 0, 1, 1);
+        let shard = Shard::whole(&config);
         CpuModel::rank(cpu, config, weights, shard, Collective::alone())
     }
 
@@ -143,17 +179,14 @@ impl CpuModel {
         self.rank.shard.world
     }
 
-    /// Bytes of the packed matrices of all layers, of all ranks: read once per step.
+    /// Bytes of the packed matrices of all layers, of all ranks, that a step of one row reads; without experts, of any step.
     pub fn layer_bytes(&self) -> usize {
-        let packed = |layer: &Layer| layer.qkv.bytes() + layer.out.bytes() + layer.gate_up.bytes() + layer.down.bytes();
-        self.weights.layers.iter().map(packed).sum::<usize>() * self.ranks()
+        self.weights.layers.iter().map(|layer| layer.bytes(Experts::bytes_per_row)).sum::<usize>() * self.ranks()
     }
 
-    /// Weights of the packed matrices of all layers, of all ranks: each row is multiplied with all.
+    /// Weights of the packed matrices of all layers, of all ranks, that each row is multiplied with.
     pub fn layer_weights(&self) -> usize {
-        let size = |matrix: &Packed| matrix.rows() * matrix.cols();
-        let packed = |layer: &Layer| size(&layer.qkv) + size(&layer.out) + size(&layer.gate_up) + size(&layer.down);
-        self.weights.layers.iter().map(packed).sum::<usize>() * self.ranks()
+        self.weights.layers.iter().map(Layer::weights).sum::<usize>() * self.ranks()
     }
 
     /// Whether the layers' products are of bytes.
@@ -170,7 +203,8 @@ impl CpuModel {
     pub fn weight_bytes(&self) -> usize {
         let Weights { embedding, head, .. } = &self.weights;
         let embedding = if Arc::ptr_eq(embedding, head) { 0 } else { embedding.bytes() };
-        self.layer_bytes() + self.head_bytes() + embedding * self.ranks()
+        let layers = self.weights.layers.iter().map(|layer| layer.bytes(Experts::bytes)).sum::<usize>();
+        layers * self.ranks() + self.head_bytes() + embedding * self.ranks()
     }
 
     /// Everything up to the final norm, whose rows are left in `scratch.normed`: one per row that is drawn from, which
@@ -321,14 +355,25 @@ impl Rank {
 /// The second half of a layer: attention's output, in `delta`, and the MLP into the residual stream, then the norm before
 /// what comes next.
 fn mix(rank: &mut Rank, layer: &Layer, next: &[f32], rows: usize, scratch: &mut Scratch) -> Result<(), Broken> {
-    let (hidden, wide, eps) = (rank.config.hidden, rank.shard.inner.len(), rank.config.eps);
+    let (hidden, eps) = (rank.config.hidden, rank.config.eps);
     let (x, normed) = (sized(&mut scratch.x, rows * hidden), sized(&mut scratch.normed, rows * hidden));
     let delta = sized(&mut scratch.delta, rows * hidden);
-    let (gate_up, gated) = (sized(&mut scratch.gate_up, rows * 2 * wide), sized(&mut scratch.gated, rows * wide));
     rank.cpu.add_rms_norm(x, delta, &layer.mlp_norm, eps, normed);
-    matmul(&rank.cpu, normed, rows, &layer.gate_up, &layer.gate_up_bias, gate_up);
-    rank.cpu.silu_mul(gate_up, wide, gated);
-    rank.sum(gated, rows, &layer.down, &layer.down_bias, rank.config.intermediate, delta)?;
+    match &layer.mlp {
+        Mlp::Dense(dense) => {
+            let wide = rank.shard.inner.len();
+            let gate_up = sized(&mut scratch.gate_up, rows * 2 * wide);
+            let gated = sized(&mut scratch.gated, rows * wide);
+            matmul(&rank.cpu, normed, rows, &dense.gate_up, &dense.gate_up_bias, gate_up);
+            rank.cpu.silu_mul(gate_up, wide, gated);
+            rank.sum(gated, rows, &dense.down, &dense.down_bias, rank.config.intermediate, delta)?;
+        }
+        Mlp::Experts(experts) => {
+            let Rank { cpu, collective, shard, .. } = rank;
+            let place = Place { cpu, collective, segments: shard.segments(experts.inner) };
+            experts.run(place, normed, delta, &mut scratch.experts)?;
+        }
+    }
     rank.cpu.add_rms_norm(x, delta, next, eps, normed);
     Ok(())
 }

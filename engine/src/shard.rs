@@ -7,6 +7,7 @@
 //! out        columns of its heads           one tree of sums over all ranks
 //! gate, up   rows of its segments of down
 //! down       columns of its segments        one tree of sums over all ranks
+//! experts    each as gate, up and down      the router is everybody's
 //! head       rows of its tokens             gathered by rank 0, which samples
 //! ```
 
@@ -31,24 +32,47 @@ pub struct Shard {
     pub kv: KvHeads,
     /// Columns of the MLP's inner width.
     pub inner: Range<usize>,
+    /// Columns of an expert's inner width.
+    pub expert_inner: Range<usize>,
     vocab: usize,
 }
 
+/// How many columns at a time K of `down` is multiplied in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Steps {
+    pub mlp: usize,
+    pub experts: usize,
+}
+
+impl Steps {
+    /// Inner widths of a model, and their steps.
+    fn widths(self, config: &ModelConfig) -> [(usize, usize); 2] {
+        let experts = config.mixture.as_ref().map_or(0, |mixture| mixture.intermediate);
+        [(config.intermediate, self.mlp), (experts, self.experts)]
+    }
+}
+
 impl Shard {
-    /// The share of one of `world` ranks, which `check` has let pass. K of `down` is multiplied in steps of `step`.
-    pub fn of(config: &ModelConfig, rank: usize, world: usize, step: usize) -> Shard {
+    /// A model that is whole.
+    pub fn whole(config: &ModelConfig) -> Shard {
+        Shard::of(config, 0, 1, Steps { mlp: 1, experts: 1 })
+    }
+
+    /// The share of one of `world` ranks, which `check` has let pass.
+    pub fn of(config: &ModelConfig, rank: usize, world: usize, steps: Steps) -> Shard {
         let all = config.heads;
         let heads = Heads { heads: all.heads / world, kv_heads: (all.kv_heads / world).max(1), ..all };
         let kv = KvHeads {
             first: rank * all.kv_heads / world,
             foreign: all.kv_heads < world && !(rank * all.kv_heads).is_multiple_of(world),
         };
-        let inner = Segments::of(config.intermediate, rank, world).columns(step);
-        Shard { rank, world, heads, kv, inner, vocab: config.vocab }
+        let [inner, expert_inner] =
+            steps.widths(config).map(|(width, step)| Segments::of(width, rank, world).columns(step));
+        Shard { rank, world, heads, kv, inner, expert_inner, vocab: config.vocab }
     }
 
     /// Refuses numbers of ranks that cannot share this model.
-    pub fn check(config: &ModelConfig, world: usize, step: usize) -> Result<(), LoadError> {
+    pub fn check(config: &ModelConfig, world: usize, steps: Steps) -> Result<(), LoadError> {
         let refuse = |reason: String| Err(LoadError::Ranks { ranks: world, reason });
         let Heads { heads, kv_heads, .. } = config.heads;
         if world == 0 || !SEGMENTS.is_multiple_of(world) {
@@ -60,10 +84,11 @@ impl Shard {
         if !kv_heads.is_multiple_of(world) && !world.is_multiple_of(kv_heads) {
             return refuse(format!("they neither divide the model's {kv_heads} kv heads nor are divided by them"));
         }
-        let inner = |rank| Segments::of(config.intermediate, rank, world).columns(step);
-        let narrow = (0..world).any(|rank| inner(rank).is_empty());
-        if narrow || config.vocab < RANKS_MAX {
-            return refuse(format!("an inner width of {} leaves nothing for some", config.intermediate));
+        for (width, step) in steps.widths(config).into_iter().filter(|(width, _)| *width > 0) {
+            let narrow = (0..world).any(|rank| Segments::of(width, rank, world).columns(step).is_empty());
+            if narrow || config.vocab < RANKS_MAX {
+                return refuse(format!("an inner width of {width} leaves nothing for some"));
+            }
         }
         Ok(())
     }

@@ -44,6 +44,8 @@ pub struct TinyModel {
     pub vocab: usize,
     pub positions_max: usize,
     pub tied: bool,
+    /// Experts of each layer, two of which each row uses; 0 is an MLP.
+    pub experts: usize,
     pub dtype: Dtype,
     /// Files the weights are cut into; 1 writes no index.
     pub shards: usize,
@@ -65,6 +67,7 @@ impl TinyModel {
             vocab: 128,
             positions_max: 512,
             tied: false,
+            experts: 0,
             dtype: Dtype::Bf16,
             shards: 1,
             config: json!({}),
@@ -84,6 +87,8 @@ impl TinyModel {
             TinyModel { tied: true, dtype: Dtype::F16, shards: 3, ..of("Qwen2ForCausalLM") },
             TinyModel { head_dim: 32, tied: true, config: new_keys, ..of("Qwen3ForCausalLM") },
             TinyModel { dtype: Dtype::F32, config: json!({"sliding_window": 24}), ..of("MistralForCausalLM") },
+            TinyModel { experts: 5, tied: true, ..of("Qwen3MoeForCausalLM") },
+            TinyModel { experts: 4, ..of("MixtralForCausalLM") },
         ]
     }
 
@@ -127,6 +132,13 @@ impl TinyModel {
             "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": self.tied, "hidden_act": "silu",
             "sliding_window": null, "torch_dtype": "bfloat16", "eos_token_id": 2,
         });
+        if self.experts > 0 {
+            config["num_experts"] = json!(self.experts);
+            config["num_local_experts"] = json!(self.experts);
+            config["num_experts_per_tok"] = json!(2);
+            config["moe_intermediate_size"] = json!(self.intermediate);
+            config["norm_topk_prob"] = json!(true);
+        }
         for (key, value) in self.config.as_object().into_iter().flatten() {
             match value {
                 Value::Null => drop(config.as_object_mut().and_then(|config| config.remove(key))),
@@ -151,15 +163,26 @@ impl TinyModel {
                     add(&format!("self_attn.{part}_proj.bias"), &[rows]);
                 }
             }
-            if self.architecture == "Qwen3ForCausalLM" {
+            if self.architecture.starts_with("Qwen3") {
                 add("self_attn.q_norm.weight", &[head_dim]);
                 add("self_attn.k_norm.weight", &[head_dim]);
             }
             add("self_attn.o_proj.weight", &[hidden, q]);
             add("post_attention_layernorm.weight", &[hidden]);
-            add("mlp.gate_proj.weight", &[wide, hidden]);
-            add("mlp.up_proj.weight", &[wide, hidden]);
-            add("mlp.down_proj.weight", &[hidden, wide]);
+            let (block, [gate, up, down]) = match self.architecture {
+                "MixtralForCausalLM" => ("block_sparse_moe", ["w1", "w3", "w2"]),
+                _ => ("mlp", ["gate_proj", "up_proj", "down_proj"]),
+            };
+            let experts = (0..self.experts).map(|expert| format!("{block}.experts.{expert}"));
+            let mlps: Vec<String> = if self.experts > 0 { experts.collect() } else { vec![block.to_string()] };
+            if self.experts > 0 {
+                add(&format!("{block}.gate.weight"), &[self.experts, hidden]);
+            }
+            for mlp in mlps {
+                add(&format!("{mlp}.{gate}.weight"), &[wide, hidden]);
+                add(&format!("{mlp}.{up}.weight"), &[wide, hidden]);
+                add(&format!("{mlp}.{down}.weight"), &[hidden, wide]);
+            }
         }
         all.push(("model.norm.weight".to_string(), vec![hidden]));
         if !self.tied {

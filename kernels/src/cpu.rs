@@ -24,7 +24,7 @@ use self::isa::Isa;
 use self::lanes::{Kernel, Lanes};
 use self::matmul::{Dot, Exact, Full, Inputs, Matmul, Pack, Pairs, pieces};
 use self::quantized::{Grid, Multiply, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0, Quantized, WORDS};
-use self::rows::{Add, ExpSum, Largest, Norm, Rope, SiluMul};
+use self::rows::{Add, ExpSum, Largest, MixRows, Norm, Rope, SiluMul};
 use crate::packed::{Format, PANEL, Quantize, Run, locate};
 use crate::pool::{Part, Pool};
 use crate::quant::Block;
@@ -336,6 +336,35 @@ impl Cpu {
         assert!(gate_up.len() == 2 * out.len() && out.len().is_multiple_of(width), "outputs do not fit (rows, width)");
         let (count, out) = (out.len(), Out(out.as_mut_ptr()));
         self.rows(count, width, |rows| SiluMul { gate_up, width, out, rows });
+    }
+
+    /// Copies rows `ids` of x, each `width` wide, one after another.
+    ///
+    /// # Panics
+    /// If a row is not in x, or out does not fit.
+    pub fn gather_rows(&self, x: &[f32], width: usize, ids: &[usize], out: &mut [f32]) {
+        assert_eq!(out.len(), ids.len() * width, "outputs do not fit (ids, width)");
+        let (count, to) = (out.len(), Out(out.as_mut_ptr()));
+        self.state().run(count / 4, &|part| {
+            for i in part.share(ids.len()) {
+                // SAFETY: row i of out, this part's alone.
+                let row = unsafe { std::slice::from_raw_parts_mut(to.at(i * width), width) };
+                row.copy_from_slice(&x[ids[i] * width..][..width]);
+            }
+        });
+    }
+
+    /// out (rows, width): each row the sum of its shares (row of x, weight), one after another, each multiplied and added in
+    /// one rounding. `shares` has equally many for each row.
+    ///
+    /// # Panics
+    /// If a row is not in x, or the shares are no whole number for each row of out.
+    pub fn mix_rows(&self, x: &[f32], width: usize, shares: &[(usize, f32)], out: &mut [f32]) {
+        let (count, rows) = (out.len(), out.len() / width.max(1));
+        assert!(count == rows * width && shares.len().is_multiple_of(rows.max(1)), "shares do not fit the rows");
+        assert!(shares.iter().all(|(row, _)| (row + 1) * width <= x.len()), "a row past the last");
+        let (each, out) = (shares.len() / rows.max(1), Out(out.as_mut_ptr()));
+        self.rows(count * each, width * each, |rows| MixRows { x, width, shares, each, out, rows });
     }
 
     /// Optional qk-norm and RoPE on q (in place, rounded to bf16) and k; k and v go into the arena's blocks.

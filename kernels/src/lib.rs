@@ -23,6 +23,7 @@ mod profile;
 mod quant;
 pub mod reference;
 mod rope;
+mod route;
 mod segments;
 
 pub use attention::{Attention, Heads, KvHeads, RopeStore, Span};
@@ -32,4 +33,5 @@ pub use f8::F8Matrix;
 pub use packed::{Dtype, Matrix, Packed, Quantize};
 pub use profile::{Profile, Unsupported};
 pub use rope::RopeTable;
+pub use route::route;
 pub use segments::{SEGMENTS, Segments};

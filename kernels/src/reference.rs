@@ -186,6 +186,18 @@ pub fn silu_mul(gate_up: &[f32], width: usize, out: &mut [f32]) {
     }
 }
 
+/// Each row of out is the sum of its shares: rows of x (index, weight), one after another, each multiplied and added in one
+/// rounding. `shares` has equally many for each row.
+pub fn mix_rows(x: &[f32], width: usize, shares: &[(usize, f32)], out: &mut [f32]) {
+    let each = shares.len() / (out.len() / width).max(1);
+    for (out, shares) in out.chunks_exact_mut(width).zip(shares.chunks_exact(each.max(1))) {
+        out.fill(0.0);
+        for (row, weight) in shares {
+            out.iter_mut().zip(&x[row * width..][..width]).for_each(|(out, x)| *out = weight.mul_add(*x, *out));
+        }
+    }
+}
+
 /// Normalises and rotates q and k, rounds q to bf16 in place, and writes k and v into the arena.
 pub fn rope_store(a: &RopeStore, qkv: &mut [f32], arena: &Arena) {
     a.check(qkv.len(), arena);

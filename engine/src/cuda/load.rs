@@ -59,6 +59,9 @@ fn load_on(gpu: Gpu, dir: &Path, threads: usize, progress: &mut dyn FnMut(Progre
     progress(Progress { phase: Phase::Open, bytes_done: 0, bytes_total: 0 });
     let config = ModelConfig::read(dir)?;
     check_heads(&config.heads)?;
+    if config.mixture.is_some() {
+        return Err(LoadError::Device("a GPU does not compute mixtures of experts; use --device cpu".to_string()));
+    }
     let checkpoint = Checkpoint::open(dir)?;
     enough(gpu.name(), gpu.memory()?.0 as u64, checkpoint.kept_bytes())?;
     let total = checkpoint.bytes();

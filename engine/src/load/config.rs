@@ -12,15 +12,23 @@ use serde_json::{Value, json};
 use crate::load::error::LoadError;
 
 /// Architectures that can be served, as config.json names them.
-pub const SUPPORTED: &[&str] = &["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM"];
+pub const SUPPORTED: &[&str] = &[
+    "LlamaForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "MistralForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "MixtralForCausalLM",
+];
 
 /// Longest sequence served, whatever the model claims: it bounds the table of rotations.
 const POSITIONS_MAX: usize = 131_072;
 /// Bounds of any size in config.json; beyond them the file is wrong, not the model large.
 const SIZE_MAX: usize = 1 << 24;
 const LAYERS_MAX: usize = 1024;
+pub(crate) const EXPERTS_MAX: usize = 1024;
 
-/// A decoder-only transformer's shape. The four families differ only in these fields.
+/// A decoder-only transformer's shape. The families differ only in these fields.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelConfig {
     pub hidden: usize,
@@ -41,9 +49,40 @@ pub struct ModelConfig {
     pub qk_norm: bool,
     /// Sliding window of each layer, in positions.
     pub windows: Vec<Option<usize>>,
+    /// Experts in place of some layers' MLPs.
+    pub mixture: Option<Mixture>,
     /// Tokens that end a sequence, sorted.
     pub eos: Vec<TokenId>,
 }
+
+/// A mixture of experts.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Mixture {
+    pub experts: usize,
+    /// Experts per row.
+    pub used: usize,
+    /// Inner width of each expert.
+    pub intermediate: usize,
+    /// Weights are a softmax over the chosen experts, not over all.
+    pub over_chosen: bool,
+    /// Whether each layer has experts.
+    pub layers: Vec<bool>,
+    pub(crate) names: &'static MixtureNames,
+}
+
+/// What files call the tensors of a mixture.
+#[derive(Debug, PartialEq)]
+pub(crate) struct MixtureNames {
+    /// What the router and the experts are parts of.
+    pub(crate) block: &'static str,
+    pub(crate) gate: &'static str,
+    pub(crate) up: &'static str,
+    pub(crate) down: &'static str,
+}
+
+pub(crate) const QWEN: &MixtureNames =
+    &MixtureNames { block: "mlp", gate: "gate_proj", up: "up_proj", down: "down_proj" };
+pub(crate) const MIXTRAL: &MixtureNames = &MixtureNames { block: "block_sparse_moe", gate: "w1", up: "w3", down: "w2" };
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Family {
@@ -51,6 +90,8 @@ enum Family {
     Qwen2,
     Qwen3,
     Mistral,
+    Qwen3Moe,
+    Mixtral,
 }
 
 /// The keys of config.json that matter, as they are written.
@@ -79,6 +120,13 @@ struct Raw {
     use_sliding_window: Option<bool>,
     max_window_layers: Option<usize>,
     layer_types: Option<Vec<String>>,
+    num_experts: Option<usize>,
+    num_local_experts: Option<usize>,
+    num_experts_per_tok: Option<usize>,
+    moe_intermediate_size: Option<usize>,
+    norm_topk_prob: Option<bool>,
+    decoder_sparse_step: Option<usize>,
+    mlp_only_layers: Option<Vec<usize>>,
     quantization_config: Option<Value>,
     eos_token_id: Option<Ids>,
 }
@@ -150,7 +198,9 @@ impl ModelConfig {
 
     /// Text that is equal exactly for configurations that compute the same.
     pub fn describe(&self) -> String {
-        format!("{:?}", ModelConfig { eos: Vec::new(), ..self.clone() })
+        let all = format!("{:?}", ModelConfig { eos: Vec::new(), ..self.clone() });
+        // As before there were mixtures: hashes of models without one stay what they were.
+        all.replace(", mixture: None", "")
     }
 }
 
@@ -166,6 +216,8 @@ fn family(file: &Path, value: &Value) -> Result<Family, LoadError> {
         "Qwen2ForCausalLM" => Ok(Family::Qwen2),
         "Qwen3ForCausalLM" => Ok(Family::Qwen3),
         "MistralForCausalLM" => Ok(Family::Mistral),
+        "Qwen3MoeForCausalLM" => Ok(Family::Qwen3Moe),
+        "MixtralForCausalLM" => Ok(Family::Mixtral),
         _ => Err(LoadError::Architecture { file: file.to_path_buf(), found, supported: SUPPORTED }),
     }
 }
@@ -253,8 +305,9 @@ fn check(file: &Path, family: Family, raw: Raw) -> Result<ModelConfig, LoadError
         qkv_bias: family == Family::Qwen2 || attention_bias,
         out_bias: family != Family::Qwen2 && attention_bias,
         mlp_bias: family == Family::Llama && raw.mlp_bias.unwrap_or(false),
-        qk_norm: family == Family::Qwen3,
+        qk_norm: matches!(family, Family::Qwen3 | Family::Qwen3Moe),
         windows: windows(&checker, family, &raw, layers)?,
+        mixture: mixture(&checker, family, &raw, layers)?,
         eos: raw.eos_token_id.map(Ids::list).unwrap_or_default(),
     })
 }
@@ -283,17 +336,41 @@ fn check_heads(checker: &Checker, family: Family, raw: &Raw) -> Result<Heads, Lo
     }
 }
 
+/// Experts as transformers reads them: Mixtral has them in every layer; Qwen in every `decoder_sparse_step`th one but those
+/// of `mlp_only_layers`.
+fn mixture(checker: &Checker, family: Family, raw: &Raw, layers: usize) -> Result<Option<Mixture>, LoadError> {
+    let (experts, intermediate, names) = match family {
+        Family::Qwen3Moe => (("num_experts", raw.num_experts), raw.moe_intermediate_size, QWEN),
+        Family::Mixtral => (("num_local_experts", raw.num_local_experts), Some(raw.intermediate_size), MIXTRAL),
+        _ => return Ok(None),
+    };
+    let experts = checker.size(experts.0, experts.1.unwrap_or(0), EXPERTS_MAX)?;
+    let every = checker.size("decoder_sparse_step", raw.decoder_sparse_step.unwrap_or(1), LAYERS_MAX)?;
+    let plain = raw.mlp_only_layers.as_deref().unwrap_or_default();
+    Ok(Some(Mixture {
+        experts,
+        used: checker.size("num_experts_per_tok", raw.num_experts_per_tok.unwrap_or(0), experts)?,
+        intermediate: checker.size("moe_intermediate_size", intermediate.unwrap_or(0), SIZE_MAX)?,
+        over_chosen: family == Family::Mixtral || raw.norm_topk_prob.unwrap_or(false),
+        layers: (0..layers).map(|layer| (layer + 1).is_multiple_of(every) && !plain.contains(&layer)).collect(),
+        names,
+    }))
+}
+
 /// Sliding windows as transformers reads them: Qwen has them only when `use_sliding_window`, and not in its first
-/// `max_window_layers` layers; Mistral in every layer unless `sliding_window` is null.
+/// `max_window_layers` layers; Mistral and Mixtral in every layer unless `sliding_window` is null.
 fn windows(checker: &Checker, family: Family, raw: &Raw, layers: usize) -> Result<Vec<Option<usize>>, LoadError> {
     let window = match family {
         Family::Llama => None,
         Family::Mistral => raw.sliding_window.unwrap_or(Some(4096)),
-        Family::Qwen2 | Family::Qwen3 => raw.sliding_window.flatten().filter(|_| raw.use_sliding_window == Some(true)),
+        Family::Mixtral => raw.sliding_window.flatten(),
+        Family::Qwen2 | Family::Qwen3 | Family::Qwen3Moe => {
+            raw.sliding_window.flatten().filter(|_| raw.use_sliding_window == Some(true))
+        }
     };
     let Some(window) = window else { return Ok(vec![None; layers]) };
     let window = checker.size("sliding_window", window, usize::MAX)?;
-    if family == Family::Mistral {
+    if matches!(family, Family::Mistral | Family::Mixtral) {
         return Ok(vec![Some(window); layers]);
     }
     if let Some(types) = &raw.layer_types {

@@ -12,12 +12,13 @@ use baton_kernels::Dtype;
 use serde_json::{Map, Value as Json, json};
 
 use crate::load::checkpoint;
+use crate::load::config::{EXPERTS_MAX, MIXTRAL, MixtureNames, QWEN};
 use crate::load::error::LoadError;
 
 /// Entries of a header; more are refused.
 const ENTRIES_MAX: u64 = 1 << 16;
 /// Architectures that can be served, as GGUF names them.
-const SUPPORTED: &[&str] = &["llama", "qwen2", "qwen3"];
+const SUPPORTED: &[&str] = &["llama", "qwen2", "qwen3", "qwen3moe"];
 /// Bytes of a name.
 const NAME_MAX: usize = 256;
 
@@ -240,17 +241,21 @@ impl Header {
     pub(crate) fn config(&self, file: &Path, bytes: &[u8]) -> Result<Json, LoadError> {
         let architecture = self.text(bytes, "general.architecture").unwrap_or("none");
         let family = match architecture {
-            "llama" if self.number("llama.expert_count").is_none_or(|count| count == 0) => "LlamaForCausalLM",
+            "llama" if self.number("llama.expert_count").is_some_and(|count| count > 0) => "MixtralForCausalLM",
+            "llama" => "LlamaForCausalLM",
             "qwen2" => "Qwen2ForCausalLM",
             "qwen3" => "Qwen3ForCausalLM",
+            "qwen3moe" => "Qwen3MoeForCausalLM",
             other => {
-                let found = if other == "llama" { "llama with experts" } else { other }.to_string();
+                let found = other.to_string();
                 return Err(LoadError::Architecture { file: file.to_path_buf(), found, supported: SUPPORTED });
             }
         };
         let key = |name: &str| format!("{architecture}.{name}");
         let mut config = Map::new();
         config.insert("architectures".to_string(), json!([family]));
+        // It has no key: every model of these files has it so.
+        config.insert("norm_topk_prob".to_string(), json!(true));
         let numbers = [
             ("hidden_size", "embedding_length"),
             ("intermediate_size", "feed_forward_length"),
@@ -259,6 +264,10 @@ impl Header {
             ("num_key_value_heads", "attention.head_count_kv"),
             ("head_dim", "attention.key_length"),
             ("max_position_embeddings", "context_length"),
+            ("num_experts", "expert_count"),
+            ("num_local_experts", "expert_count"),
+            ("num_experts_per_tok", "expert_used_count"),
+            ("moe_intermediate_size", "expert_feed_forward_length"),
         ];
         for (to, from) in numbers {
             if let Some(number) = self.number(&key(from)) {
@@ -284,19 +293,26 @@ impl Header {
         Ok(Json::Object(config))
     }
 
-    /// All tensors under Hugging Face's names.
+    /// All tensors under Hugging Face's names; those that hold all experts' matrices of a layer, one by one.
     pub(crate) fn named(&self, bytes: &[u8]) -> BTreeMap<String, Tensor> {
         let head_dim = self.number("llama.attention.key_length").or_else(|| {
             let (width, heads) = (self.number("llama.embedding_length")?, self.number("llama.attention.head_count")?);
             width.checked_div(heads)
         });
-        let paired = head_dim.filter(|_| self.text(bytes, "general.architecture") == Some("llama"));
-        let named = |(name, tensor): (&String, &Tensor)| {
+        let is_llama = self.text(bytes, "general.architecture") == Some("llama");
+        let names = if is_llama { MIXTRAL } else { QWEN };
+        let paired = head_dim.filter(|_| is_llama);
+        let mut named = BTreeMap::new();
+        for (name, tensor) in &self.tensors {
+            if let Some(experts) = experts(name, tensor, names) {
+                named.extend(experts);
+                continue;
+            }
             let paired = paired.filter(|_| name.contains("attn_q.") || name.contains("attn_k."));
             let paired = paired.and_then(|dim| usize::try_from(dim).ok());
-            (hugging_face(name), Tensor { paired, ..tensor.clone() })
-        };
-        self.tensors.iter().map(named).collect()
+            named.insert(hugging_face(name, names), Tensor { paired, ..tensor.clone() });
+        }
+        named
     }
 
     /// What the tokenizer's keys say about texts.
@@ -433,8 +449,30 @@ fn dtype(kind: u32) -> Result<Dtype, String> {
     }
 }
 
+/// The matrices of a tensor (experts, rows, columns); None if it is not one.
+fn experts(name: &str, tensor: &Tensor, names: &MixtureNames) -> Option<Vec<(String, Tensor)>> {
+    let (layer, part) = name.strip_prefix("blk.")?.split_once('.')?;
+    let part = match part {
+        "ffn_gate_exps.weight" => names.gate,
+        "ffn_up_exps.weight" => names.up,
+        "ffn_down_exps.weight" => names.down,
+        _ => return None,
+    };
+    let [count, rows, cols] = tensor.shape[..] else { return None };
+    if !(1..=EXPERTS_MAX).contains(&count) {
+        return None;
+    }
+    let size = tensor.bytes.len() / count;
+    let one = |expert: usize| {
+        let start = tensor.bytes.start + expert * size;
+        let name = format!("model.layers.{layer}.{}.experts.{expert}.{part}.weight", names.block);
+        (name, Tensor { shape: vec![rows, cols], bytes: start..start + size, ..tensor.clone() })
+    };
+    Some((0..count).map(one).collect())
+}
+
 /// Hugging Face's name of a tensor; names that no model here has stay as they are.
-fn hugging_face(name: &str) -> String {
+fn hugging_face(name: &str, names: &MixtureNames) -> String {
     let whole = match name {
         "token_embd.weight" => Some("model.embed_tokens.weight"),
         "output_norm.weight" => Some("model.norm.weight"),
@@ -456,6 +494,7 @@ fn hugging_face(name: &str) -> String {
             "ffn_gate" => "mlp.gate_proj",
             "ffn_up" => "mlp.up_proj",
             "ffn_down" => "mlp.down_proj",
+            "ffn_gate_inp" => return Some(format!("model.layers.{layer}.{}.gate.{end}", names.block)),
             _ => return None,
         };
         Some(format!("model.layers.{layer}.{part}.{end}"))

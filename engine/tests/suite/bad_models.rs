@@ -28,6 +28,27 @@ fn configured(name: &str, config: Value, expected: &[&str]) {
     check(name, &model, |_| {}, &[expected, &["config.json"]].concat());
 }
 
+/// As `configured`, of a model with experts.
+fn mixed(name: &str, config: Value, expected: &[&str]) {
+    let model = TinyModel { architecture: "Qwen3MoeForCausalLM", experts: 4, config, ..TinyModel::llama() };
+    check(name, &model, |_| {}, expected);
+}
+
+#[test]
+fn wrong_experts() {
+    mixed("no-experts", json!({"num_experts": null}), &["num_experts", "1 to 1024"]);
+    mixed("absurd-experts", json!({"num_experts": 1_000_000_000u64}), &["num_experts", "1000000000"]);
+    mixed("more-than-there-are", json!({"num_experts_per_tok": 5}), &["num_experts_per_tok", "5", "1 to 4"]);
+    mixed("missing-experts", json!({"num_experts": 5}), &["mlp.experts.4.gate_proj.weight", "[96, 64]"]);
+    mixed(
+        "narrow-experts",
+        json!({"moe_intermediate_size": 80}),
+        &["experts.0.gate_proj.weight", "[80, 64]", "[96, 64]"],
+    );
+    let mlp = json!({"mlp_only_layers": [0]});
+    mixed("an-mlp-that-has-experts", mlp, &["model.layers.0.mlp.gate_proj.weight", "[96, 64]"]);
+}
+
 fn bytes(dir: &Path, change: impl FnOnce(&mut Vec<u8>)) {
     let file = dir.join("model.safetensors");
     let mut bytes = std::fs::read(&file).expect("read");

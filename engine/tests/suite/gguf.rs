@@ -56,6 +56,7 @@ fn write(file: &Path, tiny: &TinyModel, seed: u64, kind: impl Fn(&str) -> u32) {
     let architecture = match tiny.architecture {
         "Qwen2ForCausalLM" => "qwen2",
         "Qwen3ForCausalLM" => "qwen3",
+        "Qwen3MoeForCausalLM" => "qwen3moe",
         _ => "llama",
     };
     let mut keys = Keys::default();
@@ -72,6 +73,10 @@ fn write(file: &Path, tiny: &TinyModel, seed: u64, kind: impl Fn(&str) -> u32) {
     numbers.iter().for_each(|(name, value)| keys.number(&format!("{architecture}.{name}"), *value));
     keys.put(&format!("{architecture}.attention.layer_norm_rms_epsilon"), 6, &1e-5f32.to_le_bytes());
     keys.put(&format!("{architecture}.rope.freq_base"), 6, &10_000f32.to_le_bytes());
+    if tiny.experts > 0 {
+        let numbers = [("count", tiny.experts), ("used_count", 2), ("feed_forward_length", tiny.intermediate)];
+        numbers.iter().for_each(|(name, value)| keys.number(&format!("{architecture}.expert_{name}"), *value));
+    }
     keys.number("tokenizer.ggml.eos_token_id", 2);
     // What is not needed is passed over: a list of texts, and one of numbers.
     let tokens: Vec<u8> = (0..tiny.vocab).flat_map(|id| text(&format!("t{id}"))).collect();
@@ -82,14 +87,15 @@ fn write(file: &Path, tiny: &TinyModel, seed: u64, kind: impl Fn(&str) -> u32) {
     keys.put("tokenizer.ggml.token_type", 9, &list(5, tiny.vocab, &vec![1; 4 * tiny.vocab]));
 
     let (mut infos, mut data) = (Vec::new(), Vec::new());
-    let weights = tiny.weights(seed);
+    let weights = merged(tiny.weights(seed));
     for (name, shape, mut values) in weights.clone() {
-        // Norms and biases are F32, of what the model directory holds.
+        // Norms, biases and routers are F32, of what the model directory holds.
         let kind = match shape.len() {
             1 => F32,
+            _ if is_router(&name) => F32,
             _ => kind(&name),
         };
-        if shape.len() == 1 {
+        if shape.len() == 1 || is_router(&name) {
             values.iter_mut().for_each(|x| *x = stored(tiny.dtype, *x));
         }
         if architecture == "llama" && (name.contains("q_proj") || name.contains("k_proj")) {
@@ -114,6 +120,36 @@ fn write(file: &Path, tiny: &TinyModel, seed: u64, kind: impl Fn(&str) -> u32) {
     std::fs::write(file, bytes).expect("write a GGUF file");
 }
 
+fn is_router(name: &str) -> bool {
+    name.ends_with(".gate.weight")
+}
+
+/// The matrices of all experts of a layer as one tensor, as GGUF has them.
+fn merged(weights: Vec<(String, Vec<usize>, Vec<f32>)>) -> Vec<(String, Vec<usize>, Vec<f32>)> {
+    let mut merged: Vec<(String, Vec<usize>, Vec<f32>)> = Vec::new();
+    for (name, shape, values) in weights {
+        let Some((layer, expert)) = name.split_once(".experts.") else {
+            merged.push((name, shape, values));
+            continue;
+        };
+        let layer = layer.rsplit_once('.').expect("a block").0;
+        let part = match expert.split('.').nth(1).expect("a matrix") {
+            "gate_proj" | "w1" => "gate",
+            "up_proj" | "w3" => "up",
+            _ => "down",
+        };
+        let name = format!("{layer}.ffn_{part}_exps.weight");
+        match merged.iter_mut().find(|(known, ..)| *known == name) {
+            Some((_, whole, all)) => {
+                whole[0] += 1;
+                all.extend(values);
+            }
+            None => merged.push((name, [vec![1], shape].concat(), values)),
+        }
+    }
+    merged
+}
+
 fn gguf_name(name: &str) -> String {
     let pairs = [
         ("model.embed_tokens", "token_embd"),
@@ -128,6 +164,8 @@ fn gguf_name(name: &str) -> String {
         ("self_attn.k_proj", "attn_k"),
         ("self_attn.v_proj", "attn_v"),
         ("self_attn.o_proj", "attn_output"),
+        ("block_sparse_moe.gate.", "ffn_gate_inp."),
+        ("mlp.gate.", "ffn_gate_inp."),
         ("mlp.gate_proj", "ffn_gate"),
         ("mlp.up_proj", "ffn_up"),
         ("mlp.down_proj", "ffn_down"),

@@ -22,6 +22,11 @@ pub(crate) fn opened() -> Gpu {
     }
 }
 
+/// Those that a GPU computes.
+fn families() -> Vec<TinyModel> {
+    TinyModel::families().into_iter().filter(|tiny| tiny.experts == 0).collect()
+}
+
 fn load(name: &str, tiny: &TinyModel) -> LoadedGpu {
     let dir = dir(name);
     tiny.write(&dir, 7).expect("write a model");
@@ -46,10 +51,21 @@ fn alone(model: &mut dyn Backend, spec: &ModelSpec, request: &Request) -> Vec<Sa
     Choices::of(drain(&mut engine, model)).sampled(request.id.0, 0).to_vec()
 }
 
+/// A mixture of experts is refused with what to do, before any weight is read.
+#[test]
+fn experts_are_refused() {
+    let dir = dir("gpu-experts");
+    TinyModel { architecture: "MixtralForCausalLM", experts: 4, ..TinyModel::llama() }
+        .write(&dir, 7)
+        .expect("write a model");
+    let refused = LoadedGpu::on(opened(), &dir, 1, &mut |_| {}).err().expect("refused").to_string();
+    assert!(refused.contains("experts") && refused.contains("--device cpu"), "{refused}");
+}
+
 /// Alone, among others, in chunks, behind a prefix hit, and preempted: the same bits.
 #[test]
 fn bits_do_not_depend_on_company() {
-    for (index, tiny) in TinyModel::families().iter().enumerate() {
+    for (index, tiny) in families().iter().enumerate() {
         let LoadedGpu { mut model, spec } = load(&format!("gpu-company-{index}"), tiny);
         let requests: Vec<Request> =
             (0..4).map(|id| asking(id, &prompt(id as u64 % 3, 40 + id as usize, spec.vocab))).collect();
@@ -72,7 +88,7 @@ fn bits_do_not_depend_on_company() {
 /// sequence on with the same bits, its choices' shared blocks included.
 #[test]
 fn handed_over_equals_local() {
-    for (index, tiny) in TinyModel::families().iter().enumerate() {
+    for (index, tiny) in families().iter().enumerate() {
         let LoadedGpu { model: mut first, spec } = load(&format!("gpu-from-{index}"), tiny);
         let LoadedGpu { model: mut second, .. } = load(&format!("gpu-to-{index}"), tiny);
         for (len, choices) in [(31, 1), (33, 3)] {
@@ -104,7 +120,7 @@ fn handed_over_equals_local() {
 /// same bits; neither host's arena has a byte of them.
 #[test]
 fn handed_over_from_gpu_to_gpu_equals_local() {
-    let tiny = &TinyModel::families()[0];
+    let tiny = &families()[0];
     let LoadedGpu { model: mut first, spec } = load("gpu-direct-from", tiny);
     let LoadedGpu { model: mut second, .. } = load("gpu-direct-to", tiny);
     for (len, choices) in [(31, 1), (33, 3)] {
@@ -154,7 +170,7 @@ fn handed_over_from_gpu_to_gpu_equals_local() {
 /// Along the CPU's own tokens, log-probabilities agree as two roundings of one model do.
 #[test]
 fn says_about_what_the_cpu_says() {
-    for (index, tiny) in TinyModel::families().iter().enumerate() {
+    for (index, tiny) in families().iter().enumerate() {
         let mut cpu = load_tiny(&format!("gpu-cpu-{index}"), tiny, 1);
         let LoadedGpu { model: mut gpu, spec } = load(&format!("gpu-gpu-{index}"), tiny);
         assert_eq!(spec.weights_hash, cpu.spec.weights_hash);

@@ -75,7 +75,7 @@ fn prefill_and_decode_agree() {
 #[test]
 fn groups_of_any_size_give_the_same_bits() {
     for (index, tiny) in TinyModel::families().into_iter().enumerate() {
-        let tiny = TinyModel { heads: 8, kv_heads: [2, 8, 4, 1][index], head_dim: 32, intermediate: 300, ..tiny };
+        let tiny = TinyModel { heads: 8, kv_heads: [2, 8, 4, 1, 2, 4][index], head_dim: 32, intermediate: 300, ..tiny };
         let options = |ranks| LoadOptions { ranks, quantize: Some(Quantize::ALL[index % 2]), ..LoadOptions::default() };
         let name = |ranks: usize| format!("quantized-group-{index}-{ranks}");
         let expected = said(&mut load_tiny_as(&name(1), &tiny, options(1)), ROOMY);

@@ -93,6 +93,16 @@ fn mistral_with_a_window_shorter_than_the_prompt() {
     check("mistral-window");
 }
 
+#[test]
+fn qwen3_with_experts_weighed_over_all() {
+    check("qwen3-moe");
+}
+
+#[test]
+fn mixtral_with_experts_weighed_over_the_chosen() {
+    check("mixtral");
+}
+
 /// The eight best tokens of the model that ships, in f32 by transformers.
 #[test]
 fn the_model_that_ships() {

@@ -19,10 +19,10 @@ pub(crate) const ROOMY: EngineConfig =
 fn models() -> Vec<TinyModel> {
     let of = |(index, model): (usize, TinyModel)| TinyModel {
         heads: 8,
-        kv_heads: [2, 8, 4, 1][index],
-        head_dim: [8, 16, 8, 10][index],
-        intermediate: [96, 101, 77, 130][index],
-        vocab: [128, 131, 200, 97][index],
+        kv_heads: [2, 8, 4, 1, 4, 2][index],
+        head_dim: [8, 16, 8, 10, 8, 16][index],
+        intermediate: [96, 101, 77, 130, 70, 99][index],
+        vocab: [128, 131, 200, 97, 128, 111][index],
         ..model
     };
     let biased = TinyModel { config: json!({"attention_bias": false, "mlp_bias": false}), ..TinyModel::llama() };

@@ -95,6 +95,39 @@ impl Kernel for Add<'_> {
     }
 }
 
+/// Rows that are sums of rows of x, each with its weight.
+pub(crate) struct MixRows<'a> {
+    pub(crate) x: &'a [f32],
+    pub(crate) width: usize,
+    /// (row of x, weight), `each` of them for every row.
+    pub(crate) shares: &'a [(usize, f32)],
+    pub(crate) each: usize,
+    pub(crate) out: Out<f32>,
+    pub(crate) rows: Range<usize>,
+}
+
+impl Kernel for MixRows<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let width = self.width;
+        for row in self.rows {
+            let shares = &self.shares[row * self.each..][..self.each];
+            for i in (0..width).step_by(16) {
+                unsafe {
+                    let mut sum = L::splat(0.0);
+                    for (from, weight) in shares {
+                        let x = get::<L>(self.x.as_ptr().add(from * width), i, width);
+                        sum = L::fma(L::splat(*weight), x, sum);
+                    }
+                    put::<L>(self.out.at(row * width), i, width, sum);
+                }
+            }
+        }
+    }
+}
+
 /// Rows of silu(gate)·up.
 pub(crate) struct SiluMul<'a> {
     pub(crate) gate_up: &'a [f32],

@@ -279,6 +279,15 @@ proptest! {
             cpu.add_bias(&mut out, &weight);
             reference::add_bias(&mut expected, &weight);
             prop_assert_eq!(bits(&out), bits(&expected));
+
+            let shares: Vec<(usize, f32)> = (0..2 * rows).map(|i| (i * 7 % (2 * rows), x[i] * 0.1)).collect();
+            cpu.mix_rows(&x, width, &shares, &mut out);
+            reference::mix_rows(&x, width, &shares, &mut expected);
+            prop_assert_eq!(bits(&out), bits(&expected));
+
+            let ids: Vec<usize> = (0..rows).map(|row| 2 * rows - 1 - row).collect();
+            cpu.gather_rows(&x, width, &ids, &mut out);
+            prop_assert!(ids.iter().zip(out.chunks(width)).all(|(id, row)| bits(row) == bits(&x[id * width..][..width])));
         }
     }
 
