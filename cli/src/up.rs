@@ -96,6 +96,10 @@ pub(crate) struct UpFlags {
     /// Tokens one engine step computes at most [default: the engine's]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=(1 << 20)))]
     batch_tokens: Option<u64>,
+    /// Tokens drafted for each sequence in a step where its text repeats itself: the same bytes in fewer steps [default: 0,
+    /// none]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=64))]
+    draft_tokens: Option<u32>,
     /// Keep floating-point weights as q8_0 or q4_0: 8 or 4 bits and a scale per 32 weights [default: bf16]
     #[arg(long, value_name = "FORMAT", value_parser = ["q8_0", "q4_0"])]
     quantize: Option<String>,
@@ -198,6 +202,7 @@ fn topology(
         kv_disk_bytes: flags.kv_disk_bytes,
         kv_bytes: memory / 4 / workers as u64,
         batch_tokens: flags.batch_tokens,
+        draft_tokens: flags.draft_tokens,
         quantize: flags.quantize.clone(),
         seed: flags.seed,
         log: log.to_arguments(),

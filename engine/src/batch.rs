@@ -35,6 +35,8 @@ pub struct Span {
     /// The sequence's block table, from position 0 on, in `Batch::tables`.
     pub table: Range<usize>,
     pub(crate) draws: Range<usize>,
+    /// Its last rows, whose tokens are a draft.
+    pub(crate) drafted: usize,
 }
 
 /// One thing to read off a row's logits.

@@ -133,6 +133,7 @@ impl Run<'_> {
             sequences_max: sequences + 1,
             queue_max: sequences + 1,
             prefix_cache: false,
+            draft_tokens_max: 0,
         };
         Engine::new(self.spec.clone(), config)
     }

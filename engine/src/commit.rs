@@ -33,6 +33,9 @@ impl Engine {
 
     /// Moves one sequence behind its rows.
     fn advance(&mut self, mut sequence: Sequence, batch: &Batch, span: &Span, results: Vec<SampledToken>) {
+        if span.drafted > 0 {
+            return self.advance_drafted(sequence, batch, span, results);
+        }
         self.publish(&mut sequence, span.rows);
         let mut first = Vec::new();
         for (draw, token) in batch.draws[span.draws.clone()].iter().zip(results) {
@@ -50,6 +53,28 @@ impl Engine {
             Goal::Generate => self.go_on(sequence, first),
             Goal::Prefill { .. } => self.hand_over(sequence, first),
         }
+    }
+
+    /// Moves a sequence on whose last rows are a draft's: by one token, and by one more for each that the draft had right. What
+    /// the rows behind wrote is written again before it is read.
+    fn advance_drafted(&mut self, sequence: Sequence, batch: &Batch, span: &Span, results: Vec<SampledToken>) {
+        let draft = &batch.tokens[span.row + span.rows - span.drafted..span.row + span.rows];
+        let drafted = draft.iter().map(Some).chain([None]);
+        let (mut going, mut right) = (Some(sequence), 0);
+        for (token, drafted) in results.into_iter().zip(drafted) {
+            let Some(mut sequence) = going.take() else { break };
+            let is_right = drafted == Some(&token.id);
+            right += usize::from(is_right);
+            sequence.draft_max = if right == draft.len() { draft.len().saturating_mul(2) } else { right.max(1) };
+            self.publish(&mut sequence, 1);
+            self.totals.tokens_generated += 1;
+            going = self.accept(sequence, token);
+            if !is_right {
+                break;
+            }
+        }
+        self.totals.drafted_right += right as u64;
+        self.running.extend(going.map(|sequence| (sequence.rank, sequence)));
     }
 
     /// Counts the new positions and names the blocks they completed.

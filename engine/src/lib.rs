@@ -8,6 +8,7 @@ pub mod cache;
 mod commit;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+mod draft;
 pub mod engine;
 pub mod experts;
 mod journal;

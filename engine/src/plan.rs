@@ -7,12 +7,15 @@ use baton_core::{BlockHash, Lane, Refused, TokenId};
 
 use crate::batch::{Batch, Draw, DrawKind, Next, Span};
 use crate::cache::Hits;
+use crate::draft;
 use crate::engine::Engine;
 use crate::sequence::{Rank, Sequence};
 use crate::work::Goal;
 
 /// Rows of a step that several share whose worker was lost; one that lacks more has the step to itself.
 const URGENT_ROWS: usize = 64;
+/// Rows of a step's drafts together: so many more hardly make a step longer that reads all weights anyway.
+const DRAFT_ROWS: usize = 32;
 /// Those that wait and are compared.
 const URGENT_LOOKED_AT: usize = 64;
 
@@ -45,12 +48,37 @@ impl Engine {
     fn plan_decodes(&mut self, batch: &mut Batch) {
         let decoding = self.running.values().filter(|sequence| sequence.is_decoding());
         let ranks: Vec<Rank> = decoding.map(|sequence| sequence.rank).collect();
-        for rank in ranks {
+        let mut drafted = 0;
+        for (at, rank) in ranks.iter().enumerate() {
             // An earlier one may have taken its blocks.
-            if self.budget(batch) > 0 && self.running.contains_key(&rank) && self.make_room(rank, batch) {
-                self.add_span(batch, rank);
+            if self.budget(batch) > 0 && self.running.contains_key(rank) && self.make_room(*rank, batch) {
+                let others = ranks.len() - at;
+                let room = self.budget(batch).saturating_sub(others).min(DRAFT_ROWS - drafted);
+                let draft = self.draft(*rank, room, batch);
+                drafted += draft.len();
+                self.add_rows(batch, *rank, &draft);
             }
         }
+    }
+
+    /// What may come next in a decoding sequence, up to `room` tokens, with blocks for it if there are free ones.
+    fn draft(&mut self, rank: Rank, room: usize, batch: &mut Batch) -> Vec<TokenId> {
+        let most = self.config.draft_tokens_max.min(room);
+        let Some(sequence) = self.running.get(&rank).filter(|_| most > 0) else { return Vec::new() };
+        // The last token of all has no row.
+        let (request, tokens) = (&sequence.request, &sequence.tokens);
+        let left = (request.tokens_max as usize - sequence.generated()).min(self.spec.positions_max - tokens.len());
+        let draft = draft::lookup(tokens, most.min(sequence.draft_max).min(left.saturating_sub(1)));
+        let end = tokens.len() + draft.len();
+        let lacking = end.div_ceil(self.block_tokens()).saturating_sub(sequence.block_count());
+        // Others come before a draft.
+        if lacking > 0 && self.cache.stats().available() < lacking + self.running.len() {
+            return Vec::new();
+        }
+        let Some(mut sequence) = self.running.remove(&rank) else { return Vec::new() };
+        let grown = self.grow(&mut sequence, end, batch);
+        self.running.insert(rank, sequence);
+        if grown.is_ok() { draft } else { Vec::new() }
     }
 
     fn plan_prefills(&mut self, batch: &mut Batch, of: impl Fn(&Rank) -> bool) {
@@ -252,35 +280,38 @@ impl Engine {
 
     /// Adds as many rows of a running sequence as the budget allows.
     fn add_span(&mut self, batch: &mut Batch, rank: Rank) {
+        self.add_rows(batch, rank, &[]);
+    }
+
+    /// Adds rows of a running sequence, and behind its last one those of a draft.
+    fn add_rows(&mut self, batch: &mut Batch, rank: Rank, draft: &[TokenId]) {
         let rows_max = self.budget(batch);
-        let banned = self.banned(rank);
         let block_tokens = self.block_tokens();
         let Some(sequence) = self.running.get_mut(&rank) else { return };
         let rows = sequence.pending().min(rows_max);
         let (position, end) = (sequence.computed, sequence.computed + rows);
         let (row, draws, table) = (batch.tokens.len(), batch.draws.len(), batch.tables.len());
-        batch.tokens.extend(&sequence.tokens[position..end]);
+        batch.tokens.extend(sequence.tokens[position..end].iter().chain(draft));
         let Some(blocks) = &sequence.blocks else { unreachable!("a running sequence has blocks") };
-        batch.tables.extend(blocks.ids()[..end.div_ceil(block_tokens)].iter().map(|id| id.index));
+        batch.tables.extend(blocks.ids()[..(end + draft.len()).div_ceil(block_tokens)].iter().map(|id| id.index));
         // A block is complete when its last position is; the last one of a prompt, with the prompt.
         let complete = match end == sequence.tokens.len() {
             true => end.div_ceil(block_tokens),
             false => end / block_tokens,
         };
         export(batch, sequence, complete);
-        add_draws(batch, sequence, row, rows, banned);
+        let banned = |generated: usize| -> Arc<[TokenId]> {
+            if generated >= sequence.request.tokens_min as usize {
+                return self.nothing_banned.clone();
+            }
+            self.spec.eos.iter().chain(&sequence.request.stop_tokens).copied().collect()
+        };
+        add_draws(batch, sequence, row, rows, draft, banned);
+        let (rows, drafted) = (rows + draft.len(), draft.len());
         let (table, draws) = (table..batch.tables.len(), draws..batch.draws.len());
-        batch.spans.push(Span { rank, row, rows, position, table, draws });
+        batch.spans.push(Span { rank, row, rows, position, table, draws, drafted });
         self.totals.tokens_computed += rows as u64;
-    }
-
-    /// Tokens that must not end the sequence yet.
-    fn banned(&self, rank: Rank) -> Arc<[TokenId]> {
-        let sequence = &self.running[&rank];
-        if sequence.generated() >= sequence.request.tokens_min as usize {
-            return self.nothing_banned.clone();
-        }
-        self.spec.eos.iter().chain(&sequence.request.stop_tokens).copied().collect()
+        self.totals.tokens_drafted += drafted as u64;
     }
 }
 
@@ -294,7 +325,15 @@ fn export(batch: &mut Batch, sequence: &mut Sequence, complete: usize) {
     }
 }
 
-fn add_draws(batch: &mut Batch, sequence: &Sequence, row: usize, rows: usize, banned: Arc<[TokenId]>) {
+/// `banned`: tokens that must not end a sequence yet that has generated so many.
+fn add_draws(
+    batch: &mut Batch,
+    sequence: &Sequence,
+    row: usize,
+    rows: usize,
+    draft: &[TokenId],
+    banned: impl Fn(usize) -> Arc<[TokenId]>,
+) {
     let position = sequence.computed;
     if let Some(top) = sequence.request.prompt_logprobs.filter(|_| sequence.wants_prompt_logprobs) {
         let following = sequence.request.prompt.iter().skip(position + 1).take(rows);
@@ -305,14 +344,21 @@ fn add_draws(batch: &mut Batch, sequence: &Sequence, row: usize, rows: usize, ba
     if position + rows < sequence.tokens.len() {
         return;
     }
-    for branch in sequence.branches.iter().filter(|branch| branch.tail.is_empty()) {
-        let kind = DrawKind::Next(Next {
-            request: sequence.request.clone(),
-            choice: branch.index,
-            position: sequence.tokens.len() as u32,
-            banned: banned.clone(),
-            seen: sequence.seen.clone(),
-        });
-        batch.draws.push(Draw { row: row + rows - 1, kind });
+    let mut seen = sequence.seen.clone();
+    for ahead in 0..=draft.len() {
+        let banned = banned(sequence.generated() + ahead);
+        for branch in sequence.branches.iter().filter(|branch| branch.tail.is_empty()) {
+            let kind = DrawKind::Next(Next {
+                request: sequence.request.clone(),
+                choice: branch.index,
+                position: (sequence.tokens.len() + ahead) as u32,
+                banned: banned.clone(),
+                seen: seen.clone(),
+            });
+            batch.draws.push(Draw { row: row + rows - 1 + ahead, kind });
+        }
+        if let (Some(seen), Some(token)) = (&mut seen, draft.get(ahead)) {
+            Arc::make_mut(seen).push(*token);
+        }
     }
 }

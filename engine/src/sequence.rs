@@ -53,6 +53,9 @@ pub(crate) struct Sequence {
     pub prompt_logprobs: Vec<Option<SampledToken>>,
     pub seen: Option<Arc<Seen>>,
     pub cancelled: bool,
+    /// Tokens to draft for the next step, at most: twice as many after a draft that was right, as many as were right after
+    /// another.
+    pub draft_max: usize,
 }
 
 /// How one choice goes on after the common tokens.
@@ -118,6 +121,7 @@ impl Sequence {
             prompt_logprobs: Vec::new(),
             seen,
             cancelled: false,
+            draft_max: usize::MAX,
         }
     }
 

@@ -35,4 +35,8 @@ pub struct EngineConfig {
     pub queue_max: usize,
     /// Whether finished blocks are kept and looked up by content.
     pub prefix_cache: bool,
+    /// Tokens drafted by prompt lookup for each sequence that decodes, at most; 0: none. The same bytes in fewer steps where
+    /// texts repeat themselves.
+    #[serde(default)]
+    pub draft_tokens_max: usize,
 }

@@ -105,4 +105,7 @@ pub struct Load {
     /// Prompt tokens that admissions looked up in the cache, and those found.
     pub tokens_looked_up: u64,
     pub tokens_hit: u64,
+    /// Tokens drafted, and those that were right.
+    pub tokens_drafted: u64,
+    pub drafted_right: u64,
 }

@@ -13,8 +13,14 @@ use crate::workload::Ask;
 pub fn reference(ask: &Ask) -> Vec<Vec<TokenId>> {
     let spec = spec();
     let blocks = 4 * POSITIONS_MAX.div_ceil(spec.layout.block_tokens as usize);
-    let sizes =
-        EngineConfig { blocks, batch_tokens_max: POSITIONS_MAX, sequences_max: 16, queue_max: 1, prefix_cache: false };
+    let sizes = EngineConfig {
+        blocks,
+        batch_tokens_max: POSITIONS_MAX,
+        sequences_max: 16,
+        queue_max: 1,
+        prefix_cache: false,
+        draft_tokens_max: 0,
+    };
     let mut backend = HashBackend::new(spec.vocab);
     let mut engine = Engine::new(spec, sizes);
     let admitted = engine.admit(work(&request(ask)));

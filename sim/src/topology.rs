@@ -48,6 +48,7 @@ impl Topology {
                 sequences_max: between(&mut rng, 4, 32) as usize,
                 queue_max: between(&mut rng, 8, 64) as usize,
                 prefix_cache: chance(&mut rng, 80),
+                draft_tokens_max: 0,
             },
             step: Duration::from_millis(between(&mut rng, 2, 12)),
             row: Duration::from_micros(between(&mut rng, 0, 300)),

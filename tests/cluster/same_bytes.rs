@@ -41,7 +41,7 @@ async fn every_shape_of_cluster_gives_the_same_bytes() {
     for flags in [
         &["--prefill", "2", "--decode", "2"][..],
         &["--prefill", "0"],
-        &["--batch-tokens", "64"],
+        &["--batch-tokens", "64", "--draft-tokens", "4"],
         &["--coordinators", "3"],
     ] {
         let cluster = Cluster::up(flags).await;

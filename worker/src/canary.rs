@@ -26,8 +26,14 @@ pub(crate) fn golden(spec: &ModelSpec, backend: &mut dyn Backend) -> Result<Vec<
     }
     let positions = prompt.len() + CANARY_OUTPUT_TOKENS as usize;
     let blocks = positions.div_ceil(spec.layout.block_tokens as usize);
-    let sizes =
-        EngineConfig { blocks, batch_tokens_max: positions, sequences_max: 1, queue_max: 1, prefix_cache: false };
+    let sizes = EngineConfig {
+        blocks,
+        batch_tokens_max: positions,
+        sequences_max: 1,
+        queue_max: 1,
+        prefix_cache: false,
+        draft_tokens_max: 0,
+    };
     let mut engine = Engine::new(spec.clone(), sizes);
     let request = canary::request(RequestId(0), &spec.name, prompt, String::new(), u64::MAX);
     let choices = vec![Choice::default()];

@@ -27,6 +27,8 @@ pub(crate) struct StepMetrics {
     looked_up: [Counter; 2],
     hit: [Counter; 2],
     preemptions: [Counter; 2],
+    drafted: [Counter; 2],
+    drafted_right: [Counter; 2],
     overruns: Counter,
     overrun_requests: Counter,
 }
@@ -51,6 +53,8 @@ impl StepMetrics {
             looked_up: counters("baton_worker_prefix_tokens_looked_up_total", "vllm:prefix_cache_queries_total"),
             hit: counters("baton_worker_prefix_tokens_hit_total", "vllm:prefix_cache_hits_total"),
             preemptions: counters("baton_worker_preemptions_total", "vllm:num_preemptions_total"),
+            drafted: counters("baton_worker_drafted_tokens_total", "vllm:spec_decode_num_draft_tokens_total"),
+            drafted_right: counters("baton_worker_drafted_right_total", "vllm:spec_decode_num_accepted_tokens_total"),
             overruns: counter!("baton_worker_streams_overrun_total"),
             overrun_requests: counter!("baton_worker_aborted_total", "reason" => "overrun"),
         }
@@ -87,6 +91,8 @@ impl StepMetrics {
         add(&self.looked_up, load.tokens_looked_up - self.before.tokens_looked_up);
         add(&self.hit, load.tokens_hit - self.before.tokens_hit);
         add(&self.preemptions, load.preemptions - self.before.preemptions);
+        add(&self.drafted, load.tokens_drafted - self.before.tokens_drafted);
+        add(&self.drafted_right, load.drafted_right - self.before.drafted_right);
         self.before = *load;
     }
 }

@@ -340,8 +340,14 @@ mod tests {
     #[test]
     fn the_last_note_is_there_when_work_ends() {
         let model = hash_model();
-        let config =
-            EngineConfig { blocks: 16, batch_tokens_max: 64, sequences_max: 4, queue_max: 4, prefix_cache: true };
+        let config = EngineConfig {
+            blocks: 16,
+            batch_tokens_max: 64,
+            sequences_max: 4,
+            queue_max: 4,
+            prefix_cache: true,
+            draft_tokens_max: 0,
+        };
         let cache = Cache::of(Arena::new(model.spec.layout, config.blocks));
         let engine = Engine::over(cache, model.spec, config);
         let mut steps = Steps::new(engine, model.backend, Arc::default());

@@ -102,6 +102,10 @@ pub(crate) struct WorkerFlags {
     /// Tokens one step computes at most [default: 512]
     #[arg(long, value_name = "N")]
     batch_tokens: Option<u32>,
+    /// Tokens drafted for each sequence in a step where its text repeats itself: the same bytes in fewer steps [default: 0,
+    /// none]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=64))]
+    draft_tokens: Option<u32>,
     /// How long requests may go on when this worker drains, before they move to others [default: 30000]
     #[arg(long, value_name = "MS")]
     drain_ms: Option<u32>,
@@ -251,6 +255,7 @@ fn settings(flags: WorkerFlags, role: Role) -> Result<(Own, Settings), Failure> 
     settings.flag("autonomy_ms", flags.autonomy_ms);
     settings.flag("engine.blocks", flags.kv_blocks);
     settings.flag("engine.batch_tokens_max", flags.batch_tokens);
+    settings.flag("engine.draft_tokens_max", flags.draft_tokens);
     settings.flag("role", Some(role.as_str()));
     settings.fallback("id", format!("{role}-0"));
     settings.fallback("listen", "127.0.0.1:0");

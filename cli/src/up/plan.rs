@@ -38,6 +38,7 @@ pub(crate) struct Topology {
     /// Per worker.
     pub(crate) kv_disk_bytes: Option<u64>,
     pub(crate) batch_tokens: Option<u64>,
+    pub(crate) draft_tokens: Option<u32>,
     /// What workers turn floating-point weights into.
     pub(crate) quantize: Option<String>,
     pub(crate) seed: Option<u64>,
@@ -125,6 +126,7 @@ impl Topology {
         arguments.extend(self.kv_disk.iter().flat_map(|folder| flag("--kv-disk", folder.join(&id).display())));
         arguments.extend(self.kv_disk_bytes.iter().flat_map(|bytes| flag("--kv-disk-bytes", bytes)));
         arguments.extend(self.batch_tokens.iter().flat_map(|tokens| flag("--batch-tokens", tokens)));
+        arguments.extend(self.draft_tokens.iter().flat_map(|tokens| flag("--draft-tokens", tokens)));
         arguments.extend(self.quantize.iter().flat_map(|format| flag("--quantize", format)));
         arguments.extend(self.coordinator_flags());
         Plan { role, id, arguments }
@@ -174,6 +176,7 @@ mod tests {
             kv_disk: Some("/d".into()),
             kv_disk_bytes: None,
             batch_tokens: Some(512),
+            draft_tokens: Some(4),
             quantize: Some("q8_0".into()),
             seed: Some(u64::MAX),
             log: vec!["--log-json".into()],

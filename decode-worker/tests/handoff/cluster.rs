@@ -12,8 +12,14 @@ use baton_worker::{Config, LoadedModel, Running};
 
 use crate::gate::{Gate, Gated};
 
-pub(crate) const SIZES: EngineConfig =
-    EngineConfig { blocks: 256, batch_tokens_max: 16, sequences_max: 64, queue_max: 64, prefix_cache: true };
+pub(crate) const SIZES: EngineConfig = EngineConfig {
+    blocks: 256,
+    batch_tokens_max: 16,
+    sequences_max: 64,
+    queue_max: 64,
+    prefix_cache: true,
+    draft_tokens_max: 0,
+};
 
 /// Polls until `condition` holds.
 pub(crate) async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {

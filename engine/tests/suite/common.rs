@@ -10,8 +10,14 @@ use baton_engine::{
 };
 use baton_kernels::Quantize;
 
-pub(crate) const CONFIG: EngineConfig =
-    EngineConfig { blocks: 64, batch_tokens_max: 16, sequences_max: 8, queue_max: 64, prefix_cache: true };
+pub(crate) const CONFIG: EngineConfig = EngineConfig {
+    blocks: 64,
+    batch_tokens_max: 16,
+    sequences_max: 8,
+    queue_max: 64,
+    prefix_cache: true,
+    draft_tokens_max: 0,
+};
 
 pub(crate) fn hash_engine(config: EngineConfig) -> Engine {
     Engine::new(hash_spec(), config)

@@ -52,6 +52,41 @@ fn bits_do_not_depend_on_company() {
     }
 }
 
+/// Drafts change how many steps there are and nothing else: penalties, tokens that must not come yet, ends and alternatives
+/// included, alone and in company, with and without room for drafts.
+#[test]
+fn drafts_do_not_change_bits() {
+    let (mut drafted, mut right) = (0, 0);
+    for (index, tiny) in TinyModel::families().iter().enumerate() {
+        let loaded = load_tiny(&format!("drafts-{index}"), tiny, 1);
+        let (mut model, spec) = (loaded.model, loaded.spec);
+        let again = |id: u128| prompt(id as u64, 6, spec.vocab).repeat(5);
+        let mut requests: Vec<Request> =
+            (0..8).map(|id| Request { tokens_max: 40, ..asking(id, &again(id), id % 4 == 3) }).collect();
+        for request in &mut requests[4..] {
+            (request.ignore_eos, request.tokens_min) = (false, 9);
+            request.stop_tokens = (0..spec.vocab as u32 / 4).collect();
+        }
+        let expected: Vec<_> = requests.iter().map(|request| alone(&mut model, &spec, request)).collect();
+        for (blocks, batch_tokens_max) in [(256, 1024), (256, 11), (12, 33)] {
+            let config = EngineConfig { blocks, batch_tokens_max, draft_tokens_max: 5, ..CONFIG };
+            let mut engine = model_engine(&spec, config);
+            for request in &requests {
+                engine.admit(work(request)).expect("room");
+            }
+            let choices = Choices::of(drain(&mut engine, &mut model));
+            for (request, expected) in requests.iter().zip(&expected) {
+                let found = choices.sampled(request.id.0, 0);
+                assert_eq!(bits(found), bits(expected), "{} request {}", tiny.architecture, request.id);
+            }
+            let load = engine.load();
+            assert_eq!(load.tokens_generated, expected.iter().map(Vec::len).sum::<usize>() as u64);
+            (drafted, right) = (drafted + load.tokens_drafted, right + load.drafted_right);
+        }
+    }
+    assert!(right > 100 && right < drafted, "{right} of {drafted}");
+}
+
 /// The same bits with one, two and three threads.
 #[test]
 fn bits_do_not_depend_on_threads() {

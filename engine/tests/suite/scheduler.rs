@@ -542,18 +542,19 @@ proptest! {
     fn any_workload_gives_lone_tokens(
         arrivals in proptest::collection::vec(arrival(), 1..12),
         blocks in 12..40usize, batch_tokens_max in 4..40usize, sequences_max in 4..9usize, prefix_cache in any::<bool>(),
+        draft_tokens_max in 0..7usize, vocab in prop_oneof![Just(2), Just(4), Just(1000)],
     ) {
-        let config = EngineConfig { blocks, batch_tokens_max, sequences_max, queue_max: 64, prefix_cache };
-        let mut engine = hash_engine(config);
+        let config = EngineConfig { blocks, batch_tokens_max, sequences_max, queue_max: 64, prefix_cache, draft_tokens_max };
+        let (mut engine, mut backend) = (hash_engine(config), HashBackend::new(vocab));
         let (mut events, mut expected, mut cancels) = (Vec::new(), Vec::new(), Vec::new());
         let mut now = 0;
         for (id, arrival) in arrivals.iter().enumerate() {
             let request = arrival.request(id as u128);
             let mut lone = hash_engine(EngineConfig { blocks: 256, ..CONFIG });
             lone.admit(work(&request)).expect("room");
-            let whole = Choices::of(drain(&mut lone, &mut backend()));
+            let whole = Choices::of(drain(&mut lone, &mut backend));
             for _ in 0..arrival.after {
-                step(&mut engine, &mut backend(), &mut events);
+                step(&mut engine, &mut backend, &mut events);
                 now += 1;
                 cancels.iter().filter(|(at, _)| *at == now).for_each(|(_, id)| engine.cancel(*id));
                 let stats = engine.cache().stats();
@@ -565,7 +566,7 @@ proptest! {
             cancels.extend(arrival.cancel.map(|after| (now + after + 1, request.id)));
             expected.push(whole);
         }
-        while step(&mut engine, &mut backend(), &mut events) {
+        while step(&mut engine, &mut backend, &mut events) {
             now += 1;
             cancels.iter().filter(|(at, _)| *at == now).for_each(|(_, id)| engine.cancel(*id));
         }

@@ -35,7 +35,14 @@ fn config(coordinators: &[&FakeCoordinator]) -> Config {
         kv_host_bytes: 0,
         kv_disk: None,
         kv_disk_bytes: 0,
-        engine: EngineConfig { blocks: 64, batch_tokens_max: 64, sequences_max: 8, queue_max: 8, prefix_cache: true },
+        engine: EngineConfig {
+            blocks: 64,
+            batch_tokens_max: 64,
+            sequences_max: 8,
+            queue_max: 8,
+            prefix_cache: true,
+            draft_tokens_max: 0,
+        },
     }
 }
 
