@@ -1,5 +1,6 @@
 //! The engine's bigger tests: the scheduler over a backend without a model, and models over random weights.
 
+mod anywhere;
 mod bad_models;
 mod cache;
 mod common;
