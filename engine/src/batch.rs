@@ -36,7 +36,7 @@ pub struct Span {
     pub table: Range<usize>,
     pub(crate) draws: Range<usize>,
     /// Its last rows, whose tokens are a draft.
-    pub(crate) drafted: usize,
+    pub drafted: usize,
 }
 
 /// One thing to read off a row's logits.

@@ -33,6 +33,10 @@ pub struct Engine {
     pub(crate) stepping: bool,
     pub(crate) totals: Load,
     pub(crate) nothing_banned: Arc<[TokenId]>,
+    /// Rows of prompts in a step that also decodes.
+    pub(crate) prompts_beside: usize,
+    /// Rows that the step being planned may have.
+    pub(crate) rows_max: usize,
     arrivals: u64,
 }
 
@@ -65,6 +69,8 @@ impl Engine {
             stepping: false,
             totals: Load::default(),
             nothing_banned: Arc::new([]),
+            prompts_beside: usize::MAX,
+            rows_max: 0,
             arrivals: 0,
         }
     }
@@ -75,6 +81,12 @@ impl Engine {
 
     pub fn spec(&self) -> &ModelSpec {
         &self.spec
+    }
+
+    /// Steps that decode have so many rows of fresh prompts at most from now on: how long a step takes is known outside. Without a
+    /// word, as many as fit.
+    pub fn prompts_beside_decodes(&mut self, rows: usize) {
+        self.prompts_beside = rows.max(1);
     }
 
     /// Takes work in, or refuses it and holds nothing of it. Every admitted request ends with `Finished` for each of its

@@ -28,6 +28,7 @@ impl Engine {
     pub fn plan(&mut self) -> Option<Batch> {
         assert!(!self.stepping, "the last batch must be committed before the next is planned");
         let mut batch = Batch::new(self.cache.clone());
+        self.rows_max = self.config.batch_tokens_max;
         self.make_way();
         self.plan_decodes(&mut batch);
         // Somebody waits in the middle of a text: nothing fresh makes that step longer.
@@ -35,6 +36,9 @@ impl Engine {
         self.plan_prefills(&mut batch, Rank::is_urgent);
         self.plan_urgent(&mut batch);
         if batch.tokens.len() == decodes {
+            if decodes > 0 {
+                self.rows_max = self.rows_max.min(decodes.saturating_add(self.prompts_beside));
+            }
             self.plan_prefills(&mut batch, |_| true);
             self.plan_admissions(&mut batch, |_| true);
         }
@@ -152,7 +156,7 @@ impl Engine {
 
     /// Token rows the step still has room for.
     fn budget(&self, batch: &Batch) -> usize {
-        self.config.batch_tokens_max - batch.tokens.len()
+        self.rows_max - batch.tokens.len()
     }
 
     fn slots_free(&self) -> usize {

@@ -18,6 +18,7 @@ mod inbox;
 mod index;
 mod lease;
 mod membership;
+mod pace;
 mod peers;
 mod pulse;
 mod running;

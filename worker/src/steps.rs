@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use baton_core::{Aborted, RequestId};
 use baton_engine::{Backend, Batch, Engine, Event, Goal, Load, Output};
@@ -12,6 +11,7 @@ use tokio::time::Instant;
 use crate::inbox::{Admit, Command, Key};
 use crate::metrics::StepMetrics;
 use crate::outlet::{Broken, Export, Note, Notes, Outlet};
+use crate::pace::Pace;
 use crate::pulse::Pulse;
 
 /// The newest load, for heartbeats and metrics.
@@ -54,7 +54,7 @@ pub(crate) struct Steps {
     notes: BTreeMap<u64, (Outlet, Notes)>,
     events: Vec<Event>,
     published: Arc<Published>,
-    prefill_rate: Rate,
+    pace: Pace,
     metrics: StepMetrics,
 }
 
@@ -70,7 +70,7 @@ impl Steps {
             notes: BTreeMap::new(),
             events: Vec::new(),
             published,
-            prefill_rate: Rate::default(),
+            pace: Pace::default(),
             metrics,
         }
     }
@@ -111,11 +111,13 @@ impl Steps {
     }
 
     fn compute(&mut self, batch: Batch, began: Instant) {
-        let (rows, prompt_rows) = (batch.tokens.len(), prompt_rows(&batch));
+        let (decodes, prompts) = rows(&batch);
         let output = self.run(&batch, began);
         self.engine.commit(batch, output, &mut self.events);
-        self.prefill_rate.add(prompt_rows, began.elapsed());
-        self.metrics.step(rows, began.elapsed());
+        let took = began.elapsed();
+        self.pace.add(decodes, prompts, took);
+        self.engine.prompts_beside_decodes(self.pace.prompt_tokens_beside());
+        self.metrics.step(decodes + prompts, took);
         self.deliver();
         self.flush();
         self.publish();
@@ -264,7 +266,7 @@ impl Steps {
     fn publish(&mut self) {
         let load = self.engine.load();
         self.metrics.load(&load, &self.engine.cache().stats());
-        self.published.set(load, self.prefill_rate.per_second());
+        self.published.set(load, self.pace.prefill_tokens_per_s());
     }
 }
 
@@ -278,34 +280,11 @@ fn request_of(event: &Event) -> RequestId {
     }
 }
 
-/// Rows that prefill: a span of one row decodes.
-fn prompt_rows(batch: &Batch) -> usize {
-    batch.spans.iter().map(|span| span.rows).filter(|rows| *rows > 1).sum()
-}
-
-/// Prompt tokens per second over the last steps that prefilled, exponentially weighted by tokens.
-#[derive(Default)]
-struct Rate {
-    tokens: f64,
-    seconds: f64,
-}
-
-impl Rate {
-    /// Old steps lose half their weight every so many tokens.
-    const HALF_LIFE_TOKENS: f64 = 16_384.0;
-
-    fn add(&mut self, tokens: usize, took: Duration) {
-        if tokens == 0 {
-            return;
-        }
-        let keep = (-(tokens as f64) / Rate::HALF_LIFE_TOKENS).exp2();
-        self.tokens = self.tokens * keep + tokens as f64;
-        self.seconds = self.seconds * keep + took.as_secs_f64();
-    }
-
-    fn per_second(&self) -> u64 {
-        if self.seconds > 0.0 { (self.tokens / self.seconds) as u64 } else { 0 }
-    }
+/// Rows that decode, drafts among them, and rows of prompts.
+fn rows(batch: &Batch) -> (usize, usize) {
+    let prompts = batch.spans.iter().filter(|span| span.rows - span.drafted > 1);
+    let prompts = prompts.map(|span| span.rows).sum();
+    (batch.tokens.len() - prompts, prompts)
 }
 
 #[cfg(test)]

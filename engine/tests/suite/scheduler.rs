@@ -60,6 +60,29 @@ fn crowded_requests_equal_lone_ones() {
     }
 }
 
+/// A long prompt beside sequences that decode takes so many rows of a step as it was told, and the whole step without them.
+#[test]
+fn prompts_beside_decodes_are_bounded() {
+    let mut engine = hash_engine(EngineConfig { blocks: 256, batch_tokens_max: 40, ..CONFIG });
+    engine.prompts_beside_decodes(5);
+    engine.admit(work(&request(1, &prompt(1, 10, 1000), 6))).expect("room");
+    let mut events = Vec::new();
+    assert!(step(&mut engine, &mut backend(), &mut events));
+    engine.admit(work(&request(2, &prompt(2, 200, 1000), 2))).expect("room");
+    let mut sizes = Vec::new();
+    while let Some(batch) = engine.plan() {
+        sizes.push(batch.tokens.len());
+        let output = backend().run(&batch, &mut |_| {});
+        engine.commit(batch, output, &mut events);
+    }
+    assert_eq!(sizes, [6, 6, 6, 6, 6, 40, 40, 40, 40, 15, 1]);
+    let choices = Choices::of(events);
+    assert_eq!(
+        [choices.ids(1, 0), choices.ids(2, 0)],
+        [alone(&prompt(1, 10, 1000), 6), alone(&prompt(2, 200, 1000), 2)]
+    );
+}
+
 /// The second of two equal requests computes its last block only.
 #[test]
 fn an_equal_prompt_is_found_in_the_cache() {
