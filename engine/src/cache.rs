@@ -96,6 +96,8 @@ struct Places {
     arrived: BTreeSet<u32>,
     in_flight: usize,
     evictions: u64,
+    /// Changes of any block's state so far.
+    moves: u64,
     journal: Journal,
     lower: Lower,
     /// What the backend computes is not in the arena by itself.
@@ -115,8 +117,9 @@ impl Cache {
             (0..blocks).map(|_| Place { generation: 0, state: State::Free, present: true, saved: false }).collect();
         let free = (0..blocks as u32).rev().collect();
         let (index, lru) = (BTreeMap::new(), BTreeMap::new());
-        let (moment, arrived, in_flight, evictions, journal, lower, elsewhere) = Default::default();
-        let places = Places { all, free, index, lru, moment, arrived, in_flight, evictions, journal, lower, elsewhere };
+        let (moment, arrived, in_flight, evictions, moves, journal, lower, elsewhere) = Default::default();
+        let places =
+            Places { all, free, index, lru, moment, arrived, in_flight, evictions, moves, journal, lower, elsewhere };
         let (arena, places, freed, pressure) =
             (Arc::new(arena), Mutex::new(places), Mutex::new(None), Pressure::default());
         Cache { inner: Arc::new(Inner { arena, places, freed, pressure }) }
@@ -213,6 +216,11 @@ impl Cache {
         lock(&self.inner.places).audit()
     }
 
+    /// Changes of any block's state so far: while it stays the same, an audit says the same.
+    pub fn moves(&self) -> u64 {
+        lock(&self.inner.places).moves
+    }
+
     /// The blocks that have a name, with it, in order of the name. For checks that compare their bytes.
     pub fn named(&self) -> Vec<(BlockHash, u32)> {
         lock(&self.inner.places).index.iter().map(|(hash, index)| (*hash, *index)).collect()
@@ -269,6 +277,7 @@ impl Places {
 
     /// Another guard on a held or cached block.
     fn take(&mut self, index: u32) {
+        self.moves += 1;
         let place = &mut self.all[index as usize];
         place.state = match place.state {
             State::Held { guards, hash } => State::Held { guards: guards + 1, hash },
@@ -282,6 +291,7 @@ impl Places {
 
     /// A free block, or the longest unused cached one, as reserved. The caller has checked that there is one.
     fn give(&mut self) -> BlockId {
+        self.moves += 1;
         let index = self.free.pop().unwrap_or_else(|| self.evict());
         let place = &mut self.all[index as usize];
         place.generation = place.generation.wrapping_add(1);
@@ -309,6 +319,7 @@ impl Places {
 
     /// `outside`: its bytes came from elsewhere than the backend.
     fn fill(&mut self, index: u32, outside: bool) {
+        self.moves += 1;
         let place = &mut self.all[index as usize];
         place.state = State::Held { guards: 1, hash: None };
         place.present = outside || !self.elsewhere;
@@ -327,6 +338,7 @@ impl Places {
 
     /// Names a held block by its content, unless another block has the name already.
     fn publish(&mut self, index: u32, name: BlockHash) {
+        self.moves += 1;
         if self.index.contains_key(&name) {
             return;
         }
@@ -342,6 +354,7 @@ impl Places {
 
     /// One guard less on a held block.
     fn release(&mut self, index: u32) {
+        self.moves += 1;
         let state = match self.all[index as usize].state {
             State::Held { guards, hash } if guards > 1 => State::Held { guards: guards - 1, hash },
             State::Held { hash: Some(hash), .. } => {
@@ -359,6 +372,7 @@ impl Places {
     }
 
     fn abandon(&mut self, index: u32) {
+        self.moves += 1;
         if planted::is(Bug::FreeTwice) {
             self.free.push(index);
         }

@@ -98,14 +98,14 @@ impl Faults {
         let now = sim.elapsed().as_millis() as u64;
         let mut changed = false;
         for number in 0..self.faults.len() {
-            let fault = self.faults[number].clone();
-            if !self.begun[number] && fault.at_ms <= now {
+            let Fault { at_ms, for_ms, .. } = self.faults[number];
+            if !self.begun[number] && at_ms <= now {
                 self.begun[number] = true;
                 changed = true;
-                world.record.note("", format!("fault {number} for {} ms: {:?}", fault.for_ms, fault.what));
+                world.record.note("", format!("fault {number} for {for_ms} ms: {:?}", self.faults[number].what));
                 self.begin(sim, world, number, now);
             }
-            if self.begun[number] && !self.over[number] && fault.at_ms + fault.for_ms <= now {
+            if self.begun[number] && !self.over[number] && at_ms + for_ms <= now {
                 self.over[number] = true;
                 changed = true;
                 world.record.note("", format!("fault {number} is over"));
@@ -199,7 +199,14 @@ impl Faults {
 
     /// True when a fault that waits for its moment has had it now.
     fn strike(&mut self, sim: &mut Sim, world: &World, number: usize, now_ms: u64) -> bool {
-        match self.faults[number].what.clone() {
+        let what = &self.faults[number].what;
+        let waits = |what: &What| {
+            matches!(what, What::CrashAmid { .. } | What::CutLeader {} | What::Leave { .. } | What::Stall { .. })
+        };
+        if !waits(what) {
+            return false;
+        }
+        match what.clone() {
             What::CrashAmid { host, kept } if !self.is_down(&host) && self.is_amid(world, &host) => {
                 world.record.note(&host, "dies in the middle of something");
                 self.crash(sim, world, &host, kept);

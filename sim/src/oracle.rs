@@ -12,7 +12,8 @@ use crate::workload::Ask;
 /// The tokens of each choice.
 pub fn reference(ask: &Ask) -> Vec<Vec<TokenId>> {
     let spec = spec();
-    let blocks = 4 * POSITIONS_MAX.div_ceil(spec.layout.block_tokens as usize);
+    let positions = ask.prompt.len() + ask.tokens_max as usize;
+    let blocks = (ask.choices as usize + 1) * (positions.div_ceil(spec.layout.block_tokens as usize) + 1);
     let sizes = EngineConfig {
         blocks,
         batch_tokens_max: POSITIONS_MAX,

@@ -14,6 +14,7 @@ pub const VERSION: u32 = 1;
 pub const FAULTS_FROM_MS: u64 = 1_200;
 pub const FAULTS_UNTIL_MS: u64 = 8_000;
 
+const TICK_MS_MAX: u64 = 20;
 /// Most faults are over within so long; the others may last as long as there are faults.
 const SHORT_MS: u64 = 3_000;
 const LONG_PERCENT: u64 = 20;
@@ -25,6 +26,9 @@ pub struct Plan {
     pub version: u32,
     pub seed: u64,
     pub profile: String,
+    /// The run's tick; None: as the seed draws it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tick_ms: Option<u64>,
     pub faults: Vec<Fault>,
 }
 
@@ -95,6 +99,8 @@ pub enum PlanError {
     Unreadable(String),
     #[error("the plan has version {found}, this binary runs version {VERSION}: draw it anew from its seed")]
     Version { found: u64 },
+    #[error("the plan's tick of {0} ms is not 1 to {TICK_MS_MAX}")]
+    Tick(u64),
     #[error("the plan's fault {number} names {host:?}, and seed {seed} has no such host")]
     Host { number: usize, host: String, seed: u64 },
     #[error(transparent)]
@@ -110,7 +116,7 @@ impl Plan {
         let count = between(&mut rng, profile.faults_min, profile.faults_max);
         let mut faults: Vec<Fault> = (0..count).flat_map(|_| draw(&mut rng, &topology, &weights)).collect();
         faults.sort_by_key(|fault| fault.at_ms);
-        Plan { version: VERSION, seed, profile: profile.name.to_string(), faults }
+        Plan { version: VERSION, seed, profile: profile.name.to_string(), tick_ms: None, faults }
     }
 
     /// Reads a saved plan.
@@ -123,6 +129,9 @@ impl Plan {
         }
         let plan: Plan = serde_json::from_value(value).map_err(unreadable)?;
         Profile::named(&plan.profile)?;
+        if let Some(tick_ms) = plan.tick_ms.filter(|tick_ms| !(1..=TICK_MS_MAX).contains(tick_ms)) {
+            return Err(PlanError::Tick(tick_ms));
+        }
         let hosts = Topology::draw(plan.seed).servers();
         for (number, fault) in plan.faults.iter().enumerate() {
             if let Some(host) = fault.what.hosts().into_iter().find(|host| !hosts.contains(host)) {
@@ -252,6 +261,7 @@ mod tests {
         check("{", "not readable");
         check(&Plan { version: 9, ..plan.clone() }.text(), "version 9");
         check(&Plan { profile: "wild".into(), ..plan.clone() }.text(), "wild");
+        check(&Plan { tick_ms: Some(0), ..plan.clone() }.text(), "tick of 0 ms");
         let elsewhere = Fault { at_ms: 1, for_ms: 1, what: What::Hang { host: "decode-9".into() } };
         check(&Plan { faults: vec![elsewhere], ..plan }.text(), "decode-9");
     }

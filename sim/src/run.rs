@@ -98,7 +98,7 @@ pub fn run(plan: &Plan) -> Report {
 
 /// The same; `traced`: with a line for all that the network does.
 pub fn run_with(plan: &Plan, traced: bool) -> Report {
-    let topology = Topology::draw(plan.seed);
+    let topology = Topology::ticking(plan.seed, plan.tick_ms);
     let hosts = topology.servers().len() + 1;
     let asks = workload::draw(plan.seed, &topology);
     let (world, notes) = (World::new(plan.seed, topology), Notes::new(&asks));
@@ -257,7 +257,8 @@ impl Drive<'_> {
     ) -> Result<(), Violation> {
         let told = self.notes.lock();
         let now = self.sim.elapsed();
-        let look = Look { now, number: self.looks, world: self.world, told: &told, healed: self.healed_at };
+        let tellings = self.notes.changes();
+        let look = Look { now, number: self.looks, world: self.world, told: &told, tellings, healed: self.healed_at };
         self.looks += 1;
         for invariant in &mut self.invariants {
             check(&mut **invariant, &look).map_err(|what| Violation {
@@ -273,6 +274,9 @@ impl Drive<'_> {
     fn supervise(&mut self) {
         let now = self.sim.elapsed();
         let exited = std::mem::take(&mut self.world.seen().exited);
+        if exited.is_empty() && self.restarts.is_empty() {
+            return;
+        }
         for host in exited.into_keys() {
             stop(&mut self.sim, self.world, &host);
             if !self.faults.is_down(&host) {

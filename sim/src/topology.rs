@@ -14,6 +14,11 @@ pub const GATEWAY_PORT: u16 = 8000;
 /// The host of all clients.
 pub const CLIENTS: &str = "clients";
 
+/// Ticks that runs draw from: most are coarse, because a run costs as much as it has ticks.
+const TICKS_MS: [u64; 12] = [1, 2, 5, 5, 5, 10, 10, 10, 10, 10, 10, 10];
+/// Up to this tick latencies are what was drawn.
+const FINE_MS: u64 = 5;
+
 /// The hosts of one run.
 #[derive(Clone, Debug)]
 pub struct Topology {
@@ -29,15 +34,20 @@ pub struct Topology {
     pub latency_max: Duration,
     /// How long a write of the log takes.
     pub fsync: Duration,
-    /// Messages arrive at multiples of it. Most runs are coarse, because a run costs as much as it has ticks.
+    /// Messages arrive at multiples of it.
     pub tick: Duration,
 }
 
 impl Topology {
     pub fn draw(seed: u64) -> Topology {
+        Topology::ticking(seed, None)
+    }
+
+    /// The same; `tick_ms`: with a tick of its own.
+    pub fn ticking(seed: u64, tick_ms: Option<u64>) -> Topology {
         let mut rng = rng(seed, Purpose::Topology, 0);
         let few_blocks = chance(&mut rng, 25);
-        Topology {
+        let topology = Topology {
             coordinators: if chance(&mut rng, 80) { 3 } else { 1 },
             prefills: between(&mut rng, 1, 2) as usize,
             decodes: between(&mut rng, 1, 2) as usize,
@@ -55,7 +65,21 @@ impl Topology {
             latency_min: Duration::from_micros(between(&mut rng, 100, 1_000)),
             latency_max: Duration::from_micros(between(&mut rng, 1_500, 6_000)),
             fsync: Duration::from_millis(between(&mut rng, 1, 4)),
-            tick: Duration::from_millis([1, 2, 5, 5, 5][rng.below(5) as usize]),
+            tick: Duration::ZERO,
+        };
+        let drawn_ms = TICKS_MS[rng.below(TICKS_MS.len() as u64) as usize];
+        topology.with_tick(tick_ms.unwrap_or(drawn_ms))
+    }
+
+    /// A coarse network is a slow one, too: else everything would arrive at the next tick, and nothing out of order.
+    fn with_tick(self, tick_ms: u64) -> Topology {
+        let slow = tick_ms.div_ceil(FINE_MS) as u32;
+        Topology {
+            latency_min: self.latency_min * slow,
+            latency_max: self.latency_max * slow,
+            fsync: self.fsync * slow,
+            tick: Duration::from_millis(tick_ms),
+            ..self
         }
     }
 

@@ -1,6 +1,7 @@
 //! The host of all clients: each sends one request over HTTP as an OpenAI client does, retries what was refused, takes a
 //! resumable stream up again where another gateway can go on with it, and writes down what it was told.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -70,7 +71,11 @@ pub struct Told {
 
 /// All clients' notes, by the numbers of their requests.
 #[derive(Clone)]
-pub struct Notes(Arc<Mutex<Vec<Told>>>);
+pub struct Notes {
+    told: Arc<Mutex<Vec<Told>>>,
+    /// How often a client was told anything.
+    changes: Arc<AtomicU64>,
+}
 
 impl Notes {
     pub fn new(asks: &[Ask]) -> Notes {
@@ -83,11 +88,21 @@ impl Notes {
             ended: None,
             wrong: None,
         };
-        Notes(Arc::new(Mutex::new(asks.iter().map(told).collect())))
+        Notes { told: Arc::new(Mutex::new(asks.iter().map(told).collect())), changes: Arc::default() }
     }
 
     pub fn lock(&self) -> MutexGuard<'_, Vec<Told>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.told.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// While it stays the same, nobody has been told anything.
+    pub fn changes(&self) -> u64 {
+        self.changes.load(Ordering::Relaxed)
+    }
+
+    fn change(&self, number: usize, change: impl FnOnce(&mut Told)) {
+        self.changes.fetch_add(1, Ordering::Relaxed);
+        change(&mut self.lock()[number]);
     }
 }
 
@@ -174,7 +189,7 @@ impl Client {
     }
 
     fn told(&self, change: impl FnOnce(&mut Told)) {
-        change(&mut self.notes.lock()[self.ask.number]);
+        self.notes.change(self.ask.number, change);
     }
 
     async fn until_its_end(&mut self) -> End {

@@ -57,6 +57,8 @@ pub struct Seen {
     pub gateways: BTreeMap<String, u64>,
     /// Hosts whose process has ended by itself, and why; their supervisor has to start it again.
     pub exited: BTreeMap<String, String>,
+    /// All of them so far, in order: a look may come after the supervisor.
+    pub endings: Vec<(String, String)>,
     /// Lives of gateways that were ended by a fault.
     pub crashed: BTreeMap<String, BTreeSet<u64>>,
     /// Workers that were drained and are not to come back by themselves.
@@ -118,7 +120,10 @@ impl World {
     /// A process has ended: nothing of it runs on until its host is started again.
     pub async fn exit(&self, host: &str, why: String) -> turmoil::Result {
         self.record.note(host, format!("exits: {why}"));
-        self.seen().exited.insert(host.to_string(), why);
+        let mut seen = self.seen();
+        seen.endings.push((host.to_string(), why.clone()));
+        seen.exited.insert(host.to_string(), why);
+        drop(seen);
         std::future::pending().await
     }
 }

@@ -29,6 +29,8 @@ pub struct Look<'a> {
     pub number: u64,
     pub world: &'a World,
     pub told: &'a [Told],
+    /// How often clients have been told anything.
+    pub tellings: u64,
     /// Since when there are no faults any more.
     pub healed: Option<Duration>,
 }
@@ -60,10 +62,10 @@ pub trait Invariant {
 pub fn all() -> Vec<Box<dyn Invariant>> {
     vec![
         Box::new(same_bytes::SameBytes::default()),
-        Box::new(ends_once::EndsOnce),
+        Box::new(ends_once::EndsOnce::default()),
         Box::new(typed_errors::TypedErrors::default()),
         Box::new(owners::Owners::default()),
-        Box::new(blocks::Blocks),
+        Box::new(blocks::Blocks::default()),
         Box::new(contents::Contents::default()),
         Box::new(lives::Lives::default()),
         Box::new(quotas::Quotas::default()),

@@ -11,6 +11,8 @@ use crate::oracle::reference;
 
 #[derive(Default)]
 pub(super) struct SameBytes {
+    /// Tellings before the last look.
+    looked: Option<u64>,
     /// Tokens of each request looked at so far, and whether its end was.
     seen: BTreeMap<usize, usize>,
     done: BTreeSet<usize>,
@@ -23,6 +25,9 @@ impl Invariant for SameBytes {
     }
 
     fn step(&mut self, look: &Look) -> Result<(), String> {
+        if self.looked.replace(look.tellings) == Some(look.tellings) {
+            return Ok(());
+        }
         for told in look.told {
             let number = told.ask.number;
             let count = told.tokens.iter().map(Vec::len).sum();
