@@ -17,6 +17,6 @@ pub mod state;
 
 pub use config::{Config, ConfigError};
 pub use join::{Join, join, join_on};
-pub use observe::{Durable, Observed, Observer};
+pub use observe::{Durable, Group, Observed, Observer};
 pub use raft::NodeError;
 pub use running::{Running, StartError, Stopped, start, start_on};

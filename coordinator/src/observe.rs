@@ -1,6 +1,7 @@
 //! A look at a running coordinator from inside its process: what it holds and who it says leads. For checks that compare
 //! nodes; it changes nothing in the ledger and asks nobody.
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use baton_core::{NodeId, RequestId};
@@ -24,6 +25,21 @@ pub struct Observed {
     pub index: u64,
     /// Requests the ledger holds open.
     pub open: Vec<RequestId>,
+}
+
+/// The group as one node knew it at one moment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Group {
+    pub node: NodeId,
+    /// Index of the last entry applied to its ledger.
+    pub index: u64,
+    pub voters: BTreeSet<u64>,
+    /// Members without a vote.
+    pub learners: BTreeSet<u64>,
+    /// Voters change just now: there are old ones beside the new ones.
+    pub in_change: bool,
+    /// Members that the ledger wants gone, and numbers that are on their way into the group.
+    pub unsettled: BTreeSet<u64>,
 }
 
 impl Observer {
@@ -50,6 +66,20 @@ impl Observer {
         let standing = node.standing();
         let standing = standing.borrow();
         (standing.leader == Some(node.id())).then_some((node.id(), standing.term))
+    }
+
+    /// Who belongs to the group.
+    pub fn group(&self) -> Option<Group> {
+        let node = self.node()?;
+        let members = node.members();
+        let voters = members.voters();
+        let learners = members.iter().map(|(id, _)| id).filter(|id| !voters.contains(id)).collect();
+        let ledger = node.ledger();
+        let nodes = ledger.nodes();
+        let removed = members.iter().map(|(id, _)| id).filter(|id| nodes.has_removed(*id));
+        let unsettled = removed.chain(nodes.joining().map(|(id, _)| id)).collect();
+        let (index, in_change) = (ledger.index(), members.in_change);
+        Some(Group { node: node.id(), index, voters, learners, in_change, unsettled })
     }
 
     /// Index of the last entry applied.

@@ -65,7 +65,7 @@ pub enum Bug {
     CompletionLost,
     /// A decode worker does not notice that a handoff has failed.
     PrefillDeathWedges,
-    /// A coordinator that stands aside keeps its streams of assignments open.
+    /// A coordinator that stands aside keeps its connections, and the streams of assignments on them, open.
     StreamsOutliveNode,
     /// What a lost gateway left behind stays open.
     OrphansKept,
@@ -73,6 +73,10 @@ pub enum Bug {
     RefillOnLead,
     /// The ledger does not look at a tenant's account, only the leader before it proposes.
     QuotaUnchecked,
+    /// A coordinator with an empty disk takes part without asking whether it ever did.
+    EmptyVotes,
+    /// A coordinator that joins is given a number that another one had before it left.
+    NumberTwice,
 }
 
 impl Bug {
@@ -108,6 +112,8 @@ impl Bug {
         Bug::OrphansKept,
         Bug::RefillOnLead,
         Bug::QuotaUnchecked,
+        Bug::EmptyVotes,
+        Bug::NumberTwice,
     ];
 
     /// The bug of this name, as `Debug` writes it.

@@ -14,6 +14,8 @@ const STALLED_NEW_MS: (u64, u64) = (3_800, 4_600);
 const STALLED_MS: (u64, u64) = (8_300, 9_500);
 /// How long the moment for clients to leave is waited for.
 const LEAVE_MS: u64 = 4_000;
+/// The longest that the spare coordinator is meant to be of the group.
+const GROWN_MS: u64 = 4_000;
 /// Between one process of a rolling restart and the next.
 const ROLLING_MS: u64 = 500;
 
@@ -50,6 +52,8 @@ pub(crate) fn draw(rng: &mut Rng, topology: &Topology, chosen: Weight, at_ms: u6
             vec![Fault { at_ms: early(rng, LEAVE_MS), for_ms: LEAVE_MS, what }]
         }
         Weight::Rolling => rolling(rng, topology),
+        Weight::Grow => grow(rng, topology, at_ms),
+        Weight::Rebirth => rebirth(rng, topology, at_ms),
         _ => return None,
     })
 }
@@ -63,6 +67,39 @@ fn depose(rng: &mut Rng, topology: &Topology, at_ms: u64) -> Vec<Fault> {
         let kept = rng.below(200) as usize;
         let lost_ms = between(rng, 50, 600);
         faults.push(Fault { at_ms: at_ms + for_ms + later_ms, for_ms: lost_ms, what: What::Crash { host, kept } });
+    }
+    faults
+}
+
+/// A worker is started again while what is sent to it is held, and so comes to another life than it was meant for.
+fn rebirth(rng: &mut Rng, topology: &Topology, at_ms: u64) -> Vec<Fault> {
+    let (decodes, prefills) = (topology.worker_names(Role::Decode), topology.worker_names(Role::Prefill));
+    let (from, to) = match chance(rng, 50) {
+        true => (topology.gateway_names(), decodes),
+        false => (decodes, prefills),
+    };
+    let (a, b) = (any(rng, from), any(rng, to));
+    let (after_ms, lost_ms, held_ms) = (between(rng, 20, 200), between(rng, 5, 100), between(rng, 100, 500));
+    let crash = What::Crash { host: b.clone(), kept: 0 };
+    vec![
+        Fault { at_ms, for_ms: after_ms + held_ms, what: What::Hold { a, b } },
+        Fault { at_ms: at_ms + after_ms, for_ms: lost_ms, what: crash },
+    ]
+}
+
+/// The spare coordinator joins for a while, and in half of the cases dies meanwhile.
+fn grow(rng: &mut Rng, topology: &Topology, at_ms: u64) -> Vec<Fault> {
+    let for_ms = between(rng, 500, (FAULTS_UNTIL_MS - at_ms).min(GROWN_MS));
+    let host = topology.spare();
+    let mut faults = vec![Fault { at_ms, for_ms, what: What::Grow { host: host.clone() } }];
+    if chance(rng, 50) {
+        let (after_ms, kept) = (between(rng, 0, for_ms), rng.below(200) as usize);
+        let lost_ms = between(rng, 50, 1_000).min(FAULTS_UNTIL_MS - at_ms - after_ms);
+        let what = match chance(rng, 50) {
+            true => What::Crash { host, kept },
+            false => What::CrashAmid { host, kept },
+        };
+        faults.push(Fault { at_ms: at_ms + after_ms, for_ms: lost_ms, what });
     }
     faults
 }

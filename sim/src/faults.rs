@@ -11,6 +11,7 @@ use turmoil::Sim;
 
 use crate::host::World;
 use crate::host::operator::Order;
+use crate::members;
 use crate::network::Network;
 use crate::plan::{Fault, Plan, What};
 use crate::topology::{Topology, kind};
@@ -58,6 +59,11 @@ pub(crate) struct Faults {
 impl Faults {
     pub(crate) fn new(plan: &Plan, topology: &Topology, operator: mpsc::Sender<Order>) -> Faults {
         let count = plan.faults.len();
+        let (mut coordinators, mut servers) = (topology.coordinator_names(), topology.servers());
+        if plan.uses(&topology.spare()) {
+            coordinators.push(topology.spare());
+            servers.push(topology.spare());
+        }
         Faults {
             faults: plan.faults.clone(),
             begun: vec![false; count],
@@ -68,8 +74,8 @@ impl Faults {
             expecting: BTreeMap::new(),
             leaders: BTreeMap::new(),
             network: Network::default(),
-            coordinators: topology.coordinator_names(),
-            servers: topology.servers(),
+            coordinators,
+            servers,
             operator,
         }
     }
@@ -85,6 +91,12 @@ impl Faults {
         self.down.get(host).is_some_and(|faults| *faults > 0)
     }
 
+    /// Whether a coordinator that has left stays away for now.
+    pub(crate) fn keeps_away(&self, host: &str) -> bool {
+        let away = |what: &What| matches!(what, What::Shrink { host: own } if own == host);
+        (0..self.faults.len()).any(|n| self.begun[n] && !self.over[n] && away(&self.faults[n].what))
+    }
+
     /// Whether another fault of the kind is in force on the same hosts; the last one to end lifts them.
     fn any_other(&self, ended: &What) -> bool {
         let same = |other: &What| {
@@ -97,6 +109,7 @@ impl Faults {
     pub(crate) fn follow(&mut self, sim: &mut Sim, world: &World) {
         let now = sim.elapsed().as_millis() as u64;
         let mut changed = false;
+        members::follow(world);
         for number in 0..self.faults.len() {
             let Fault { at_ms, for_ms, .. } = self.faults[number];
             if !self.begun[number] && at_ms <= now {
@@ -185,7 +198,17 @@ impl Faults {
             | What::Isolate { .. }
             | What::CutLeader {}
             | What::Leave { .. }
+            | What::Replace { .. }
+            | What::Shrink { .. }
             | What::CrashAmid { .. } => {}
+            What::Grow { host } => {
+                let there = world.seen().joins.contains_key(host);
+                if !there {
+                    let join = world.join(host, None);
+                    world.seen().joins.insert(host.clone(), join);
+                    self.start_anew(sim, world, host);
+                }
+            }
         }
     }
 
@@ -201,7 +224,15 @@ impl Faults {
     fn strike(&mut self, sim: &mut Sim, world: &World, number: usize, now_ms: u64) -> bool {
         let what = &self.faults[number].what;
         let waits = |what: &What| {
-            matches!(what, What::CrashAmid { .. } | What::CutLeader {} | What::Leave { .. } | What::Stall { .. })
+            matches!(
+                what,
+                What::CrashAmid { .. }
+                    | What::CutLeader {}
+                    | What::Leave { .. }
+                    | What::Stall { .. }
+                    | What::Replace { .. }
+                    | What::Shrink { .. }
+            )
         };
         if !waits(what) {
             return false;
@@ -236,6 +267,12 @@ impl Faults {
                 world.crowd.send_modify(|times| *times += 1);
                 let fault = &mut self.faults[number];
                 (fault.at_ms, fault.for_ms) = (now_ms, LEFT_MS);
+                true
+            }
+            What::Replace { host } if !self.is_down(&host) => members::lose(sim, world, &host),
+            What::Shrink { host } if members::may_go(world, &host) => {
+                members::ordered(world, &host);
+                self.order(Order::Remove(host));
                 true
             }
             What::Stall { from, to, new_ms } if now_ms >= self.faults[number].at_ms + new_ms => {
@@ -308,6 +345,10 @@ impl Faults {
             What::DiskSlow { host, .. } if !self.any_other(what) => world.disks[host].slow(world.topology.fsync),
             What::Flips { host, .. } => world.flips[host].arm(0),
             What::Stall { from, to, .. } if !self.any_other(what) => world.stalls[from].end(to),
+            What::Grow { host } if !self.any_other(what) && world.seen().joins.contains_key(host) => {
+                members::ordered(world, host);
+                self.order(Order::Remove(host.clone()));
+            }
             What::Flip { host } if !self.any_other(what) => {
                 let own = if kind(host) == "prefill" { Role::Prefill } else { Role::Decode };
                 self.order(Order::Role(host.clone(), own));

@@ -26,7 +26,7 @@ pub struct Plan {
     pub version: u32,
     pub seed: u64,
     pub profile: String,
-    /// The run's tick; None: as the seed draws it.
+    /// The run's tick, so that a plan which is kept stays what it was; None: as the seed draws it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tick_ms: Option<u64>,
     pub faults: Vec<Fault>,
@@ -88,6 +88,13 @@ pub enum What {
     Flip { host: String },
     /// An operator wants the coordinator to lead.
     HandOver { to: String },
+    /// The coordinator's disk is lost, once the group can do without; it comes back empty and takes its own place as a new
+    /// node.
+    Replace { host: String },
+    /// An operator takes the coordinator out of the group; afterwards it joins again, with an empty disk.
+    Shrink { host: String },
+    /// The spare coordinator joins the group; afterwards an operator takes it out again.
+    Grow { host: String },
     /// The clients' tenant has limits; 0 is none.
     Limit { requests_open: u64, requests_per_minute: u64 },
 }
@@ -103,6 +110,10 @@ pub enum PlanError {
     Tick(u64),
     #[error("the plan's fault {number} names {host:?}, and seed {seed} has no such host")]
     Host { number: usize, host: String, seed: u64 },
+    #[error(
+        "the plan's fault {number} changes the coordinators' group: only {spare} can grow it, and only others leave it"
+    )]
+    Member { number: usize, spare: String },
     #[error(transparent)]
     Profile(#[from] UnknownProfile),
 }
@@ -116,7 +127,8 @@ impl Plan {
         let count = between(&mut rng, profile.faults_min, profile.faults_max);
         let mut faults: Vec<Fault> = (0..count).flat_map(|_| draw(&mut rng, &topology, &weights)).collect();
         faults.sort_by_key(|fault| fault.at_ms);
-        Plan { version: VERSION, seed, profile: profile.name.to_string(), tick_ms: None, faults }
+        let tick_ms = Some(topology.tick.as_millis() as u64);
+        Plan { version: VERSION, seed, profile: profile.name.to_string(), tick_ms, faults }
     }
 
     /// Reads a saved plan.
@@ -132,13 +144,29 @@ impl Plan {
         if let Some(tick_ms) = plan.tick_ms.filter(|tick_ms| !(1..=TICK_MS_MAX).contains(tick_ms)) {
             return Err(PlanError::Tick(tick_ms));
         }
-        let hosts = Topology::draw(plan.seed).servers();
+        let topology = Topology::draw(plan.seed);
+        let mut hosts = topology.servers();
+        hosts.push(topology.spare());
         for (number, fault) in plan.faults.iter().enumerate() {
             if let Some(host) = fault.what.hosts().into_iter().find(|host| !hosts.contains(host)) {
                 return Err(PlanError::Host { number, host: host.clone(), seed: plan.seed });
             }
+            let spare = |host: &String| *host == topology.spare();
+            let wrong = match &fault.what {
+                What::Grow { host } => !spare(host),
+                What::Replace { host } | What::Shrink { host } => spare(host) || kind(host) != "coordinator",
+                _ => false,
+            };
+            if wrong {
+                return Err(PlanError::Member { number, spare: topology.spare() });
+            }
         }
         Ok(plan)
+    }
+
+    /// Whether a fault concerns the spare coordinator.
+    pub(crate) fn uses(&self, host: &String) -> bool {
+        self.faults.iter().any(|fault| fault.what.hosts().contains(&host))
     }
 
     pub fn text(&self) -> String {
@@ -161,6 +189,9 @@ impl What {
             | What::Starve { host, .. }
             | What::Flip { host }
             | What::HandOver { to: host }
+            | What::Replace { host }
+            | What::Shrink { host }
+            | What::Grow { host }
             | What::Save { host } => vec![host],
             What::Partition { a, b } | What::Hold { a, b } | What::Latency { a, b, .. } => vec![a, b],
             What::OneWay { from, to } | What::Stall { from, to, .. } => vec![from, to],
@@ -242,7 +273,18 @@ fn single(rng: &mut baton_core::Rng, topology: &Topology, chosen: Weight) -> Opt
         Weight::Flip => What::Flip { host: one(rng, WORKERS)? },
         Weight::HandOver => What::HandOver { to: one(rng, &["coordinator"])? },
         Weight::Limit => What::Limit { requests_open: between(rng, 0, 4), requests_per_minute: between(rng, 1, 12) },
-        Weight::LosePool | Weight::Depose | Weight::Stall | Weight::Leave | Weight::Rolling => return None,
+        Weight::Replace if topology.coordinators > 1 => What::Replace { host: one(rng, &["coordinator"])? },
+        Weight::Shrink if topology.coordinators > 1 => What::Shrink { host: one(rng, &["coordinator"])? },
+        Weight::Replace | Weight::Shrink => return None,
+        Weight::LosePool
+        | Weight::Depose
+        | Weight::Stall
+        | Weight::Leave
+        | Weight::Rolling
+        | Weight::Grow
+        | Weight::Rebirth => {
+            return None;
+        }
     })
 }
 
@@ -262,6 +304,8 @@ mod tests {
         check(&Plan { version: 9, ..plan.clone() }.text(), "version 9");
         check(&Plan { profile: "wild".into(), ..plan.clone() }.text(), "wild");
         check(&Plan { tick_ms: Some(0), ..plan.clone() }.text(), "tick of 0 ms");
+        let grows = Fault { at_ms: 1, for_ms: 1, what: What::Grow { host: "coordinator-1".into() } };
+        check(&Plan { faults: vec![grows], ..plan.clone() }.text(), "changes the coordinators' group");
         let elsewhere = Fault { at_ms: 1, for_ms: 1, what: What::Hang { host: "decode-9".into() } };
         check(&Plan { faults: vec![elsewhere], ..plan }.text(), "decode-9");
     }

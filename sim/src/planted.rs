@@ -23,7 +23,8 @@ pub fn profile_of(bug: Bug) -> &'static str {
         Bug::SkipChecksum | Bug::CommitEarly | Bug::FreeEarly => "handoff",
         Bug::ResumeLosesToken | Bug::OrphansKept | Bug::SameLife | Bug::SkipLifeCheck | Bug::SilentEnd => "crash",
         Bug::ApplyTwice | Bug::SkipEpochCheck => "network",
-        Bug::SameHandle => "calm",
+        Bug::SameHandle => "handoff",
+        Bug::EmptyVotes | Bug::NumberTwice => "members",
         _ => "swarm",
     }
 }

@@ -35,11 +35,20 @@ pub enum Weight {
     Leave,
     /// Every process is started again, one after the other.
     Rolling,
+    /// A worker that is started again while what is sent to it is held.
+    Rebirth,
+    /// A coordinator's disk is lost.
+    Replace,
+    /// A coordinator leaves the group and comes back.
+    Shrink,
+    /// Another coordinator joins the group and leaves it.
+    Grow,
 }
 
 use Weight::{
-    CrashAmid, CrashCoordinator, CrashGateway, CrashWorker, Depose, DiskFull, DiskSlow, Drain, Flip, Flips, HandOver,
-    Hang, Hold, Isolate, Latency, Leave, Limit, LosePool, Partition, Rolling, Save, Stall, Starve, Upgrade,
+    CrashAmid, CrashCoordinator, CrashGateway, CrashWorker, Depose, DiskFull, DiskSlow, Drain, Flip, Flips, Grow,
+    HandOver, Hang, Hold, Isolate, Latency, Leave, Limit, LosePool, Partition, Rebirth, Replace, Rolling, Save, Shrink,
+    Stall, Starve, Upgrade,
 };
 
 /// How faults are drawn.
@@ -90,6 +99,10 @@ const PROFILES: &[Profile] = &[
             (Stall, 1),
             (Leave, 1),
             (Rolling, 1),
+            (Replace, 1),
+            (Shrink, 1),
+            (Grow, 1),
+            (Rebirth, 2),
         ],
         left_out: 40,
     },
@@ -114,6 +127,7 @@ const PROFILES: &[Profile] = &[
             (CrashAmid, 4),
             (Drain, 1),
             (LosePool, 2),
+            (Rebirth, 4),
         ],
         left_out: 0,
     },
@@ -154,6 +168,26 @@ const PROFILES: &[Profile] = &[
         left_out: 20,
     },
     Profile {
+        name: "members",
+        about: "coordinators join, leave, lose their disks and are replaced, and hand leadership over, while others die",
+        faults_min: 2,
+        faults_max: 8,
+        weights: &[
+            (Replace, 4),
+            (Shrink, 3),
+            (Grow, 4),
+            (HandOver, 3),
+            (CrashCoordinator, 3),
+            (CrashAmid, 2),
+            (Partition, 2),
+            (Isolate, 2),
+            (DiskSlow, 1),
+            (Save, 2),
+            (Depose, 1),
+        ],
+        left_out: 20,
+    },
+    Profile {
         name: "handoff",
         about: "workers die, hang and damage blocks in the middle of handoffs",
         faults_min: 2,
@@ -171,6 +205,7 @@ const PROFILES: &[Profile] = &[
             (Starve, 3),
             (Leave, 4),
             (Stall, 1),
+            (Rebirth, 2),
         ],
         left_out: 0,
     },

@@ -20,9 +20,10 @@ use crate::faults::{Faults, stop};
 use crate::host::client::{End, Notes, Told};
 use crate::host::{World, client, coordinator, gateway, worker};
 use crate::invariant::{self, Invariant, Look};
+use crate::members::{self, Ending};
 use crate::plan::Plan;
 use crate::record::Line;
-use crate::topology::{CLIENTS, Topology};
+use crate::topology::{CLIENTS, Topology, kind};
 use crate::workload;
 
 /// Time between the last fault and the requests that must succeed: leases run out, leaders are elected, workers register.
@@ -151,7 +152,7 @@ fn drive(plan: &Plan, world: &World, notes: &Notes) -> Option<Violation> {
         .build();
     let (heal, healed) = watch::channel(false);
     let (operator, orders) = mpsc::channel(64);
-    add_hosts(&mut sim, world);
+    add_hosts(&mut sim, world, plan);
     sim.client(CLIENTS, client::run(world.clone(), notes.clone(), healed, orders));
     let mut drive = Drive {
         sim,
@@ -160,6 +161,7 @@ fn drive(plan: &Plan, world: &World, notes: &Notes) -> Option<Violation> {
         invariants: invariant::all(),
         faults: Faults::new(plan, topology, operator),
         restarts: Vec::new(),
+        away: Vec::new(),
         healed_at: None,
         looked: Duration::ZERO,
         looks: 0,
@@ -169,8 +171,9 @@ fn drive(plan: &Plan, world: &World, notes: &Notes) -> Option<Violation> {
     result.err()
 }
 
-fn add_hosts(sim: &mut Sim, world: &World) {
-    for (host, node) in world.topology.coordinator_names().into_iter().zip(1u64..) {
+fn add_hosts(sim: &mut Sim, world: &World, plan: &Plan) {
+    let spare = Some(world.topology.spare()).filter(|spare| plan.uses(spare));
+    for (host, node) in world.topology.coordinator_names().into_iter().chain(spare).zip(1u64..) {
         let world = world.clone();
         sim.host(host.clone(), move || coordinator::run(world.clone(), host.clone(), node));
     }
@@ -195,6 +198,8 @@ struct Drive<'a> {
     faults: Faults,
     /// (when, which host).
     restarts: Vec<(Duration, String)>,
+    /// Coordinators that have left the group, and are to come back.
+    away: Vec<(String, Ending)>,
     healed_at: Option<Duration>,
     /// When the invariants looked last.
     looked: Duration,
@@ -274,12 +279,25 @@ impl Drive<'_> {
     fn supervise(&mut self) {
         let now = self.sim.elapsed();
         let exited = std::mem::take(&mut self.world.seen().exited);
-        if exited.is_empty() && self.restarts.is_empty() {
+        if exited.is_empty() && self.restarts.is_empty() && self.away.is_empty() {
             return;
         }
-        for host in exited.into_keys() {
+        for (host, why) in exited {
             stop(&mut self.sim, self.world, &host);
-            if !self.faults.is_down(&host) {
+            match Ending::of(&why).filter(|_| kind(&host) == "coordinator") {
+                Some(ending) if self.away.iter().all(|(other, _)| *other != host) => self.away.push((host, ending)),
+                Some(_) => {}
+                None if !self.faults.is_down(&host) => self.restarts.push((now + RESTART, host)),
+                None => {}
+            }
+        }
+        let (away, due): (Vec<_>, _) =
+            std::mem::take(&mut self.away).into_iter().partition(|(host, _)| self.faults.keeps_away(host));
+        self.away = away;
+        for (host, ending) in due {
+            // A fault's end may have started it again meanwhile.
+            stop(&mut self.sim, self.world, &host);
+            if members::back(self.world, &host, &ending) {
                 self.restarts.push((now + RESTART, host));
             }
         }

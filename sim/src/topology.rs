@@ -87,6 +87,11 @@ impl Topology {
         names("coordinator", self.coordinators)
     }
 
+    /// A coordinator that is not of the group at the beginning; it may join.
+    pub fn spare(&self) -> String {
+        format!("coordinator-{}", self.coordinators + 1)
+    }
+
     pub fn worker_names(&self, role: Role) -> Vec<String> {
         match role {
             Role::Prefill => names("prefill", self.prefills),

@@ -50,6 +50,11 @@ impl MemoryDisk {
         }
     }
 
+    /// The disk is lost, and an empty one is in its place.
+    pub fn wipe(&self) {
+        self.lock().files.clear();
+    }
+
     /// Limits the bytes of all files together; None lifts the limit.
     pub fn limit(&self, capacity: Option<usize>) {
         self.lock().capacity = capacity;

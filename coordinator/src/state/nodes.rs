@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use baton_core::Refused;
+use baton_core::planted::{self, Bug};
 use serde::{Deserialize, Serialize};
 
 use super::Outcome;
@@ -95,7 +96,8 @@ impl Nodes {
         if self.joining.len() >= NODES_JOINING_MAX {
             return Outcome::Refused(Refused::NoCapacity);
         }
-        self.highest = self.highest.max(above).saturating_add(1);
+        let ever = if planted::is(Bug::NumberTwice) { 0 } else { self.highest };
+        self.highest = ever.max(above).saturating_add(1);
         self.joining.insert(self.highest, join);
         self.numbers.push_back((process_key, self.highest));
         if self.numbers.len() > JOINS_REMEMBERED_MAX {

@@ -9,8 +9,13 @@ use baton_core::NodeId;
 use super::World;
 use crate::topology::COORDINATOR_PORT;
 
-/// One life of the process.
+/// One life of the process: of the group from the beginning on, or one that joins it.
 pub async fn run(world: World, host: String, node: u64) -> turmoil::Result {
+    let join = world.seen().joins.get(&host).cloned();
+    if join.is_none() && host == world.topology.spare() {
+        // Nobody has started it yet.
+        return std::future::pending().await;
+    }
     let peers = world.topology.coordinator_names().into_iter().zip(1u64..);
     let peers = peers.map(|(name, node)| (NodeId(node), format!("{name}:{COORDINATOR_PORT}"))).collect();
     let config = Config {
@@ -22,12 +27,21 @@ pub async fn run(world: World, host: String, node: u64) -> turmoil::Result {
         cluster: None,
         policy: Default::default(),
     };
-    let disk = Arc::new(world.disks[&host].clone());
-    let mut running = match baton_coordinator::start_on(config, world.env(&host), disk).await {
+    let (disk, env) = (Arc::new(world.disks[&host].clone()), world.env(&host));
+    let started = match join {
+        None => baton_coordinator::start_on(config, env, disk).await,
+        Some(join) => {
+            let config = Config { peers: Vec::new(), advertise: format!("{host}:{COORDINATOR_PORT}"), ..config };
+            baton_coordinator::join_on(config, join, env, disk).await
+        }
+    };
+    let mut running = match started {
         Ok(running) => running,
         Err(error) => return world.exit(&host, format!("did not start: {error}")).await,
     };
-    world.record.note(&host, "serves");
+    let number = running.node().0;
+    world.record.note(&host, format!("serves as node {number}"));
+    world.seen().numbers.insert(host.clone(), number);
     world.seen().coordinators.insert(host.clone(), running.observer());
     let why = match running.stopped().await {
         Ok(()) => "ended".to_string(),

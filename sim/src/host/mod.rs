@@ -12,19 +12,20 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use baton_coordinator::Observer;
 use baton_coordinator::log::MemoryDisk;
-use baton_core::{Clock, Env, Process, Rng, Role};
+use baton_coordinator::{Join, Observer};
+use baton_core::{Clock, Env, NodeId, Process, Rng, Role};
 use baton_worker::Shell;
 use tokio::sync::watch;
 
 use self::askers::Asked;
 use crate::draw::{Purpose, rng};
+use crate::members::Ending;
 use crate::model::Pace;
 use crate::net::{Flips, HostNet};
 use crate::record::Record;
 use crate::stalls::Stalls;
-use crate::topology::Topology;
+use crate::topology::{COORDINATOR_PORT, Topology, kind};
 
 /// What the hosts of one run share with the loop that drives it.
 #[derive(Clone)]
@@ -45,6 +46,14 @@ pub struct World {
     lives: Arc<AtomicU64>,
 }
 
+/// A process that has ended by itself.
+pub struct Ended {
+    pub host: String,
+    pub why: String,
+    /// It is what an operator has ordered, or what comes of it.
+    pub wanted: bool,
+}
+
 /// What runs now, by host.
 #[derive(Default)]
 pub struct Seen {
@@ -53,12 +62,22 @@ pub struct Seen {
     pub paces: BTreeMap<String, Pace>,
     /// Role in which each worker serves.
     pub roles: BTreeMap<String, Role>,
+    /// The number in the group that each coordinator had last.
+    pub numbers: BTreeMap<String, u64>,
+    /// Coordinators that start by joining a group.
+    pub joins: BTreeMap<String, Join>,
+    /// Coordinators whose disk was lost and whose place nobody has taken yet, with the number they had.
+    pub lost: BTreeMap<String, u64>,
+    /// How often each coordinator's disk was emptied.
+    pub wipes: BTreeMap<String, u64>,
+    /// Coordinators that an operator has ordered to leave.
+    pub leaving: BTreeSet<String>,
     /// Lives of each gateway so far.
     pub gateways: BTreeMap<String, u64>,
     /// Hosts whose process has ended by itself, and why; their supervisor has to start it again.
     pub exited: BTreeMap<String, String>,
     /// All of them so far, in order: a look may come after the supervisor.
-    pub endings: Vec<(String, String)>,
+    pub endings: Vec<Ended>,
     /// Lives of gateways that were ended by a fault.
     pub crashed: BTreeMap<String, BTreeSet<u64>>,
     /// Workers that were drained and are not to come back by themselves.
@@ -72,9 +91,11 @@ pub struct Seen {
 impl World {
     pub fn new(seed: u64, topology: Topology) -> World {
         let disk = |name: String| (name, MemoryDisk::new(topology.fsync));
-        let disks = topology.coordinator_names().into_iter().map(disk).collect();
-        let stalls = topology.servers().into_iter().map(|name| (name, Stalls::default())).collect();
-        let flips = topology.servers().into_iter().enumerate();
+        let mut servers = topology.servers();
+        servers.push(topology.spare());
+        let disks = servers.iter().filter(|name| kind(name) == "coordinator").cloned().map(disk).collect();
+        let stalls = servers.iter().map(|name| (name.clone(), Stalls::default())).collect();
+        let flips = servers.into_iter().enumerate();
         let flips = flips.map(|(n, name)| (name, Flips::new(rng(seed, Purpose::Link, n as u64)))).collect();
         World {
             seed,
@@ -103,6 +124,20 @@ impl World {
         }
     }
 
+    /// How the coordinator joins the group of the others. `replaces`: whose place it takes.
+    pub fn join(&self, host: &str, replaces: Option<u64>) -> Join {
+        let mut others = self.topology.coordinator_names();
+        others.retain(|other| other != host);
+        let via = others.iter().map(|other| format!("{other}:{COORDINATOR_PORT}")).collect();
+        Join { via, replaces: replaces.map(NodeId) }
+    }
+
+    /// An empty disk takes the place of the coordinator's.
+    pub fn wipe(&self, host: &str) {
+        self.disks[host].wipe();
+        *self.seen().wipes.entry(host.to_string()).or_default() += 1;
+    }
+
     /// Whether the worker drains.
     pub fn follows_an_order(&self, worker: &str) -> bool {
         self.seen().workers.get(worker).is_none_or(|shell| shell.is_draining())
@@ -121,7 +156,12 @@ impl World {
     pub async fn exit(&self, host: &str, why: String) -> turmoil::Result {
         self.record.note(host, format!("exits: {why}"));
         let mut seen = self.seen();
-        seen.endings.push((host.to_string(), why.clone()));
+        let wanted = match Ending::of(&why) {
+            Some(Ending::Removed) => seen.leaving.contains(host),
+            Some(Ending::Lost) => seen.lost.contains_key(host),
+            None => seen.joins.contains_key(host) && why.contains("join: no leader"),
+        };
+        seen.endings.push(Ended { host: host.to_string(), why: why.clone(), wanted });
         seen.exited.insert(host.to_string(), why);
         drop(seen);
         std::future::pending().await

@@ -4,10 +4,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use baton_core::Role;
+use baton_core::{Refused, Role};
 use baton_proto::v1::admin_client::AdminClient;
 use baton_proto::v1::{self, Done, OrderRequest, Tenant, done};
 use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
 use super::World;
@@ -32,6 +33,8 @@ pub enum Order {
     Role(String, Role),
     /// Which coordinator shall lead.
     Lead(String),
+    /// Which coordinator shall leave the group.
+    Remove(String),
     /// Limits of the clients' tenant; 0 is none.
     Limit {
         requests_open: u64,
@@ -39,13 +42,22 @@ pub enum Order {
     },
 }
 
-/// Carries out one order after the other.
+/// Carries out one order after the other; a coordinator that shall leave is another operator's work, because it can take
+/// as long as there are faults.
 pub async fn run(world: World, mut orders: mpsc::Receiver<Order>) {
+    let mut others = JoinSet::new();
     while let Some(order) = orders.recv().await {
-        let done = carry_out(&world, &order).await;
-        let what = if done { "is taken" } else { "is not taken by any coordinator" };
-        world.record.note(CLIENTS, format!("the operator's {order:?} {what}"));
+        match order {
+            Order::Remove(_) => drop(others.spawn(see_to(world.clone(), order))),
+            _ => see_to(world.clone(), order).await,
+        }
     }
+}
+
+async fn see_to(world: World, order: Order) {
+    let done = carry_out(&world, &order).await;
+    let what = if done { "is taken" } else { "is not taken by any coordinator" };
+    world.record.note(CLIENTS, format!("the operator's {order:?} {what}"));
 }
 
 async fn carry_out(world: &World, order: &Order) -> bool {
@@ -77,9 +89,22 @@ async fn tell(world: &World, address: &str, order: &Order) -> bool {
             return has_it && matches!(answer.into_inner().outcome, Some(done::Outcome::Done(_)));
         }
         Order::Lead(host) => {
-            let names = world.topology.coordinator_names();
-            let node = names.iter().zip(1u64..).find(|(name, _)| **name == host).map_or(0, |(_, node)| node);
+            let node = world.seen().numbers.get(&host).copied().unwrap_or(0);
             admin.transfer_leader(v1::NodeNumber { node }).await
+        }
+        Order::Remove(host) => {
+            if !world.seen().leaving.contains(&host) {
+                return true;
+            }
+            // Whoever is about to join has no number yet.
+            let Some(node) = world.seen().numbers.get(&host).copied() else { return false };
+            let Ok(answer) = admin.remove_node(v1::NodeNumber { node }).await else { return false };
+            return match answer.into_inner().outcome {
+                Some(done::Outcome::Done(_)) => true,
+                // It has left meanwhile.
+                Some(done::Outcome::Refused(refusal)) => baton_proto::convert::refused(&refusal) == Refused::Unknown,
+                None => false,
+            };
         }
         Order::Limit { requests_open, requests_per_minute } => {
             let name = TENANT.to_string();

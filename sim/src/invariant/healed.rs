@@ -38,10 +38,18 @@ impl Invariant for Healed {
 
     fn end(&mut self, look: &Look) -> Result<(), String> {
         let seen = look.world.seen();
-        let all = look.world.topology.coordinators;
+        let all = look.world.topology.coordinator_names();
         let observed: Vec<_> = seen.coordinators.values().filter_map(|observer| observer.look()).collect();
-        if observed.len() != all {
-            return Err(format!("{} of {all} coordinators take part", observed.len()));
+        let there: BTreeSet<&String> = seen.coordinators.keys().collect();
+        if observed.len() != all.len() || !all.iter().all(|host| there.contains(host)) {
+            return Err(format!("{} of {} coordinators take part, {there:?} are there", observed.len(), all.len()));
+        }
+        let own: BTreeSet<u64> = observed.iter().map(|o| o.node.0).collect();
+        for (host, observer) in &seen.coordinators {
+            let group = observer.group().filter(|group| group.voters != own || group.in_change);
+            if let Some(group) = group.or(observer.group().filter(|group| !group.unsettled.is_empty())) {
+                return Err(format!("{own:?} take part, and {host} knows the group as {group:?}"));
+            }
         }
         let led: BTreeSet<_> = observed.iter().map(|o| (o.leader, o.term)).collect();
         if led.len() != 1 || observed[0].leader.is_none() {

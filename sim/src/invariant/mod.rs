@@ -10,6 +10,7 @@ mod healed;
 mod ledgers;
 mod linear;
 mod lives;
+mod members;
 mod own_disk;
 mod owners;
 mod quiet;
@@ -71,6 +72,7 @@ pub fn all() -> Vec<Box<dyn Invariant>> {
         Box::new(quotas::Quotas::default()),
         Box::new(durable::OnDisks::default()),
         Box::new(ledgers::Ledgers::default()),
+        Box::new(members::Members::default()),
         Box::new(own_disk::OwnDisk::default()),
         Box::new(linear::Linear),
         Box::new(drained::Drained),

@@ -1,6 +1,8 @@
 //! R1: a coordinator that lost power finds on its disk what it needs to go on: it never ends over what is written there.
+//! Nor does one end because it was removed or has lost its data, unless it was or has.
 
 use super::{Invariant, Look};
+use crate::host::Ended;
 use crate::topology::kind;
 
 /// Why a coordinator's process may end by itself in a run.
@@ -19,8 +21,8 @@ impl Invariant for OwnDisk {
 
     fn step(&mut self, look: &Look) -> Result<(), String> {
         let seen = look.world.seen();
-        for (host, why) in &seen.endings[self.seen..] {
-            if kind(host) == "coordinator" && !MAY.iter().any(|word| why.contains(word)) {
+        for Ended { host, why, wanted } in &seen.endings[self.seen..] {
+            if kind(host) == "coordinator" && !wanted && !MAY.iter().any(|word| why.contains(word)) {
                 return Err(format!("{host} ended: {why}"));
             }
         }
