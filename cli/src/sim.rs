@@ -43,7 +43,7 @@ struct RunFlags {
     /// Everything of a run follows from it: hosts, requests, faults
     #[arg(long, value_name = "N", required_unless_present = "plan")]
     seed: Option<u64>,
-    /// Which faults are drawn: swarm, calm, network, crash, disk, operator, handoff
+    /// Which faults are drawn: swarm, calm, network, crash, disk, operator, members, handoff
     #[arg(long, value_name = "NAME", default_value = "swarm")]
     profile: String,
     /// Run a saved plan instead
@@ -85,7 +85,7 @@ pub(crate) struct FaultsFlags {
     /// Seeds from A up to, not including, B
     #[arg(long, value_name = "A..B", conflicts_with = "plan")]
     seeds: Option<Seeds>,
-    /// Which faults are drawn: swarm, calm, network, crash, disk, operator, handoff
+    /// Which faults are drawn: swarm, calm, network, crash, disk, operator, members, handoff
     #[arg(long, value_name = "NAME", default_value = "swarm")]
     profile: String,
     /// Run a saved plan; - reads it from the standard input

@@ -17,6 +17,7 @@ fn holds(args: &[&str]) {
 #[test]
 fn a_seed_is_the_same_run_in_two_processes() {
     holds(&["meta", "--seeds", "0..8"]);
+    holds(&["meta", "--seeds", "8..12", "--profile", "members"]);
 }
 
 #[test]
@@ -27,6 +28,11 @@ fn clusters_without_faults_hold() {
 #[test]
 fn clusters_under_faults_hold() {
     holds(&["faults", "--seeds", "0..200"]);
+}
+
+#[test]
+fn groups_of_coordinators_that_change_hold() {
+    holds(&["faults", "--seeds", "0..40", "--profile", "members"]);
 }
 
 /// Each of these plans once failed, here or elsewhere, over what its name says, and holds.

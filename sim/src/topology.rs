@@ -15,7 +15,7 @@ pub const GATEWAY_PORT: u16 = 8000;
 pub const CLIENTS: &str = "clients";
 
 /// Ticks that runs draw from: most are coarse, because a run costs as much as it has ticks.
-const TICKS_MS: [u64; 12] = [1, 2, 5, 5, 5, 10, 10, 10, 10, 10, 10, 10];
+const TICKS_MS: [u64; 20] = [1, 2, 5, 5, 5, 10, 10, 10, 10, 10, 10, 10, 10, 10, 10, 10, 10, 10, 10, 10];
 /// Up to this tick latencies are what was drawn.
 const FINE_MS: u64 = 5;
 

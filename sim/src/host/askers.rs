@@ -106,7 +106,7 @@ impl Asking {
             history.push(Asked { request: self.request, what, at, answer: None });
             history.len() - 1
         };
-        let addresses = self.world.topology.coordinator_addresses();
+        let addresses = self.world.coordinator_addresses();
         let first = self.rng.below(addresses.len() as u64) as usize;
         for turn in 0..TRIES_MAX {
             let address = &addresses[(first + turn) % addresses.len()];

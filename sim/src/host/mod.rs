@@ -132,6 +132,16 @@ impl World {
         Join { via, replaces: replaces.map(NodeId) }
     }
 
+    /// Where coordinators can be asked: those of the beginning, and the spare one once it serves.
+    pub fn coordinator_addresses(&self) -> Vec<String> {
+        let mut addresses = self.topology.coordinator_addresses();
+        let spare = self.topology.spare();
+        if self.seen().numbers.contains_key(&spare) {
+            addresses.push(format!("{spare}:{COORDINATOR_PORT}"));
+        }
+        addresses
+    }
+
     /// An empty disk takes the place of the coordinator's.
     pub fn wipe(&self, host: &str) {
         self.disks[host].wipe();

@@ -64,7 +64,7 @@ async fn carry_out(world: &World, order: &Order) -> bool {
     let rounds =
         if matches!(order, Order::Worker(_, v1::Order::Drain) | Order::Lead(_)) { ROUNDS_DRAIN } else { ROUNDS };
     for _ in 0..rounds {
-        for address in world.topology.coordinator_addresses() {
+        for address in world.coordinator_addresses() {
             if let Ok(true) = timeout(CALL, tell(world, &address, order)).await {
                 return true;
             }

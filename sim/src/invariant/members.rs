@@ -7,6 +7,8 @@ use std::time::Duration;
 use super::{Invariant, Look};
 use crate::members::group;
 
+/// A change takes longer than so many looks.
+const ONE_OF: u64 = 3;
 /// How long a leader may take a node that is gone for one that is there.
 const GONE_MAX: Duration = Duration::from_millis(2_000);
 
@@ -26,6 +28,9 @@ impl Invariant for Members {
     }
 
     fn step(&mut self, look: &Look) -> Result<(), String> {
+        if !look.is_one_of(ONE_OF) {
+            return Ok(());
+        }
         {
             let seen = look.world.seen();
             for (host, observer) in &seen.coordinators {

@@ -7,7 +7,7 @@ use baton_core::TokenId;
 
 use super::{Invariant, Look};
 use crate::host::client::{End, Told};
-use crate::oracle::reference;
+use crate::oracle::Oracle;
 
 #[derive(Default)]
 pub(super) struct SameBytes {
@@ -17,6 +17,8 @@ pub(super) struct SameBytes {
     seen: BTreeMap<usize, usize>,
     done: BTreeSet<usize>,
     references: BTreeMap<usize, Vec<Vec<TokenId>>>,
+    /// Made for the first token of the run.
+    oracle: Option<Oracle>,
 }
 
 impl Invariant for SameBytes {
@@ -41,7 +43,9 @@ impl Invariant for SameBytes {
             if told.ended.is_some() {
                 self.done.insert(number);
             }
-            let reference = self.references.entry(number).or_insert_with(|| reference(&told.ask));
+            let oracle = || Oracle::new(look.told.iter().map(|told| &told.ask));
+            let oracle = self.oracle.get_or_insert_with(oracle);
+            let reference = self.references.entry(number).or_insert_with(|| oracle.reference(&told.ask));
             compare(told, reference)?;
         }
         Ok(())
