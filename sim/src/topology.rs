@@ -68,7 +68,11 @@ impl Topology {
             tick: Duration::ZERO,
         };
         let drawn_ms = TICKS_MS[rng.below(TICKS_MS.len() as u64) as usize];
-        topology.with_tick(tick_ms.unwrap_or(drawn_ms))
+        let mut topology = topology.with_tick(tick_ms.unwrap_or(drawn_ms));
+        if chance(&mut rng, 25) {
+            topology.engine.draft_tokens_max = between(&mut rng, 1, 4) as usize;
+        }
+        topology
     }
 
     /// A coarse network is a slow one, too: else everything would arrive at the next tick, and nothing out of order.
