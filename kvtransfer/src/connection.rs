@@ -18,8 +18,8 @@ use crate::outbox::{Outbox, PLACES, write_all};
 use crate::sending::Sending;
 use crate::sums::Sums;
 use crate::wire::{
-    BadFrame, Body, ENTRY_BYTES, FEATURE_DEVICE, FEATURE_SHARED, FEATURE_TICKETS, FEATURE_UCX, Header, Message, Tag,
-    VERSION,
+    BY_REFERENCE, BadFrame, Body, ENTRY_BYTES, FEATURE_DEVICE, FEATURE_SHARED, FEATURE_TICKETS, FEATURE_UCX, Header,
+    Message, ON_DEVICE, Tag, VERSION,
 };
 
 /// Frames by reference of a link that are under way: they take no memory, and the more there are the fewer times either
@@ -345,12 +345,14 @@ impl Frame<'_> {
             let compute = || extent::content(arena, block.index, layer);
             if position < self.settled { self.sums.of(layer, block, compute) } else { compute() }
         };
-        if let Some(contents) = self.on_device {
-            return data.refer_on_device(arena, grant, digest, layer, blocks, contents);
-        }
-        match by_reference {
-            true => data.refer(arena, grant, digest, layer, blocks, contents),
-            false => data.lend(arena, grant, digest, layer, blocks, contents),
+        let from = extent::Layer { arena, grant, digest, layer, blocks };
+        match self.on_device {
+            Some(known) => {
+                let mut known = known.iter();
+                let next = |_, _| *known.next().expect("a checksum for each block");
+                data.enter(&from, BY_REFERENCE | ON_DEVICE, next)
+            }
+            None => data.enter(&from, if by_reference { BY_REFERENCE } else { 0 }, contents),
         }
     }
 }

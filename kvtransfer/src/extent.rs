@@ -10,7 +10,7 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use crate::Grant;
 use crate::hash::Parts;
-use crate::wire::{BY_REFERENCE, ENTRY_BYTES, Entry, FRAME_BLOCKS_MAX, HEADER_BYTES, Header, Kind, ON_DEVICE};
+use crate::wire::{BY_REFERENCE, ENTRY_BYTES, Entry, FRAME_BLOCKS_MAX, HEADER_BYTES, Header, Kind};
 
 /// Bytes a frame of several small extents aims at: enough to amortise a write, little enough to stay in L2.
 const GROUP_BYTES: usize = 256 << 10;
@@ -61,6 +61,16 @@ unsafe impl Send for Lent {}
 // SAFETY: as above.
 unsafe impl Sync for Lent {}
 
+/// What a frame is made of: one layer of `blocks` (position in the grant, source block). `digest` is the grant's.
+#[derive(Clone, Copy)]
+pub(crate) struct Layer<'a> {
+    pub(crate) arena: &'a Arena,
+    pub(crate) grant: &'a Grant,
+    pub(crate) digest: u128,
+    pub(crate) layer: usize,
+    pub(crate) blocks: &'a [(usize, BlockId)],
+}
+
 impl Data {
     /// One layer of `blocks` (position in the grant, source block) of `arena`, and the header. The caller holds the
     /// blocks as filled until the frame is written, owned or dropped.
@@ -72,66 +82,19 @@ impl Data {
         layer: usize,
         blocks: &[(usize, BlockId)],
     ) -> Header {
-        self.lend(arena, grant, digest, layer, blocks, |_, block| content(arena, block.index, layer))
+        let contents = |_, block: BlockId| content(arena, block.index, layer);
+        self.enter(&Layer { arena, grant, digest, layer, blocks }, 0, contents)
     }
 
-    /// The same with `contents`: the unbound checksum of each (position, block).
-    pub(crate) fn lend(
+    /// The same with `contents`: the unbound checksum of each (position, block), asked for in their order. With the flag
+    /// BY_REFERENCE the receiver fetches the extents out of the arena, with ON_DEVICE out of its memory there.
+    pub(crate) fn enter(
         &mut self,
-        arena: &Arena,
-        grant: &Grant,
-        digest: u128,
-        layer: usize,
-        blocks: &[(usize, BlockId)],
-        contents: impl Fn(usize, BlockId) -> u64,
-    ) -> Header {
-        let header = self.enter(arena, grant, digest, layer, blocks, 0, contents);
-        let slice = arena.layout().slice_bytes();
-        for (_, source) in blocks {
-            self.lent.extend(slices(arena, source.index, layer).map(|at| Lent { at, bytes: slice }));
-        }
-        header
-    }
-
-    /// The same by reference: the receiver fetches the extents out of `arena`.
-    pub(crate) fn refer(
-        &mut self,
-        arena: &Arena,
-        grant: &Grant,
-        digest: u128,
-        layer: usize,
-        blocks: &[(usize, BlockId)],
-        contents: impl Fn(usize, BlockId) -> u64,
-    ) -> Header {
-        self.enter(arena, grant, digest, layer, blocks, BY_REFERENCE, contents)
-    }
-
-    /// The same out of the arena's memory on a device, with the unbound checksums of the blocks in their order.
-    pub(crate) fn refer_on_device(
-        &mut self,
-        arena: &Arena,
-        grant: &Grant,
-        digest: u128,
-        layer: usize,
-        blocks: &[(usize, BlockId)],
-        contents: &[u64],
-    ) -> Header {
-        let mut contents = contents.iter();
-        let next = |_, _| *contents.next().expect("a checksum for each block");
-        self.enter(arena, grant, digest, layer, blocks, BY_REFERENCE | ON_DEVICE, next)
-    }
-
-    #[allow(clippy::too_many_arguments)] // One frame's parts, all of them different.
-    fn enter(
-        &mut self,
-        arena: &Arena,
-        grant: &Grant,
-        digest: u128,
-        layer: usize,
-        blocks: &[(usize, BlockId)],
+        from: &Layer<'_>,
         flags: u16,
         mut contents: impl FnMut(usize, BlockId) -> u64,
     ) -> Header {
+        let Layer { arena, grant, digest, layer, blocks } = *from;
         let by_reference = flags & BY_REFERENCE != 0;
         (self.written, self.digest) = (0, 0);
         self.lent.clear();
@@ -149,6 +112,12 @@ impl Data {
         (header.layer, header.layers, header.blocks, header.flags) = (layer as u16, 1, blocks.len() as u32, flags);
         header.length = (self.bytes.len() - HEADER_BYTES + extents) as u32;
         header.payload_sum = xxh3_64(&self.bytes[HEADER_BYTES..]);
+        if !by_reference {
+            let slice = arena.layout().slice_bytes();
+            for (_, source) in blocks {
+                self.lent.extend(slices(arena, source.index, layer).map(|at| Lent { at, bytes: slice }));
+            }
+        }
         header
     }
 

@@ -4,12 +4,13 @@
 //! full still cleans up. What is done about an event is decided in `transfer`; this file carries it out.
 
 mod flight;
+mod incoming;
+mod landing;
 mod serving;
 
 use std::any::Any;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::marker::PhantomData;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
@@ -17,26 +18,20 @@ use std::time::Duration;
 use baton_core::arena::DeviceSource;
 use baton_core::limits::REQUEST_DEADLINE_MS;
 use baton_core::planted::{self, Bug};
-use baton_core::{Aborted, Arena, BlockId, BlockLayout, Epoch, Net, RequestId, TransferId};
-use tokio::io::AsyncRead;
+use baton_core::{Arena, BlockId, BlockLayout, Epoch, Net, RequestId, TransferId};
 use tokio::sync::{Notify, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout_at};
 
-use self::flight::Flight;
+use self::incoming::Waits;
+pub use self::incoming::{Incoming, Partial};
 pub(crate) use self::serving::serve;
-use crate::connection::{Frame, Sent};
 use crate::counters::{Counters, Counts, Dropped};
-use crate::extent::Landing;
-use crate::frames::{Frames, ReadError};
 use crate::link::{Link, LinkId, Peer};
 use crate::ticket::Tickets;
 use crate::transfer::{Action, Event, Received, Transfer, refuse};
-use crate::wire::{self, BY_REFERENCE, BadFrame, Body, Entry, Header, Kind, Message, ON_DEVICE, Tag};
+use crate::wire::{self, BadFrame, Body, Entry, Message, Tag};
 use crate::{Grant, HeadSlice, TransferError, extent};
-
-/// What is copied out of a mapped arena under one hold of the transfer's lock.
-const LOCKED_BYTES: usize = 256 << 10;
 
 type Guard = Box<dyn Any + Send>;
 type Outcome = Result<(Guard, Received), TransferError>;
@@ -196,88 +191,6 @@ impl Receiver {
 impl Drop for Receiver {
     fn drop(&mut self) {
         self.end();
-    }
-}
-
-/// A transfer that was granted. Dropping it aborts the transfer.
-pub struct Incoming<G> {
-    shared: Arc<Shared>,
-    transfer: TransferId,
-    waits: Waits,
-    /// How it failed, while its remains are awaited.
-    failed: Option<TransferError>,
-    guard: PhantomData<fn() -> G>,
-}
-
-/// The other ends of `Tells`.
-struct Waits {
-    done: oneshot::Receiver<Outcome>,
-    remains: oneshot::Receiver<Remains>,
-}
-
-/// A transfer that failed and that no sender writes any more: what it has is verified and stays.
-pub struct Partial<G> {
-    pub error: TransferError,
-    /// What keeps the blocks reserved.
-    pub guard: G,
-    grant: Grant,
-    arena: Arc<Arena>,
-    whole: Vec<bool>,
-}
-
-impl<G> Partial<G> {
-    /// By position in the grant: whether every layer of the block has arrived.
-    pub fn whole(&self) -> &[bool] {
-        &self.whole
-    }
-
-    /// The granted blocks that did not arrive whole, in order.
-    pub fn lacking(&self) -> Vec<BlockId> {
-        let blocks = self.grant.blocks.iter().zip(&self.whole);
-        blocks.filter(|(_, whole)| !**whole).map(|(block, _)| *block).collect()
-    }
-}
-
-impl<G: 'static> Incoming<G> {
-    fn new(shared: Arc<Shared>, grant: &Grant, waits: Waits) -> Incoming<G> {
-        Incoming { shared, transfer: grant.transfer, waits, failed: None, guard: PhantomData }
-    }
-
-    /// Returns the guard once every layer of every block has arrived, verified, and the sender has committed to
-    /// exactly that.
-    pub async fn wait(mut self) -> Result<(G, Received), TransferError> {
-        let outcome = (&mut self.waits.done).await.unwrap_or(Err(TransferError::Aborted(Aborted::Draining)));
-        let (guard, received) = outcome?;
-        Ok((*guard.downcast().expect("`open` stored a G"), received))
-    }
-
-    /// The same for a waiter who can use what had arrived when the transfer failed. It then waits until nothing can
-    /// write the blocks any more, at most `HANDOFF_QUIESCE_MS` and the closing of the link. Nothing is lost when the
-    /// future is dropped before it is ready; once it has been, there is nothing more to wait for.
-    pub async fn wait_or_keep(&mut self) -> Result<(G, Received), Result<Partial<G>, TransferError>> {
-        let outcome = match self.failed.take() {
-            Some(error) => Err(error),
-            None => (&mut self.waits.done).await.unwrap_or(Err(TransferError::Aborted(Aborted::Draining))),
-        };
-        let error = match outcome {
-            Ok((guard, received)) => return Ok((*guard.downcast().expect("`open` stored a G"), received)),
-            Err(error) => error,
-        };
-        self.failed = Some(error.clone());
-        let Ok((grant, arena, guard, whole)) = (&mut self.waits.remains).await else { return Err(Err(error)) };
-        let guard = *guard.downcast().expect("`open` stored a G");
-        Err(Ok(Partial { error, guard, grant, arena, whole }))
-    }
-
-    /// Gives the transfer up: its sender is told to stop. What had arrived can still be waited for.
-    pub fn give_up(&self) {
-        self.shared.step(self.transfer, LinkId::NONE, Event::Dropped);
-    }
-}
-
-impl<G> Drop for Incoming<G> {
-    fn drop(&mut self) {
-        self.shared.step(self.transfer, LinkId::NONE, Event::Dropped);
     }
 }
 
@@ -472,199 +385,6 @@ impl Shared {
     pub(crate) fn map_device(&self, descriptor: OwnedFd, bytes: usize) -> io::Result<Arc<dyn DeviceSource>> {
         let none = || io::Error::other("this end has no device");
         self.arena.device().ok_or_else(none)?.map(descriptor, bytes)
-    }
-
-    /// Takes a DATA frame's entries, and what follows them out of `frames`: what may be written is written, what may not
-    /// is counted. An error ends the link. What our device has begun to copy is returned.
-    async fn data<R: AsyncRead + Unpin>(
-        self: &Arc<Self>,
-        link: &Link,
-        header: &Header,
-        frames: &mut Frames<R>,
-    ) -> Result<Option<Flight>, ReadError> {
-        self.refuse_forged(link, header.tag)?;
-        let Some((layout, slice)) = self.moving(header.tag.transfer) else {
-            self.counts.drop(Dropped::Unknown);
-            return frames.skip(header.length as usize).await.map(|()| None);
-        };
-        let Ok(lines) = wire::entries_bytes(header, layout.layer_bytes()) else {
-            self.spoil(link.id, header, 0);
-            return frames.skip(header.length as usize).await.map(|()| None);
-        };
-        let entries = wire::entries(header, frames.take(lines).await?).map(Vec::from_iter);
-        let Ok(entries) = entries else {
-            self.spoil(link.id, header, 0);
-            return frames.skip(header.length as usize - lines).await.map(|()| None);
-        };
-        if header.flags & BY_REFERENCE == 0 {
-            for entry in &entries {
-                self.land(link, header, entry, &layout, frames).await?;
-            }
-            return Ok(None);
-        }
-        let Some(source) = &link.source else { return Err(BadFrame::Shape(Kind::Data).into()) };
-        let part = slice.map(|HeadSlice { of, first }| source.view(of, first..first.saturating_add(layout.kv_heads)));
-        let source: &Arena = match &part {
-            None => source,
-            Some(Some(part)) => part,
-            Some(None) => {
-                self.spoil(link.id, header, 0);
-                return Ok(None);
-            }
-        };
-        if header.flags & ON_DEVICE != 0 {
-            return self.take_off(link, header, &entries, source);
-        }
-        for entries in entries.chunks((LOCKED_BYTES / layout.layer_bytes()).max(1)) {
-            for position in self.fetch_mapped(link, header, entries, source) {
-                self.spoil(link.id, header, position);
-            }
-        }
-        Ok(None)
-    }
-
-    /// Copies extents out of a mapped arena, all under the transfer's lock. Returns the positions of those that are not
-    /// what was announced.
-    fn fetch_mapped(&self, link: &Link, header: &Header, entries: &[Entry], source: &Arena) -> Vec<u32> {
-        let Some(pending) = self.pending(header.tag.transfer) else {
-            entries.iter().for_each(|_| self.counts.drop(Dropped::Unknown));
-            return Vec::new();
-        };
-        let mut pending = lock(&pending);
-        let (digest, layer) = (pending.transfer.digest(), header.layer as u32);
-        let mut spoiled = Vec::new();
-        for entry in entries {
-            let transfer = &pending.transfer;
-            if let Err(reason) = transfer.admit(link.id, header).and_then(|()| transfer.expects(layer, entry)) {
-                self.counts.drop(reason);
-                continue;
-            }
-            if entry.source as usize >= source.blocks() {
-                spoiled.push(entry.position);
-                continue;
-            }
-            let mut landing = Landing::new(pending.arena.layout());
-            landing.fetch(&pending.arena, entry.block, layer, source, entry.source);
-            let whole = landing.finish(digest, layer, entry.position) == entry.sum;
-            match whole || planted::is(Bug::SkipChecksum) {
-                true => pending.arrived(&self.counts, layer, entry),
-                false => spoiled.push(entry.position),
-            }
-        }
-        spoiled
-    }
-
-    /// One extent off the wire: each slice is copied to its place as it comes, so that it is still in the cache. The
-    /// transfer may end between two slices; the rest is then read and dropped.
-    async fn land<R: AsyncRead + Unpin>(
-        &self,
-        link: &Link,
-        header: &Header,
-        entry: &Entry,
-        layout: &BlockLayout,
-        frames: &mut Frames<R>,
-    ) -> Result<(), ReadError> {
-        let mut landing = Landing::new(layout);
-        while landing.left(layout) > 0 {
-            let left = landing.left(layout);
-            let bytes = frames.pieces(layout.slice_bytes(), left).await?;
-            let rest = left * layout.slice_bytes() - bytes.len();
-            let copied = self.writing(link, header, entry, |arena| {
-                landing.copy(arena, entry.block, header.layer as u32, bytes);
-            });
-            if !copied {
-                return frames.skip(rest).await;
-            }
-        }
-        self.landed(link, header, entry, landing);
-        Ok(())
-    }
-
-    /// Runs `write` while the extent's block cannot be given to anybody else. False: it may not be written, and that is
-    /// counted.
-    fn writing(&self, link: &Link, header: &Header, entry: &Entry, write: impl FnOnce(&Arena)) -> bool {
-        let Some(pending) = self.pending(header.tag.transfer) else {
-            self.counts.drop(Dropped::Unknown);
-            return false;
-        };
-        let pending = lock(&pending);
-        let transfer = &pending.transfer;
-        match transfer.admit(link.id, header).and_then(|()| transfer.expects(header.layer as u32, entry)) {
-            Ok(()) => {
-                write(&pending.arena);
-                true
-            }
-            Err(reason) => {
-                self.counts.drop(reason);
-                false
-            }
-        }
-    }
-
-    /// Counts an extent that was written, if it is the announced one.
-    fn landed(&self, link: &Link, header: &Header, entry: &Entry, landing: Landing) {
-        let Some(pending) = self.pending(header.tag.transfer) else { return };
-        let layer = header.layer as u32;
-        {
-            let mut pending = lock(&pending);
-            let digest = pending.transfer.digest();
-            let whole = landing.finish(digest, layer, entry.position) == entry.sum;
-            if whole || planted::is(Bug::SkipChecksum) {
-                if pending.transfer.admit(link.id, header).is_ok() {
-                    pending.arrived(&self.counts, layer, entry);
-                }
-                return;
-            }
-        }
-        self.spoil(link.id, header, entry.position);
-    }
-
-    /// Something of a frame was not what was announced.
-    fn spoil(&self, link: LinkId, header: &Header, position: u32) {
-        let id = header.tag.transfer;
-        let Some(pending) = self.pending(id) else {
-            return self.counts.drop(Dropped::Unknown);
-        };
-        let admitted = lock(&pending).transfer.admit(link, header);
-        if let Err(reason) = admitted {
-            return self.counts.drop(reason);
-        }
-        self.counts.drop(Dropped::Damaged);
-        let event = lock(&pending).transfer.spoiled(header.layer as u32, position).err();
-        if let Some(event) = event {
-            self.step(id, link, event);
-        }
-    }
-
-    /// Copies a local sender's extents out of its arena, as far as its transfer allows.
-    pub(crate) fn fetch(&self, link: LinkId, frame: &Frame<'_>) -> Vec<Sent> {
-        let tag = frame.grant.tag();
-        let Some(pending) = self.pending(tag.transfer) else {
-            self.counts.drop(Dropped::Unknown);
-            return Vec::new();
-        };
-        let mut pending = lock(&pending);
-        let header = Header { layer: frame.layer as u16, ..Header::new(Kind::Data, tag) };
-        if let Err(reason) = pending.transfer.admit(link, &header) {
-            self.counts.drop(reason);
-            return Vec::new();
-        }
-        let layer = frame.layer as u32;
-        let mut sent = Vec::with_capacity(frame.blocks.len());
-        for (position, source) in frame.blocks {
-            let (block, at) = (frame.grant.blocks[*position], *position as u32);
-            let mut entry = Entry { position: at, block, source: source.index, sum: 0 };
-            if let Err(reason) = pending.transfer.expects(layer, &entry) {
-                self.counts.drop(reason);
-                continue;
-            }
-            let mut landing = Landing::new(pending.arena.layout());
-            landing.fetch(&pending.arena, block, layer, frame.arena, source.index);
-            entry.sum = landing.finish(frame.digest, layer, at);
-            pending.arrived(&self.counts, layer, &entry);
-            sent.push(Sent { position: at, source: *source, sum: entry.sum });
-        }
-        sent
     }
 
     /// Takes a sender's message about a transfer. An error is a message that no sender says.

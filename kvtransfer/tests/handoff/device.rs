@@ -580,15 +580,10 @@ async fn a_device_frame_without_a_device_closes_the_link() {
     assert_eq!((pair.receiver.counters().extents, pair.to.told.fetched.load(SeqCst)), (0, 0));
 }
 
-/// A receiver for a sender in another process, whose device has what this one's sender has and more of it.
-async fn receiving() -> Pair {
-    Pair::of(WIDE, true, true).await
-}
-
 /// From another process's device; its memory is mapped without the right to write.
 #[tokio::test]
 async fn another_process_hands_off_from_its_device() {
-    let pair = receiving().await;
+    let pair = Pair::of(WIDE, true, true).await;
     let blocks = ids(0..24);
     let (grant, incoming) = pair.grant(&blocks);
     let _sender = Sender::from_device(&grant, 2);
@@ -601,7 +596,7 @@ async fn another_process_hands_off_from_its_device() {
 #[tokio::test]
 async fn a_killed_or_stopped_sender_is_outlived_by_its_memory() {
     for signal in [libc::SIGKILL, libc::SIGSTOP] {
-        let pair = receiving().await;
+        let pair = Pair::of(WIDE, true, true).await;
         let blocks = ids(0..24);
         pair.to.told.stall(true);
         let (grant, incoming) = pair.grant(&blocks);
