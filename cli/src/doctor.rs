@@ -61,7 +61,9 @@ fn findings() -> Vec<(&'static str, String)> {
         ("open files", open_files()),
         (
             "handoff links",
-            "shared memory (workers of one host), GPU to GPU (the same, see --gpu), tcp and in-process; NCCL is not in this build".to_string(),
+            "within a host from GPU to GPU (see --gpu) or through shared memory; between hosts UCX over RDMA, or tcp (encrypted \
+             with --kv-tls-*); `baton status` shows which are up and why not better ones; NCCL is not in this build"
+                .to_string(),
         ),
         ("ucx", ucx()),
         ("gpu", crate::device::finding()),

@@ -11,12 +11,14 @@ use tokio::sync::{Semaphore, watch};
 use tokio::time::timeout;
 
 use crate::TransferError;
+use crate::counters::LinkKind;
 use crate::extent::{self, Data};
 use crate::frames::{Frames, ReadError};
 use crate::loan::Borrowed;
 use crate::outbox::{Outbox, PLACES, write_all};
 use crate::sending::Sending;
 use crate::sums::Sums;
+use crate::tls::{self, Tls};
 use crate::wire::{
     BY_REFERENCE, BadFrame, Body, ENTRY_BYTES, FEATURE_DEVICE, FEATURE_SHARED, FEATURE_TICKETS, FEATURE_UCX, Header,
     Message, ON_DEVICE, Tag, VERSION,
@@ -44,6 +46,7 @@ pub(crate) struct Connection {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum By {
     Tcp,
+    Tls,
     /// The receiver copies extents out of our arena.
     Reference,
     Ucx,
@@ -57,16 +60,27 @@ pub(crate) struct Greeted {
     pub(crate) features: u16,
     /// Where the receiver can be found by a process of its host, if it said so.
     pub(crate) offer: Option<String>,
-    /// The port at which the receiver is reached over UCX, if it said so.
-    pub(crate) harbour: Option<u16>,
+    /// The port at which the receiver is reached over UCX, and the one it listens on, if it said so.
+    pub(crate) harbour: Option<(u16, u16)>,
     pub(crate) by: By,
 }
 
-/// Connects and compares texts. `features` is what this end can do.
-pub(crate) async fn connect(net: &dyn Net, address: &str, ours: &str, features: u16) -> Result<Greeted, TransferError> {
+/// Connects, under TLS if there is one, and compares texts. `features` is what this end can do.
+pub(crate) async fn connect(
+    net: &dyn Net,
+    tls: Option<&Tls>,
+    address: &str,
+    ours: &str,
+    features: u16,
+) -> Result<Greeted, TransferError> {
     let lost = |cause: String| TransferError::Lost { peer: address.to_string(), cause };
-    let connecting = async { net.connect(address).await.map_err(|error| lost(format!("connect: {error}"))) };
-    within(address, async { greet(connecting.await?, address, ours, features).await }).await
+    let connecting = async {
+        let stream = net.connect(address).await.map_err(|error| lost(format!("connect: {error}")))?;
+        let Some(tls) = tls else { return greet(stream, address, ours, features).await };
+        let greeted = greet(tls.connect(stream, address).await?, address, ours, features).await?;
+        Ok(Greeted { by: By::Tls, ..greeted })
+    };
+    within(address, connecting).await
 }
 
 /// Bounds what a peer may take to greet.
@@ -97,6 +111,10 @@ pub(crate) async fn greet(stream: Stream, address: &str, ours: &str, features: u
         Ok(Message { body: Body::Mismatch(theirs), .. }) => (theirs, 0),
         Err(ReadError::Frame(BadFrame::Version { theirs })) => (format!("wire {theirs}"), 0),
         Ok(message) => return Err(lost(format!("greeted with {:?}", message.body.kind()))),
+        // Only the first answer tells whether the receiver takes this end's certificate.
+        Err(ReadError::Io(error)) => {
+            return Err(tls::refused(address, &error).unwrap_or_else(|| lost(format!("greeting: {error}"))));
+        }
         Err(error) => return Err(lost(format!("greeting: {error}"))),
     };
     if theirs != ours {
@@ -113,7 +131,10 @@ pub(crate) async fn greet(stream: Stream, address: &str, ours: &str, features: u
     let mut harbour = None;
     if common & FEATURE_UCX != 0 {
         match frames.message().await {
-            Ok(Message { body: Body::Offer(port), .. }) => harbour = port.parse().ok(),
+            Ok(Message { body: Body::Offer(ports), .. }) => {
+                let both = ports.split_once(' ').map(|(over_ucx, here)| (over_ucx.parse(), here.parse()));
+                harbour = both.and_then(|(over_ucx, here)| Some((over_ucx.ok()?, here.ok()?)));
+            }
             Ok(message) => return Err(lost(format!("offered {:?}", message.body.kind()))),
             Err(error) => return Err(lost(format!("offer: {error}"))),
         }
@@ -190,6 +211,16 @@ impl Connection {
 
     pub(crate) fn by(&self) -> By {
         self.by
+    }
+
+    pub(crate) fn kind(&self) -> LinkKind {
+        match self.by {
+            By::Tcp => LinkKind::Tcp,
+            By::Tls => LinkKind::Tls,
+            By::Reference if self.reads_device() => LinkKind::Gpu,
+            By::Reference => LinkKind::Shm,
+            By::Ucx => LinkKind::Ucx,
+        }
     }
 
     pub(crate) fn takes_tickets(&self) -> bool {

@@ -83,6 +83,7 @@ pub struct Counters {
     /// Damaged extents that were asked for again.
     pub again: u64,
     dropped: [u64; Dropped::ALL.len()],
+    untrusted: [u64; Untrusted::ALL.len()],
 }
 
 impl Counters {
@@ -92,6 +93,49 @@ impl Counters {
 
     pub fn dropped_total(&self) -> u64 {
         self.dropped.iter().sum()
+    }
+
+    /// Connections closed because one of the two ends does not trust the other's certificate.
+    pub fn untrusted(&self, reason: Untrusted) -> u64 {
+        self.untrusted[reason as usize]
+    }
+}
+
+/// Why TLS does not come about between two ends. The words are metric labels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Untrusted {
+    NoCertificate,
+    /// The certificate is of an authority that this end was not given.
+    UnknownAuthority,
+    /// Not valid any more, or not yet.
+    Expired,
+    /// The receiver's certificate is not for the host that it was looked for at.
+    OtherName,
+    /// The other end does not speak TLS.
+    NoTls,
+    /// Whatever else is wrong with it.
+    BadCertificate,
+}
+
+impl Untrusted {
+    pub const ALL: [Untrusted; 6] = [
+        Untrusted::NoCertificate,
+        Untrusted::UnknownAuthority,
+        Untrusted::Expired,
+        Untrusted::OtherName,
+        Untrusted::NoTls,
+        Untrusted::BadCertificate,
+    ];
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Untrusted::NoCertificate => "no_certificate",
+            Untrusted::UnknownAuthority => "unknown_authority",
+            Untrusted::Expired => "expired",
+            Untrusted::OtherName => "other_name",
+            Untrusted::NoTls => "no_tls",
+            Untrusted::BadCertificate => "bad_certificate",
+        }
     }
 }
 
@@ -110,6 +154,8 @@ pub enum Fallback {
     Refused,
     /// UCX was wanted, and one of the ends has none.
     NoUcx,
+    /// Both ends have UCX and RDMA devices, but not on one network: UCX would go over tcp.
+    NoRdma,
     /// This end has its blocks on a GPU and the other end does not, or is an older release: they pass through the host.
     NotOnDevice,
     /// Both ends have GPUs, but this end's memory there cannot be given to another process.
@@ -119,13 +165,14 @@ pub enum Fallback {
 }
 
 impl Fallback {
-    pub const ALL: [Fallback; 9] = [
+    pub const ALL: [Fallback; 10] = [
         Fallback::NotShared,
         Fallback::NotOffered,
         Fallback::Relayed,
         Fallback::Unreachable,
         Fallback::Refused,
         Fallback::NoUcx,
+        Fallback::NoRdma,
         Fallback::NotOnDevice,
         Fallback::DeviceNotShared,
         Fallback::DeviceRefused,
@@ -139,6 +186,7 @@ impl Fallback {
             Fallback::Unreachable => "unreachable",
             Fallback::Refused => "refused",
             Fallback::NoUcx => "no_ucx",
+            Fallback::NoRdma => "no_rdma",
             Fallback::NotOnDevice => "not_on_device",
             Fallback::DeviceNotShared => "device_not_shared",
             Fallback::DeviceRefused => "device_refused",
@@ -146,11 +194,37 @@ impl Fallback {
     }
 }
 
-/// A snapshot of the sending side. `tcp` + `shm` + `gpu` + `ucx` + `local` = `committed` + `failed` + those in flight.
+/// What a connection goes over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LinkKind {
+    Gpu,
+    Shm,
+    Ucx,
+    Tls,
+    Tcp,
+}
+
+impl LinkKind {
+    pub const ALL: [LinkKind; 5] = [LinkKind::Gpu, LinkKind::Shm, LinkKind::Ucx, LinkKind::Tls, LinkKind::Tcp];
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            LinkKind::Gpu => "gpu",
+            LinkKind::Shm => "shm",
+            LinkKind::Ucx => "ucx",
+            LinkKind::Tls => "tls",
+            LinkKind::Tcp => "tcp",
+        }
+    }
+}
+
+/// A snapshot of the sending side. `tcp` + `tls` + `shm` + `gpu` + `ucx` + `local` = `committed` + `failed` + those in flight.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LinkCounters {
     /// Transfers begun whose bytes go over a connection.
     pub tcp: u64,
+    /// The same, encrypted.
+    pub tls: u64,
     /// Transfers begun to a process of this host that copies out of this arena.
     pub shm: u64,
     /// Transfers begun to a process of this host whose GPU copies out of this one's memory.
@@ -170,22 +244,40 @@ pub struct LinkCounters {
     /// Extents sent again because they had arrived damaged.
     pub resent: u64,
     fallbacks: [u64; Fallback::ALL.len()],
+    untrusted: [u64; Untrusted::ALL.len()],
+    up: [u64; LinkKind::ALL.len()],
 }
 
 impl LinkCounters {
-    /// In one line for people: transfers by link, and why links are not the best. Empty: there has been nothing yet.
+    /// Transfers begun, by link.
+    pub fn begun(&self) -> [(&'static str, u64); 6] {
+        let LinkCounters { gpu, shm, ucx, local, tls, tcp, .. } = *self;
+        [("gpu", gpu), ("shm", shm), ("ucx", ucx), ("local", local), ("tls", tls), ("tcp", tcp)]
+    }
+
+    /// Connections that are up now.
+    pub fn up(&self, kind: LinkKind) -> u64 {
+        self.up[kind as usize]
+    }
+
+    /// In one line for people: transfers by link, the links that are up, and why they are not the best. Empty: there has been
+    /// nothing yet.
     pub fn describe(&self) -> String {
-        let links = [("gpu", self.gpu), ("shm", self.shm), ("ucx", self.ucx), ("local", self.local), ("tcp", self.tcp)];
         let some = |counts: &mut dyn Iterator<Item = (&'static str, u64)>| {
             let texts: Vec<String> =
                 counts.filter(|(_, count)| *count > 0).map(|(name, count)| format!("{name} {count}")).collect();
             texts.join(", ")
         };
-        let taken = some(&mut links.into_iter());
-        let reasons = some(&mut Fallback::ALL.iter().map(|reason| (reason.as_str(), self.fallbacks(*reason))));
+        let taken = some(&mut self.begun().into_iter());
+        let up = some(&mut LinkKind::ALL.iter().map(|kind| (kind.as_str(), self.up(*kind))));
+        let fallbacks = Fallback::ALL.iter().map(|reason| (reason.as_str(), self.fallbacks(*reason)));
+        let untrusted = Untrusted::ALL.iter().map(|reason| (reason.as_str(), self.untrusted(*reason)));
+        let reasons = some(&mut fallbacks.chain(untrusted));
+        let up = if up.is_empty() { up } else { format!("up: {up}") };
+        let parts = [taken, up].into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("; ");
         match reasons.is_empty() {
-            true => taken,
-            false => format!("{taken} ({reasons})").trim_start().to_string(),
+            true => parts,
+            false => format!("{parts} ({reasons})").trim_start().to_string(),
         }
     }
 
@@ -193,11 +285,17 @@ impl LinkCounters {
     pub fn fallbacks(&self, reason: Fallback) -> u64 {
         self.fallbacks[reason as usize]
     }
+
+    /// Attempts to connect that failed because one of the two ends does not trust the other's certificate.
+    pub fn untrusted(&self, reason: Untrusted) -> u64 {
+        self.untrusted[reason as usize]
+    }
 }
 
 #[derive(Default)]
 pub(crate) struct LinkCounts {
     pub(crate) tcp: Count,
+    pub(crate) tls: Count,
     pub(crate) shm: Count,
     pub(crate) gpu: Count,
     pub(crate) ucx: Count,
@@ -209,6 +307,9 @@ pub(crate) struct LinkCounts {
     pub(crate) unconnected: Count,
     pub(crate) resent: Count,
     fallbacks: [Count; Fallback::ALL.len()],
+    untrusted: [Count; Untrusted::ALL.len()],
+    made: [Count; LinkKind::ALL.len()],
+    ended: [Count; LinkKind::ALL.len()],
 }
 
 impl LinkCounts {
@@ -216,9 +317,23 @@ impl LinkCounts {
         self.fallbacks[reason as usize].add(1);
     }
 
+    pub(crate) fn distrust(&self, reason: Untrusted) {
+        self.untrusted[reason as usize].add(1);
+    }
+
+    pub(crate) fn is_up(&self, kind: LinkKind) {
+        self.connected.add(1);
+        self.made[kind as usize].add(1);
+    }
+
+    pub(crate) fn is_down(&self, kind: LinkKind) {
+        self.ended[kind as usize].add(1);
+    }
+
     pub(crate) fn snapshot(&self) -> LinkCounters {
         LinkCounters {
             tcp: self.tcp.get(),
+            tls: self.tls.get(),
             shm: self.shm.get(),
             gpu: self.gpu.get(),
             ucx: self.ucx.get(),
@@ -230,6 +345,9 @@ impl LinkCounts {
             unconnected: self.unconnected.get(),
             resent: self.resent.get(),
             fallbacks: std::array::from_fn(|i| self.fallbacks[i].get()),
+            untrusted: std::array::from_fn(|i| self.untrusted[i].get()),
+            // Ended ones are read first, so that the difference is never below 0.
+            up: std::array::from_fn(|i| (self.ended[i].get(), self.made[i].get())).map(|(ended, made)| made - ended),
         }
     }
 }
@@ -246,11 +364,16 @@ pub(crate) struct Counts {
     pub(crate) bytes: Count,
     pub(crate) again: Count,
     dropped: [Count; Dropped::ALL.len()],
+    untrusted: [Count; Untrusted::ALL.len()],
 }
 
 impl Counts {
     pub(crate) fn drop(&self, reason: Dropped) {
         self.dropped[reason as usize].add(1);
+    }
+
+    pub(crate) fn distrust(&self, reason: Untrusted) {
+        self.untrusted[reason as usize].add(1);
     }
 
     pub(crate) fn snapshot(&self, held: usize, links: usize) -> Counters {
@@ -266,6 +389,7 @@ impl Counts {
             bytes: self.bytes.get(),
             again: self.again.get(),
             dropped: std::array::from_fn(|i| self.dropped[i].get()),
+            untrusted: std::array::from_fn(|i| self.untrusted[i].get()),
         }
     }
 }
@@ -297,5 +421,10 @@ mod tests {
         counts.gpu.add(12);
         counts.tcp.add(3);
         assert_eq!(counts.snapshot().describe(), "gpu 12, tcp 3 (not_on_device 1)");
+        counts.is_up(LinkKind::Gpu);
+        counts.is_up(LinkKind::Tcp);
+        counts.is_down(LinkKind::Tcp);
+        counts.distrust(Untrusted::Expired);
+        assert_eq!(counts.snapshot().describe(), "gpu 12, tcp 3; up: gpu 1 (not_on_device 1, expired 1)");
     }
 }

@@ -2,6 +2,8 @@
 
 use baton_core::{Aborted, Refused};
 
+use crate::counters::Untrusted;
+
 /// The end of a transfer that did not complete; none of its blocks counts as filled.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TransferError {
@@ -14,6 +16,9 @@ pub enum TransferError {
     /// The link died or fell silent.
     #[error("link with {peer} lost: {cause}; the prefill must be assigned again")]
     Lost { peer: String, cause: String },
+    /// One of the two ends does not trust the other's certificate.
+    #[error("no TLS with {peer}: {cause}; give every worker a certificate of the same authority, for its host")]
+    Untrusted { peer: String, reason: Untrusted, cause: String },
     /// One of the two ends gave up.
     #[error("the transfer was aborted: {0}")]
     Aborted(Aborted),

@@ -26,17 +26,19 @@ mod sending;
 mod shm;
 mod sums;
 mod ticket;
+mod tls;
 mod transfer;
 #[cfg(target_os = "linux")]
 mod ucx;
 
-pub use counters::{Counters, Dropped, Fallback, LinkCounters};
+pub use counters::{Counters, Dropped, Fallback, LinkCounters, LinkKind, Untrusted};
 pub use error::TransferError;
 pub use extent::Data;
 pub use grant::{Grant, HeadSlice};
-pub use links::Links;
+pub use links::{Links, Preferred, Ways};
 pub use outgoing::{Committed, Outgoing};
 pub use receiver::{Incoming, Partial, Receiver};
+pub use tls::{BadTls, Tls};
 pub use transfer::Received;
 #[cfg(target_os = "linux")]
-pub use ucx::describe as describe_ucx;
+pub use ucx::{describe as describe_ucx, is_better as has_rdma};

@@ -1,11 +1,13 @@
-//! The prefill side's links: one connection per receiver, made before it is needed and made again when it breaks.
+//! The prefill side's links: one connection per receiver, made before it is needed and made again when it breaks, over the best
+//! link that both ends have.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use baton_core::limits::{HANDOFF_BACKOFF_MS, HANDOFF_BACKOFF_MS_MAX, HANDOFF_CONNECTS_MAX, HANDOFF_LINKS_MAX};
+use baton_core::limits::{
+    HANDOFF_BACKOFF_MS, HANDOFF_BACKOFF_MS_MAX, HANDOFF_CONNECT_MS, HANDOFF_CONNECTS_MAX, HANDOFF_LINKS_MAX,
+};
 use baton_core::{Arena, BlockLayout, Net};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
@@ -15,11 +17,32 @@ use crate::connection::{By, Connection, Greeted, connect, greet, within};
 use crate::counters::{Fallback, LinkCounters, LinkCounts};
 use crate::receiver::{Receiver, Shared};
 use crate::sums::Sums;
+use crate::tls::Tls;
 use crate::wire::{FEATURE_DEVICE, FEATURE_HEADS, FEATURE_RESEND, FEATURE_SHARED, FEATURE_TICKETS, FEATURE_UCX};
 use crate::{Grant, HeadSlice, Outgoing, TransferError, extent, wire};
 
 /// What a sender can do over any link.
 const FEATURES: u16 = FEATURE_RESEND | FEATURE_HEADS | FEATURE_TICKETS;
+
+/// Which link is made where two ends share several.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Preferred {
+    /// Memory of the host or its GPUs; UCX where it goes over RDMA; the network otherwise.
+    #[default]
+    Best,
+    /// UCX, whatever it goes over. Its bytes are not encrypted.
+    Ucx,
+    /// The network alone.
+    Tcp,
+}
+
+/// How one end's links are made.
+#[derive(Clone, Default)]
+pub struct Ways {
+    pub preferred: Preferred,
+    /// For links over the network, which are then made to nobody who has no certificate.
+    pub tls: Option<Tls>,
+}
 
 /// The links of one cache. Clones share them; they end with the last clone and the last transfer.
 #[derive(Clone)]
@@ -37,7 +60,7 @@ pub(crate) struct Source {
     pub(crate) counts: Arc<LinkCounts>,
     /// Of the arena's blocks that do not change.
     pub(crate) sums: Sums,
-    ucx: Arc<AtomicBool>,
+    ways: Ways,
     links: Mutex<BTreeMap<String, Link>>,
     local: Mutex<BTreeMap<String, Arc<Shared>>>,
 }
@@ -45,23 +68,27 @@ pub(crate) struct Source {
 impl Links {
     /// Links that read blocks of `arena`. `model` as for `Receiver::listen`.
     pub fn new(net: Arc<dyn Net>, arena: Arc<Arena>, model: &str) -> Links {
+        Links::with(net, arena, model, Ways::default())
+    }
+
+    /// The same by these ways.
+    pub fn with(net: Arc<dyn Net>, arena: Arc<Arena>, model: &str, ways: Ways) -> Links {
         let kv_heads = arena.layout().kv_heads;
-        Links::of_rank(net, arena, kv_heads, model)
+        Links::make(net, arena, kv_heads, model, ways)
     }
 
     /// Links of a rank, whose arena holds some of the model's `kv_heads`.
     pub fn of_rank(net: Arc<dyn Net>, arena: Arc<Arena>, kv_heads: u32, model: &str) -> Links {
+        Links::make(net, arena, kv_heads, model, Ways::default())
+    }
+
+    fn make(net: Arc<dyn Net>, arena: Arc<Arena>, kv_heads: u32, model: &str, ways: Ways) -> Links {
         let compatibility = wire::compatibility(&BlockLayout { kv_heads, ..*arena.layout() }, model);
         let is_part = arena.layout().kv_heads != kv_heads;
         let sums = Sums::new(arena.layout(), arena.blocks());
-        let (counts, ucx, links, local) = Default::default();
-        Links { source: Arc::new(Source { net, arena, compatibility, is_part, counts, sums, ucx, links, local }) }
-    }
-
-    /// Links made from here on go over UCX where the other end has it, too (`Receiver::offer_ucx`). Its bytes are not
-    /// encrypted.
-    pub fn prefer_ucx(&self) {
-        self.source.ucx.store(true, Relaxed);
+        let (counts, links, local) = Default::default();
+        let source = Source { net, arena, compatibility, is_part, counts, sums, ways, links, local };
+        Links { source: Arc::new(source) }
     }
 
     /// Makes a receiver of this process known: transfers to its address do without a connection.
@@ -191,7 +218,7 @@ impl Link {
             compatibility: source.compatibility.clone(),
             is_part: source.is_part,
             counts: source.counts.clone(),
-            ucx: source.ucx.clone(),
+            ways: source.ways.clone(),
             state: told,
             wake: wake.clone(),
         };
@@ -213,7 +240,7 @@ struct Keeper {
     compatibility: String,
     is_part: bool,
     counts: Arc<LinkCounts>,
-    ucx: Arc<AtomicBool>,
+    ways: Ways,
     state: watch::Sender<State>,
     wake: Arc<Notify>,
 }
@@ -231,10 +258,16 @@ impl Keeper {
                 }
                 Err(error) => {
                     self.counts.unconnected.add(1);
+                    if let TransferError::Untrusted { reason, .. } = &error {
+                        self.counts.distrust(*reason);
+                    }
                     error
                 }
             };
-            tracing::debug!(%error, failures, "link down");
+            match &error {
+                TransferError::Untrusted { .. } => tracing::warn!(%error, "link down"),
+                _ => tracing::debug!(%error, failures, "link down"),
+            }
             self.state.send_replace(State::Down(error));
             self.pause(failures).await;
             failures += 1;
@@ -242,50 +275,96 @@ impl Keeper {
         }
     }
 
-    /// Connects over the network, and goes over to shared memory if both ends can.
+    /// Connects over the network, and goes over to the best link that both ends have.
     async fn connect(&self) -> Result<Greeted, TransferError> {
-        let wants_ucx = self.ucx.load(Relaxed);
+        let beside_tcp = self.ways.preferred != Preferred::Tcp;
+        let asks_ucx = self.asks_ucx();
         let can = |able: bool, feature| if able { feature } else { 0 };
         let features = FEATURES
-            | can(is_shared(&self.arena), FEATURE_SHARED)
-            | can(self.arena.device().is_some(), FEATURE_DEVICE)
-            | can(wants_ucx, FEATURE_UCX);
-        let greeted = connect(&*self.net, &self.address, &self.compatibility, features).await?;
+            | can(beside_tcp && is_shared(&self.arena), FEATURE_SHARED)
+            | can(beside_tcp && self.arena.device().is_some(), FEATURE_DEVICE)
+            | can(asks_ucx, FEATURE_UCX);
+        let greeted = connect(&*self.net, self.ways.tls.as_ref(), &self.address, &self.compatibility, features).await?;
         if self.is_part && greeted.features & FEATURE_HEADS == 0 {
             let (ours, theirs) = (format!("{}, some heads", self.compatibility), self.compatibility.clone());
             return Err(TransferError::Incompatible { ours, theirs });
         }
-        if wants_ucx {
+        if !beside_tcp {
+            return Ok(greeted);
+        }
+        let mut reasons = Vec::new();
+        if self.ways.preferred == Preferred::Ucx {
             match self.go_over_ucx(&greeted).await {
                 Ok(by_ucx) => return Ok(by_ucx),
-                Err((reason, detail)) => {
-                    self.counts.fall_back(reason);
-                    tracing::debug!(address = self.address, reason = reason.as_str(), detail, "no link over UCX");
-                }
+                Err(reason) => reasons.push(reason),
             }
         }
         match self.go_over(&greeted).await {
-            Ok(shared) => Ok(shared),
-            Err((reason, detail)) => {
-                self.counts.fall_back(reason);
-                tracing::debug!(address = self.address, reason = reason.as_str(), detail, "tcp link");
-                Ok(greeted)
+            Ok(shared) => {
+                self.fell_back(&reasons);
+                return Ok(shared);
+            }
+            Err(reason) => reasons.push(reason),
+        }
+        if self.ways.preferred == Preferred::Best && asks_ucx {
+            match self.go_over_ucx(&greeted).await {
+                Ok(by_ucx) => return Ok(by_ucx),
+                Err(reason) => reasons.push(reason),
             }
         }
+        self.fell_back(&reasons);
+        Ok(greeted)
+    }
+
+    fn fell_back(&self, reasons: &[(Fallback, String)]) {
+        for (reason, detail) in reasons {
+            self.counts.fall_back(*reason);
+            tracing::debug!(address = self.address, reason = reason.as_str(), detail, "not the best link");
+        }
+    }
+
+    /// Whether UCX is wanted. Where it can go over tcp only, our own is faster.
+    #[cfg(target_os = "linux")]
+    fn asks_ucx(&self) -> bool {
+        match self.ways.preferred {
+            Preferred::Ucx => true,
+            Preferred::Best => self.ways.tls.is_none() && self.net.shares_memory() && crate::ucx::is_better(),
+            Preferred::Tcp => false,
+        }
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    fn asks_ucx(&self) -> bool {
+        self.ways.preferred == Preferred::Ucx
     }
 
     /// To the receiver's harbour, which is at the host that it was found at.
     #[cfg(target_os = "linux")]
     async fn go_over_ucx(&self, greeted: &Greeted) -> Result<Greeted, (Fallback, String)> {
-        let Some(port) = greeted.harbour else { return Err((Fallback::NoUcx, "not offered".to_string())) };
+        if self.ways.tls.is_some() {
+            return Err((Fallback::NoUcx, "it does not encrypt".to_string()));
+        }
+        let Some((port, behind)) = greeted.harbour else { return Err((Fallback::NoUcx, "not offered".to_string())) };
+        if self.address.rsplit(':').next() != Some(&*behind.to_string()) {
+            return Err((Fallback::Relayed, format!("it listens on port {behind}")));
+        }
         let unreachable = |error: std::io::Error| (Fallback::Unreachable, error.to_string());
         let host = self.address.rsplit_once(':').map_or(&*self.address, |(host, _)| host);
         let mut found = tokio::net::lookup_host((host.trim_matches(['[', ']']), port)).await.map_err(unreachable)?;
         let address = found.next().ok_or_else(|| unreachable(std::io::Error::other("no address")))?;
-        let stream = crate::ucx::connect(address).await.map_err(unreachable)?;
+        let connecting = timeout(Duration::from_millis(HANDOFF_CONNECT_MS), crate::ucx::connect(address)).await;
+        let late = |_| unreachable(std::io::ErrorKind::TimedOut.into());
+        let stream = connecting.map_err(late)?.map_err(unreachable)?;
+        let lanes = stream.lanes();
         let greeting = greet(Box::new(stream), &self.address, &self.compatibility, FEATURES);
         let mut over = within(&self.address, greeting).await.map_err(|error| (Fallback::Refused, error.to_string()))?;
         over.by = By::Ucx;
+        // What it goes over is settled once something has gone over it.
+        let lanes = lanes.await.map_err(unreachable)?;
+        tracing::info!(address = self.address, lanes, "a link over UCX");
+        if self.ways.preferred == Preferred::Best && !crate::ucx::is_rdma(&lanes) {
+            return Err((Fallback::NoRdma, lanes));
+        }
         Ok(over)
     }
 
@@ -349,11 +428,12 @@ impl Keeper {
 
     /// One connection until it fails.
     async fn serve(&self, greeted: Greeted) -> TransferError {
-        self.counts.connected.add(1);
-        let live = Live(Arc::new(Connection::new(&self.address, greeted.by, greeted.features)));
-        self.state.send_replace(State::Up(live.0.clone()));
-        let cause = live.0.run(greeted).await;
-        live.0.fail(&cause);
+        let connection = Arc::new(Connection::new(&self.address, greeted.by, greeted.features));
+        self.counts.is_up(connection.kind());
+        let live = Live { connection, counts: self.counts.clone() };
+        self.state.send_replace(State::Up(live.connection.clone()));
+        let cause = live.connection.run(greeted).await;
+        live.connection.fail(&cause);
         TransferError::Lost { peer: self.address.clone(), cause }
     }
 
@@ -367,11 +447,15 @@ impl Keeper {
 }
 
 /// A connection whose transfers fail when its task ends, however it ends.
-struct Live(Arc<Connection>);
+struct Live {
+    connection: Arc<Connection>,
+    counts: Arc<LinkCounts>,
+}
 
 impl Drop for Live {
     fn drop(&mut self) {
-        self.0.fail("closed at this end");
+        self.connection.fail("closed at this end");
+        self.counts.is_down(self.connection.kind());
     }
 }
 

@@ -111,6 +111,7 @@ impl Outgoing {
         let count = match &path {
             Path::Connection(connection) => match connection.by() {
                 By::Tcp => &counts.tcp,
+                By::Tls => &counts.tls,
                 By::Reference if on_device => &counts.gpu,
                 By::Reference => &counts.shm,
                 By::Ucx => &counts.ucx,

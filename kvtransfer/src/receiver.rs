@@ -28,6 +28,7 @@ pub use self::incoming::{Incoming, Partial};
 pub(crate) use self::serving::serve;
 use crate::counters::{Counters, Counts, Dropped};
 use crate::link::{Link, LinkId, Peer};
+use crate::links::{Preferred, Ways};
 use crate::ticket::Tickets;
 use crate::transfer::{Action, Event, Received, Transfer, refuse};
 use crate::wire::{self, BadFrame, Body, Entry, Message, Tag};
@@ -50,8 +51,19 @@ impl Receiver {
     /// Listens at `address` for senders that serve the same `model` with the arena's block layout. `model` is the text
     /// of whatever two workers must share for their blocks to mean the same (the numerics class).
     pub async fn listen(net: Arc<dyn Net>, address: &str, arena: Arc<Arena>, model: &str) -> io::Result<Receiver> {
+        Receiver::with(net, address, arena, model, Ways::default()).await
+    }
+
+    /// The same for senders that come by these ways. If UCX is preferred and there is none, the error says why.
+    pub async fn with(
+        net: Arc<dyn Net>,
+        address: &str,
+        arena: Arc<Arena>,
+        model: &str,
+        ways: Ways,
+    ) -> io::Result<Receiver> {
         let kv_heads = arena.layout().kv_heads;
-        Receiver::of_rank(net, address, arena, kv_heads, model).await
+        Receiver::make(net, address, arena, kv_heads, model, ways).await
     }
 
     /// A rank's receiver, whose arena holds some of the model's `kv_heads`.
@@ -61,6 +73,17 @@ impl Receiver {
         arena: Arc<Arena>,
         kv_heads: u32,
         model: &str,
+    ) -> io::Result<Receiver> {
+        Receiver::make(net, address, arena, kv_heads, model, Ways::default()).await
+    }
+
+    async fn make(
+        net: Arc<dyn Net>,
+        address: &str,
+        arena: Arc<Arena>,
+        kv_heads: u32,
+        model: &str,
+        ways: Ways,
     ) -> io::Result<Receiver> {
         if !extent::fits(arena.layout()) {
             let text = format!("blocks of {} do not fit the wire's frames", arena.layout().describe());
@@ -77,6 +100,7 @@ impl Receiver {
             closing: Notify::new(),
             counts: Counts::default(),
             tickets: OnceLock::new(),
+            ways,
             #[cfg(target_os = "linux")]
             porch: Mutex::default(),
             #[cfg(target_os = "linux")]
@@ -84,7 +108,9 @@ impl Receiver {
         });
         let accepting = tokio::spawn(serving::accept(shared.clone(), listener));
         let alarms = tokio::spawn(ring(shared.clone()));
-        Ok(Receiver { shared, accepting, alarms })
+        let receiver = Receiver { shared, accepting, alarms };
+        receiver.open_harbour(&*net).await?;
+        Ok(receiver)
     }
 
     /// Asks senders for tickets, which are made with `secret`, for every grant from here on. One that knows no tickets, of
@@ -94,15 +120,31 @@ impl Receiver {
         let _ = self.shared.tickets.set(Tickets::new(secret, required));
     }
 
-    /// Lets senders that want UCX come over it, by any interface of this host and without encryption.
-    ///
-    /// # Errors
-    /// Why there is no UCX here.
+    /// Lets senders come over UCX, at the same host. If it was asked for, an error says why there is none.
     #[cfg(target_os = "linux")]
-    pub async fn offer_ucx(&self) -> io::Result<()> {
-        let harbour = crate::ucx::Harbour::open(&self.shared).await?;
-        *lock(&self.shared.harbour) = Some(harbour);
+    async fn open_harbour(&self, net: &dyn Net) -> io::Result<()> {
+        let is_asked_for = match (self.shared.ways.preferred, &self.shared.ways.tls) {
+            (Preferred::Ucx, Some(_)) => {
+                return Err(io::Error::new(io::ErrorKind::InvalidInput, "UCX does not encrypt: not beside TLS"));
+            }
+            (Preferred::Ucx, None) => true,
+            (Preferred::Best, None) if net.shares_memory() && crate::ucx::is_better() => false,
+            _ => return Ok(()),
+        };
+        match crate::ucx::Harbour::open(&self.shared).await {
+            Ok(harbour) => *lock(&self.shared.harbour) = Some(harbour),
+            Err(error) if is_asked_for => return Err(io::Error::other(format!("UCX: {error}"))),
+            Err(error) => tracing::warn!(%error, "RDMA devices are of no use to handoffs without UCX"),
+        }
         Ok(())
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    async fn open_harbour(&self, _: &dyn Net) -> io::Result<()> {
+        match self.shared.ways.preferred {
+            Preferred::Ucx => Err(io::Error::other("UCX: Linux only")),
+            Preferred::Best | Preferred::Tcp => Ok(()),
+        }
     }
 
     /// Where senders find it.
@@ -206,6 +248,7 @@ pub(crate) struct Shared {
     closing: Notify,
     counts: Counts,
     tickets: OnceLock<Tickets>,
+    ways: Ways,
     /// Where senders of this host bring their arenas.
     #[cfg(target_os = "linux")]
     porch: Mutex<Option<crate::shm::Porch>>,
@@ -467,7 +510,7 @@ impl Shared {
     /// The name under which a process of this host finds this receiver.
     #[cfg(target_os = "linux")]
     fn offer(self: &Arc<Self>) -> Option<String> {
-        if self.registry().closed {
+        if self.registry().closed || self.ways.preferred == Preferred::Tcp {
             return None;
         }
         let mut porch = lock(&self.porch);
@@ -484,14 +527,15 @@ impl Shared {
         None
     }
 
-    /// The port at which senders come over UCX.
+    /// The port at which senders come over UCX, and the one at which they are now.
     #[cfg(target_os = "linux")]
-    fn harbour(&self) -> Option<u16> {
-        lock(&self.harbour).as_ref().map(crate::ucx::Harbour::port)
+    fn harbour(&self) -> Option<String> {
+        let here = self.address.rsplit(':').next().unwrap_or_default();
+        lock(&self.harbour).as_ref().map(|harbour| format!("{} {here}", harbour.port()))
     }
 
     #[cfg(not(target_os = "linux"))]
-    fn harbour(&self) -> Option<u16> {
+    fn harbour(&self) -> Option<String> {
         None
     }
 

@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::ffi::{c_int, c_void};
 use std::io;
 use std::mem::zeroed;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::pin::Pin;
 use std::ptr::{null, null_mut};
@@ -38,7 +38,7 @@ const SLEEP_MS: c_int = 50;
 const RDMA_DEVICES: &str = "/sys/class/infiniband";
 
 /// Whether a link over UCX can be better than one over tcp here: there is a device that tcp does not use.
-pub(crate) fn is_better() -> bool {
+pub fn is_better() -> bool {
     std::fs::read_dir(RDMA_DEVICES).is_ok_and(|mut devices| devices.next().is_some())
 }
 
@@ -59,7 +59,8 @@ pub(crate) struct Harbour {
 
 impl Harbour {
     pub(crate) async fn open(shared: &Arc<Shared>) -> io::Result<Harbour> {
-        let (port, arrivals) = listen().await?;
+        let address: SocketAddr = shared.address.parse().map_err(io::Error::other)?;
+        let (port, arrivals) = listen(SocketAddr::new(address.ip(), 0)).await?;
         Ok(Harbour { port, accepting: tokio::spawn(accept(shared.clone(), arrivals)) })
     }
 
@@ -97,9 +98,9 @@ pub(crate) async fn connect(address: SocketAddr) -> io::Result<UcxStream> {
     told.await.map_err(|_| gone())?
 }
 
-async fn listen() -> io::Result<(u16, Arrivals)> {
+async fn listen(address: SocketAddr) -> io::Result<(u16, Arrivals)> {
     let (tell, told) = oneshot::channel();
-    started().await?.order(Order::Listen { tell });
+    started().await?.order(Order::Listen { address, tell });
     told.await.map_err(|_| gone())?
 }
 
@@ -148,6 +149,35 @@ impl Pipe {
         self.ended.get_or_insert(cause);
         self.reader.take().into_iter().chain(self.writer.take()).for_each(Waker::wake);
     }
+}
+
+impl UcxStream {
+    /// What the library sends over, in its words, once something has been sent.
+    pub(crate) fn lanes(&self) -> impl Future<Output = io::Result<String>> + use<> {
+        let id = self.id;
+        async move {
+            let (tell, told) = oneshot::channel();
+            engine()?.order(Order::Lanes { id, tell });
+            told.await.map_err(|_| gone())?
+        }
+    }
+}
+
+/// Whether one of the lanes goes over RDMA: a transport of InfiniBand, RoCE or EFA.
+pub(crate) fn is_rdma(lanes: &str) -> bool {
+    const TRANSPORTS: [&str; 5] = ["rc_", "dc_", "ud_", "srd", "gga_"];
+    lanes.split(' ').any(|lane| TRANSPORTS.iter().any(|transport| lane.starts_with(transport)))
+}
+
+/// The lanes' transports and devices out of what the library prints of an endpoint: lines like
+/// `lane[0]:  2:tcp/eth0.0 md[1] -> …`, or with newer ones `lane[0]: 2:tcp/eth0.0 md[1]`.
+fn lanes_of(printed: &str) -> String {
+    let of_line = |line: &str| {
+        let (_, lane) = line.split_once("lane[")?.1.split_once("]:")?;
+        let (_, lane) = lane.split_whitespace().next()?.split_once(':')?;
+        Some(lane.to_string())
+    };
+    printed.lines().filter_map(of_line).collect::<Vec<_>>().join(" ")
 }
 
 impl AsyncRead for UcxStream {
@@ -235,11 +265,12 @@ impl Drop for UcxStream {
 
 enum Order {
     Connect { address: SocketAddr, tell: oneshot::Sender<io::Result<UcxStream>> },
-    Listen { tell: oneshot::Sender<io::Result<(u16, Arrivals)>> },
+    Listen { address: SocketAddr, tell: oneshot::Sender<io::Result<(u16, Arrivals)>> },
     Unlisten { listener: u64 },
     Send { id: u64, bytes: Vec<u8> },
     Ask { id: u64 },
     Close { id: u64 },
+    Lanes { id: u64, tell: oneshot::Sender<io::Result<String>> },
 }
 
 /// The way to the thread.
@@ -455,7 +486,8 @@ impl Pump {
                     (params.flags, params.sockaddr) = (sys::EP_CLIENT_SERVER, to.lent());
                 }));
             }
-            Order::Listen { tell } => drop(tell.send(self.listen())),
+            Order::Listen { address, tell } => drop(tell.send(self.listen(address))),
+            Order::Lanes { id, tell } => drop(tell.send(self.lanes(id))),
             Order::Unlisten { listener } => {
                 if let Some(listening) = self.listeners.remove(&listener) {
                     // SAFETY: created in `listen`, destroyed once.
@@ -492,16 +524,16 @@ impl Pump {
         }
     }
 
-    fn listen(&mut self) -> io::Result<(u16, Arrivals)> {
+    fn listen(&mut self, address: SocketAddr) -> io::Result<(u16, Arrivals)> {
         self.numbered += 1;
         let (listener, mut handle) = (self.numbered, null_mut());
-        let anywhere = Address::new(SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)));
+        let to = Address::new(address);
         // SAFETY: zero is a valid value of every field; the address outlives the call; the answer is an address of the family
-        // that was asked for.
+        // that was asked for, and the port stands at the same place in both families.
         let port = unsafe {
             let mut params: sys::ListenerParams = zeroed();
             params.field_mask = sys::LISTENER_PARAM_SOCK_ADDR | sys::LISTENER_PARAM_CONN_HANDLER;
-            params.sockaddr = anywhere.lent();
+            params.sockaddr = to.lent();
             let arrived: sys::Connecting = on_arrived;
             params.conn_handler = sys::Handler { call: arrived as *const c_void, argument: listener as *mut c_void };
             self.check("ucp_listener_create", (self.ucp.listener_create)(self.handle, &params, &mut handle))?;
@@ -532,6 +564,26 @@ impl Pump {
         self.lines.insert(id, Line { endpoint, pipe: pipe.clone(), receiving: false, closing: false });
         self.ask(id);
         Ok(UcxStream { id, pipe })
+    }
+
+    /// What an endpoint goes over.
+    fn lanes(&self, id: u64) -> io::Result<String> {
+        let line = self.lines.get(&id).filter(|line| !line.closing).ok_or_else(gone)?;
+        let (mut text, mut length) = (null_mut(), 0);
+        // SAFETY: a stream of libc in memory, which is closed before its text is read and freed once.
+        let printed = unsafe {
+            let file = libc::open_memstream(&mut text, &mut length);
+            if file.is_null() {
+                return Err(io::Error::last_os_error());
+            }
+            (self.ucp.ep_print_info)(line.endpoint, file.cast());
+            libc::fclose(file);
+            let printed = std::slice::from_raw_parts(text.cast::<u8>(), length);
+            let printed = String::from_utf8_lossy(printed).into_owned();
+            libc::free(text.cast());
+            printed
+        };
+        Ok(lanes_of(&printed))
     }
 
     /// Asks the library for what comes next.
@@ -668,4 +720,29 @@ impl Address {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lanes_are_read_out_of_what_is_printed() {
+        let cases = [
+            (
+                "#               peer: h\n#                 lane[0]:  0:tcp/lo.0 md[0]      -> md[0]/tcp/sysdev[255] am\n",
+                "tcp/lo.0",
+                false,
+            ),
+            (
+                "# lane[0]: 5:rc_mlx5/mlx5_0:1.0 md[3] -> a\n# lane[1]: 2:cma/memory.0 md[1]\n",
+                "rc_mlx5/mlx5_0:1.0 cma/memory.0",
+                true,
+            ),
+            ("# lane[1]: <none>\n# lane[", "", false),
+        ];
+        for (printed, lanes, rdma) in cases {
+            assert_eq!((&*lanes_of(printed), is_rdma(&lanes_of(printed))), (lanes, rdma), "{printed}");
+        }
+    }
 }

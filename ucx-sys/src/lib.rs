@@ -207,6 +207,7 @@ calls! {
     listener_reject: fn(Handle, Handle) -> Status, c"ucp_listener_reject";
     listener_destroy: fn(Handle), c"ucp_listener_destroy";
     ep_create: fn(Handle, *const EpParams, *mut Handle) -> Status, c"ucp_ep_create";
+    ep_print_info: fn(Handle, *mut c_void), c"ucp_ep_print_info";
     ep_close: fn(Handle, *const RequestParam) -> *mut c_void, c"ucp_ep_close_nbx";
     stream_send: fn(Handle, *const c_void, usize, *const RequestParam) -> *mut c_void, c"ucp_stream_send_nbx";
     stream_recv: fn(Handle, *mut c_void, usize, *mut usize, *const RequestParam) -> *mut c_void, c"ucp_stream_recv_nbx";

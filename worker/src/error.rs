@@ -13,6 +13,8 @@ pub enum StartError {
     Config { key: &'static str, problem: &'static str },
     #[error("the disk tier in {path}: {source}")]
     Disk { path: String, source: io::Error },
+    #[error("TLS on the handoff's address: {0}")]
+    Tls(String),
     #[error("start the engine thread: {0}")]
     Thread(io::Error),
     #[error(

@@ -32,7 +32,7 @@ pub use assigned::Assigned;
 pub use canary::CanaryError;
 pub use card::{CardError, LoadedModel};
 pub use channels::Channels;
-pub use config::Config;
+pub use config::{Config, KvLink, TlsFiles};
 pub use engine::{Admission, EngineHandle, Submission};
 pub use error::{Error, StartError};
 pub use peers::count_move;

@@ -224,6 +224,8 @@ impl Me {
 
     fn load(&self) -> Load {
         let (load, blocks, stuck) = (self.engine.load(), self.engine.cache().stats(), self.engine.stuck());
+        let links = self.links.counters();
+        metrics::record_links(&links);
         if !stuck.is_zero() {
             metrics::count_stuck();
             tracing::error!(too_long_ms = stuck.as_millis() as u64, "the engine is stuck in a step");
@@ -242,7 +244,7 @@ impl Me {
             prefill_tokens_per_s: self.engine.prefill_tokens_per_s(),
             draining: self.standing.is_draining(),
             stuck_ms: stuck.as_millis() as u64,
-            links: self.links.counters().describe(),
+            links: links.describe(),
             ..Load::default()
         }
     }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use baton_core::{Aborted, Refused, Role};
 use baton_engine::{CacheStats, EngineConfig, Event, Load, ModelSpec};
-use baton_kvtransfer::{Counters, Dropped, Fallback, LinkCounters};
+use baton_kvtransfer::{Counters, Dropped, Fallback, LinkCounters, LinkKind, Untrusted};
 use metrics::{Counter, Gauge, Histogram, Label, counter, gauge, histogram};
 
 use crate::peers::Pull;
@@ -225,6 +225,10 @@ pub fn record_transfers(counters: &Counters) {
     counter!("baton_worker_transfer_bytes_total").absolute(counters.bytes);
     counter!("baton_worker_transfer_again_total").absolute(counters.again);
     gauge!("baton_worker_transfers_held").set(counters.held as f64);
+    for reason in Untrusted::ALL {
+        let untrusted = counter!("baton_worker_link_untrusted_total", "end" => "receiver", "reason" => reason.as_str());
+        untrusted.absolute(counters.untrusted(reason));
+    }
     for reason in Dropped::ALL {
         let dropped = counter!("baton_worker_transfer_dropped_total", "reason" => reason.as_str());
         dropped.absolute(counters.dropped(reason));
@@ -233,10 +237,15 @@ pub fn record_transfers(counters: &Counters) {
 
 /// What a prefill worker's links have counted since its start.
 pub fn record_links(counters: &LinkCounters) {
-    for (link, begun) in
-        [("tcp", counters.tcp), ("shm", counters.shm), ("gpu", counters.gpu), ("local", counters.local)]
-    {
+    for (link, begun) in counters.begun() {
         counter!("baton_worker_link_transfers_total", "link" => link).absolute(begun);
+    }
+    for kind in LinkKind::ALL {
+        gauge!("baton_worker_links_up", "link" => kind.as_str()).set(counters.up(kind) as f64);
+    }
+    for reason in Untrusted::ALL {
+        let untrusted = counter!("baton_worker_link_untrusted_total", "end" => "sender", "reason" => reason.as_str());
+        untrusted.absolute(counters.untrusted(reason));
     }
     for reason in Fallback::ALL {
         let fallbacks = counter!("baton_worker_link_fallbacks_total", "reason" => reason.as_str());

@@ -9,7 +9,7 @@ use baton_core::net::Listener;
 use baton_core::planted::{self, Bug};
 use baton_core::{Arena, BlockHash, Env, Epoch, Incarnation, Net, Place, Refused, RequestId, Role, TokenId, WorkerId};
 use baton_engine::{Backend, Blocks, Cache, Engine, EngineConfig, ModelSpec};
-use baton_kvtransfer::{Links, Receiver};
+use baton_kvtransfer::{Links, Receiver, Ways};
 use baton_proto::convert::refusal;
 use baton_proto::v1::worker_server::{Worker, WorkerServer};
 use baton_proto::v1::{CardRequest, LendReply, LendRequest, Member, ModelCard, ModelSummary, Refusal};
@@ -40,6 +40,7 @@ pub struct Opened {
     engine: EngineThread,
     tiers: Option<Arc<Tiers>>,
     receiver: Receiver,
+    ways: Ways,
     listener: Box<dyn Listener>,
     card: ModelCard,
     role: Role,
@@ -87,7 +88,8 @@ pub async fn open(role: Role, config: Config, model: LoadedModel, env: Env) -> R
         cache.computes_elsewhere();
     }
     let tiers = tiers(&cache, &spec, &config)?;
-    let receiver = Receiver::listen(net.clone(), &config.kv_listen, cache.arena().clone(), &spec.numerics.0).await;
+    let (arena, ways) = (cache.arena().clone(), config.ways()?);
+    let receiver = Receiver::with(net.clone(), &config.kv_listen, arena, &spec.numerics.0, ways.clone()).await;
     let receiver = receiver.map_err(|source| StartError::Listen { address: config.kv_listen.clone(), source })?;
     receiver.issue_tickets(rng.secret(), config.kv_tickets_required);
     backend.prepare(cache.arena());
@@ -97,7 +99,8 @@ pub async fn open(role: Role, config: Config, model: LoadedModel, env: Env) -> R
     }
     let engine = Engine::over(cache, spec.clone(), config.engine);
     let engine = EngineThread::start(engine, backend).map_err(StartError::Thread)?;
-    Ok(Opened { config, net, spec, engine, tiers, receiver, listener, card, role, rng, pid: process.id, golden })
+    let pid = process.id;
+    Ok(Opened { config, net, spec, engine, tiers, receiver, ways, listener, card, role, rng, pid, golden })
 }
 
 fn tiers(cache: &Cache, spec: &ModelSpec, config: &Config) -> Result<Option<Arc<Tiers>>, StartError> {
@@ -178,7 +181,7 @@ impl Opened {
         let cluster = Some(registered.cluster).filter(|name| !name.is_empty()).unwrap_or(self.config.cluster.clone());
         let (engine, standing) = (self.engine.handle().clone(), Arc::new(Standing::new(coordinators)));
         let (net, told) = (self.net.clone(), standing.clone());
-        let links = Links::new(net.clone(), engine.cache().arena().clone(), &self.spec.numerics.0);
+        let links = Links::with(net.clone(), engine.cache().arena().clone(), &self.spec.numerics.0, self.ways.clone());
         let (every, handle) = (registered.heartbeat_ms, engine.clone());
         let membership = Membership::start(net, member, self.role, every, told, handle, links.clone());
         let address = self.address();

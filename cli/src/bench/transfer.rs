@@ -4,9 +4,12 @@
 mod path;
 mod plain;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use baton_core::{Arena, BlockLayout, KvDtype, Role};
+use baton_kvtransfer::Tls;
+use baton_worker::TlsFiles;
 use clap::Args;
 
 use self::path::Paths;
@@ -47,6 +50,9 @@ pub(crate) struct TransferFlags {
     /// Be the process that sends, told what by standard input
     #[arg(long, hide = true, requires = "device")]
     sender: bool,
+    /// Also measure tcp under TLS, with these PEM files: the authority's certificate, one for 127.0.0.1, and its key
+    #[arg(long, value_name = "FILE", num_args = 3, value_names = ["CA", "CERT", "KEY"], conflicts_with = "device")]
+    tls: Vec<PathBuf>,
     /// Print one JSON object a line for each figure instead of a table
     #[arg(long)]
     json: bool,
@@ -55,6 +61,13 @@ pub(crate) struct TransferFlags {
 pub(crate) fn run(flags: TransferFlags) -> Result<(), Failure> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let mut figures = Vec::new();
+    let tls = match &flags.tls[..] {
+        [ca, cert, key] => {
+            let files = TlsFiles { ca: ca.clone(), cert: cert.clone(), key: key.clone() };
+            Some(files.read().map_err(Failure::refused)?)
+        }
+        _ => None,
+    };
     if let Some(devices) = &flags.device {
         let (from, to) = (devices.of(Role::Prefill, 0), devices.of(Role::Decode, 0));
         if let (Device::Cuda(from), Device::Cuda(to)) = (from, to) {
@@ -75,7 +88,7 @@ pub(crate) fn run(flags: TransferFlags) -> Result<(), Failure> {
                 [("streaming", STREAMED_BYTES, 1), ("resident", RESIDENT_BYTES.max(kib << 12), RESIDENT_PASSES)]
             {
                 let name = format!("{kib}KiB/{pattern}");
-                let measured = runtime.block_on(measure(layout, bytes, passes, flags.rounds))?;
+                let measured = runtime.block_on(measure(layout, bytes, passes, flags.rounds, tls.clone()))?;
                 figures.extend(measured.figures(&name, kib, passes * bytes));
             }
         }
@@ -107,11 +120,17 @@ struct Measured {
 }
 
 /// Moves `bytes` over every path `passes` times a round.
-async fn measure(layout: BlockLayout, bytes: usize, passes: usize, rounds: u32) -> Result<Measured, Failure> {
+async fn measure(
+    layout: BlockLayout,
+    bytes: usize,
+    passes: usize,
+    rounds: u32,
+    tls: Option<Tls>,
+) -> Result<Measured, Failure> {
     let blocks = bytes / layout.block_bytes();
     let arena = || Arena::new(layout, blocks);
     let shared = Arena::shared(layout, blocks).ok().map(filled);
-    let mut paths = Paths::new(filled(arena()), shared, filled(arena()), passes).await?;
+    let mut paths = Paths::new(filled(arena()), shared, filled(arena()), tls, passes).await?;
     paths.round().await?; // Connects, and touches every buffer.
     if !paths.are_what_they_say() {
         return Err(Failure::refuse("a transfer went over another link than the one to measure"));
@@ -163,6 +182,7 @@ fn ratios(kib: usize) -> Vec<(&'static str, &'static str, Option<f64>)> {
     let large = |target: f64| (kib == 1024).then_some(target);
     vec![
         ("tcp", "socket", large(0.9)),
+        ("tls", "tcp", None),
         ("ucx", "socket", None),
         ("local", "memcpy", None),
         ("shm", "memcpy", large(0.8)),

@@ -31,9 +31,9 @@ const SEQUENCES_MAX: usize = 256;
 /// (`baton drain`) or make it serve the other role with the weights it has (`baton role`). A worker that the cluster has given
 /// up for its silence drops what it had and registers anew.
 ///
-/// Keys of the TOML file, as the flags of these names: id, listen, kv_listen, kv_advertise, kv_tickets_required, advertise_host,
-/// coordinators (a list), model, threads, tp, device, profile, quantize, metrics, kv_bytes, kv_pull (whether blocks that another
-/// worker holds are fetched, true), kv_host_bytes, kv_disk, kv_disk_bytes, drain_ms, autonomy_ms. In the table [engine]: blocks
+/// Keys of the TOML file, as the flags of these names: id, listen, kv_listen, kv_advertise, kv_tickets_required, kv_link,
+/// advertise_host, coordinators (a list), model, threads, tp, device, profile, quantize, metrics, kv_bytes, kv_pull (whether blocks that another
+/// worker holds are fetched, true), kv_host_bytes, kv_disk, kv_disk_bytes, drain_ms, autonomy_ms. In the table [kv_tls]: ca, cert, key. In the table [engine]: blocks
 /// (--kv-blocks), batch_tokens_max (--batch-tokens),
 /// sequences_max (sequences worked on at a time, 256), queue_max (requests that wait before more are refused, 256),
 /// prefix_cache (whether finished blocks are kept and found by content, true).
@@ -61,6 +61,19 @@ pub(crate) struct WorkerFlags {
     /// Turn away prefill workers of releases before handoffs had tickets (decode workers)
     #[arg(long)]
     kv_tickets_required: bool,
+    /// Which link handoffs take where two workers share several: best (GPU to GPU, shared memory, UCX over RDMA, tcp, in this
+    /// order), ucx (whatever it goes over, also within a host; on both ends), or tcp [default: best]
+    #[arg(long, value_name = "LINK", value_parser = ["best", "ucx", "tcp"])]
+    kv_link: Option<String>,
+    /// TLS on handoffs between hosts: PEM file with the certificate of the authority that signed the workers'
+    #[arg(long, value_name = "FILE", requires = "kv_tls_cert", requires = "kv_tls_key")]
+    kv_tls_ca: Option<PathBuf>,
+    /// This worker's certificate for --advertise-host (PEM), followed by those between it and its authority
+    #[arg(long, value_name = "FILE")]
+    kv_tls_cert: Option<PathBuf>,
+    /// The private key of --kv-tls-cert (PEM)
+    #[arg(long, value_name = "FILE")]
+    kv_tls_key: Option<PathBuf>,
     /// Host under which other processes reach this worker [default: 127.0.0.1]
     #[arg(long, value_name = "HOST")]
     advertise_host: Option<String>,
@@ -246,6 +259,10 @@ fn settings(flags: WorkerFlags, role: Role) -> Result<(Own, Settings), Failure> 
     settings.flag("kv_listen", flags.kv_listen);
     settings.flag("kv_advertise", flags.kv_advertise);
     settings.flag("kv_tickets_required", flags.kv_tickets_required.then_some(true));
+    settings.flag("kv_link", flags.kv_link);
+    settings.flag("kv_tls.ca", path(flags.kv_tls_ca)?);
+    settings.flag("kv_tls.cert", path(flags.kv_tls_cert)?);
+    settings.flag("kv_tls.key", path(flags.kv_tls_key)?);
     settings.flag("advertise_host", flags.advertise_host);
     settings.flag("coordinators", texts(&flags.coordinators));
     settings.flag("kv_host_bytes", flags.kv_host_bytes);

@@ -94,6 +94,8 @@ impl Cluster {
             kv_advertise: self.kv.1.map(Into::into),
             cluster: String::new(),
             kv_tickets_required: true,
+            kv_link: baton_worker::KvLink::Best,
+            kv_tls: None,
             advertise_host: "127.0.0.1".into(),
             coordinators: vec![self.coordinator.address()],
             drain_ms: DRAIN_MS,

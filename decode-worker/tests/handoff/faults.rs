@@ -1,6 +1,6 @@
 //! Whatever goes wrong, the request ends with one word and both caches are free again.
 
-use baton_core::{Aborted, Incarnation, Place, Refused, Request, RequestId, Role};
+use baton_core::{Aborted, Incarnation, Net, Place, Refused, Request, RequestId, Role};
 use baton_engine::EngineConfig;
 use baton_engine::testing::request;
 use baton_proto::v1::WorkerLife;
@@ -109,6 +109,11 @@ async fn a_prefill_worker_that_is_not_there_refuses() {
     let mut cluster = Cluster::start(1, 1).await;
     let order = order(&cluster, 1);
     cluster.prefills[0].kill();
+    // Its runtime ends beside this one: until the listener is closed, a connection is taken and then reset.
+    let address = order.prefill.as_ref().unwrap().address.clone();
+    while cluster.net.connect(&address).await.is_ok() {
+        tokio::task::yield_now().await;
+    }
     let mut gateway = Gateway::connect(&cluster, &cluster.decodes[0]).await;
     let told = gateway.run(&order).await;
     assert_eq!(told.aborted(), Aborted::PrefillRefused);

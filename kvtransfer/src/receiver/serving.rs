@@ -31,7 +31,7 @@ pub(super) async fn accept(shared: Arc<Shared>, mut listener: Box<dyn Listener>)
         tokio::select! {
             accepted = listener.accept() => match accepted {
                 Ok(stream) if connections.len() < HANDOFF_LINKS_MAX => {
-                    connections.spawn(serve(shared.clone(), stream, None));
+                    connections.spawn(admit(shared.clone(), stream));
                 }
                 Ok(_) => tracing::warn!("more than {HANDOFF_LINKS_MAX} links: connection refused"),
                 Err(error) => {
@@ -42,6 +42,21 @@ pub(super) async fn accept(shared: Arc<Shared>, mut listener: Box<dyn Listener>)
             Some(_) = connections.join_next() => {}
             () = shared.closing.notified() => return connections.shutdown().await,
         }
+    }
+}
+
+/// A connection over the network, under TLS where this receiver has a certificate.
+async fn admit(shared: Arc<Shared>, stream: Stream) {
+    let Some(tls) = &shared.ways.tls else { return serve(shared, stream, None).await };
+    match timeout(Duration::from_millis(HANDOFF_CONNECT_MS), tls.accept(stream)).await {
+        Ok(Ok(stream)) => serve(shared, stream, None).await,
+        Ok(Err((reason, error))) => {
+            if let Some(reason) = reason {
+                shared.counts.distrust(reason);
+            }
+            tracing::warn!(%error, "no TLS with a sender: it needs a certificate of this worker's authority");
+        }
+        Err(_) => tracing::debug!("no TLS with a sender within {HANDOFF_CONNECT_MS} ms"),
     }
 }
 
@@ -124,8 +139,8 @@ where
     if let Some(name) = offer {
         say(to, Body::Offer(name)).await?;
     }
-    if let Some(port) = harbour {
-        say(to, Body::Offer(port.to_string())).await?;
+    if let Some(ports) = harbour {
+        say(to, Body::Offer(ports)).await?;
     }
     to.flush().await?;
     Ok(Some(features & theirs))

@@ -17,6 +17,7 @@ mod resend;
 mod shm;
 mod tickets;
 mod time;
+mod tls;
 #[cfg(target_os = "linux")]
 mod ucx;
 mod wire_faults;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use baton_core::{Arena, BlockLayout, Epoch, KvDtype, RequestId, Rng, TransferId};
 use baton_kvtransfer::wire::{BY_REFERENCE, Body, Kind, Tag};
-use baton_kvtransfer::{Fallback, Grant, Links, Receiver, TransferError};
+use baton_kvtransfer::{Fallback, Grant, Links, Preferred, Receiver, TransferError, Ways};
 
 use crate::net::Loopback;
 use crate::raw::Raw;
@@ -198,10 +198,8 @@ async fn other_process() {
     if link == "device" {
         source.attach(Arc::new(crate::device::Device::filled(LAYOUTS[1], 64)));
     }
-    let links = Links::new(Arc::new(Loopback), Arc::new(source), MODEL);
-    if link == "ucx" {
-        links.prefer_ucx();
-    }
+    let preferred = if link == "ucx" { Preferred::Ucx } else { Preferred::Best };
+    let links = Links::with(Arc::new(Loopback), Arc::new(source), MODEL, Ways { preferred, tls: None });
     let (transfer, blocks) = (TransferId(transfer.parse().unwrap()), ids(0..blocks.parse().unwrap()));
     let (address, layout, deadline_ms) = (address.to_string(), LAYOUTS[1], 60_000);
     let grant = Grant {

@@ -5,7 +5,9 @@ use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::time::Duration;
 
 use baton_core::{Arena, BlockId, BlockLayout, Epoch, KvDtype, Net, RequestId, Rng};
-use baton_kvtransfer::{Committed, Counters, Grant, Incoming, Links, Outgoing, Receiver, TransferError};
+use baton_kvtransfer::{
+    Committed, Counters, Grant, Incoming, Links, Outgoing, Preferred, Receiver, Tls, TransferError, Ways, describe_ucx,
+};
 
 use crate::net::Loopback;
 
@@ -67,13 +69,32 @@ impl World {
     }
 
     async fn from(net: Arc<dyn Net>, source: Arena) -> World {
+        World::with(net, source, [Preferred::Best; 2], [None, None]).await
+    }
+
+    /// With what the receiver and the sender prefer, and their certificates.
+    pub(crate) async fn with(
+        net: Arc<dyn Net>,
+        source: Arena,
+        preferred: [Preferred; 2],
+        tls: [Option<Tls>; 2],
+    ) -> World {
         let (layout, blocks) = (*source.layout(), source.blocks());
         let source = Arc::new(source);
         let target = Arc::new(Arena::new(layout, blocks));
         fill(&source, &mut Rng::new(1));
-        let receiver = Receiver::listen(net.clone(), "127.0.0.1:0", target.clone(), MODEL).await.unwrap();
-        let links = Links::new(net, source.clone(), MODEL);
+        let [to, from] = preferred;
+        let [of_receiver, of_sender] = tls;
+        let to = Ways { preferred: to, tls: of_receiver };
+        let receiver = Receiver::with(net.clone(), "127.0.0.1:0", target.clone(), MODEL, to).await.unwrap();
+        let links = Links::with(net, source.clone(), MODEL, Ways { preferred: from, tls: of_sender });
         World { source, target, receiver, links, held: Held::default() }
+    }
+
+    /// Both ends prefer UCX, as far as there is such a library for the receiver.
+    pub(crate) async fn over_ucx(layout: BlockLayout, blocks: usize) -> World {
+        let to = if describe_ucx().is_ok() { Preferred::Ucx } else { Preferred::Best };
+        World::with(Arc::new(Loopback), Arena::new(layout, blocks), [to, Preferred::Ucx], [None, None]).await
     }
 
     pub(crate) fn grant(&self, blocks: &[BlockId]) -> (Grant, Incoming<Guard>) {

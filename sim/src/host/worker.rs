@@ -84,6 +84,8 @@ fn config(world: &World, host: &str, role: Role) -> Config {
         kv_advertise: None,
         cluster: String::new(),
         kv_tickets_required: false,
+        kv_link: baton_worker::KvLink::Best,
+        kv_tls: None,
         advertise_host: host.to_string(),
         coordinators: world.topology.coordinator_addresses(),
         drain_ms: DRAIN.as_millis() as u64,

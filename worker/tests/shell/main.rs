@@ -27,6 +27,8 @@ fn config(coordinators: &[&FakeCoordinator]) -> Config {
         kv_advertise: None,
         cluster: String::new(),
         kv_tickets_required: false,
+        kv_link: baton_worker::KvLink::Best,
+        kv_tls: None,
         advertise_host: "127.0.0.1".into(),
         coordinators: coordinators.iter().map(|coordinator| coordinator.address()).collect(),
         drain_ms: DRAIN_MS,

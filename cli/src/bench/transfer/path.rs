@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use baton_core::{Arena, BlockId, Epoch, RequestId};
-use baton_kvtransfer::{Links, Receiver};
+use baton_kvtransfer::{Links, Preferred, Receiver, Tls, Ways};
 use baton_proto::TcpNet;
 use tokio::time::Instant;
 
@@ -19,11 +19,14 @@ const MODEL: &str = "bench";
 const SHM: &str = "shm";
 /// Full blocks that were sent before: the sender knows their checksums.
 const SHM_AGAIN: &str = "shm again";
+const TLS: &str = "tls";
 
 pub(super) struct Paths {
     plain: Plain,
     links: Vec<(&'static str, Links)>,
     receiver: Receiver,
+    /// The one that asks for certificates.
+    secured: Option<Receiver>,
     blocks: usize,
     layers: usize,
     passes: usize,
@@ -35,21 +38,32 @@ impl Paths {
         source: Arc<Arena>,
         shared: Option<Arc<Arena>>,
         target: Arc<Arena>,
+        tls: Option<Tls>,
         passes: usize,
     ) -> Result<Paths, Failure> {
         let (layout, blocks) = (*source.layout(), source.blocks());
         let net = Arc::new(TcpNet);
-        let receiver = Receiver::listen(net.clone(), "127.0.0.1:0", target, MODEL).await?;
+        let ucx = has_ucx();
+        let preferred = if ucx { Preferred::Ucx } else { Preferred::Best };
+        let ways = Ways { preferred, tls: None };
+        let receiver = Receiver::with(net.clone(), "127.0.0.1:0", target.clone(), MODEL, ways).await?;
         let tcp = Links::new(net.clone(), source.clone(), MODEL);
         let local = Links::new(net.clone(), source.clone(), MODEL);
         local.add_local(&receiver);
         let shared =
             shared.map(|shared| [SHM, SHM_AGAIN].map(|name| (name, Links::new(net.clone(), shared.clone(), MODEL))));
         let plain = Plain::new(layout.layer_bytes(), blocks * layout.block_bytes())?;
-        let ucx = over_ucx(&receiver, Links::new(net.clone(), source, MODEL)).await.map(|links| ("ucx", links));
-        let links =
-            [("tcp", tcp), ("local", local)].into_iter().chain(shared.into_iter().flatten()).chain(ucx).collect();
-        Ok(Paths { plain, links, receiver, blocks, layers: layout.layers as usize, passes })
+        let ways = Ways { preferred: Preferred::Ucx, tls: None };
+        let ucx = ucx.then(|| ("ucx", Links::with(net.clone(), source.clone(), MODEL, ways)));
+        let ways = Ways { preferred: Preferred::Tcp, tls };
+        let secured = match ways.tls {
+            None => None,
+            Some(_) => Some(Receiver::with(net.clone(), "127.0.0.1:0", target, MODEL, ways.clone()).await?),
+        };
+        let tls = secured.is_some().then(|| (TLS, Links::with(net.clone(), source, MODEL, ways)));
+        let links = [("tcp", tcp), ("local", local)].into_iter().chain(tls);
+        let links = links.chain(shared.into_iter().flatten()).chain(ucx).collect();
+        Ok(Paths { plain, links, receiver, secured, blocks, layers: layout.layers as usize, passes })
     }
 
     pub(super) fn names(&self) -> Vec<&'static str> {
@@ -66,7 +80,7 @@ impl Paths {
         for (name, links) in &self.links {
             let started = Instant::now();
             for _ in 0..passes {
-                self.handoff(links, *name == SHM_AGAIN).await?;
+                self.handoff(name, links).await?;
             }
             seconds.push(started.elapsed().as_secs_f64());
         }
@@ -74,10 +88,12 @@ impl Paths {
     }
 
     /// One transfer of all blocks, layer by layer, from its grant to the receiver's word that it is complete.
-    /// `settled` blocks are full: their checksums are kept from the first time that they are sent.
-    async fn handoff(&self, links: &Links, settled: bool) -> Result<(), Failure> {
+    async fn handoff(&self, name: &str, links: &Links) -> Result<(), Failure> {
+        // Full blocks: their checksums are kept from the first time that they are sent.
+        let settled = name == SHM_AGAIN;
+        let receiver = self.secured.as_ref().filter(|_| name == TLS).unwrap_or(&self.receiver);
         let ids: Vec<BlockId> = (0..self.blocks as u32).map(|index| BlockId { index, generation: 1 }).collect();
-        let (grant, incoming) = self.receiver.open(RequestId(1), Epoch(1), ids.clone(), DEADLINE, ());
+        let (grant, incoming) = receiver.open(RequestId(1), Epoch(1), ids.clone(), DEADLINE, ());
         let pairs: Vec<(usize, BlockId)> = ids.into_iter().enumerate().collect();
         let (links, layers) = (links.clone(), self.layers);
         let sending = tokio::spawn(async move {
@@ -96,28 +112,26 @@ impl Paths {
     /// Whether every transfer has taken the link that it is reported under.
     pub(super) fn are_what_they_say(&self) -> bool {
         self.links.iter().all(|(name, links)| {
-            let counters = links.counters();
-            let transfers =
-                [("tcp", counters.tcp), (SHM, counters.shm), ("ucx", counters.ucx), ("local", counters.local)];
             let link = if *name == SHM_AGAIN { SHM } else { *name };
-            transfers.into_iter().all(|(other, count)| (count > 0) == (other == link))
+            links.counters().begun().into_iter().all(|(other, count)| (count > 0) == (other == link))
         })
     }
 
     pub(super) async fn close(self) {
         self.receiver.close().await;
+        if let Some(secured) = self.secured {
+            secured.close().await;
+        }
     }
 }
 
-/// None where there is no UCX (`baton doctor` says why).
+/// Whether there is UCX (`baton doctor` says why not).
 #[cfg(target_os = "linux")]
-async fn over_ucx(receiver: &Receiver, links: Links) -> Option<Links> {
-    receiver.offer_ucx().await.ok()?;
-    links.prefer_ucx();
-    Some(links)
+fn has_ucx() -> bool {
+    baton_kvtransfer::describe_ucx().is_ok()
 }
 
 #[cfg(not(target_os = "linux"))]
-async fn over_ucx(_: &Receiver, _: Links) -> Option<Links> {
-    None
+fn has_ucx() -> bool {
+    false
 }
