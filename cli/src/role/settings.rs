@@ -28,7 +28,8 @@ impl Settings {
 
     /// A flag, if it was given, replaces the file's key. `key` may name one in a table: `engine.blocks`.
     pub(crate) fn flag(&mut self, key: &str, value: Option<impl Into<Value>>) {
-        if let (Some(value), Some((table, last))) = (value, self.place(key)) {
+        let Some(value) = value else { return };
+        if let Some((table, last)) = self.place(key) {
             table.insert(last.to_string(), value.into());
         }
     }
@@ -122,6 +123,16 @@ mod tests {
         assert_eq!(read("listen='a'\nengine={blocks=1,queue=2}", None, None), of("a", 1, 2));
         assert_eq!(read("listen='a'\nengine={blocks=1,queue=2}", Some("b"), Some(3)), of("b", 3, 2));
         assert_eq!(read("", Some("b"), Some(3)), of("b", 3, 9));
+    }
+
+    /// A table whose absence means something is not there because a flag of it could have been given.
+    #[test]
+    fn a_flag_that_is_not_given_makes_no_table() {
+        let mut settings = Settings::default();
+        settings.flag("kv_tls.ca", None::<String>);
+        assert!(settings.table.is_empty());
+        settings.flag("kv_tls.ca", Some("a"));
+        assert_eq!(settings.table.to_string(), "[kv_tls]\nca = \"a\"\n");
     }
 
     #[test]
