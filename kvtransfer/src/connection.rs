@@ -8,7 +8,7 @@ use baton_core::limits::{HANDOFF_CONNECT_MS, HANDOFF_CREDIT_BYTES};
 use baton_core::{BlockId, Net, Refused, Stream, TransferId};
 use tokio::io::{AsyncRead, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::sync::{Semaphore, watch};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use crate::TransferError;
 use crate::counters::LinkKind;
@@ -236,18 +236,19 @@ impl Connection {
         self.by_reference() && self.features & FEATURE_DEVICE != 0
     }
 
-    /// Sends one frame once there are credit and a place for it. Its source blocks are read until the flight has
-    /// `landed` or is dropped.
+    /// Sends one frame once there are a place and credit for it; of several transfers the one that is `due` first. Its source blocks
+    /// are read until the flight has `landed` or is dropped.
     pub(crate) async fn send(
         &self,
         sending: &Sending,
+        due: Instant,
         frame: Frame<'_>,
         flight: &mut Flight,
     ) -> Result<Vec<Sent>, TransferError> {
         tokio::select! {
             biased;
             error = sending.failed() => Err(error),
-            sent = self.send_when_possible(sending, frame, flight) => sent,
+            sent = self.send_when_possible(sending, due, frame, flight) => sent,
         }
     }
 
@@ -255,36 +256,28 @@ impl Connection {
     async fn send_when_possible(
         &self,
         sending: &Sending,
+        due: Instant,
         frame: Frame<'_>,
         flight: &mut Flight,
     ) -> Result<Vec<Sent>, TransferError> {
         let layer_bytes = if self.by_reference() { 0 } else { frame.arena.layout().layer_bytes() };
         let bytes = frame.blocks.len() * (ENTRY_BYTES + layer_bytes);
+        let Some(place) = self.outbox.place(due).await else { return Err(self.lost("closed")) };
         let Ok(credit) = self.credits.acquire_many(bytes as u32).await else {
             return Err(self.lost("closed"));
         };
-        if !self.outbox.place().await {
-            return Err(self.lost("closed"));
-        }
         let mut data = Data::default();
         let header = frame.gather(&mut data, self.by_reference());
         let sources = frame.blocks.iter().map(|(_, source)| *source);
         let sent = data.sums().zip(sources).map(|((position, sum), source)| Sent { position, source, sum }).collect();
         let pushed = sending.writing(|| {
             credit.forget();
-            self.outbox.push(header, data)
+            self.outbox.push(place, header, data)
         });
-        match pushed {
-            Ok((loan, end)) => {
-                flight.borrowed.push(loan);
-                flight.end = end;
-                Ok(sent)
-            }
-            Err(error) => {
-                self.outbox.vacate();
-                Err(error)
-            }
-        }
+        let (loan, end) = pushed?;
+        flight.borrowed.push(loan);
+        flight.end = end;
+        Ok(sent)
     }
 
     /// Returns when the source blocks of a flight are not read any more: written, or by reference copied.

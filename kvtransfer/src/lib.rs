@@ -28,6 +28,7 @@ mod sums;
 mod ticket;
 mod tls;
 mod transfer;
+mod turns;
 #[cfg(target_os = "linux")]
 mod ucx;
 
@@ -41,4 +42,4 @@ pub use receiver::{Incoming, Partial, Receiver};
 pub use tls::{BadTls, Tls};
 pub use transfer::Received;
 #[cfg(target_os = "linux")]
-pub use ucx::{describe as describe_ucx, is_better as has_rdma};
+pub use ucx::describe as describe_ucx;

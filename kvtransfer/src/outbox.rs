@@ -8,12 +8,13 @@ use std::time::Duration;
 
 use baton_core::limits::{HANDOFF_IDLE_MS, HANDOFF_PING_MS};
 use tokio::io::{AsyncWrite, AsyncWriteExt};
-use tokio::sync::{Notify, Semaphore};
-use tokio::time::timeout;
+use tokio::sync::Notify;
+use tokio::time::{Instant, timeout};
 
 use crate::extent::Data;
 use crate::link::Peer;
 use crate::loan::Loan;
+use crate::turns::Turns;
 use crate::wire::{Body, Header, Message, Tag};
 
 /// DATA frames of a link that are gathered or being written: what bounds its memory.
@@ -24,7 +25,7 @@ const CONTROLS_MAX: usize = 16_384;
 pub(crate) struct Outbox {
     queue: Mutex<Queue>,
     wake: Notify,
-    places: Semaphore,
+    places: Turns,
     closing: Notify,
 }
 
@@ -44,7 +45,7 @@ enum Frame {
 impl Outbox {
     /// For so many DATA frames at a time.
     pub(crate) fn new(places: usize) -> Outbox {
-        Outbox { queue: Mutex::default(), wake: Notify::new(), places: Semaphore::new(places), closing: Notify::new() }
+        Outbox { queue: Mutex::default(), wake: Notify::new(), places: Turns::new(places), closing: Notify::new() }
     }
 
     pub(crate) fn tell(&self, tag: Tag, body: Body) {
@@ -65,17 +66,14 @@ impl Outbox {
         self.wake.notify_one();
     }
 
-    /// Returns once there is a place for a frame; false after `close`. `push` fills it, `vacate` gives it back.
-    pub(crate) async fn place(&self) -> bool {
-        self.places.acquire().await.map(|place| place.forget()).is_ok()
-    }
-
-    pub(crate) fn vacate(&self) {
-        self.places.add_permits(1);
+    /// A place for a frame, for whoever is `due` first; None after `close`.
+    pub(crate) async fn place(&self, due: Instant) -> Option<Place<'_>> {
+        self.places.take(due).await.then_some(Place(self))
     }
 
     /// Queues a frame. Returns it, and the DATA payload bytes up to its end.
-    pub(crate) fn push(&self, mut header: Header, mut data: Data) -> (Arc<Loan>, u64) {
+    pub(crate) fn push(&self, place: Place<'_>, mut header: Header, mut data: Data) -> (Arc<Loan>, u64) {
+        std::mem::forget(place);
         let mut queue = self.lock();
         header.sequence = queue.sequence;
         queue.sequence += header.length as u64;
@@ -120,7 +118,7 @@ impl Outbox {
             Frame::Control(bytes) => write_all(to, &bytes).await?,
             Frame::Data(loan) => {
                 loan.write(to).await?;
-                self.vacate();
+                self.places.leave();
             }
         }
         if self.lock().is_empty() {
@@ -140,6 +138,15 @@ impl Outbox {
 
     fn lock(&self) -> MutexGuard<'_, Queue> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A place in an outbox. Dropping it gives it back, unless a frame was pushed into it.
+pub(crate) struct Place<'a>(&'a Outbox);
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        self.0.places.leave();
     }
 }
 

@@ -263,7 +263,7 @@ impl Outgoing {
                 Frame { arena, grant: &self.grant, digest: self.digest, layer, blocks, sums, settled, on_device };
             match &mut self.path {
                 Path::Connection(connection) => {
-                    let sending = connection.send(&self.sending, frame, &mut flight);
+                    let sending = connection.send(&self.sending, self.deadline, frame, &mut flight);
                     sent.extend(timeout_at(self.deadline, sending).await.map_err(|_| TransferError::Deadline)??);
                     if connection.by_reference() {
                         // The frame leaves at once, so that the receiver copies while the next one is hashed.
@@ -325,7 +325,7 @@ impl Outgoing {
                 let Path::Connection(connection) = &self.path else {
                     return Err(TransferError::Aborted(Aborted::Internal));
                 };
-                let sending = connection.send(&self.sending, frame, &mut flight);
+                let sending = connection.send(&self.sending, self.deadline, frame, &mut flight);
                 sent.extend(timeout_at(self.deadline, sending).await.map_err(|_| TransferError::Deadline)??);
                 // The frame leaves at once, so that the receiver copies while the next one is made.
                 tokio::task::yield_now().await;

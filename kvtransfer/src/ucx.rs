@@ -38,7 +38,7 @@ const SLEEP_MS: c_int = 50;
 const RDMA_DEVICES: &str = "/sys/class/infiniband";
 
 /// Whether a link over UCX can be better than one over tcp here: there is a device that tcp does not use.
-pub fn is_better() -> bool {
+pub(crate) fn is_better() -> bool {
     std::fs::read_dir(RDMA_DEVICES).is_ok_and(|mut devices| devices.next().is_some())
 }
 

@@ -172,6 +172,44 @@ async fn unacknowledged_bytes_are_bounded() {
     assert!(taken > HANDOFF_CREDIT_BYTES - (1 << 20), "{taken}");
 }
 
+/// Of transfers that wait for a slow receiver the one with the earliest deadline goes on first, whenever it came.
+#[tokio::test(start_paused = true)]
+async fn the_earliest_deadline_goes_first() {
+    let net = Memory::default();
+    let (grant, listener) = grant_by_hand(&net).await;
+    let links = Links::new(Arc::new(net), Arc::new(Arena::new(WIDE, 8)), MODEL);
+    let by_hand = tokio::spawn(receiver_by_hand(listener));
+    let _first = links.open(grant.clone()).await.unwrap();
+    let mut raw = by_hand.await.unwrap();
+    // The first four find places in the link's outbox.
+    let seconds = [60, 60, 60, 60, 50, 20, 40, 30];
+    let mut opened = Vec::new();
+    for (nth, seconds) in seconds.into_iter().enumerate() {
+        let (transfer, deadline_ms) = (baton_core::TransferId(100 + nth as u64), seconds * 1000);
+        let opening = links.open(Grant { transfer, deadline_ms, ..grant.clone() });
+        let opens = async {
+            let open = raw.hear().await.unwrap();
+            raw.say(open.tag, Body::Opened).await;
+        };
+        opened.push(tokio::join!(opening, opens).0.unwrap());
+    }
+    let mut sending = tokio::task::JoinSet::new();
+    for mut outgoing in opened {
+        let blocks = pairs(&grant.blocks);
+        sending.spawn(async move { outgoing.send(0, &blocks).await.map(|()| outgoing) });
+        for _ in 0..20 {
+            tokio::task::yield_now().await;
+        }
+    }
+    let mut order = Vec::new();
+    while order.len() < seconds.len() {
+        let (header, _) = raw.frame().await.unwrap();
+        order.extend((header.kind == Kind::Data).then_some(header.tag.transfer.0 - 100));
+    }
+    assert_eq!(order, [0, 1, 2, 3, 5, 7, 6, 4]);
+    assert!(sending.join_all().await.iter().all(Result::is_ok));
+}
+
 /// An acknowledgement of bytes that were never sent closes the link.
 #[tokio::test(start_paused = true)]
 async fn a_false_acknowledgement_closes_the_link() {
