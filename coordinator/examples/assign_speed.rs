@@ -164,6 +164,7 @@ async fn beat(mut client: Client, lives: Vec<(v1::Member, u64)>) {
                 sequence,
                 load: Some(load),
                 member: Some(member.clone()),
+                ..Default::default()
             };
             drop(client.heartbeat(request).await);
         }

@@ -89,6 +89,7 @@ async fn beat(
             sequence: sequence.fetch_add(1, Ordering::Relaxed) + 1,
             load: Some(Load { sequences_running: running() as u32, ..Default::default() }),
             member: Some(member.clone()),
+            ..HeartbeatRequest::default()
         };
         match deadline(client.heartbeat(request)).await.ok().and_then(|reply| reply.outcome) {
             Some(Outcome::Refused(refusal)) if convert::refused(&refusal) == Refused::Stale => return,

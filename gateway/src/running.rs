@@ -181,6 +181,6 @@ fn member(config: &Config, address: &str, incarnation: u64, pid: u32) -> Member 
         pid,
         incarnation,
         version: env!("CARGO_PKG_VERSION").into(),
-        model: None,
+        ..Member::default()
     }
 }

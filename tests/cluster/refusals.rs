@@ -52,7 +52,8 @@ async fn register(client: &mut Client, request: RegisterRequest) -> Result<u64, 
 async fn beat(client: &mut Client, member: Member, incarnation: u64, sequence: u64) -> Result<(), String> {
     let load = Load { blocks_total: 1000, blocks_free: 1000, ..Load::default() };
     let id = member.id.clone();
-    let request = HeartbeatRequest { id, incarnation, sequence, load: Some(load), member: Some(member) };
+    let request =
+        HeartbeatRequest { id, incarnation, sequence, load: Some(load), member: Some(member), receivers_seen: 0 };
     match client.heartbeat(request).await.expect("it answers").into_inner().outcome.expect("an outcome") {
         heartbeat_reply::Outcome::Accepted(_) => Ok(()),
         heartbeat_reply::Outcome::Refused(refusal) => Err(refusal.reason),

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use baton_core::limits::{HEARTBEAT_MS, MESSAGE_BYTES_MAX, RPC_TIMEOUT_MS};
+use baton_core::limits::{HANDOFF_LINKS_MAX, HEARTBEAT_MS, MESSAGE_BYTES_MAX, RPC_TIMEOUT_MS};
 use baton_core::{Net, Refused, Rng, Role};
 use baton_kvtransfer::Links;
 use baton_proto::convert::{block_hash_bytes, refused};
@@ -185,17 +185,19 @@ async fn beat(net: Arc<dyn Net>, address: String, me: Arc<Me>, every: Duration) 
         tracing::error!(%address, "not a coordinator's address; it gets no heartbeats");
         return;
     };
-    let (mut sequence, mut known) = (0, Known::default());
+    let (mut sequence, mut known, mut receivers_seen) = (0, Known::default(), 0);
     let mut ticks = tokio::time::interval(every);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
         sequence += 1;
-        let (request, next) = me.heartbeat(sequence, &known);
+        let (request, next) = me.heartbeat(sequence, &known, receivers_seen);
         let answer = timed(client.heartbeat(request)).await.map(|reply| reply.outcome);
         known = match answer {
             Ok(Some(Beat::Accepted(accepted))) => {
                 me.standing.hear(&accepted, me.role);
+                me.connect(&accepted.receivers);
+                receivers_seen = accepted.receivers_version;
                 if accepted.index_wanted { Known::Nothing } else { next }
             }
             Ok(Some(Beat::Refused(refusal))) => {
@@ -208,7 +210,15 @@ async fn beat(net: Arc<dyn Net>, address: String, me: Arc<Me>, every: Duration) 
 }
 
 impl Me {
-    fn heartbeat(&self, sequence: u64, known: &Known) -> (HeartbeatRequest, Known) {
+    /// Links to those who take this worker's blocks, before the first request needs them. None is ended here: this node may have
+    /// heard less than others, and a link that leads nowhere rests by itself.
+    fn connect(&self, receivers: &[String]) {
+        if self.role == Role::Prefill {
+            receivers.iter().take(HANDOFF_LINKS_MAX).for_each(|address| self.links.connect(address));
+        }
+    }
+
+    fn heartbeat(&self, sequence: u64, known: &Known, receivers_seen: u64) -> (HeartbeatRequest, Known) {
         let (changes, next) = known.next(self.engine.cache());
         let load = Load {
             blocks_added: changes.added.into_iter().map(block_hash_bytes).collect(),
@@ -217,8 +227,8 @@ impl Me {
             ..self.load()
         };
         let Member { id, incarnation, .. } = self.member.clone();
-        let request =
-            HeartbeatRequest { id, incarnation, sequence, load: Some(load), member: Some(self.member.clone()) };
+        let (load, member) = (Some(load), Some(self.member.clone()));
+        let request = HeartbeatRequest { id, incarnation, sequence, load, member, receivers_seen };
         (request, next)
     }
 

@@ -186,7 +186,9 @@ impl Opened {
         let membership = Membership::start(net, member, self.role, every, told, handle, links.clone());
         let address = self.address();
         let drain = Duration::from_millis(self.config.drain_ms);
-        let peers = Opened::peers(self.receiver, &self.config, &self.net, links);
+        let kv_address = self.kv_address();
+        let channels = Channels::new(self.net.clone());
+        let peers = Peers::new(self.receiver, links, kv_address, channels, self.config.kv_pull);
         let shell = Arc::new(Shell {
             id: self.config.id,
             incarnation: Incarnation(registered.incarnation),
@@ -206,11 +208,10 @@ impl Opened {
         Ok(Joined { shell, parts: Parts { address, role, cluster, engine, tiers, membership, listener, card, drain } })
     }
 
-    /// Both ends of its transfers.
-    fn peers(receiver: Receiver, config: &Config, net: &Arc<dyn Net>, links: Links) -> Peers {
-        let kv_advertise = config.kv_advertise.clone();
-        let kv_address = kv_advertise.unwrap_or_else(|| config.advertised(&receiver.address()));
-        Peers::new(receiver, links, kv_address, Channels::new(net.clone()), config.kv_pull)
+    /// Where others reach its receiver.
+    fn kv_address(&self) -> String {
+        let behind = || self.config.advertised(&self.receiver.address());
+        self.config.kv_advertise.clone().unwrap_or_else(behind)
     }
 
     fn member(&self) -> Member {
@@ -222,6 +223,7 @@ impl Opened {
             pid: self.pid,
             incarnation: 0,
             version: env!("CARGO_PKG_VERSION").into(),
+            kv_address: self.kv_address(),
             model: Some(ModelSummary {
                 name: spec.name.clone(),
                 card_hash: card.hash.clone(),

@@ -221,7 +221,9 @@ impl State {
         let order = self.orders.get(&beat.id).copied().unwrap_or(Order::Serve).into();
         self.loads.insert(beat.id, load);
         let (index_wanted, coordinators) = (self.index_wanted, self.coordinators.clone());
-        HeartbeatAccepted { leader: true, index_wanted, order, coordinators, ..HeartbeatAccepted::default() }
+        let decodes = self.members.values().filter(|member| member.role() == baton_proto::v1::Role::Decode);
+        let receivers = decodes.map(|member| member.kv_address.clone()).collect();
+        HeartbeatAccepted { leader: true, index_wanted, order, coordinators, receivers, ..HeartbeatAccepted::default() }
     }
 }
 

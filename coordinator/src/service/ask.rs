@@ -236,13 +236,15 @@ pub(super) fn beat(wire: v1::HeartbeatRequest, member: v1::Member) -> Result<Bea
         return Err(bad("load", "is out of range"));
     }
     let hashes = |blocks: &[bytes::Bytes]| blocks.iter().map(|b| block_hash(b)).collect::<Result<Vec<_>, _>>();
+    // Workers of an earlier release do not say it.
+    let kv_address = text("member.kv_address", member.kv_address)?;
     Ok(Beat {
         worker: WorkerId(name("id", wire.id)?.into()),
         incarnation: Incarnation(wire.incarnation),
         sequence: wire.sequence,
         added: hashes(&load.blocks_added)?,
         removed: hashes(&load.blocks_removed)?,
-        member: v1::Member { incarnation: wire.incarnation, ..member },
+        member: v1::Member { incarnation: wire.incarnation, kv_address, ..member },
         load,
     })
 }

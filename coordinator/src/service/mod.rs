@@ -317,7 +317,9 @@ impl Shared {
             let member = ask::gateway(member)?;
             return Ok(self.gateway(member).map(|()| self.accepted(false, v1::Order::Serve)));
         }
+        let (prefills, seen) = (member.role() == v1::Role::Prefill, request.receivers_seen);
         let beat = ask::beat(request, member)?;
+        let model = beat.member.model.clone();
         if let Err((reason, detail)) = self.in_force(&beat.worker, beat.incarnation) {
             return Ok(Err(not_heard(reason, detail)));
         }
@@ -326,7 +328,13 @@ impl Shared {
         self.loads_changed.send_modify(|version| *version += 1);
         self.admission.tell_room();
         Ok(match taken {
-            Ok(index_wanted) => Ok(self.accepted(index_wanted, view::order(order))),
+            Ok(index_wanted) => {
+                let mut accepted = self.accepted(index_wanted, view::order(order));
+                if let Some(model) = model.filter(|_| prefills) {
+                    (accepted.receivers_version, accepted.receivers) = self.roster().receivers(&model, seen);
+                }
+                Ok(accepted)
+            }
             Err(Old) => Err(not_heard(Refused::Expired, "a later heartbeat has been heard")),
         })
     }
@@ -356,6 +364,7 @@ impl Shared {
             leader_address: leader.map(|leader| self.address(leader)).unwrap_or_default(),
             coordinators: self.coordinators(),
             order: order.into(),
+            ..v1::HeartbeatAccepted::default()
         }
     }
 

@@ -8,6 +8,7 @@ use baton_core::limits::WORKER_LEASE_MS;
 use baton_core::{BlockHash, Incarnation, RequestId, WorkerId};
 use baton_proto::v1;
 use tokio::time::Instant;
+use xxhash_rust::xxh3::Xxh3;
 
 use super::pairs::{Health, Pair, PairIndex, Pairs};
 use super::progress::Progress;
@@ -80,6 +81,25 @@ impl Roster {
     /// The worker as last heard in this life.
     pub(crate) fn worker(&self, id: &WorkerId, incarnation: Incarnation) -> Option<&Heard> {
         self.workers.get(id).filter(|heard| heard.incarnation == incarnation)
+    }
+
+    /// Where decode workers take a model's blocks, with the version of that list; the list is left out if it has been `seen`.
+    pub(crate) fn receivers(&self, model: &v1::ModelSummary, seen: u64) -> (u64, Vec<String>) {
+        let fits = |theirs: &v1::ModelSummary| theirs.numerics == model.numerics && theirs.layout == model.layout;
+        let takes = |heard: &&Heard| {
+            let member = &heard.member;
+            member.role() == v1::Role::Decode
+                && !member.kv_address.is_empty()
+                && member.model.as_ref().is_some_and(fits)
+        };
+        let all = || self.workers.values().filter(takes).map(|heard| &heard.member.kv_address);
+        let mut hash = Xxh3::new();
+        for address in all() {
+            hash.update(address.as_bytes());
+            hash.update(&[0]);
+        }
+        let version = if all().next().is_none() { 0 } else { hash.digest().max(1) };
+        (version, if version == seen { Vec::new() } else { all().cloned().collect() })
     }
 
     pub(crate) fn gateways(&self) -> impl Iterator<Item = (&String, &Gateway)> {
@@ -359,6 +379,30 @@ mod tests {
         let load = v1::Load { blocks_free: 100, ..Default::default() };
         let (worker, incarnation) = (WorkerId("d".into()), Incarnation(incarnation));
         Beat { worker, incarnation, sequence, load, member: v1::Member::default(), added, removed: vec![] }
+    }
+
+    /// Prefill workers hear of every decode worker that takes their blocks, and of each list once.
+    #[test]
+    fn receivers_are_those_of_the_model() {
+        let (mut roster, now) = (Roster::new(), Instant::now());
+        let model = |layout: &str| v1::ModelSummary { layout: layout.into(), ..Default::default() };
+        let mut hear = |id: &str, role: v1::Role, layout: &str, kv_address: &str| {
+            let (role, layout, kv_address) = (role.into(), Some(model(layout)), kv_address.into());
+            let member = v1::Member { role, model: layout, kv_address, ..Default::default() };
+            let heard = Beat { worker: WorkerId(id.into()), member, ..beat(1, 1, vec![]) };
+            roster.beat(heard, now).unwrap();
+            roster.receivers(&model("a"), 0)
+        };
+        assert_eq!(hear("p", v1::Role::Prefill, "a", "p:2"), (0, vec![]));
+        let (one, list) = hear("d", v1::Role::Decode, "a", "d:2");
+        assert_eq!(list, ["d:2"]);
+        assert_eq!(hear("of another model", v1::Role::Decode, "b", "x:2"), (one, list.clone()));
+        assert_eq!(hear("of an earlier release", v1::Role::Decode, "a", ""), (one, list));
+        let (two, list) = hear("e", v1::Role::Decode, "a", "e:2");
+        assert_eq!(list, ["d:2", "e:2"]);
+        assert_ne!(two, one);
+        assert_eq!(roster.receivers(&model("a"), two), (two, vec![]));
+        assert_eq!(roster.receivers(&model("a"), one), (two, list));
     }
 
     /// A ledger with the one worker `d`, and its incarnation.

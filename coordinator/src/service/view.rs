@@ -176,6 +176,7 @@ fn member(id: &str, worker: &Worker) -> v1::Member {
         incarnation: worker.incarnation.0,
         version: worker.version.clone(),
         model: Some(summary(&worker.model)),
+        ..v1::Member::default()
     }
 }
 

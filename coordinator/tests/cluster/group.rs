@@ -221,7 +221,8 @@ impl Client {
         load: v1::Load,
     ) -> Result<v1::HeartbeatAccepted, v1::Refusal> {
         let member = Some(member(id));
-        let request = v1::HeartbeatRequest { id: id.into(), incarnation, sequence, load: Some(load), member };
+        let request =
+            v1::HeartbeatRequest { id: id.into(), incarnation, sequence, load: Some(load), member, receivers_seen: 0 };
         match self.0.heartbeat(request).await.unwrap().into_inner().outcome.unwrap() {
             v1::heartbeat_reply::Outcome::Accepted(accepted) => Ok(accepted),
             v1::heartbeat_reply::Outcome::Refused(refusal) => Err(refusal),
@@ -237,7 +238,8 @@ impl Client {
         load: v1::Load,
     ) -> Result<(), tonic::Status> {
         let member = Some(member(id));
-        let request = v1::HeartbeatRequest { id: id.into(), incarnation, sequence, load: Some(load), member };
+        let request =
+            v1::HeartbeatRequest { id: id.into(), incarnation, sequence, load: Some(load), member, receivers_seen: 0 };
         match self.0.heartbeat(request).await?.into_inner().outcome {
             Some(v1::heartbeat_reply::Outcome::Accepted(_)) => Ok(()),
             refused => Err(tonic::Status::failed_precondition(format!("{refused:?}"))),
@@ -262,7 +264,7 @@ impl Client {
     pub(crate) async fn coordinators_told(&mut self, id: &str, incarnation: u64, sequence: u64) -> Option<Vec<String>> {
         let load = v1::Load { blocks_total: 1000, blocks_free: 1000, ..Default::default() };
         let (member, load) = (Some(member(id)), Some(load));
-        let request = v1::HeartbeatRequest { id: id.into(), incarnation, sequence, load, member };
+        let request = v1::HeartbeatRequest { id: id.into(), incarnation, sequence, load, member, receivers_seen: 0 };
         match self.0.heartbeat(request).await.ok()?.into_inner().outcome? {
             v1::heartbeat_reply::Outcome::Accepted(accepted) => Some(accepted.coordinators),
             v1::heartbeat_reply::Outcome::Refused(_) => None,

@@ -1,6 +1,6 @@
 //! Whatever goes wrong, the request ends with one word and both caches are free again.
 
-use baton_core::{Aborted, Incarnation, Net, Place, Refused, Request, RequestId, Role};
+use baton_core::{Aborted, Incarnation, Place, Refused, Request, RequestId, Role};
 use baton_engine::EngineConfig;
 use baton_engine::testing::request;
 use baton_proto::v1::WorkerLife;
@@ -101,6 +101,14 @@ async fn a_prefill_worker_that_dies_in_the_middle_is_named() {
         let local = Order { prefill: None, epoch: 2, ..order };
         assert_eq!(gateway.run(&local).await.tokens[&0].len(), 400);
     }
+}
+
+/// No request waits for a link to be made: a prefill worker hears of the decode workers, which come after it, with its heartbeats.
+#[tokio::test]
+async fn links_are_made_before_they_are_needed() {
+    let cluster = Cluster::start(1, 2).await;
+    let links = || cluster.coordinator.load("prefill-0").map_or(String::new(), |load| load.links);
+    eventually("both are linked", || links().contains("up: shm 2")).await;
 }
 
 /// It is done without, but the request has not killed it: that would be a strike against the request.

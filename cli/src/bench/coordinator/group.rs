@@ -186,6 +186,7 @@ async fn beat(mut clients: Vec<Client>, lives: Vec<v1::Member>) {
                     sequence,
                     load: Some(load.clone()),
                     member: Some(life.clone()),
+                    ..Default::default()
                 };
                 // The next one comes soon.
                 let _ = client.heartbeat(request).await;
