@@ -16,6 +16,7 @@ mod launch;
 pub mod measure;
 mod memory;
 mod nvidia;
+mod recorded;
 mod shared;
 mod spans;
 
@@ -26,4 +27,5 @@ pub use gpu::{Gpu, GpuArena, PinnedArena, check_heads};
 pub use launch::HEAD_DIMS;
 pub use memory::{Floats, GpuMatrix, Rows};
 pub use nvidia::{GpuFound, driver_version, gpus};
+pub use recorded::Recorded;
 pub use spans::{GpuAttention, GpuRope, GpuSpans};

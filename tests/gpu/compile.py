@@ -20,11 +20,11 @@ REGISTERS = 255
 BOUNDS = {"matmul_128": 128, "matmul_segmented_128": 255, "sample": 64, "report": 64, "adjust": 64,
           "fetch_extents": 96, "sum_extents": 80, "copy_extents": 80}
 SHARED_STATIC = 48 << 10
-KERNELS = {"sm_80": 34, "sm_90a": 44, "sm_100a": 34, "sm_120": 34}
+KERNELS = {"sm_80": 34, "sm_90a": 52, "sm_100a": 34, "sm_120": 34}
 # Kernels that give whole warpgroups to the tensor cores.
-WARPGROUPS = r"matmul_(segmented_)?(64_|64_narrow_)?hopper"
+WARPGROUPS = r"matmul_(segmented_)?(64_|64_narrow_|f8_64_)?hopper"
 # Kernels for few rows, fed by the copy engine.
-COPIES = r"matmul_(segmented_)?(16_|64_|16_narrow_|64_narrow_|f8_)hopper"
+COPIES = r"matmul_(segmented_)?(16_|64_|16_narrow_|64_narrow_|f8_|f8_64_|f8_whole_|f8_whole_narrow_|whole_|whole_narrow_)hopper"
 
 passed = failed = 0
 
@@ -88,7 +88,7 @@ for arch, own in ARCHS.items():
         tensor = len(re.findall(r"\bHGMMA\." if re.fullmatch(WARPGROUPS, name) else r"\bHMMA\.", code))
         check(f"{arch} {name} tensor cores", tensor, "instructions", 1, tensor >= 1)
         if re.fullmatch(COPIES, name):
-            copies = len(re.findall(r"\bUTMALDG\.", code))
+            copies = len(re.findall(r"\bUTMALDG\.|\bUBLKCP\.", code))
             check(f"{arch} {name} copy engine", copies, "instructions", 1, copies >= 1)
         local = len(re.findall(r"\b(STL|LDL)\b", code))
         check(f"{arch} {name} local memory", local, "instructions", 0, local == 0)

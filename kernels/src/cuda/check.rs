@@ -41,9 +41,11 @@ pub fn all(gpu: &Gpu, extent: Extent, seed: u64) -> Result<Vec<Check>, GpuError>
     checker.matmul(&[2, 20, 90], 33, 64)?;
     checker.matmul(&[4], 40, 1000)?;
     // What Hopper's own kernels take, and so many outputs that those for many run.
-    checker.matmul(&[1, 20, 70], 64, 512)?;
+    checker.matmul(&[1, 3, 16, 20, 70], 64, 1024)?;
     if let Some(resident) = gpu.driver.hopper() {
         checker.matmul(&[3, 33], resident * 128 + 64, 64)?;
+        checker.matmul(&[2], resident * 128 + 64, 128)?;
+        checker.eights(&[2], resident * 64 + 64, 256, Scaling::One)?;
     }
     let shapes = [(4, 2, 16, None), (6, 2, 32, Some(40)), (8, 1, 64, None), (5, 5, 96, Some(64)), (20, 1, 128, None)];
     for (heads, kv_heads, head_dim, window) in shapes {
@@ -53,8 +55,8 @@ pub fn all(gpu: &Gpu, extent: Extent, seed: u64) -> Result<Vec<Check>, GpuError>
     checker.eights(&[3, 40], 40, 200, Scaling::Outputs)?;
     checker.eights(&[2, 70], 136, 1024, Scaling::Blocks)?;
     // What Hopper's own kernels take, with scales in more than one register.
-    checker.eights(&[1, 20], 64, 4352, Scaling::Blocks)?;
-    checker.eights(&[1, 66], 128, 1024, Scaling::Outputs)?;
+    checker.eights(&[1, 4, 20], 64, 4352, Scaling::Blocks)?;
+    checker.eights(&[1, 16, 20, 66], 128, 1024, Scaling::Outputs)?;
     checker.blocks()?;
     checker.found.extend(links(gpu, seed)?);
     checker.draws(1500)?;

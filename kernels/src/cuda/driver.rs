@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 
 use super::error::GpuError;
 use super::launch::TensorMap;
+use super::recorded::Launched;
 
 /// A kernel by name, with what each launch of it takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -139,6 +140,23 @@ pub(crate) trait Driver: Send + Sync {
     /// # Safety
     /// `arguments` point to values of the types of the kernel's parameters, and what they point to on the device exists.
     unsafe fn launch(&self, kernel: Kernel, grid: [u32; 3], arguments: &mut [*mut c_void]) -> Result<(), GpuError>;
+
+    /// Launches as one, for `launch_graph`; None where there is no such thing.
+    ///
+    /// # Safety
+    /// As `launch` of each.
+    unsafe fn graph(&self, _launches: &[Launched]) -> Option<u64> {
+        None
+    }
+
+    /// # Safety
+    /// As `graph`, which made it.
+    unsafe fn launch_graph(&self, _graph: u64) -> Result<(), GpuError> {
+        Err(GpuError::Call { call: "cuGraphLaunch", what: "this device has no graphs".to_string() })
+    }
+
+    /// Gives up what `graph` made.
+    fn drop_graph(&self, _graph: u64) {}
 
     /// Thread blocks that stay on the device at a time when each fills a multiprocessor, if it has `launch::HOPPERS`.
     fn hopper(&self) -> Option<usize> {

@@ -17,11 +17,13 @@ use super::eights::{Eights, PackedF8, Wide};
 use super::emulated::Emulated;
 use super::error::GpuError;
 use super::launch::{
-    self, Argument, CELL, EIGHTS, EIGHTS_DEPTH, EIGHTS_ROWS, HEAD_DIMS, HOPPER_EIGHTS, HOPPER_UNIT, HOPPERS,
-    HOPPERS_NARROW, Hopper, KERNELS, Layout, MATMULS, PREFILL_ROWS, TILE_OUTPUTS, hoppers,
+    self, Argument, CELL, EIGHTS, EIGHTS_DEPTH, EIGHTS_ROWS, HEAD_DIMS, HOPPER_EIGHTS, HOPPER_EIGHTS_SOME,
+    HOPPER_EIGHTS_WHOLE, HOPPER_EIGHTS_WIDE, HOPPER_UNIT, HOPPERS, HOPPERS_NARROW, HOPPERS_WHOLE, Hopper, KERNELS,
+    Layout, MATMULS, PREFILL_ROWS, TILE_OUTPUTS, hoppers,
 };
 use super::memory::{DEPTH_UNIT, Floats, GpuMatrix, Memory, Rows};
 use super::nvidia::{Nvidia, arch};
+use super::recorded::Launched;
 use super::shared::SharedBlocks;
 use super::spans::GpuSpans;
 use crate::{Dtype, F8Matrix, Heads, Matrix, RopeTable, SEGMENTS};
@@ -40,6 +42,8 @@ pub struct Gpu {
     wide: Mutex<Wide>,
     /// Names of the kernels launched, while somebody watches.
     launched: Mutex<Option<BTreeSet<&'static str>>>,
+    /// The launches, while they are recorded.
+    pub(crate) recording: Mutex<Option<Vec<Launched>>>,
 }
 
 impl Gpu {
@@ -61,6 +65,7 @@ impl Gpu {
             profile: format!("cuda-{arch}-{}", &source_hash()[..8]),
             wide: Mutex::default(),
             launched: Mutex::default(),
+            recording: Mutex::default(),
         }
     }
 
@@ -313,20 +318,32 @@ impl Gpu {
         eights: launch::Eights,
         segmented: bool,
     ) -> Result<(), GpuError> {
-        let (Hopper { tiled, boxes, stays, .. }, unit) = HOPPER_EIGHTS[segmented as usize];
-        let tiles = range.len().div_ceil(tiled.rows);
+        let (passing, unit) = HOPPER_EIGHTS[segmented as usize];
         let fits = w.outputs.is_multiple_of(HOPPER_UNIT)
             && w.depth.is_multiple_of(unit)
             && (!segmented || w.depth <= EIGHTS_DEPTH);
         if let Some(resident) = self.driver.hopper().filter(|_| fits) {
+            let bytes = launch::whole_bytes(range.len(), w.depth);
+            let whole = HOPPER_EIGHTS_WHOLE[segmented as usize];
+            let many = !segmented && w.outputs / TILE_OUTPUTS > whole.stays * resident;
+            let hopper = match range.len() <= passing.tiled.rows {
+                true if range.len() > launch::TURNED_ROWS => passing,
+                true if many && bytes <= launch::WIDE_BYTES => HOPPER_EIGHTS_WIDE,
+                true if bytes <= launch::WHOLE_BYTES => whole,
+                true => passing,
+                false => HOPPER_EIGHTS_SOME[segmented as usize],
+            };
+            let Hopper { tiled, boxes, cluster, stays } = hopper;
             let xs = self.driver.tensor_map(x.at(), (range.end, w.depth), x.stride() as usize, boxes.0)?;
-            let most = if stays > 0 { (resident * stays / tiles).max(1) } else { usize::MAX };
-            let grid = [(w.outputs / tiled.outputs).min(most) * tiles, 1, 1];
+            let tiles = w.outputs.div_ceil(tiled.outputs);
+            // Thread blocks that stay have the same number of tiles each, or one less.
+            let rounds = if stays > 0 { tiles.div_ceil(resident * stays) } else { 1 };
+            let grid = [tiles.div_ceil(rounds) * cluster, 1, 1];
             let first = range.start as u32;
             return self.launch(tiled.kernel, grid, &[&xs, &arguments, &eights, &first]);
         }
         let tiled = EIGHTS[segmented as usize];
-        let grid = [tiles, w.outputs.div_ceil(tiled.outputs), 1];
+        let grid = [range.len().div_ceil(tiled.rows), w.outputs.div_ceil(tiled.outputs), 1];
         self.launch(tiled.kernel, grid, &[&arguments, &eights])
     }
 
@@ -347,7 +364,15 @@ impl Gpu {
             let wide = HOPPERS[index][segmented as usize];
             let tiles = w.outputs / wide.tiled.outputs;
             let narrow = HOPPERS_NARROW.get(index).filter(|(_, most)| !segmented && tiles < most * resident);
-            let hopper = narrow.map_or(wide, |(narrow, _)| *narrow);
+            let is_whole = index == 0
+                && w.depth.is_multiple_of(launch::WHOLE_DEPTH)
+                && launch::whole_bytes(rows, w.depth) <= launch::WHOLE_BYTES;
+            let hopper = match (narrow, is_whole) {
+                (None, false) => wide,
+                (Some((narrow, _)), false) => *narrow,
+                (None, true) => HOPPERS_WHOLE[segmented as usize],
+                (Some(_), true) => HOPPERS_WHOLE[2],
+            };
             return self.multiply_on_hopper(x, range, w, arguments, hopper, resident);
         }
         let tiled = MATMULS.iter().find(|pair| rows <= pair[0].rows).unwrap_or(&MATMULS[2])[segmented as usize];
@@ -479,6 +504,9 @@ impl Gpu {
         }
         let mut pointers: Vec<_> = arguments.iter().map(|argument| argument.at()).collect();
         self.note(kernel);
+        if let Some(launches) = &mut *self.recording.lock().unwrap_or_else(PoisonError::into_inner) {
+            launches.push(Launched::new(kernel, grid.map(|n| n as u32), arguments));
+        }
         // SAFETY: the operation that calls this has checked what its kernel touches; the arguments outlive the call.
         unsafe { self.driver.launch(kernel, grid.map(|n| n as u32), &mut pointers) }
     }

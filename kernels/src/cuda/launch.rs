@@ -65,12 +65,12 @@ pub(crate) struct Hopper {
 /// By rows, fewest first; the second of each pair adds in segments.
 pub(crate) const HOPPERS: [[Hopper; 2]; 3] = [
     [
-        few(kernel("matmul_16_hopper", 160, few_bytes(32, 8 * 2, 0)), 32, 2),
-        few(kernel("matmul_segmented_16_hopper", 288, few_bytes(32, 16, 8)), 32, 0),
+        few(kernel("matmul_16_hopper", 160, few_bytes(32, 8 * 2)), 32, 2),
+        few(kernel("matmul_segmented_16_hopper", 288, ALONE), 32, 0),
     ],
     [
-        some(kernel("matmul_64_hopper", 160, some_bytes(128, 8, 0)), 128, 1),
-        some(kernel("matmul_segmented_64_hopper", 160, some_bytes(128, 7, 64 * 136 * 4)), 128, 4),
+        some(kernel("matmul_64_hopper", 160, some_bytes(128, 8)), 128, 1),
+        some(kernel("matmul_segmented_64_hopper", 160, some_bytes(128, 7)), 128, 4),
     ],
     [
         many(kernel("matmul_hopper", 384, many_bytes(256, 4, 0)), 256),
@@ -80,14 +80,44 @@ pub(crate) const HOPPERS: [[Hopper; 2]; 3] = [
 /// All kernels of Hopper alone.
 pub(crate) fn hoppers() -> impl Iterator<Item = Hopper> {
     let narrow = HOPPERS_NARROW.into_iter().chain(HOPPER_EIGHTS).map(|(hopper, _)| hopper);
-    HOPPERS.into_iter().flatten().chain(narrow)
+    HOPPERS
+        .into_iter()
+        .flatten()
+        .chain(narrow)
+        .chain(HOPPERS_WHOLE)
+        .chain(HOPPER_EIGHTS_WHOLE)
+        .chain(HOPPER_EIGHTS_SOME)
+        .chain([HOPPER_EIGHTS_WIDE])
 }
 
 /// In place of the first two that add in no segments, where those have fewer tiles than so many per multiprocessor.
 pub(crate) const HOPPERS_NARROW: [(Hopper, usize); 2] = [
-    (few(kernel("matmul_16_narrow_hopper", 96, few_bytes(16, 8 * 2, 0)), 16, 3), 3),
-    (some(kernel("matmul_64_narrow_hopper", 160, some_bytes(64, 12, 0)), 64, 1), 1),
+    (few(kernel("matmul_16_narrow_hopper", 96, few_bytes(16, 8 * 2)), 16, 3), 3),
+    (some(kernel("matmul_64_narrow_hopper", 160, some_bytes(64, 12)), 64, 1), 1),
 ];
+/// In place of the first two and of the first narrow one, where so few rows are so short that they fit into shared memory: K is a
+/// multiple of 128, and `whole_bytes` at most `WHOLE_BYTES`.
+pub(crate) const HOPPERS_WHOLE: [Hopper; 3] = [
+    few(kernel("matmul_whole_hopper", 160, HALF), 32, 2),
+    few(kernel("matmul_segmented_whole_hopper", 288, HALF), 16, 0),
+    few(kernel("matmul_whole_narrow_hopper", 96, THIRD), 16, 3),
+];
+pub(crate) const WHOLE_BYTES: usize = 30 << 10;
+pub(crate) const WHOLE_DEPTH: usize = 128;
+
+/// Bytes that whole rows take.
+pub(crate) const fn whole_bytes(rows: usize, depth: usize) -> usize {
+    rows * (depth * 2 + 16)
+}
+
+/// Shared memory of kernels of which a multiprocessor takes one, two, three or four thread blocks, more of it than some need: where
+/// thread blocks of the next launch find room beside these, they come to lie unevenly, some multiprocessors have the work of two,
+/// and a product takes a quarter longer.
+const ALONE: u32 = 114 << 10;
+const HALF: u32 = 112 << 10;
+const THIRD: u32 = 66 << 10;
+const QUARTER: u32 = 54 << 10;
+
 /// Over weights of 8 bits; the second adds in segments.
 pub(crate) const EIGHTS: [Tiled; 2] = [
     Tiled { kernel: kernel("matmul_f8", 128, 6 * (16 * 2 + 32) * 128), rows: 16, outputs: 32 },
@@ -95,9 +125,23 @@ pub(crate) const EIGHTS: [Tiled; 2] = [
 ];
 /// The same on Hopper, with what K is a multiple of there.
 pub(crate) const HOPPER_EIGHTS: [(Hopper, usize); 2] = [
-    (few(kernel("matmul_f8_hopper", 160, eight_bytes(6 * 4, 0)), 32, 2), 256),
-    (few(kernel("matmul_segmented_f8_hopper", 288, eight_bytes(16 * 2, 8)), 32, 0), 1024),
+    (few(kernel("matmul_f8_hopper", 160, eight_bytes(6 * 4)), 32, 2), 256),
+    (few(kernel("matmul_segmented_f8_hopper", 288, eight_bytes(16 * 2)), 32, 0), 1024),
 ];
+/// In place of those for more rows than they take.
+pub(crate) const HOPPER_EIGHTS_SOME: [Hopper; 2] = [
+    some(kernel("matmul_f8_64_hopper", 288, some_eight_bytes(6)), 128, 1),
+    some(kernel("matmul_segmented_f8_64_hopper", 288, some_eight_bytes(3)), 128, 8),
+];
+/// In place of those, as `HOPPERS_WHOLE`, for up to `TURNED_ROWS`.
+pub(crate) const HOPPER_EIGHTS_WHOLE: [Hopper; 2] = [
+    few(kernel("matmul_f8_whole_narrow_hopper", 160, HALF), 32, 2),
+    few(kernel("matmul_segmented_f8_whole_hopper", 544, ALONE), 32, 0),
+];
+/// In place of the first of those where there are tiles for more thread blocks than that has, and for shorter rows.
+pub(crate) const HOPPER_EIGHTS_WIDE: Hopper = few(kernel("matmul_f8_whole_hopper", 96, QUARTER), 32, 4);
+pub(crate) const TURNED_ROWS: usize = 8;
+pub(crate) const WIDE_BYTES: usize = 18 << 10;
 /// K at most where segments of weights of 8 bits are added on Hopper.
 pub(crate) const EIGHTS_DEPTH: usize = 32_768;
 /// Rows up to which weights of 8 bits are multiplied as they are; for more they become bf16 first.
@@ -127,19 +171,24 @@ const fn many(kernel: Kernel, outputs: usize) -> Hopper {
     Hopper { tiled: Tiled { kernel, rows: 256, outputs }, boxes: (64, 64), cluster: 2, stays: 1 }
 }
 
-/// So many stages of 64 k, and the sums of segments.
-const fn few_bytes(outputs: usize, stages: usize, segments: usize) -> u32 {
-    (HOPPER_MORE + (16 + outputs) * 128 * stages + segments * 16 * outputs * 4) as u32
+/// So many stages of 64 k.
+const fn few_bytes(outputs: usize, stages: usize) -> u32 {
+    (HOPPER_MORE + (16 + outputs) * 128 * stages) as u32
 }
 
-/// So many steps of 64 k over 32 outputs of 8 bits, and the sums of segments.
-const fn eight_bytes(steps: usize, segments: usize) -> u32 {
-    (HOPPER_MORE + (16 * 2 + 32) * 64 * steps + segments * 16 * 32 * 4) as u32
+/// So many steps of 64 k over 32 outputs of 8 bits.
+const fn eight_bytes(steps: usize) -> u32 {
+    (HOPPER_MORE + (16 * 2 + 32) * 64 * steps) as u32
 }
 
-/// So many stages of 64 k, and what else there is.
-const fn some_bytes(outputs: usize, stages: usize, more: usize) -> u32 {
-    (HOPPER_MORE + (64 + outputs) * 128 * stages + more) as u32
+/// So many stages of 64 k.
+const fn some_bytes(outputs: usize, stages: usize) -> u32 {
+    (HOPPER_MORE + (64 + outputs) * 128 * stages) as u32
+}
+
+/// So many steps of 128 k over 128 outputs of 8 bits.
+const fn some_eight_bytes(steps: usize) -> u32 {
+    (HOPPER_MORE + (64 * 2 + 128) * 128 * steps) as u32
 }
 
 const fn many_bytes(outputs: usize, stages: usize, more: usize) -> u32 {
@@ -213,6 +262,10 @@ pub(crate) const KERNELS: [Kernel; 31] = [
 pub(crate) unsafe trait Argument {
     fn at(&self) -> *mut c_void {
         (self as *const Self).cast::<c_void>().cast_mut()
+    }
+
+    fn bytes(&self) -> usize {
+        size_of_val(self)
     }
 }
 

@@ -160,12 +160,12 @@ impl Measure<'_> {
         Ok(turning)
     }
 
-    /// The matmuls of a layer one after another, as a decode step has them.
+    /// The matmuls of a layer one after another, as a decode step has them: few rows in a graph.
     fn layer_matmuls(&mut self, kind: &str, layers: &[Weights], rows: usize) -> Result<(), GpuError> {
         let gpu = self.gpu;
         let (x, wide) = (self.rows_of(rows, HIDDEN)?, self.rows_of(rows, WIDE)?);
         let (mut y, mut turn) = (gpu.floats(rows * 2 * WIDE)?, 0);
-        let seconds = time(gpu, || {
+        let mut step = || {
             turn += 1;
             for (w, (_, inputs, segmented)) in layers[turn % layers.len()].iter().zip(SHAPES) {
                 let x = if inputs == WIDE { &wide } else { &x };
@@ -175,7 +175,11 @@ impl Measure<'_> {
                 }
             }
             Ok(())
-        })?;
+        };
+        let seconds = match rows {
+            ..=64 => time_recorded(gpu, step)?,
+            _ => time(gpu, &mut step)?,
+        };
         self.add(format!("layer_matmuls{kind}_{rows}_rows"), seconds * 1e6, "us", None);
         if rows == 1 && !kind.is_empty() {
             let bytes: usize = layers[0].iter().map(GpuMatrix::bytes).sum();
@@ -218,7 +222,7 @@ impl Measure<'_> {
         let (mut delta, mut turn) = (gpu.floats(HIDDEN)?, 0);
         let rope = GpuRope { heads, layer: 0, eps: 1e-5, rotations: &rotations, q_norm: None, k_norm: None };
         let attention = GpuAttention { heads, layer: 0, scale: 0.088, window: None };
-        let seconds = time(gpu, || {
+        let mut step = || {
             turn += 1;
             let [first, out, second, down] = &layers[turn % layers.len()];
             gpu.matmul(&normed, 0..1, first, None, &mut qkv)?;
@@ -230,10 +234,13 @@ impl Measure<'_> {
             gpu.silu_mul(&gate_up, 1, &mut gated)?;
             gpu.matmul_segmented(&gated, 0..1, down, None, &mut delta)?;
             gpu.add_rms_norm(&mut x, Some(&delta), &weight, 1, 1e-5, &mut normed)
-        })?;
+        };
+        let seconds = time(gpu, &mut step)?;
+        let as_graph = time_recorded(gpu, step)?;
         let bytes: usize = layers[0].iter().map(GpuMatrix::bytes).sum();
         let name = "layer of one row".to_string();
         self.add(format!("{name}, time"), seconds * 1e6, "us", None);
+        self.add(format!("{name} in a graph, time"), as_graph * 1e6, "us", None);
         self.add(name, bytes as f64 / seconds / 1e9, "GB/s", self.ceilings.copy_gbps);
         Ok(())
     }
@@ -298,6 +305,14 @@ impl Measure<'_> {
         self.add(format!("rope_store ({rows}, {})", heads.qkv_width()), seconds * 1e6, "us", None);
         Ok(())
     }
+}
+
+/// Seconds of one step, of many in a row that were recorded together.
+fn time_recorded(gpu: &Gpu, mut step: impl FnMut() -> Result<(), GpuError>) -> Result<f64, GpuError> {
+    let steps = LAYERS * 4;
+    let recorded = gpu.record(|| (0..steps).try_for_each(|_| step()))?;
+    // SAFETY: all that a step touches is borrowed by `step`, which is still here.
+    Ok(time(gpu, || unsafe { gpu.replay(&recorded) })? / steps as f64)
 }
 
 /// Seconds of one launch, the best of some tries.

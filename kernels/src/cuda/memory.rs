@@ -132,6 +132,11 @@ impl Floats {
         self.memory.read(0, count)
     }
 
+    /// Where they lie.
+    pub fn place(&self) -> u64 {
+        self.at()
+    }
+
     pub(crate) fn at(&self) -> u64 {
         self.memory.at()
     }
@@ -180,6 +185,11 @@ impl Rows {
 
     pub(crate) fn at(&self) -> u64 {
         self.memory.at()
+    }
+
+    /// Where they lie.
+    pub fn place(&self) -> u64 {
+        self.at()
     }
 
     pub(crate) fn stride(&self) -> u32 {

@@ -1,6 +1,7 @@
 //! A GPU through CUDA's driver API. Everything is looked for before it is used: a driver or a compiler that is absent,
 //! too old or broken is an error that says what to do.
 
+mod graphs;
 mod sharing;
 
 use std::collections::BTreeMap;
@@ -16,6 +17,7 @@ use super::compile::Cubins;
 use super::driver::{Driver, Errand, Kernel, SLOTS};
 use super::error::GpuError;
 use super::launch::{Hopper, KERNELS, TensorMap, hoppers};
+use super::recorded::Launched;
 use super::shared::LINK_KERNELS;
 
 /// CUDA version of the driver, as 1000 · major + 10 · minor.
@@ -285,6 +287,39 @@ impl Nvidia {
         unsafe { result::ctx::set_current(self.context) }.map_err(failed("cuCtxSetCurrent"))
     }
 
+    /// As `Driver::launch`, on any stream.
+    ///
+    /// # Safety
+    /// As `Driver::launch`.
+    unsafe fn launch_on(
+        &self,
+        stream: sys::CUstream,
+        kernel: Kernel,
+        grid: [u32; 3],
+        arguments: &mut [*mut c_void],
+    ) -> Result<(), GpuError> {
+        self.enter()?;
+        let mut attributes = [overlapping()];
+        let config = sys::CUlaunchConfig {
+            gridDimX: grid[0],
+            gridDimY: grid[1],
+            gridDimZ: grid[2],
+            blockDimX: kernel.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: kernel.shared,
+            hStream: stream,
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: if self.overlaps { 1 } else { 0 },
+        };
+        // SAFETY: the caller's; the attributes live until the call returns.
+        let launched = unsafe {
+            sys::cuLaunchKernelEx(&config, self.functions[kernel.name], arguments.as_mut_ptr(), std::ptr::null_mut())
+        };
+        let launched = launched.result();
+        launched.map_err(failed(kernel.name))
+    }
+
     fn staging(&self) -> MutexGuard<'_, Staging> {
         self.staging.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -527,26 +562,22 @@ impl Driver for Nvidia {
     }
 
     unsafe fn launch(&self, kernel: Kernel, grid: [u32; 3], arguments: &mut [*mut c_void]) -> Result<(), GpuError> {
-        self.enter()?;
-        let mut attributes = [overlapping()];
-        let config = sys::CUlaunchConfig {
-            gridDimX: grid[0],
-            gridDimY: grid[1],
-            gridDimZ: grid[2],
-            blockDimX: kernel.threads,
-            blockDimY: 1,
-            blockDimZ: 1,
-            sharedMemBytes: kernel.shared,
-            hStream: self.compute,
-            attrs: attributes.as_mut_ptr(),
-            numAttrs: if self.overlaps { 1 } else { 0 },
-        };
-        // SAFETY: the caller's; the attributes live until the call returns.
-        let launched = unsafe {
-            sys::cuLaunchKernelEx(&config, self.functions[kernel.name], arguments.as_mut_ptr(), std::ptr::null_mut())
-        };
-        let launched = launched.result();
-        launched.map_err(failed(kernel.name))
+        // SAFETY: the caller's.
+        unsafe { self.launch_on(self.compute, kernel, grid, arguments) }
+    }
+
+    unsafe fn graph(&self, launches: &[Launched]) -> Option<u64> {
+        // SAFETY: the caller's.
+        unsafe { self.make_graph(launches) }
+    }
+
+    unsafe fn launch_graph(&self, graph: u64) -> Result<(), GpuError> {
+        // SAFETY: the caller's.
+        unsafe { self.give_graph(graph) }
+    }
+
+    fn drop_graph(&self, graph: u64) {
+        self.destroy_graph(graph);
     }
 
     fn hopper(&self) -> Option<usize> {

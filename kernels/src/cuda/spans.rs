@@ -14,7 +14,7 @@ const PARTIAL_BYTES: usize = 64 << 20;
 /// Where each row of a batch belongs. Made once and filled for every step.
 ///
 /// ```text
-/// memory = tokens | positions | where each row's block table begins | block tables | tiles | decodes
+/// memory = tokens | positions | where each row's block table begins | tiles | decodes | block tables
 /// ```
 pub struct GpuSpans {
     memory: Memory,
@@ -32,7 +32,7 @@ pub struct GpuSpans {
 struct Plan {
     tiles: Vec<Tile>,
     decodes: Vec<Decode>,
-    /// Of the decodes, those whose partials fit together, with the most blocks one of them has and those of all.
+    /// Of the decodes, those whose partials fit together, with at least the most blocks one of them has and those of all.
     groups: Vec<(Range<usize>, usize, usize)>,
 }
 
@@ -63,16 +63,22 @@ impl Plan {
         for index in 0..self.decodes.len() {
             let blocks = self.decodes[index].position as usize / BLOCK + 1;
             if all > 0 && all + blocks > blocks_max {
-                self.groups.push((first..index, most, all));
+                self.groups.push((first..index, launched_blocks(most), all));
                 (first, most, all) = (index, 0, 0);
             }
             self.decodes[index].at = all as u32;
             (most, all) = (most.max(blocks), all + blocks);
         }
         if all > 0 {
-            self.groups.push((first..self.decodes.len(), most, all));
+            self.groups.push((first..self.decodes.len(), launched_blocks(most), all));
         }
     }
+}
+
+/// Blocks that are launched where a sequence has `most`: somewhat more, so that the launches of a sequence that grows stay the
+/// same for a while. Thread blocks behind a sequence's end leave at once.
+fn launched_blocks(most: usize) -> usize {
+    most.next_multiple_of((most / 8).next_power_of_two().max(4))
 }
 
 /// Arguments of `Gpu::rope_store`.
@@ -116,16 +122,29 @@ impl GpuSpans {
         self.memory.at() + 8 * self.rows as u64
     }
 
-    fn tables_at(&self) -> u64 {
-        self.memory.at() + 12 * self.rows as u64
-    }
-
     fn tiles_at(&self) -> u64 {
-        self.tables_at() + 4 * self.tables.len() as u64
+        self.memory.at() + 12 * self.rows as u64
     }
 
     fn decodes_at(&self) -> u64 {
         self.tiles_at() + (size_of::<Tile>() * self.plan.tiles.len()) as u64
+    }
+
+    fn tables_at(&self) -> u64 {
+        self.decodes_at() + (size_of::<Decode>() * self.plan.decodes.len()) as u64
+    }
+
+    /// All that launches over this batch depend on, if every span is one row: batches with the same shape take the same launches,
+    /// and differ only in what lies in memory. None for others.
+    pub fn shape(&self) -> Option<Vec<u64>> {
+        if !self.plan.tiles.is_empty() {
+            return None;
+        }
+        let mut shape = vec![self.rows as u64, self.memory.at(), self.partials.at(), self.values.at()];
+        for (range, blocks, _) in &self.plan.groups {
+            shape.extend([range.start, range.end, *blocks].map(|n| n as u64));
+        }
+        Some(shape)
     }
 }
 
@@ -165,11 +184,11 @@ impl Gpu {
         to.rows = tokens.len();
         to.token_last = tokens.iter().copied().max().unwrap_or(0);
         to.position_last = positions.iter().copied().max().unwrap_or(0) as usize;
-        let words = [tokens, &positions, &starts, &tables].concat();
-        to.tables = tables;
-        let mut bytes = launch::bytes_of(&words).to_vec();
+        let mut bytes = launch::bytes_of(&[tokens, &positions, &starts].concat()).to_vec();
         bytes.extend_from_slice(launch::bytes_of(&plan.tiles));
         bytes.extend_from_slice(launch::bytes_of(&plan.decodes));
+        bytes.extend_from_slice(launch::bytes_of(&tables));
+        to.tables = tables;
         to.plan = plan;
         to.memory.ensure(bytes.len())?;
         to.memory.write(0, &bytes)?;
@@ -282,6 +301,6 @@ mod tests {
         let lens: Vec<usize> = plan.groups.iter().map(|group| group.0.len()).collect();
         assert_eq!(lens, [2, 1], "a long sequence is alone");
         assert_eq!(plan.decodes.iter().map(|decode| decode.at).collect::<Vec<_>>(), [0, 11, 0]);
-        assert_eq!(plan.groups[1], (2..3, 1001, 1001));
+        assert_eq!(plan.groups[1], (2..3, 1024, 1001));
     }
 }

@@ -4,5 +4,6 @@
 #include "matmul.cu"
 #include "matmul_f8.cu"
 #include "matmul_hopper.cu"
+#include "matmul_f8_hopper.cu"
 #include "rows.cu"
 #include "sampling.cu"

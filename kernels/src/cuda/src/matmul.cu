@@ -28,6 +28,12 @@ struct Matmul {
 // First step (of 16 k) of a segment.
 __device__ __forceinline__ u32 segment_at(u32 steps, u32 segment) { return (u32)((u64)steps * segment / SEGMENTS); }
 
+// Rows of 64 k in shared memory, whose parts are exchanged.
+struct ExchangedRows {
+    const u8* first;
+    __device__ __forceinline__ const u8* at(int row, int part) const { return first + tile_at<PARTS>(row, part); }
+};
+
 template <int Rows, int Threads>
 __device__ __forceinline__ void load_rows(const Matmul& a, u8* stage, u32 row, u32 k) {
     for (int i = threadIdx.x; i < Rows * PARTS; i += Threads) {

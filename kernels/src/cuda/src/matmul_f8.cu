@@ -15,7 +15,7 @@
 #define SCALED_K 128
 
 struct Eights {
-    // Each times 2^120, which is what `widened` leaves out.
+    // Each times 2^120, which is what `highest` leaves out.
     const float* scales;
     // Scales of an output: one, or one for every 128 k.
     u32 each;
@@ -30,23 +30,47 @@ __device__ __forceinline__ u64 cell_of(u32 group, u32 cell, u32 width) {
 
 __device__ __forceinline__ const float* scales_of(const Eights& e, u32 output) { return e.scales + (u64)(output >> e.shift) * e.each; }
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+// Two weights, exactly.
+__device__ __forceinline__ float2 exactly(u16 pair) {
+    float2 values;
+    asm("{\n.reg .b32 halves;\n.reg .b16 low, high;\ncvt.rn.f16x2.e4m3x2 halves, %2;\nmov.b32 {low, high}, halves;\n"
+        "cvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}"
+        : "=f"(values.x), "=f"(values.y)
+        : "h"(pair));
+    return values;
+}
+
+// What a scale is multiplied by to suit `exactly`.
+#define OWN_SCALE 7.52316384526264e-37f
+
+// Four weights as two pairs of bf16.
+__device__ __forceinline__ void widened(u32 (&pairs)[2], u32 word, float scale) {
+    float2 low = exactly((u16)word), high = exactly((u16)(word >> 16));
+    pairs[0] = pair_bf16(low.x * scale, low.y * scale);
+    pairs[1] = pair_bf16(high.x * scale, high.y * scale);
+}
+#else
+#define OWN_SCALE 1.0f
 // The weight in the highest byte, times 2^-120, exactly: its exponent and fraction where a float has them.
 __device__ __forceinline__ float highest(u32 word) { return __uint_as_float((u32)((int)word >> 4) & 0x87f00000u); }
 
-// Four weights as two pairs of bf16.
 __device__ __forceinline__ void widened(u32 (&pairs)[2], u32 word, float scale) {
     pairs[0] = pair_bf16(highest(word << 24) * scale, highest(word << 16) * scale);
     pairs[1] = pair_bf16(highest(word << 8) * scale, highest(word) * scale);
 }
+#endif
 
 // 64 k of `Wide` times 8 outputs, whose cells lie `apart` bytes from one another, times 16 `High` rows. In every step of 16 k
 // `before(k)` comes first.
-template <int High, int Wide, class Before>
-__device__ __forceinline__ void multiply_cells(float (&sum)[High][Wide][4], const u8* x, const u8* cells, u32 apart, const float (&scale)[Wide],
+template <int High, int Wide, class Left, class Before>
+__device__ __forceinline__ void multiply_cells(float (&sum)[High][Wide][4], const Left& x, const u8* cells, u32 apart, const float (&scale)[Wide],
                                                int lane, Before before) {
     u32 words[Wide][4];
+    float own_scale[Wide];
 #pragma unroll
     for (int n = 0; n < Wide; n++) {
+        own_scale[n] = scale[n] * OWN_SCALE;
         uint4 own = *(const uint4*)(cells + n * apart + lane * 16);
         words[n][0] = own.x;
         words[n][1] = own.y;
@@ -58,13 +82,43 @@ __device__ __forceinline__ void multiply_cells(float (&sum)[High][Wide][4], cons
         before(k);
         u32 left[High][4];
 #pragma unroll
-        for (int h = 0; h < High; h++) load_tiles(left[h], x + tile_at<PARTS>(h * 16 + lane % 16, k * 2 + lane / 16));
+        for (int h = 0; h < High; h++) load_tiles(left[h], x.at(h * 16 + lane % 16, k * 2 + lane / 16));
 #pragma unroll
         for (int n = 0; n < Wide; n++) {
             u32 right[2];
-            widened(right, words[n][k], scale[n]);
+            widened(right, words[n][k], own_scale[n]);
 #pragma unroll
             for (int h = 0; h < High; h++) mma(sum[h][n], left[h], right[0], right[1]);
+        }
+    }
+}
+
+// The same with up to 8 rows as the right operand: two groups of outputs an instruction, (output, row) in `sum`. Changes no sum.
+// `x` is this lane's row, of those that follow one another in eights of lanes.
+template <int Wide>
+__device__ __forceinline__ void multiply_turned(float (&sum)[Wide][4], const u8* x, const u8* cells, const float (&scale)[Wide], int lane) {
+    u32 words[Wide][4], right[2][4];
+    float own_scale[Wide];
+#pragma unroll
+    for (int n = 0; n < Wide; n++) {
+        own_scale[n] = scale[n] * OWN_SCALE;
+        uint4 own = *(const uint4*)(cells + n * CELL_BYTES + lane * 16);
+        words[n][0] = own.x;
+        words[n][1] = own.y;
+        words[n][2] = own.z;
+        words[n][3] = own.w;
+    }
+#pragma unroll
+    for (int half = 0; half < 2; half++) load_tiles(right[half], x + half * 64 + lane / 8 * 16);
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+#pragma unroll
+        for (int n = 0; n < Wide; n += 2) {
+            u32 low[2], high[2];
+            widened(low, words[n][k], own_scale[n]);
+            widened(high, words[n + 1][k], own_scale[n + 1]);
+            u32 left[4] = {low[0], high[0], low[1], high[1]};
+            mma(sum[n / 2], left, right[k / 2][k % 2 * 2], right[k / 2][k % 2 * 2 + 1]);
         }
     }
 }
@@ -132,7 +186,7 @@ template <bool Segmented> __device__ __forceinline__ void multiply_eights(const 
         for (u32 half = 0; half < 2; half++) {
             u32 step = (s * 2 + half) * 4;
             if (step >= steps) break;
-            multiply_cells<1, 1>(sum, x + half * (XBytes / 2), cells + half * CELL_BYTES, 0, scale, lane, [&](int k) {
+            multiply_cells<1, 1>(sum, ExchangedRows{x + half * (XBytes / 2)}, cells + half * CELL_BYTES, 0, scale, lane, [&](int k) {
                 if constexpr (Segmented) {
                     for (; segment < SEGMENTS && segment_at(steps, segment + 1) == step + k; segment++) fold(held, sum[0], segment);
                 }
@@ -169,7 +223,7 @@ KERNEL void widen_f8(const u8* cells, Eights e, u32 outputs, u32 depth, u16* out
     if (n >= outputs) return;
     uint4 own = *(const uint4*)(cells + (u64)cell * CELL_BYTES + lane * 16);
     u32 words[4] = {own.x, own.y, own.z, own.w};
-    float scale = scales_of(e, n)[e.each > 1 ? k / SCALED_K : 0];
+    float scale = scales_of(e, n)[e.each > 1 ? k / SCALED_K : 0] * OWN_SCALE;
     u32* to = (u32*)(out + (u64)n * depth + k);
 #pragma unroll
     for (int s = 0; s < 4; s++) {

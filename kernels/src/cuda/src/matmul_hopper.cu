@@ -37,6 +37,9 @@ __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
+// The first threads of the thread block, so many, wait for one another.
+__device__ __forceinline__ void sync_some(u32 threads) { asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory"); }
+
 __device__ __forceinline__ void barrier_init(u32 barrier, u32 count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
@@ -84,9 +87,16 @@ __device__ __forceinline__ void load_once(u32 to, const TensorMap* map, u32 barr
                  : "memory");
 }
 
-// Bytes one after another: a multiple of 16.
+// Bytes one after another: a multiple of 16. The second: that nobody reads again soon.
 __device__ __forceinline__ void load_bytes(u32 to, const void* from, u32 bytes, u32 barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier)
+                 : "memory");
+}
+
+__device__ __forceinline__ void load_bytes_once(u32 to, const void* from, u32 bytes, u32 barrier) {
+    asm volatile("{\n.reg .b64 first;\ncreatepolicy.fractional.L2::evict_first.b64 first, 1.0;\n"
+                 "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], first;\n}" ::"r"(to),
                  "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier)
                  : "memory");
 }
@@ -347,12 +357,12 @@ KERNEL void __launch_bounds__(384, 1) __cluster_dims__(2, 1, 1)
 // outputs, and thread blocks stay and take tile after tile. With segments an item is 64 k of one segment, and each of eight
 // warps has a segment.
 //
-//     shared = items | barriers | sums of segments (segment, row, output)
+//     shared = items, in the end sums of segments (segment, row, output) | barriers | whole rows of x
 //     item = (chunk of 64 k, row) of x, then (chunk, output) of W
 
 // Fragments of `Wide` times 8 outputs from `first` on, times all rows, over the 64 k of one chunk.
-template <int Rows, int Wide>
-__device__ __forceinline__ void multiply_chunk(float (&sum)[Rows / 16][Wide][4], const u8* x, const u8* w, int first, int lane) {
+template <int Rows, int Wide, class Left>
+__device__ __forceinline__ void multiply_chunk(float (&sum)[Rows / 16][Wide][4], const Left& x, const u8* w, int first, int lane) {
 #pragma unroll
     for (int k = 0; k < 4; k += 2) {
         u32 left[2][Rows / 16][4], right[Wide][4];
@@ -362,7 +372,7 @@ __device__ __forceinline__ void multiply_chunk(float (&sum)[Rows / 16][Wide][4],
         for (int i = 0; i < 2; i++) {
 #pragma unroll
             for (int h = 0; h < Rows / 16; h++)
-                load_tiles(left[i][h], x + tile_at<PARTS>(h * 16 + lane % 16, (k + i) * 2 + lane / 16));
+                load_tiles(left[i][h], x.at(h * 16 + lane % 16, (k + i) * 2 + lane / 16));
         }
 #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -425,26 +435,40 @@ template <int Wide> struct Scales {
     }
 };
 
-// `Eight`: weights of 8 bits, as cells (matmul_f8.cu).
-template <int Rows, int Outputs, int Items, int Chunks, bool Segmented, bool Eight>
+// The 64 k of one chunk in the row of x that a lane reads, where x lies whole in shared memory. Where the tensor cores take more
+// rows than there are, it is the last row again: nobody looks at what comes of it.
+struct WholeRow {
+    const u8* first;
+    __device__ __forceinline__ const u8* at(int, int part) const { return first + part * 16; }
+};
+
+// `Segmented`: warps of a segment, which share its outputs; 0: there are no segments. `Eight`: weights of 8 bits, as cells
+// (matmul_f8.cu). `Whole`: x does not pass through the ring but lies in shared memory whole, behind the barriers, for which there
+// must be few rows; TURNED: up to 8 of them, the right operand of weights of 8 bits, which takes fewer instructions.
+#define TURNED 2
+template <int Rows, int Outputs, int Items, int Chunks, int Segmented, bool Eight, int Whole>
 __device__ __forceinline__ void multiply_few(const TensorMap* xs, const TensorMap* ws, const Matmul& a, const Eights& e, u32 first_row,
                                              u8* dynamic) {
-    constexpr int Warps = Segmented ? SEGMENTS : Outputs / 8, Wide = Segmented ? Outputs / 8 : 1, High = Rows / 16;
+    constexpr bool Turned = Whole == TURNED;
+    constexpr int Split = Segmented ? Segmented : 1, Warps = Segmented ? SEGMENTS * Split : Turned ? Outputs / 16 : Outputs / 8;
+    constexpr int Wide = Segmented ? Outputs / 8 / Split : Turned ? 2 : 1, High = Rows / 16;
     constexpr u32 XBytes = Rows * HOPPER_STEP * 2, WBytes = Outputs * HOPPER_STEP * (Eight ? 1 : 2);
-    constexpr u32 ItemBytes = (XBytes + WBytes) * Chunks, WeightsAt = XBytes * Chunks;
-    // Of the thread blocks one after another, so many have the same outputs and other rows.
-    u32 row_tiles = Eight ? (a.rows + Rows - 1) / Rows : 1, row = Eight ? blockIdx.x % row_tiles * Rows : 0;
+    constexpr u32 WeightsAt = Whole ? 0 : XBytes * Chunks, ItemBytes = WeightsAt + WBytes * Chunks;
     u32 skip = (1024 - shared_at(dynamic) % 1024) % 1024;
     u8* items = dynamic + skip;
-    u32 full = shared_at(items) + Items * ItemBytes, empty = full + 8 * Items;
+    u32 full = shared_at(items) + Items * ItemBytes, empty = full + 8 * Items, ready = empty + 8 * Items;
+    u8* whole = items + Items * ItemBytes + 1024;
+    // So that eight rows lie in different banks.
+    u32 pitch = a.depth * 2 + 16;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     u32 steps = a.depth / HOPPER_STEP, count = (steps + Chunks - 1) / Chunks;
-    u32 output = blockIdx.x / row_tiles * Outputs, stride = gridDim.x / row_tiles * Outputs;
+    u32 output = blockIdx.x * Outputs, stride = gridDim.x * Outputs;
     if (threadIdx.x == 0) {
         for (int s = 0; s < Items; s++) {
             barrier_init(full + 8 * s, 1);
-            barrier_init(empty + 8 * s, (Segmented ? 1 : Warps) * (Eight ? 32 : 1));
+            barrier_init(empty + 8 * s, (Segmented ? Split : Warps) * (Eight ? 32 : 1));
         }
+        if (Whole) barrier_init(ready, 1);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
@@ -460,18 +484,24 @@ __device__ __forceinline__ void multiply_few(const TensorMap* xs, const TensorMa
                 barrier_expect(barrier, ItemBytes);
                 if constexpr (Eight) {
                     static_assert(Outputs == TILE_OUTPUTS, "a thread block's cells lie one after another");
-                    load_bytes(to, cells_at(a, at.output, k_of(at.item)), WBytes * Chunks, barrier);
+                    load_bytes_once(to, cells_at(a, at.output, k_of(at.item)), WBytes * Chunks, barrier);
                 } else {
 #pragma unroll
                     for (u32 c = 0; c < Chunks; c++)
-                        load_slab(to + c * WBytes, ws, barrier, k_of(at.item) + c * HOPPER_STEP, at.output);
+                        load_once(to + c * WBytes, ws, barrier, k_of(at.item) + c * HOPPER_STEP, at.output);
                 }
             };
+            auto whole_rows = [&]() {
+                barrier_expect(ready, a.rows * a.depth * 2);
+                for (u32 r = 0; r < a.rows; r++)
+                    load_bytes(shared_at(whole) + r * pitch, a.x + (u64)r * a.x_stride, a.depth * 2, ready);
+            };
             auto rows = [&](const Cursor& at, u32 slot) {
+                if (Whole) return;
                 u32 to = shared_at(items) + slot * ItemBytes;
 #pragma unroll
                 for (u32 c = 0; c < Chunks; c++)
-                    load_slab(to + c * XBytes, xs, full + 8 * slot, k_of(at.item) + c * HOPPER_STEP, first_row + row);
+                    load_slab(to + c * XBytes, xs, full + 8 * slot, k_of(at.item) + c * HOPPER_STEP, first_row);
             };
             Ring<Items> ring = {0, 0};
             if constexpr (Segmented) {
@@ -479,7 +509,8 @@ __device__ __forceinline__ void multiply_few(const TensorMap* xs, const TensorMa
                 u32 first = count < Items ? count : Items;
                 for (u32 i = 0; i < first; i++) weights({output, i}, i);
                 after_previous();
-                for (u32 i = 0; i < first; i++) rows({output, i}, i);
+                if (Whole) whole_rows();
+                for (u32 i = 0; i < first && !Whole; i++) rows({output, i}, i);
                 for (u32 i = Items; i < count; i++, ring.next()) {
                     barrier_wait(empty + 8 * ring.stage, ring.parity);
                     weights({output, i}, ring.stage);
@@ -489,6 +520,7 @@ __device__ __forceinline__ void multiply_few(const TensorMap* xs, const TensorMa
                 Cursor ahead = {output, 0}, at = ahead;
                 for (u32 slot = 0; slot < Items && ahead.output < a.outputs; slot++, ahead.next(count, stride)) weights(ahead, slot);
                 after_previous();
+                if (Whole) whole_rows();
                 for (u32 slot = 0; slot < Items && at.output < a.outputs; slot++, at.next(count, stride)) rows(at, slot);
                 for (; at.output < a.outputs; ring.next(), at.next(count, stride)) {
                     barrier_wait(empty + 8 * ring.stage, ring.parity);
@@ -499,11 +531,14 @@ __device__ __forceinline__ void multiply_few(const TensorMap* xs, const TensorMa
         }
     } else {
         // Where a warp begins in K, and its first group of 8 outputs.
-        u32 begin_k = Segmented ? warp * (a.depth / SEGMENTS) : 0, groups_at = Segmented ? 0 : warp;
+        u32 segment = Segmented ? warp / Split : 0, begin_k = segment * (a.depth / SEGMENTS);
+        u32 groups_at = Segmented ? warp % Split * Wide : warp * Wide;
         after_previous();
         // A warp with a segment takes every eighth item.
         constexpr u32 Stride = Segmented ? SEGMENTS : 1;
-        u32 slot = Segmented ? warp % Items : 0, parity = 0;
+        u32 slot = segment % Items, parity = 0;
+        const u8* own_row = whole + min((u32)lane % (Turned ? 8 : 16), a.rows - 1) * pitch + begin_k * 2;
+        if (Whole) barrier_wait(ready, 0);
         for (u32 own = output; own < a.outputs; own += stride) {
 #pragma unroll
             for (int h = 0; h < High; h++) {
@@ -515,18 +550,23 @@ __device__ __forceinline__ void multiply_few(const TensorMap* xs, const TensorMa
             }
             Scales<Wide> scales;
             if (Eight) scales.begin(e, own + groups_at * 8, begin_k, lane);
-            for (u32 i = Segmented ? warp : 0; i < count; i += Stride) {
+            for (u32 i = segment; i < count; i += Stride) {
                 barrier_wait(full + 8 * slot, parity);
                 const u8* x = items + slot * ItemBytes;
 #pragma unroll
                 for (int c = 0; c < Chunks; c++) {
+                    auto left = [&] {
+                        if constexpr (Whole) return WholeRow{own_row + (i / Stride * Chunks + c) * HOPPER_STEP * 2};
+                        else return ExchangedRows{x + c * XBytes};
+                    }();
                     if (Eight) {
                         // Two of 64 k share a scale.
                         if (c % 2 == 0) scales.next(lane);
                         const u8* cells = x + WeightsAt + c * WBytes + groups_at * CELL_BYTES;
-                        multiply_cells<High, Wide>(sum, x + c * XBytes, cells, CELL_BYTES, scales.now, lane, [](int) {});
+                        if constexpr (Turned) multiply_turned<Wide>(sum[0], left.first, cells, scales.now, lane);
+                        else multiply_cells<High, Wide>(sum, left, cells, CELL_BYTES, scales.now, lane, [](int) {});
                     } else {
-                        multiply_chunk<Rows, Wide>(sum, x + c * XBytes, x + WeightsAt + c * WBytes, groups_at * 8, lane);
+                        multiply_chunk<Rows, Wide>(sum, left, x + WeightsAt + c * WBytes, groups_at * 8, lane);
                     }
                 }
                 __syncwarp();
@@ -538,12 +578,18 @@ __device__ __forceinline__ void multiply_few(const TensorMap* xs, const TensorMa
                     parity ^= 1;
                 }
             }
-            if constexpr (!Segmented) {
+            if constexpr (!Segmented && Turned) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    u32 r = lane % 4 * 2 + i % 2, n = own + (groups_at + i / 2) * 8 + lane / 4;
+                    if (r < a.rows) a.y[(u64)r * a.outputs + n] = a.bias ? sum[0][0][i] + a.bias[n] : sum[0][0][i];
+                }
+            } else if constexpr (!Segmented) {
 #pragma unroll
                 for (int h = 0; h < High; h++) {
 #pragma unroll
                     for (int i = 0; i < 4; i += 2) {
-                        u32 r = row + h * 16 + lane / 4 + i / 2 * 8, n = own + warp * 8 + lane % 4 * 2;
+                        u32 r = h * 16 + lane / 4 + i / 2 * 8, n = own + warp * 8 + lane % 4 * 2;
                         if (r >= a.rows) continue;
                         float2 value = make_float2(sum[h][0][i], sum[h][0][i + 1]);
                         if (a.bias) value = make_float2(value.x + a.bias[n], value.y + a.bias[n + 1]);
@@ -554,7 +600,9 @@ __device__ __forceinline__ void multiply_few(const TensorMap* xs, const TensorMa
         }
     }
     if (!Segmented) return;
-    float* sums = (float*)(items + Items * ItemBytes + 1024);
+    // Where items were, all of which have been multiplied.
+    float* sums = (float*)items;
+    __syncthreads();
     if (warp < Warps) {
 #pragma unroll
         for (int h = 0; h < High; h++) {
@@ -562,15 +610,17 @@ __device__ __forceinline__ void multiply_few(const TensorMap* xs, const TensorMa
             for (int n = 0; n < Wide; n++) {
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    int r = h * 16 + lane / 4 + i / 2 * 8, at = n * 8 + lane % 4 * 2 + i % 2;
-                    sums[(warp * Rows + r) * Outputs + at] = sum[h][n][i];
+                    if (Turned && n >= Wide / 2) break;
+                    int r = Turned ? lane % 4 * 2 + i % 2 : h * 16 + lane / 4 + i / 2 * 8;
+                    int at = (warp % Split * Wide + (Turned ? 2 * n + i / 2 : n)) * 8 + (Turned ? lane / 4 : lane % 4 * 2 + i % 2);
+                    if (r < (int)a.rows) sums[(warp / Split * Rows + r) * Outputs + at] = sum[h][n][i];
                 }
             }
         }
     }
     __syncthreads();
     for (u32 i = threadIdx.x; i < Rows * Outputs; i += 32 * (Warps + 1)) {
-        u32 r = row + i / Outputs, n = output + i % Outputs;
+        u32 r = i / Outputs, n = output + i % Outputs;
         if (r >= a.rows) break;
         float s[SEGMENTS];
 #pragma unroll
@@ -580,31 +630,60 @@ __device__ __forceinline__ void multiply_few(const TensorMap* xs, const TensorMa
     }
 }
 
-#define FEW_KERNEL(Name, Outputs, Items, Chunks, Segmented, Threads)                                                         \
+#define FEW_KERNEL(Name, Outputs, Items, Chunks, Segmented, Whole, Threads)                                                  \
     KERNEL void __launch_bounds__(Threads)                                                                                   \
         Name(const __grid_constant__ TensorMap xs, const __grid_constant__ TensorMap ws, Matmul a, u32 first_row) {          \
         DYNAMIC_SHARED(shared);                                                                                              \
-        multiply_few<16, Outputs, Items, Chunks, Segmented, false>(&xs, &ws, a, Eights(), first_row, shared);                \
+        multiply_few<16, Outputs, Items, Chunks, Segmented, false, Whole>(&xs, &ws, a, Eights(), first_row, shared);         \
     }
-FEW_KERNEL(matmul_16_hopper, 32, 8, 2, false, 160)
-FEW_KERNEL(matmul_16_narrow_hopper, 16, 8, 2, false, 96)
-FEW_KERNEL(matmul_segmented_16_hopper, 32, 16, 1, true, 288)
+FEW_KERNEL(matmul_16_hopper, 32, 8, 2, 0, 0, 160)
+FEW_KERNEL(matmul_16_narrow_hopper, 16, 8, 2, 0, 0, 96)
+FEW_KERNEL(matmul_segmented_16_hopper, 32, 16, 1, 1, 0, 288)
+FEW_KERNEL(matmul_whole_hopper, 32, 10, 2, 0, 1, 160)
+FEW_KERNEL(matmul_whole_narrow_hopper, 16, 8, 2, 0, 1, 96)
+FEW_KERNEL(matmul_segmented_whole_hopper, 16, 32, 1, 1, 1, 288)
 
 // K is a multiple of 256, or of 1024 and at most 32768 with segments.
-#define EIGHT_KERNEL(Name, Outputs, Items, Chunks, Segmented, Threads)                                                       \
+#define EIGHT_KERNEL(Name, Outputs, Items, Chunks, Segmented, Whole, Threads)                                                \
     KERNEL void __launch_bounds__(Threads, 1) Name(const __grid_constant__ TensorMap xs, Matmul a, Eights e, u32 first_row) { \
         DYNAMIC_SHARED(shared);                                                                                              \
-        multiply_few<16, Outputs, Items, Chunks, Segmented, true>(&xs, &xs, a, e, first_row, shared);                        \
+        multiply_few<16, Outputs, Items, Chunks, Segmented, true, Whole>(&xs, &xs, a, e, first_row, shared);                 \
     }
-EIGHT_KERNEL(matmul_f8_hopper, 32, 6, 4, false, 160)
-EIGHT_KERNEL(matmul_segmented_f8_hopper, 32, 16, 2, true, 288)
+EIGHT_KERNEL(matmul_f8_hopper, 32, 6, 4, 0, 0, 160)
+EIGHT_KERNEL(matmul_segmented_f8_hopper, 32, 16, 2, 1, 0, 288)
+EIGHT_KERNEL(matmul_f8_whole_hopper, 32, 4, 4, 0, TURNED, 96)
+EIGHT_KERNEL(matmul_f8_whole_narrow_hopper, 32, 5, 4, 0, 1, 160)
+EIGHT_KERNEL(matmul_segmented_f8_whole_hopper, 32, 16, 2, 2, TURNED, 544)
 
 __device__ __forceinline__ float4 plus(const float4& a, const float4& b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
+
+// The last sums of a cluster of thread blocks, each of which has those of some of the segments, (row, output), at `sums`: some of
+// the rows.
+template <int Outputs, u32 Threads, u32 Blocks>
+__device__ __forceinline__ void add_sums(const Matmul& a, u32 sums, u32 output, u32 rank) {
+    constexpr u32 Fours = 64 / Blocks * Outputs / 4;
+#pragma unroll
+    for (u32 from = 0; from < Fours; from += Threads) {
+        u32 i = from + threadIdx.x, r = rank * (64 / Blocks) + i / (Outputs / 4), n = i % (Outputs / 4) * 4;
+        if (i >= Fours || r >= a.rows || output + n >= a.outputs) continue;
+        float4 part[Blocks];
+#pragma unroll
+        for (u32 block = 0; block < Blocks; block++) part[block] = read_of(sums + (r * (Outputs + 8) + n) * 4, block);
+        // The same tree as everywhere.
+#pragma unroll
+        for (u32 apart = 1; apart < Blocks; apart *= 2) {
+#pragma unroll
+            for (u32 block = 0; block + apart < Blocks; block += 2 * apart) part[block] = plus(part[block], part[block + apart]);
+        }
+        if (a.bias) part[0] = plus(part[0], *(const float4*)(a.bias + output + n));
+        *(float4*)(a.y + (u64)r * a.outputs + output + n) = part[0];
+    }
+}
 
 // Up to 64 rows, which a warpgroup multiplies with `Outputs` outputs while one thread of another warp loads. With segments a
 // cluster of four thread blocks has the outputs, and each two of the segments; each adds up 16 of the rows in the end.
 //
-//     shared = items | barriers | sums (row, output)
+//     shared = items, in the end sums (row, output) | barriers
 //     item = 64 rows of x, then `Outputs` rows of W: 64 k
 template <int Outputs, int Items, bool Segmented>
 __device__ __forceinline__ void multiply_some(const TensorMap* xs, const TensorMap* ws, const Matmul& a, u32 first_row, u8* dynamic) {
@@ -673,7 +752,9 @@ __device__ __forceinline__ void multiply_some(const TensorMap* xs, const TensorM
             wgmma_wait<0>();
             if (threadIdx.x == 0) barrier_arrive_here(empty + 8 * before);
         }
-        float* sums = (float*)(dynamic + skip + Items * ItemBytes + 1024);
+        // Where items were, all of which have been multiplied.
+        float* sums = (float*)(dynamic + skip);
+        if (Segmented) sync_some(128);
 #pragma unroll
         for (int i = 0; i < Values; i += 2) {
             u32 r = warp * 16 + lane / 4 + i % 4 / 2 * 8, n = i / 4 * 8 + lane % 4 * 2;
@@ -689,18 +770,7 @@ __device__ __forceinline__ void multiply_some(const TensorMap* xs, const TensorM
     }
     if (!Segmented) return;
     cluster_sync();
-    u32 sums = items + Items * ItemBytes + 1024;
-#pragma unroll
-    for (u32 from = 0; from < 4 * Outputs; from += 160) {
-        u32 i = from + threadIdx.x, r = rank * 16 + i / (Outputs / 4), n = i % (Outputs / 4) * 4;
-        if (i >= 4 * Outputs || r >= a.rows || output + n >= a.outputs) continue;
-        float4 pair[Blocks];
-#pragma unroll
-        for (u32 block = 0; block < Blocks; block++) pair[block] = read_of(sums + (r * Stride + n) * 4, block);
-        float4 all = plus(plus(pair[0], pair[1]), plus(pair[2], pair[3]));
-        if (a.bias) all = plus(all, *(const float4*)(a.bias + output + n));
-        *(float4*)(a.y + (u64)r * a.outputs + output + n) = all;
-    }
+    add_sums<Outputs, 160, Blocks>(a, items, output, rank);
     // Nobody leaves while others may still read here.
     cluster_sync();
 }
