@@ -4,6 +4,7 @@
 //! between GPUs of one host read and write the GPU's memory itself; they are only told when a layer is done.
 
 mod load;
+mod steps;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -23,6 +24,8 @@ use crate::sampling::Seen;
 
 pub use load::{GpuOptions, LoadedGpu, load};
 
+use steps::Steps;
+
 /// Rows of logits in memory at a time.
 const LOGIT_ROWS: usize = 64;
 /// One part in so many of the free memory is left to what a batch needs besides the cache.
@@ -37,6 +40,7 @@ pub struct GpuModel {
     cache: Option<GpuArena>,
     mirror: Mirror,
     scratch: Scratch,
+    steps: Steps,
 }
 
 pub(crate) struct Weights {
@@ -146,6 +150,14 @@ impl Scratch {
         })
     }
 
+    /// Where everything lies that a step of all its rows touches, but its spans.
+    fn places(&self) -> [u64; 8] {
+        let Scratch { x, normed, qkv, q, attended, delta, gate_up, gated, .. } = self;
+        let [x, qkv, delta, gate_up] = [x, qkv, delta, gate_up].map(Floats::place);
+        let [normed, q, attended, gated] = [normed, q, attended, gated].map(Rows::place);
+        [x, qkv, delta, gate_up, normed, q, attended, gated]
+    }
+
     fn ensure(&mut self, rows: usize, drawn: usize, config: &ModelConfig) -> Result<(), GpuError> {
         let (hidden, wide, heads) = (config.hidden, config.intermediate, config.heads);
         self.x.ensure(rows * hidden)?;
@@ -167,7 +179,8 @@ impl GpuModel {
         assert!(weights.layers.len() == config.layers, "weights of another model");
         let rotations = gpu.rotations(&RopeTable::new(&config.inv_freq, config.positions_max))?;
         let scratch = Scratch::new(&gpu, &config)?;
-        Ok(GpuModel { gpu, config, weights, rotations, cache: None, mirror: Mirror::default(), scratch })
+        let (mirror, steps) = (Mirror::default(), Steps::default());
+        Ok(GpuModel { gpu, config, weights, rotations, cache: None, mirror, scratch, steps })
     }
 
     pub fn gpu(&self) -> &Gpu {
@@ -204,6 +217,7 @@ impl GpuModel {
         let fits = self.cache.as_ref().is_some_and(|cache| cache.blocks() == blocks && *cache.layout() == layout);
         if !fits {
             self.cache = None;
+            self.steps = Steps::default();
             self.cache = Some(self.gpu.arena(layout, blocks)?);
             self.mirror = Mirror::default();
         }
@@ -242,25 +256,40 @@ impl GpuModel {
 
     /// As `CpuModel::forward`: leaves the final norm of the rows that are drawn from in `scratch.normed`.
     fn forward(&mut self, batch: &Batch, layers: &mut dyn FnMut(usize)) -> Result<Vec<usize>, GpuError> {
-        let GpuModel { gpu, config, weights, rotations, cache: Some(cache), mirror, scratch } = self else {
+        let GpuModel { gpu, config, weights, rotations, cache: Some(cache), mirror, scratch, steps } = self else {
             return Ok(Vec::new());
         };
         let (heads, eps) = (config.heads, config.eps);
-        let scale = 1.0 / (heads.head_dim as f32).sqrt();
         let drawn = drawn_rows(&batch.draws);
         let spans: Vec<Span> = batch.spans.iter().map(|span| kernel_span(batch, span)).collect();
         let mut rows = batch.tokens.len();
         scratch.ensure(rows, drawn.len(), config)?;
         gpu.describe(&mut scratch.spans, &batch.tokens, &spans, &heads, cache)?;
         let mut leaving = Leaving::of(batch, mirror);
+        let repeats = drawn.len() == rows && rows <= steps::ROWS_MAX && !leaving.is_any();
+        if let Some(shape) = scratch.spans.shape().filter(|_| repeats) {
+            let shape = shape.into_iter().chain(scratch.places()).collect();
+            // SAFETY: the shape has the rows and the places of all that a step touches but the weights, and the cache, with which
+            // what is recorded is given up.
+            unsafe {
+                steps.run(gpu, shape, || {
+                    begin(gpu, weights, rows, eps, scratch)?;
+                    for (index, layer) in weights.layers.iter().enumerate() {
+                        let rope = rope_of(config, layer, index, rotations);
+                        project(gpu, layer, &rope, rows, scratch, cache)?;
+                        attend(gpu, config, weights, index, rows, scratch, cache)?;
+                    }
+                    Ok(())
+                })?;
+            }
+            (0..weights.layers.len()).for_each(layers);
+            return Ok(drawn);
+        }
 
-        gpu.embed(&weights.embedding, &scratch.spans, &mut scratch.x)?;
-        gpu.add_rms_norm(&mut scratch.x, None, &weights.layers[0].attention_norm, rows, eps, &mut scratch.normed)?;
+        begin(gpu, weights, rows, eps, scratch)?;
         for (index, layer) in weights.layers.iter().enumerate() {
-            gpu.matmul(&scratch.normed, 0..rows, &layer.qkv, layer.qkv_bias.as_ref(), &mut scratch.qkv)?;
-            let (q_norm, k_norm) = (layer.q_norm.as_ref(), layer.k_norm.as_ref());
-            let rope = GpuRope { heads, layer: index, eps, rotations, q_norm, k_norm };
-            gpu.rope_store(&rope, &scratch.spans, &scratch.qkv, &mut scratch.q, cache)?;
+            let rope = rope_of(config, layer, index, rotations);
+            project(gpu, layer, &rope, rows, scratch, cache)?;
             leaving.begin(gpu, cache, mirror, batch, index, layers)?;
             if index + 1 == weights.layers.len() && drawn.len() < rows {
                 keep(gpu, config, &drawn, &spans, &rope, cache, scratch)?;
@@ -270,10 +299,7 @@ impl GpuModel {
             if rows == 0 {
                 break;
             }
-            let attention = GpuAttention { heads, layer: index, scale, window: layer.window };
-            gpu.attention(&attention, &scratch.spans, &scratch.q, cache, &mut scratch.attended)?;
-            let next = weights.layers.get(index + 1).map_or(&weights.norm, |next| &next.attention_norm);
-            mix(gpu, layer, next, rows, eps, scratch)?;
+            attend(gpu, config, weights, index, rows, scratch, cache)?;
         }
         leaving.end(gpu, batch, layers)?;
         mirror.add(&leaving.blocks);
@@ -348,6 +374,11 @@ impl Leaving {
         Leaving { blocks, stay, layer: None }
     }
 
+    /// Whether anything leaves, be it from where it is.
+    fn is_any(&self) -> bool {
+        !self.blocks.is_empty() || self.stay
+    }
+
     /// Sends a computed layer on its way and reports the one before it.
     fn begin(
         &mut self,
@@ -358,7 +389,7 @@ impl Leaving {
         layer: usize,
         layers: &mut dyn FnMut(usize),
     ) -> Result<(), GpuError> {
-        if self.blocks.is_empty() && !self.stay {
+        if !self.is_any() {
             layers(layer);
             return Ok(());
         }
@@ -409,6 +440,48 @@ fn keep(
     std::mem::swap(&mut scratch.qkv, &mut scratch.kept_qkv);
     // Writes the kept rows' keys and values once more, with the same bits, for the sake of their queries.
     gpu.rope_store(rope, &scratch.drawn, &scratch.qkv, &mut scratch.q, cache)
+}
+
+fn rope_of<'a>(config: &ModelConfig, layer: &'a Layer, index: usize, rotations: &'a Floats) -> GpuRope<'a> {
+    let (q_norm, k_norm) = (layer.q_norm.as_ref(), layer.k_norm.as_ref());
+    GpuRope { heads: config.heads, layer: index, eps: config.eps, rotations, q_norm, k_norm }
+}
+
+/// The rows that the first layer begins with.
+fn begin(gpu: &Gpu, weights: &Weights, rows: usize, eps: f32, scratch: &mut Scratch) -> Result<(), GpuError> {
+    gpu.embed(&weights.embedding, &scratch.spans, &mut scratch.x)?;
+    gpu.add_rms_norm(&mut scratch.x, None, &weights.layers[0].attention_norm, rows, eps, &mut scratch.normed)
+}
+
+/// A layer's queries, and its keys and values into the cache.
+fn project(
+    gpu: &Gpu,
+    layer: &Layer,
+    rope: &GpuRope,
+    rows: usize,
+    scratch: &mut Scratch,
+    cache: &mut GpuArena,
+) -> Result<(), GpuError> {
+    gpu.matmul(&scratch.normed, 0..rows, &layer.qkv, layer.qkv_bias.as_ref(), &mut scratch.qkv)?;
+    gpu.rope_store(rope, &scratch.spans, &scratch.qkv, &mut scratch.q, cache)
+}
+
+/// Attention, and the second half of the layer.
+fn attend(
+    gpu: &Gpu,
+    config: &ModelConfig,
+    weights: &Weights,
+    index: usize,
+    rows: usize,
+    scratch: &mut Scratch,
+    cache: &GpuArena,
+) -> Result<(), GpuError> {
+    let (layer, heads) = (&weights.layers[index], config.heads);
+    let scale = 1.0 / (heads.head_dim as f32).sqrt();
+    let attention = GpuAttention { heads, layer: index, scale, window: layer.window };
+    gpu.attention(&attention, &scratch.spans, &scratch.q, cache, &mut scratch.attended)?;
+    let next = weights.layers.get(index + 1).map_or(&weights.norm, |next| &next.attention_norm);
+    mix(gpu, layer, next, rows, config.eps, scratch)
 }
 
 /// The second half of a layer, as `model::mix`.
