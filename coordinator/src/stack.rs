@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use baton_core::planted::{self, Bug};
 use baton_core::{Listener, Net, Rng};
+use baton_proto::server::Bound;
 use baton_proto::v1;
 use baton_proto::v1::coordinator_server::CoordinatorServer;
 use baton_proto::v1::raft_server::RaftServer;
@@ -20,6 +21,8 @@ use crate::services::Services;
 
 /// How long open calls may take to end when this node stops.
 const STOP_TIMEOUT: Duration = Duration::from_secs(1);
+/// Far more than a cluster has processes.
+const BOUND: Bound = Bound { connections_max: 16_384, full };
 /// How often a node that does not lead asks whether it was removed.
 const REMOVED_EVERY: Duration = Duration::from_secs(1);
 
@@ -68,7 +71,7 @@ impl Stack {
         });
         let services = Services::new(node.service(), service);
         let stopped = stopped(stopping.subscribe());
-        let server = tokio::spawn(baton_proto::server::serve(listener, services, stopped));
+        let server = tokio::spawn(baton_proto::server::serve(listener, BOUND, services, stopped));
         Stack { node: Some(node), stopping, server, beside: tokio::spawn(beside) }
     }
 
@@ -122,6 +125,11 @@ impl Stack {
             node.close().await;
         }
     }
+}
+
+fn full() {
+    tracing::warn!("as many connections as there may be: further ones wait");
+    metrics::counter!("baton_coordinator_connections_full_total").increment(1);
 }
 
 async fn stopped(mut stopping: watch::Receiver<bool>) {

@@ -78,6 +78,12 @@ pub(crate) fn finish_lost() {
     counter!("baton_gateway_finishes_lost_total").increment(1);
 }
 
+/// As many connections are there as may be: further ones wait.
+pub(crate) fn connections_full() {
+    tracing::warn!("as many connections as there may be: further ones wait");
+    counter!("baton_gateway_connections_full_total").increment(1);
+}
+
 /// A request goes on without being resumable.
 pub(crate) fn unresumable(reason: &'static str) {
     counter!("baton_gateway_unresumable_total", "reason" => reason).increment(1);
