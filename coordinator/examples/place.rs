@@ -65,7 +65,7 @@ fn main() {
             stuck: false,
         };
         let candidates = ids.iter().zip(&loads).enumerate().map(candidate).collect();
-        let decision = place(&question, &Pools { candidates, broken: &broken }, &policy);
+        let decision = place(&question, &Pools { candidates, lost: vec![], broken: &broken }, &policy);
         placed += since.elapsed().as_nanos();
         assert!(decision.is_ok());
     }

@@ -29,7 +29,8 @@ impl Declined {
     pub(super) fn nobody(question: &Question, pools: &Pools, aside: Trace) -> Declined {
         let model = question.model;
         let of_model = || pools.candidates.iter().filter(|c| c.model.name == model);
-        if of_model().next().is_none() && !pools.candidates.is_empty() {
+        let lost = pools.lost.contains(&model);
+        if of_model().next().is_none() && !pools.candidates.is_empty() && !lost {
             return Declined::new(Refused::UnknownModel, format!("no worker serves {model:?}"), 0, aside);
         }
         let detail = match of_model().filter(|c| c.role == Role::Decode).count() {

@@ -48,6 +48,8 @@ pub const ALONE: WorkerIndex = 0;
 pub struct Pools<'a> {
     /// Live workers.
     pub candidates: Vec<Candidate<'a>>,
+    /// Models of workers that are gone, one each: they were served, and may be again.
+    pub lost: Vec<&'a str>,
     pub broken: &'a BrokenPairs,
 }
 

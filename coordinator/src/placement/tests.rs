@@ -73,7 +73,7 @@ fn names(result: &Result<Decision, Declined>) -> (String, String) {
 static NONE_BROKEN: BrokenPairs = BrokenPairs::new();
 
 fn placed(question: &Question, candidates: &[Candidate]) -> Result<Decision, Declined> {
-    place(question, &Pools { candidates: candidates.to_vec(), broken: &NONE_BROKEN }, &Policy::default())
+    place(question, &Pools { candidates: candidates.to_vec(), lost: vec![], broken: &NONE_BROKEN }, &Policy::default())
 }
 
 fn check(question: &Question, candidates: &[Candidate], decode: &str, prefill: &str) {
@@ -128,7 +128,7 @@ fn nobody_waits_long_where_no_lane_has_its_turn() {
     check_declined(&question(), &c, Refused::NoCapacity);
     assert_eq!(placed(&question(), &c).unwrap_err().retry_after_ms, 5_000);
     let none_is_full = Policy { prefill_waiting_max: u64::MAX, ..policy };
-    let pools = Pools { candidates: c.clone(), broken: &NONE_BROKEN };
+    let pools = Pools { candidates: c.clone(), lost: vec![], broken: &NONE_BROKEN };
     assert_eq!(
         names(&place(&question(), &pools, &none_is_full)),
         ("d0".into(), "p0".into()),
@@ -220,7 +220,7 @@ fn a_broken_pair_is_avoided_and_neither_of_its_workers_is() {
     c.iter_mut().zip(1..).for_each(|(c, index)| c.index = index);
     let check_with = |c: &[Candidate], broken: &[(WorkerIndex, WorkerIndex)], decode: &str, prefill: &str| {
         let broken = broken.iter().copied().collect();
-        let pools = Pools { candidates: c.to_vec(), broken: &broken };
+        let pools = Pools { candidates: c.to_vec(), lost: vec![], broken: &broken };
         let result = place(&question(), &pools, &Policy::default());
         assert_eq!(names(&result), (decode.into(), prefill.into()), "{result:?}");
     };
@@ -251,7 +251,8 @@ fn stuck_workers_and_those_that_fail_their_canary_take_nothing() {
     c[0].stuck = true;
     check(&question(), &c, "d1", "-");
     let broken = BrokenPairs::from([(ALONE, 2)]);
-    let declined = place(&question(), &Pools { candidates: c, broken: &broken }, &Policy::default()).unwrap_err();
+    let declined =
+        place(&question(), &Pools { candidates: c, lost: vec![], broken: &broken }, &Policy::default()).unwrap_err();
     assert_eq!(declined.reason, Refused::NoWorkers);
     let told = declined.trace.lines().join("; ");
     assert!(told.contains("set aside d0: it has work and makes no step; set aside d1: its canary fails"), "{told}");

@@ -270,7 +270,12 @@ impl Roster {
         let hits = self.prefix.hits(chain);
         let mut heard = self.workers.iter().peekable();
         let mut candidates = Vec::with_capacity(self.workers.len());
-        for (id, worker) in ledger.workers().filter(|(_, worker)| worker.live) {
+        let mut lost = Vec::new();
+        for (id, worker) in ledger.workers() {
+            if !worker.live {
+                lost.push(worker.model.name.as_str());
+                continue;
+            }
             while heard.next_if(|(other, _)| *other < id).is_some() {}
             let of_life =
                 |(other, heard): &(&WorkerId, &Heard)| *other == id && heard.incarnation == worker.incarnation;
@@ -279,7 +284,7 @@ impl Roster {
                 None => unheard(id, worker),
             });
         }
-        Pools { candidates, broken: self.pairs.broken() }
+        Pools { candidates, lost, broken: self.pairs.broken() }
     }
 }
 
