@@ -134,7 +134,7 @@ async fn look(coordinators: &[String]) -> Result<ClusterView, Failure> {
     for address in coordinators {
         let asked = timeout(RPC_TIMEOUT, async {
             let mut client = CoordinatorClient::new(channel(Arc::new(TcpNet), address)?);
-            let view = client.watch(WatchRequest {}).await?.into_inner().message().await?;
+            let view = client.watch(WatchRequest::default()).await?.into_inner().message().await?;
             anyhow::Ok(view)
         });
         if let Ok(Ok(Some(view))) = asked.await {

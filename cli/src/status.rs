@@ -130,7 +130,7 @@ struct Storage {
 
 async fn watch_once(address: &str) -> anyhow::Result<ClusterView> {
     let channel = channel(Arc::new(TcpNet), address)?;
-    let mut views = CoordinatorClient::new(channel).watch(WatchRequest {}).await?.into_inner();
+    let mut views = CoordinatorClient::new(channel).watch(WatchRequest::default()).await?.into_inner();
     views.message().await?.ok_or_else(|| anyhow::anyhow!("the coordinator ended the watch"))
 }
 

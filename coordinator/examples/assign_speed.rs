@@ -208,7 +208,7 @@ async fn call(mut client: Client, id: u64, until: Instant) -> Calls {
         };
         calls.latencies.push(start.elapsed().as_secs_f64() * 1e3);
         let requests = vec![finished(assigned.request, assigned.epoch)];
-        drop(client.finish(v1::FinishRequest { requests }).await);
+        drop(client.finish(v1::FinishRequest { requests, ..Default::default() }).await);
     }
     calls
 }
@@ -223,7 +223,7 @@ async fn stream(mut client: Client, id: u64, until: Instant) -> u64 {
             serial += 1;
             request(id, serial)
         });
-        v1::AssignBatch { requests: requests.collect() }
+        v1::AssignBatch { requests: requests.collect(), ..Default::default() }
     };
     say.send(batch(OUTSTANDING)).await.expect("open");
     let mut replies = client.assignments(incoming).await.expect("a stream").into_inner();
@@ -237,7 +237,7 @@ async fn stream(mut client: Client, id: u64, until: Instant) -> u64 {
         let requests: Vec<_> = assigned.collect();
         ended += requests.len() as u64;
         say.send(batch(requests.len())).await.expect("open");
-        client.finish(v1::FinishRequest { requests }).await.expect("finished");
+        client.finish(v1::FinishRequest { requests, ..Default::default() }).await.expect("finished");
     }
     ended
 }
@@ -248,7 +248,7 @@ async fn finish_many(mut client: Client, id: u64, until: Instant) -> u64 {
     while Instant::now() < until {
         let name = |serial: u64| format!("{:032x}", u128::from(id + 1) << 96 | u128::from(ended + serial));
         let requests = (0..FINISHES).map(|serial| finished(name(serial), 0)).collect();
-        if client.finish(v1::FinishRequest { requests }).await.is_ok() {
+        if client.finish(v1::FinishRequest { requests, ..Default::default() }).await.is_ok() {
             ended += FINISHES;
         }
     }

@@ -39,4 +39,6 @@ pub struct Assignment {
     pub lease_ms: u64,
     /// Why these workers, in one line.
     pub explanation: String,
+    /// Name of the cluster that assigned it; empty: not said.
+    pub cluster: String,
 }

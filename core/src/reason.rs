@@ -55,6 +55,8 @@ reasons!(
         Poisoned = "poisoned",
         /// Nothing is known of what was named.
         Unknown = "unknown",
+        /// The sender belongs to another cluster.
+        Foreign = "foreign",
     }
 );
 

@@ -16,8 +16,13 @@ use crate::error::ApiError;
 
 const RECONNECT_PAUSE: Duration = Duration::from_millis(100);
 /// So long may no coordinator have told of access before keys are taken for unknown where nobody but the gateway looks at
-/// them: together with the detection of a lost connection it bounds how long a revoked key can be used.
-const STALE: Duration = Duration::from_millis(900);
+/// them: together with the fifth of a second for which a coordinator that is cut off goes on it bounds how long a revoked
+/// key can be used.
+const STALE: Duration = Duration::from_millis(750);
+/// How often a coordinator is to say something, though nothing has changed.
+const WORD_MS: u64 = 100;
+/// One that has said it would and is silent for so long is left for another.
+const SILENT: Duration = Duration::from_millis(450);
 /// A presented key; longer ones are wrong without a look.
 const KEY_BYTES_MAX: usize = 256;
 /// Whose requests are those of an open cluster.
@@ -67,8 +72,7 @@ impl Access {
         loop {
             for address in coordinators.addresses() {
                 if let Some(client) = coordinators.client(&address) {
-                    let problem = self.follow(client).await;
-                    self.lost().get_or_insert_with(Instant::now);
+                    let problem = self.follow(client, coordinators.cluster()).await;
                     tracing::debug!(coordinator = %address, problem, "access lost");
                 }
                 tokio::time::sleep(RECONNECT_PAUSE).await;
@@ -76,18 +80,48 @@ impl Access {
         }
     }
 
-    async fn follow(&self, mut client: Client) -> String {
-        let mut changes = match deadline(client.watch_access(WatchRequest {})).await {
+    /// Listens to one coordinator until it says nothing more, by which what is known begins to age.
+    async fn follow(&self, mut client: Client, cluster: String) -> String {
+        let mut changes = match deadline(client.watch_access(WatchRequest { cluster, word_ms: WORD_MS })).await {
             Ok(changes) => changes,
-            Err(status) => return status.message().to_string(),
-        };
-        loop {
-            match changes.message().await {
-                Ok(Some(access)) => self.learn(access),
-                Ok(None) => return "the coordinator ended it".to_string(),
-                Err(status) => return status.message().to_string(),
+            Err(status) => {
+                self.lose(Instant::now());
+                return status.message().to_string();
             }
+        };
+        // An earlier version says something only when something changes.
+        let (mut heard, mut patience) = (Instant::now(), None);
+        loop {
+            let message = match patience {
+                Some(patience) => timeout(patience, changes.message()).await,
+                None => Ok(changes.message().await),
+            };
+            let problem = match message {
+                Ok(Ok(Some(access))) => {
+                    heard = Instant::now();
+                    patience = (access.word_ms > 0).then_some(SILENT);
+                    self.hear(access);
+                    continue;
+                }
+                Ok(Ok(None)) => "the coordinator ended it".to_string(),
+                Ok(Err(status)) => status.message().to_string(),
+                Err(_) => "the coordinator is silent".to_string(),
+            };
+            self.lose(if patience.is_some() { heard } else { Instant::now() });
+            return problem;
         }
+    }
+
+    fn hear(&self, access: v1::Access) {
+        match access.unchanged {
+            true => *self.lost() = None,
+            false => self.learn(access),
+        }
+    }
+
+    /// Nobody tells of changes any more, since then.
+    fn lose(&self, since: Instant) {
+        self.lost().get_or_insert(since);
     }
 
     fn learn(&self, access: v1::Access) {
@@ -117,6 +151,12 @@ impl Access {
         let mut heard = self.known.subscribe();
         let known = timeout(wait, heard.wait_for(Option::is_some)).await.ok()?.ok()?;
         known.as_ref().map(|known| known.open)
+    }
+
+    /// Resolves once a coordinator has said who may ask.
+    pub(crate) async fn heard(&self) {
+        // The sender lives as long as `self`.
+        let _ = self.known.subscribe().wait_for(Option::is_some).await;
     }
 
     /// Whether a coordinator has said who may ask.
@@ -209,7 +249,7 @@ mod tests {
         let tenant = v1::Tenant { name: "a".into(), prompt_tokens_max: 5, output_tokens_max: 6, ..Default::default() };
         let broken = v1::AccessKey { secret_hash: vec![1].into(), ..key("broken", "x", "a") };
         let keys = vec![key("1", "bk-1", "a"), broken, key("2", "bk-2", "b")];
-        access.learn(v1::Access { open, keys, tenants: vec![tenant] });
+        access.learn(v1::Access { open, keys, tenants: vec![tenant], ..Default::default() });
         access
     }
 
@@ -258,7 +298,7 @@ mod tests {
         tokio::time::advance(Duration::from_millis(1)).await;
         assert_eq!(alone(&access), Err("access_unknown"));
         assert!(access.caller(&headers).is_ok(), "the ledger judges it");
-        let told = v1::Access { open: false, keys: Vec::new(), tenants: Vec::new() };
+        let told = v1::Access::default();
         access.learn(told);
         assert_eq!(alone(&access), Err("unauthorized"), "told again, and it was revoked meanwhile");
         access.learn(v1::Access { open: true, ..Default::default() });

@@ -170,7 +170,7 @@ impl Asking {
                     unsent.extend(taken.drain(..).map(|question| self.take_up(question)));
                 }
                 permit = outgoing.reserve(), if !unsent.is_empty() => match permit {
-                    Ok(permit) => permit.send(batch(&mut unsent)),
+                    Ok(permit) => permit.send(batch(&mut unsent, coordinators.cluster())),
                     Err(_) => return (answered, elsewhere("the stream does not take questions", None)),
                 },
                 message = answers.message() => match message {
@@ -236,7 +236,7 @@ impl Asking {
             Outcome::Refused(refusal) => {
                 let leader = Some(refusal.leader_address.clone()).filter(|address| !address.is_empty());
                 let refusal = Refusal::from(refusal);
-                if matches!(refusal.reason, Refused::NotLeader | Refused::Unavailable) {
+                if matches!(refusal.reason, Refused::NotLeader | Refused::Unavailable | Refused::Foreign) {
                     self.open.insert(key, question);
                     return Err(Left::Elsewhere(refusal, leader));
                 }
@@ -259,7 +259,7 @@ impl Asking {
 }
 
 /// The first questions that fit in one message.
-fn batch(unsent: &mut VecDeque<AssignRequest>) -> AssignBatch {
+fn batch(unsent: &mut VecDeque<AssignRequest>, cluster: String) -> AssignBatch {
     let mut requests = Vec::new();
     let mut bytes = 0;
     while let Some(next) = unsent.front() {
@@ -269,7 +269,7 @@ fn batch(unsent: &mut VecDeque<AssignRequest>) -> AssignBatch {
         }
         requests.extend(unsent.pop_front());
     }
-    AssignBatch { requests }
+    AssignBatch { requests, cluster }
 }
 
 #[cfg(test)]
@@ -286,7 +286,7 @@ mod tests {
             let mut unsent: VecDeque<_> = hashes.iter().map(|count| question(*count)).collect();
             let mut sizes = Vec::new();
             while !unsent.is_empty() {
-                sizes.push(batch(&mut unsent).requests.len());
+                sizes.push(batch(&mut unsent, String::new()).requests.len());
             }
             sizes
         };

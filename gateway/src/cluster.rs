@@ -8,6 +8,7 @@ use baton_core::{Env, Net, Process, limits};
 use baton_proto::v1::worker_client::WorkerClient;
 use baton_proto::v1::{CardRequest, ClusterView, Member, ModelCard, Role, WatchRequest};
 use serde_json::{Value, json};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
@@ -30,6 +31,8 @@ pub(crate) struct Cluster {
     /// Streams to workers end when the view shows that their lives have.
     links: Arc<Links>,
     aliases: BTreeMap<String, String>,
+    /// Whether a coordinator has shown its view, and the cards of all models in it have been fetched.
+    settled: watch::Sender<bool>,
     state: Mutex<State>,
 }
 
@@ -46,7 +49,14 @@ impl Cluster {
         let silent_since = Some(Instant::now());
         let (view, models, fetching) = Default::default();
         let state = Mutex::new(State { view, silent_since, models, fetching });
-        Cluster { net: env.net.clone(), process: env.process, links, aliases, state }
+        Cluster {
+            net: env.net.clone(),
+            process: env.process,
+            links,
+            aliases,
+            settled: watch::Sender::new(false),
+            state,
+        }
     }
 
     /// The model a client names; with one model served the name may be left out.
@@ -73,6 +83,12 @@ impl Cluster {
             return Err(nobody());
         }
         Err(ApiError::model_not_found(name))
+    }
+
+    /// Resolves once the cluster and its models are known.
+    pub(crate) async fn settled(&self) {
+        // The sender lives as long as `self`.
+        let _ = self.settled.subscribe().wait_for(|settled| *settled).await;
     }
 
     /// The model with this card.
@@ -138,14 +154,18 @@ impl Cluster {
     }
 
     async fn follow(&self, mut client: Client, cards: &mut JoinSet<Fetched>, coordinators: &Coordinators) -> String {
-        let mut views = match deadline(client.watch(WatchRequest {})).await {
-            Ok(views) => views,
-            Err(status) => return status.message().to_string(),
-        };
+        let mut views =
+            match deadline(client.watch(WatchRequest { cluster: coordinators.cluster(), ..WatchRequest::default() }))
+                .await
+            {
+                Ok(views) => views,
+                Err(status) => return status.message().to_string(),
+            };
         loop {
             tokio::select! {
                 view = views.message() => match view {
                     Ok(Some(view)) => {
+                        coordinators.belong(&view.cluster);
                         coordinators.show_leader(leader(&view));
                         self.links.fence(&view);
                         self.see(view);
@@ -170,6 +190,9 @@ impl Cluster {
         for (hash, addresses) in state.missing() {
             state.fetching.insert(hash.clone());
             cards.spawn(fetch(self.net.clone(), self.process, hash, addresses));
+        }
+        if state.silent_since.is_none() && state.fetching.is_empty() {
+            self.settled.send_if_modified(|settled| !std::mem::replace(settled, true));
         }
     }
 

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::future::Future;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use baton_core::{Net, Refused, limits};
@@ -53,6 +53,8 @@ pub(crate) struct Coordinators {
     members: watch::Sender<Vec<String>>,
     /// Who leads, as the cluster's view shows it.
     shown_leader: watch::Sender<Option<String>>,
+    /// Name of the cluster that this process is of, once it is known; coordinators of another one refuse it.
+    cluster: OnceLock<String>,
     state: Mutex<State>,
 }
 
@@ -68,7 +70,19 @@ impl Coordinators {
         let clients = clients.collect::<Result<_, BadAddress>>()?;
         let state = Mutex::new(State { clients, leader: None });
         let (members, shown_leader) = (watch::Sender::default(), watch::Sender::default());
-        Ok(Coordinators { net, configured: addresses.to_vec(), members, shown_leader, state })
+        Ok(Coordinators { net, configured: addresses.to_vec(), members, shown_leader, cluster: OnceLock::new(), state })
+    }
+
+    /// Name of the cluster that this process is of; empty: it is not known yet.
+    pub(crate) fn cluster(&self) -> String {
+        self.cluster.get().cloned().unwrap_or_default()
+    }
+
+    /// The first cluster that a process hears of is the one it stays in.
+    pub(crate) fn belong(&self, cluster: &str) {
+        if !cluster.is_empty() && self.cluster.set(cluster.to_string()).is_ok() {
+            tracing::info!(cluster, "belongs to");
+        }
     }
 
     /// The members of the cluster, then what is configured besides.
@@ -200,7 +214,7 @@ impl Coordinators {
             };
             let leader = refusal.leader_address.clone();
             last = refusal.into();
-            if !matches!(last.reason, Refused::NotLeader | Refused::Unavailable) {
+            if !matches!(last.reason, Refused::NotLeader | Refused::Unavailable | Refused::Foreign) {
                 return Err(last);
             }
             self.forget_leader(&address);

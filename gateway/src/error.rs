@@ -163,6 +163,7 @@ impl ApiError {
             }
             Refused::Unknown => ApiError::unavailable(word, say("Nothing is known of this request.")),
             Refused::Incompatible => ApiError::unavailable(word, say("Gateway and cluster do not fit together.")),
+            Refused::Foreign => ApiError::unavailable(word, say("This gateway belongs to another cluster.")),
         }
     }
 

@@ -56,7 +56,8 @@ impl Finisher {
             {
                 requests.push(finished);
             }
-            tell(&coordinators, FinishRequest { requests: std::mem::take(&mut requests) }).await;
+            let requests = std::mem::take(&mut requests);
+            tell(&coordinators, FinishRequest { requests, cluster: coordinators.cluster() }).await;
         }
     }
 }

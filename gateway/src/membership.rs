@@ -13,6 +13,8 @@ use crate::coordinators::{Coordinators, deadline};
 
 const HEARTBEAT: Duration = Duration::from_millis(limits::HEARTBEAT_MS);
 const REGISTER_PAUSE: Duration = Duration::from_millis(500);
+/// After a coordinator of another cluster has answered.
+const FOREIGN_PAUSE: Duration = Duration::from_secs(2);
 
 /// Registers and sends heartbeats, for ever; registers again when it has been forgotten, in the cluster that it was in
 /// before and in no other.
@@ -22,19 +24,16 @@ pub(crate) async fn announce(
     process_key: String,
     running: impl Fn() -> usize,
 ) {
-    let mut cluster = String::new();
     loop {
         let request = RegisterRequest {
-            cluster: cluster.clone(),
+            cluster: coordinators.cluster(),
             wire_version: WIRE_VERSION,
             member: Some(member.clone()),
             process_key: process_key.clone(),
         };
         match coordinators.register(request).await {
             Ok(registered) => {
-                if cluster.is_empty() {
-                    cluster = registered.cluster;
-                }
+                coordinators.belong(&registered.cluster);
                 beat_all(coordinators, &member, &running).await;
             }
             Err(refusal) if refusal.reason == Refused::Incompatible => {
@@ -51,7 +50,7 @@ pub(crate) async fn leave(coordinators: &Coordinators, id: &str) {
     let addresses = coordinators.addresses();
     let clients = addresses.iter().filter_map(|address| coordinators.client(address));
     let leave = |mut client: crate::coordinators::Client| async move {
-        let request = LeaveRequest { id: id.to_string(), incarnation: 0 };
+        let request = LeaveRequest { id: id.to_string(), incarnation: 0, cluster: coordinators.cluster() };
         deadline(client.leave(request)).await.is_ok()
     };
     futures::future::join_all(clients.map(leave)).await;
@@ -89,10 +88,15 @@ async fn beat(
             sequence: sequence.fetch_add(1, Ordering::Relaxed) + 1,
             load: Some(Load { sequences_running: running() as u32, ..Default::default() }),
             member: Some(member.clone()),
+            cluster: coordinators.cluster(),
             ..HeartbeatRequest::default()
         };
         match deadline(client.heartbeat(request)).await.ok().and_then(|reply| reply.outcome) {
             Some(Outcome::Refused(refusal)) if convert::refused(&refusal) == Refused::Stale => return,
+            Some(Outcome::Refused(refusal)) if convert::refused(&refusal) == Refused::Foreign => {
+                tracing::error!(coordinator = address, detail = refusal.detail, "not a coordinator of this cluster");
+                tokio::time::sleep(FOREIGN_PAUSE).await;
+            }
             Some(Outcome::Accepted(accepted)) if accepted.leader => coordinators.learn(accepted.coordinators),
             _ => {}
         }

@@ -138,9 +138,14 @@ pub(crate) async fn take_over(gateway: &Gateway, caller: &Caller, name: &str) ->
 async fn locate(gateway: &Gateway, caller: &Caller, id: RequestId, serves: &str) -> Result<Assignment, ApiError> {
     let until = Instant::now() + LOCATE_WAIT;
     loop {
-        let question =
-            LocateRequest { request: id.to_string(), gateway: serves.to_string(), tenant: caller.tenant.clone() };
-        let refusal = match gateway.servers.coordinators.locate(question).await {
+        let coordinators = &gateway.servers.coordinators;
+        let question = LocateRequest {
+            request: id.to_string(),
+            gateway: serves.to_string(),
+            tenant: caller.tenant.clone(),
+            cluster: coordinators.cluster(),
+        };
+        let refusal = match coordinators.locate(question).await {
             Ok(assignment) => {
                 return Assignment::try_from(assignment).map_err(|bad| ApiError::internal(bad.to_string()));
             }

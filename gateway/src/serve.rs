@@ -406,9 +406,12 @@ impl Serving {
             Refused::NoCapacity | Refused::Quota | Refused::Overloaded | Refused::Unknown => Duration::ZERO,
             Refused::NoWorkers if full => Duration::ZERO,
             Refused::NoWorkers | Refused::Draining => NO_WORKERS_WAIT_NEW,
-            Refused::Stale | Refused::Fenced | Refused::Expired | Refused::NotLeader | Refused::Unavailable => {
-                COORDINATOR_WAIT
-            }
+            Refused::Stale
+            | Refused::Fenced
+            | Refused::Expired
+            | Refused::NotLeader
+            | Refused::Unavailable
+            | Refused::Foreign => COORDINATOR_WAIT,
         }
     }
 

@@ -134,6 +134,7 @@ impl From<Assignment> for v1::Assignment {
             lease_ms: a.lease_ms,
             explanation: a.explanation,
             holder: a.holder.map(Into::into),
+            cluster: a.cluster,
         }
     }
 }
@@ -168,6 +169,7 @@ impl TryFrom<v1::Assignment> for Assignment {
             holder: a.holder.and_then(holder),
             lease_ms: a.lease_ms,
             explanation: a.explanation,
+            cluster: a.cluster,
         })
     }
 }

@@ -53,7 +53,7 @@ async fn beat(client: &mut Client, member: Member, incarnation: u64, sequence: u
     let load = Load { blocks_total: 1000, blocks_free: 1000, ..Load::default() };
     let id = member.id.clone();
     let request =
-        HeartbeatRequest { id, incarnation, sequence, load: Some(load), member: Some(member), receivers_seen: 0 };
+        HeartbeatRequest { id, incarnation, sequence, load: Some(load), member: Some(member), ..Default::default() };
     match client.heartbeat(request).await.expect("it answers").into_inner().outcome.expect("an outcome") {
         heartbeat_reply::Outcome::Accepted(_) => Ok(()),
         heartbeat_reply::Outcome::Refused(refusal) => Err(refusal.reason),
@@ -110,7 +110,10 @@ async fn strangers_and_the_past_are_refused_and_counted() {
     let ends = async |request: u128, epoch: u64| {
         let request = format!("{request:032x}");
         let ended = FinishedRequest { request, epoch, outcome: "complete".into(), ..Default::default() };
-        CoordinatorClient::new(connect()).finish(FinishRequest { requests: vec![ended] }).await.expect("it answers");
+        CoordinatorClient::new(connect())
+            .finish(FinishRequest { requests: vec![ended], ..Default::default() })
+            .await
+            .expect("it answers");
         let counted = async |name| fleet.metric(NODE, name, "").await;
         [counted("baton_coordinator_finished_total").await, counted("baton_coordinator_finishes_refused_total").await]
     };

@@ -132,7 +132,7 @@ impl Peer {
             }
             Peer::Baton => {
                 let entry = v1::FinishedRequest { request: name, outcome: value, ..Default::default() };
-                let request = v1::FinishRequest { requests: vec![entry] };
+                let request = v1::FinishRequest { requests: vec![entry], ..Default::default() };
                 let reply: v1::FinishReply = connection.call(method, &request).await?;
                 match reply.outcome {
                     Some(v1::finish_reply::Outcome::Finished(_)) => Ok(()),

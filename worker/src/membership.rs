@@ -2,7 +2,7 @@
 //! node there is, and the farewell. What the rest of the worker sees of it is its `Standing`.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use baton_core::limits::{HANDOFF_LINKS_MAX, HEARTBEAT_MS, MESSAGE_BYTES_MAX, RPC_TIMEOUT_MS};
@@ -47,6 +47,7 @@ pub(crate) async fn register(
         process_key: format!("{:032x}", rng.u128()),
     };
     let mut leader: Option<String> = None;
+    let mut sent_on = false;
     let mut foreign: BTreeSet<String> = BTreeSet::new();
     for attempt in 0.. {
         let address = leader.take().unwrap_or_else(|| coordinators[attempt % coordinators.len()].clone());
@@ -71,6 +72,11 @@ pub(crate) async fn register(
             },
             Err(error) => tracing::debug!(%address, %error, "coordinator not reached yet"),
         }
+        // Whoever leads is asked at once; when that one points elsewhere, too, nobody knows yet.
+        if leader.is_some() && !std::mem::replace(&mut sent_on, true) {
+            continue;
+        }
+        sent_on = false;
         sleep(Duration::from_millis(RETRY_MS.0 + rng.below(RETRY_MS.1))).await;
     }
     unreachable!("the attempts never end")
@@ -100,10 +106,19 @@ pub(crate) struct Membership {
     beating: JoinSet<()>,
 }
 
+/// Who a worker is in which cluster.
+pub(crate) struct Place {
+    pub(crate) member: Member,
+    pub(crate) role: Role,
+    /// Name of the cluster that it registered in.
+    pub(crate) cluster: String,
+}
+
 /// What the heartbeats speak of.
 struct Me {
-    member: Member,
-    role: Role,
+    place: Place,
+    /// Coordinators that said last that they are another cluster's.
+    foreign: Mutex<BTreeSet<String>>,
     standing: Arc<Standing>,
     engine: EngineHandle,
     links: Links,
@@ -112,14 +127,13 @@ struct Me {
 impl Membership {
     pub(crate) fn start(
         net: Arc<dyn Net>,
-        member: Member,
-        role: Role,
+        place: Place,
         heartbeat_ms: u64,
         standing: Arc<Standing>,
         engine: EngineHandle,
         links: Links,
     ) -> Membership {
-        let me = Arc::new(Me { member, role, standing, engine, links });
+        let me = Arc::new(Me { place, foreign: Mutex::default(), standing, engine, links });
         let every = match heartbeat_ms {
             0 => HEARTBEAT_MS,
             ms => ms.min(HEARTBEAT_MS),
@@ -137,7 +151,8 @@ impl Membership {
     /// Stops the heartbeats and tells every coordinator node that this life is over.
     pub(crate) async fn leave(mut self) {
         self.beating.shutdown().await;
-        let request = LeaveRequest { id: self.me.member.id.clone(), incarnation: self.me.member.incarnation };
+        let Place { member, cluster, .. } = &self.me.place;
+        let request = LeaveRequest { id: member.id.clone(), incarnation: member.incarnation, cluster: cluster.clone() };
         let mut farewells = JoinSet::new();
         for address in self.coordinators() {
             let Ok(mut client) = client(&self.net, &address) else { continue };
@@ -195,7 +210,8 @@ async fn beat(net: Arc<dyn Net>, address: String, me: Arc<Me>, every: Duration) 
         let answer = timed(client.heartbeat(request)).await.map(|reply| reply.outcome);
         known = match answer {
             Ok(Some(Beat::Accepted(accepted))) => {
-                me.standing.hear(&accepted, me.role);
+                me.of_cluster(&address, true);
+                me.standing.hear(&accepted, me.place.role);
                 me.connect(&accepted.receivers);
                 receivers_seen = accepted.receivers_version;
                 if accepted.index_wanted { Known::Nothing } else { next }
@@ -226,9 +242,10 @@ impl Me {
             index_reset: changes.reset,
             ..self.load()
         };
-        let Member { id, incarnation, .. } = self.member.clone();
-        let (load, member) = (Some(load), Some(self.member.clone()));
-        let request = HeartbeatRequest { id, incarnation, sequence, load, member, receivers_seen };
+        let Place { member, cluster, .. } = &self.place;
+        let Member { id, incarnation, .. } = member.clone();
+        let (load, member, cluster) = (Some(load), Some(member.clone()), cluster.clone());
+        let request = HeartbeatRequest { id, incarnation, sequence, load, member, receivers_seen, cluster };
         (request, next)
     }
 
@@ -269,7 +286,25 @@ impl Me {
                 tracing::error!(%address, %reason, %detail, "this worker is not wanted any more");
                 self.standing.supersede();
             }
+            Refused::Foreign => {
+                tracing::error!(%address, %detail, "not a coordinator of this worker's cluster");
+                self.of_cluster(address, false);
+            }
             _ => tracing::warn!(%address, %reason, %detail, "heartbeat refused"),
+        }
+    }
+
+    /// Notes whether a coordinator is of this worker's cluster. When none is, this life has no cluster any more: the next
+    /// one hears what has become of it.
+    fn of_cluster(&self, address: &str, own: bool) {
+        let mut foreign = self.foreign.lock().unwrap_or_else(PoisonError::into_inner);
+        match own {
+            true => drop(foreign.remove(address)),
+            false => drop(foreign.insert(address.to_string())),
+        }
+        let known = self.standing.coordinators();
+        if !own && known.borrow().iter().all(|address| foreign.contains(address)) {
+            self.standing.fence();
         }
     }
 }

@@ -24,7 +24,7 @@ use crate::config::Config;
 use crate::engine::{EngineHandle, EngineThread};
 use crate::error::StartError;
 use crate::lease::Epochs;
-use crate::membership::{Membership, register};
+use crate::membership::{self, Membership, register};
 use crate::metrics;
 use crate::peers::Peers;
 use crate::running::{Parts, Running};
@@ -58,6 +58,8 @@ pub struct Joined {
 /// What a role's service sees of its worker.
 pub struct Shell {
     pub id: WorkerId,
+    /// Name of the cluster that it registered in.
+    cluster: String,
     pub incarnation: Incarnation,
     pub spec: ModelSpec,
     pub engine: EngineHandle,
@@ -183,7 +185,8 @@ impl Opened {
         let (net, told) = (self.net.clone(), standing.clone());
         let links = Links::with(net.clone(), engine.cache().arena().clone(), &self.spec.numerics.0, self.ways.clone());
         let (every, handle) = (registered.heartbeat_ms, engine.clone());
-        let membership = Membership::start(net, member, self.role, every, told, handle, links.clone());
+        let place = membership::Place { member, role: self.role, cluster: cluster.clone() };
+        let membership = Membership::start(net, place, every, told, handle, links.clone());
         let address = self.address();
         let drain = Duration::from_millis(self.config.drain_ms);
         let kv_address = self.kv_address();
@@ -191,6 +194,7 @@ impl Opened {
         let peers = Peers::new(self.receiver, links, kv_address, channels, self.config.kv_pull);
         let shell = Arc::new(Shell {
             id: self.config.id,
+            cluster: cluster.clone(),
             incarnation: Incarnation(registered.incarnation),
             spec: self.spec,
             engine,
@@ -297,6 +301,10 @@ impl Shell {
 
     fn allow(&self, named: &Place, assigned: &Assigned) -> Result<(), (Refused, String)> {
         let assignment = &assigned.assignment;
+        let theirs = &assignment.cluster;
+        if ![&self.cluster, theirs].iter().any(|name| name.is_empty()) && *theirs != self.cluster {
+            return Err((Refused::Foreign, format!("assigned by cluster {theirs:?}, this is {:?}", self.cluster)));
+        }
         let other_life = named.worker != self.id || named.incarnation != self.incarnation;
         if (other_life && !planted::is(Bug::SkipLifeCheck)) || *self.closing.borrow() {
             let (theirs, life) = (&named.worker, named.incarnation);

@@ -7,10 +7,12 @@ use std::sync::{Arc, Mutex};
 use baton_proto::v1::{Blob, raft_server};
 use futures::future::ready;
 use futures::{Stream, StreamExt};
+use openraft::raft::{AppendEntriesResponse, StreamAppendError};
 use openraft::storage::Snapshot;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::watch;
+use tokio::time::Instant;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::ask::{Known, Question};
@@ -28,6 +30,9 @@ const SNAPSHOT_BYTES_MAX: usize = 1 << 30;
 /// What this node knows of another one.
 pub(super) type Tell = Box<dyn Fn(u64) -> Known + Send + Sync>;
 
+/// When a leader last spoke to this node.
+pub(super) type Heard = Arc<Mutex<Option<Instant>>>;
+
 /// What peers call on this node.
 pub(crate) struct RaftService {
     raft: Raft,
@@ -35,6 +40,7 @@ pub(crate) struct RaftService {
     /// Seed for what openraft spawns on a caller's behalf.
     seed: u64,
     tell: Tell,
+    heard: Heard,
     stopping: watch::Receiver<bool>,
 }
 
@@ -45,9 +51,10 @@ impl RaftService {
         envelope: Envelope,
         seed: u64,
         tell: Tell,
+        heard: Heard,
         stopping: watch::Receiver<bool>,
     ) -> RaftService {
-        RaftService { raft, envelope, seed, tell, stopping }
+        RaftService { raft, envelope, seed, tell, heard, stopping }
     }
 
     fn asked<T: DeserializeOwned>(&self, request: Request<Blob>) -> Result<T, Status> {
@@ -61,6 +68,10 @@ impl RaftService {
     fn answered<T: Serialize>(&self, result: Result<T, impl Display>) -> Result<Response<Blob>, Status> {
         Ok(Response::new(self.blob(&result.map_err(refused)?)))
     }
+}
+
+fn hear(heard: &Heard) {
+    *heard.lock().expect("heard lock") = Some(Instant::now());
 }
 
 fn refused(error: impl Display) -> Status {
@@ -79,7 +90,13 @@ impl raft_server::Raft for RaftService {
 
     async fn append(&self, request: Request<Blob>) -> Result<Response<Blob>, Status> {
         let append = self.asked(request)?;
-        self.answered(scoped(self.seed, self.raft.append_entries(append)).await)
+        let answer = scoped(self.seed, self.raft.append_entries(append)).await;
+        if let Ok(answer) = &answer
+            && !matches!(answer, AppendEntriesResponse::HigherVote(_))
+        {
+            hear(&self.heard);
+        }
+        self.answered(answer)
     }
 
     async fn vote(&self, request: Request<Blob>) -> Result<Response<Blob>, Status> {
@@ -130,13 +147,16 @@ impl raft_server::Raft for RaftService {
         let appends = request.into_inner().map(move |blob| appended(&opened, blob, &refused_append));
         let appends = appends.take_while(|append| ready(append.is_some())).filter_map(ready);
         let appends = appends.take_until(Box::pin(stopped));
-        let raft = self.raft.clone();
+        let (raft, heard) = (self.raft.clone(), self.heard.clone());
         let (tell, told) = tokio::sync::mpsc::channel(APPEND_ANSWERS_MAX);
         // Ends with the caller's stream, whose end is the end of `appends`.
         tokio::spawn(scoped(self.seed, async move {
             let mut answers = Box::pin(raft.stream_append(Box::pin(appends)));
             while let Some(answer) = answers.next().await {
                 let answer: Result<Appended, _> = answer;
+                if !matches!(answer, Err(_) | Ok(Err(StreamAppendError::HigherVote(_)))) {
+                    hear(&heard);
+                }
                 if tell.send(answer.map(|a| sealed.seal(0, &a)).map_err(refused)).await.is_err() {
                     return;
                 }

@@ -22,14 +22,15 @@ use std::time::Duration;
 use baton_core::limits::RPC_TIMEOUT_MS;
 use baton_core::{Net, NodeId};
 use openraft::async_runtime::watch::WatchReceiver;
-use openraft::errors::{ClientWriteError, InitializeError, RaftError};
-use openraft::{BasicNode, Config, Instant, SnapshotPolicy};
+use openraft::errors::{ClientWriteError, InitializeError, LinearizableReadError, RaftError};
+use openraft::{BasicNode, Config, Instant, ReadPolicy, SnapshotPolicy};
 use tokio::sync::watch;
 
 use crate::log::{Disk, Log, LogError, LogOptions};
 use crate::state::{Batch, Check, Ledger, Outcome, VERSION, encode_batch};
 pub(crate) use ask::{Known, Question, Verdict, ask, judge};
 pub(crate) use envelope::Envelope;
+use inbound::Heard;
 pub(crate) use inbound::RaftService;
 use machine::Machine;
 pub(crate) use members::{ChangeError, Member, Members, Progress};
@@ -52,8 +53,11 @@ const LOG_BYTES_MAX: u64 = 32 << 20;
 const ENTRIES_KEPT: u64 = 1_000;
 /// A leader that has heard no quorum for so long may lead no more and not know it.
 const QUORUM_SILENCE_MAX: Duration = Duration::from_millis(3 * ELECTION_MS_MAX);
+/// Nobody else can have been elected so soon after a quorum has acknowledged a leader: followers grant no vote before
+/// `ELECTION_MS_MAX` has passed. The rest is for clocks that run at different rates.
+const LEADER_LEASE: Duration = Duration::from_millis(ELECTION_MS_MAX - 20);
 /// A command waits this long for a quorum that is silent.
-const QUORUM_GRACE: Duration = Duration::from_millis(ELECTION_MS_MAX);
+pub(crate) const QUORUM_GRACE: Duration = Duration::from_millis(ELECTION_MS_MAX);
 /// No answer from a quorum for so long, and a command's fate is unknown.
 const COMMIT_TIMEOUT: Duration = Duration::from_millis(900);
 
@@ -115,6 +119,8 @@ pub(crate) struct Node {
     changes: watch::Receiver<u64>,
     standing: watch::Receiver<Standing>,
     stopping: watch::Sender<bool>,
+    /// When a leader last spoke to this node.
+    heard: Heard,
     follower: tokio::task::JoinHandle<()>,
     naming: tokio::task::JoinHandle<()>,
 }
@@ -155,6 +161,7 @@ impl Node {
             changes,
             standing,
             stopping: watch::Sender::new(false),
+            heard: Heard::default(),
             follower,
             naming,
         })
@@ -199,9 +206,36 @@ impl Node {
 
     /// Whether a quorum has answered this leader lately; without one it may lead no more and not know it.
     pub(crate) fn has_quorum(&self) -> bool {
+        self.acked_within(QUORUM_SILENCE_MAX)
+    }
+
+    /// Whether a quorum has answered this leader so lately that it surely leads: by what followers remember, which one
+    /// that has just started again does not. What must not be wrong even then asks `confirm`.
+    pub(crate) fn has_lease(&self) -> bool {
+        self.acked_within(LEADER_LEASE)
+    }
+
+    fn acked_within(&self, age: Duration) -> bool {
         let acked = self.raft.metrics().borrow_watched().last_quorum_acked;
         let alone = self.standing.borrow().members.is_alone(self.id);
-        alone || acked.is_some_and(|acked| acked.elapsed() < QUORUM_SILENCE_MAX)
+        alone || acked.is_some_and(|acked| acked.elapsed() < age)
+    }
+
+    /// Has a quorum say, after this was called, that this node leads, and waits until all that was committed by then is
+    /// applied: what the ledger says is then no older than the question.
+    pub(crate) async fn confirm(&self) -> Result<(), ProposeError> {
+        let read = scoped(self.seed ^ 4, self.raft.ensure_linearizable(ReadPolicy::ReadIndex));
+        match tokio::time::timeout(COMMIT_TIMEOUT, read).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(_)))) => Err(ProposeError::NotLeader),
+            Ok(Err(error)) => Err(ProposeError::Unknown(error.to_string())),
+            Err(_) => Err(ProposeError::Unknown(format!("{} ms passed", COMMIT_TIMEOUT.as_millis()))),
+        }
+    }
+
+    /// How long ago a leader last spoke to this node; None: none has.
+    pub(crate) fn leader_silence(&self) -> Option<Duration> {
+        self.heard.lock().expect("heard lock").map(|heard| heard.elapsed())
     }
 
     /// The latest hash of this node's ledger, to be compared by the others.
@@ -231,7 +265,8 @@ impl Node {
         let (raft, id, ledger) = (self.raft.clone(), self.id, self.ledger.clone());
         let standing = self.standing.clone();
         let tell = Box::new(move |node| members::known(&raft, id, &standing.borrow(), &ledger, node));
-        RaftService::new(self.raft.clone(), self.envelope.clone(), self.seed ^ 1, tell, self.stopping.subscribe())
+        let (heard, stopping) = (self.heard.clone(), self.stopping.subscribe());
+        RaftService::new(self.raft.clone(), self.envelope.clone(), self.seed ^ 1, tell, heard, stopping)
     }
 
     /// Commits one entry and says what became of its commands.

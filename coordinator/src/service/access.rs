@@ -14,14 +14,19 @@ use super::{LEADER_PATIENCE, Shared, stopped};
 use crate::state::{Account, Ledger};
 
 /// How often a node looks whether it still hears of changes.
-const LOOK: Duration = Duration::from_millis(100);
+const LOOK: Duration = Duration::from_millis(50);
+/// A follower that no leader has spoken to for so long may have missed something.
+const LEADER_SILENCE_MAX: Duration = Duration::from_millis(200);
 
-/// The access in force now, then after every change, until this node stops or is cut off from the others.
-pub(super) fn accesses(shared: Arc<Shared>) -> impl Stream<Item = Result<v1::Access, Status>> + Send {
+/// The access in force now, then after every change, until this node stops or is cut off from the others. `word_ms`: how
+/// often at least something is said, so that whoever listens knows that this node knows; 0: not at all.
+pub(super) fn accesses(shared: Arc<Shared>, word_ms: u64) -> impl Stream<Item = Result<v1::Access, Status>> + Send {
     let watcher = Watcher {
         changes: shared.node.changes(),
         stopping: shared.stopping.subscribe(),
         told: None,
+        word: (word_ms > 0).then(|| Duration::from_millis(word_ms).max(LOOK)),
+        said: Instant::now(),
         heard: Instant::now(),
         shared,
     };
@@ -39,6 +44,10 @@ struct Watcher {
     changes: watch::Receiver<u64>,
     stopping: watch::Receiver<bool>,
     told: Option<v1::Access>,
+    /// How often something is said.
+    word: Option<Duration>,
+    /// When something was said last.
+    said: Instant,
     /// When this node last took part in the group.
     heard: Instant,
 }
@@ -49,10 +58,17 @@ impl Watcher {
             if self.shared.takes_part() {
                 self.heard = Instant::now();
                 self.changes.mark_unchanged();
-                let now = access(&self.shared.node.ledger());
-                if self.told.as_ref() != Some(&now) {
+                let word_ms = self.word.map_or(0, |word| word.as_millis() as u64);
+                let now = v1::Access { word_ms, ..access(&self.shared.node.ledger()) };
+                let unchanged = self.told.as_ref() == Some(&now);
+                if !unchanged {
+                    self.said = Instant::now();
                     self.told = Some(now.clone());
                     return Some(Ok(now));
+                }
+                if self.word.is_some_and(|word| self.said.elapsed() >= word) {
+                    self.said = Instant::now();
+                    return Some(Ok(v1::Access { word_ms, unchanged, ..v1::Access::default() }));
                 }
             }
             if self.heard.elapsed() > LEADER_PATIENCE {
@@ -71,8 +87,12 @@ impl Watcher {
 impl Shared {
     /// Whether this node hears of what the group commits.
     fn takes_part(&self) -> bool {
-        let leader = self.node.standing().borrow().leader;
-        leader.is_some_and(|leader| leader != self.node.id() || self.node.has_quorum())
+        match self.node.standing().borrow().leader {
+            None => false,
+            Some(leader) if leader == self.node.id() => self.node.has_lease(),
+            // A follower that is cut off goes on taking the last one that it knew for the leader.
+            Some(_) => self.node.leader_silence().is_some_and(|silence| silence <= LEADER_SILENCE_MAX),
+        }
     }
 }
 
@@ -81,6 +101,7 @@ fn access(ledger: &Ledger) -> v1::Access {
         open: ledger.keys().open(),
         keys: keys(ledger),
         tenants: ledger.tenants().map(|(name, account)| tenant(name, account)).collect(),
+        ..v1::Access::default()
     }
 }
 

@@ -2,7 +2,7 @@
 //! the queue (`queue`), one whose worker ended meanwhile is placed again.
 
 use baton_core::planted::{self, Bug};
-use baton_core::{Holder, Refused, Role, WorkerId};
+use baton_core::{Refused, Role, WorkerId};
 use baton_proto::convert::refusal;
 use baton_proto::v1;
 use tokio::time::Instant;
@@ -38,6 +38,8 @@ pub(super) struct Placed {
 }
 
 enum Looked {
+    /// The ledger has the answer already; it is one once this node is known to lead.
+    Known(Box<Ask>),
     Fate(Box<Fate>),
     Placed(Box<Placed>),
 }
@@ -58,19 +60,30 @@ impl Shared {
         while asks.peek().is_some() {
             self.look(asks.by_ref().take(LOOK_MAX), &mut looked);
         }
-        let mut fates: Vec<Option<Fate>> = Vec::with_capacity(looked.len());
         let mut placed = Vec::new();
+        let mut rest = Vec::with_capacity(looked.len());
         for looked in looked {
             match looked {
-                Looked::Fate(fate) => fates.push(Some(*fate)),
                 Looked::Placed(one) => {
                     placed.push(*one);
-                    fates.push(None);
+                    rest.push(None);
                 }
+                looked => rest.push(Some(looked)),
             }
         }
-        let mut committed = self.commit(placed).await.into_iter();
-        fates.into_iter().map(|fate| fate.unwrap_or_else(|| committed.next().expect("one each"))).collect()
+        let known = rest.iter().any(|looked| matches!(looked, Some(Looked::Known(_))));
+        let confirming = async { if known { self.confirmed().await } else { Ok(()) } };
+        let (committed, confirmed) = tokio::join!(self.commit(placed), confirming);
+        let mut committed = committed.into_iter();
+        let fate = |looked| match looked {
+            Some(Looked::Known(ask)) => match &confirmed {
+                Ok(()) => self.known(&ask).map_or(Fate::Again(*ask), Fate::Answered),
+                Err(refused) => Fate::Answered(Err(refused.clone())),
+            },
+            Some(Looked::Fate(fate)) => *fate,
+            Some(Looked::Placed(_)) | None => committed.next().expect("one each"),
+        };
+        rest.into_iter().map(fate).collect()
     }
 
     /// Goes on with a request until it is answered.
@@ -106,14 +119,8 @@ impl Shared {
     fn look_at(&self, ask: Ask, ledger: &Ledger, roster: &mut Roster, now: Instant) -> Looked {
         let now_ms = self.lead.stamp().unwrap_or(ledger.time_ms());
         let before = ledger.request(ask.request);
-        if before.is_some_and(|open| !open.goes_on(ask.attempt, &ask.gateway, ask.previous)) {
-            let refused = refusal(Refused::Stale, refused_because(Refused::Stale));
-            return Looked::Fate(Box::new(Fate::Answered(Err(self.refused(&ask, refused, None)))));
-        }
-        if let Some(assigned) = ledger.assignment(ask.request, ask.attempt, now_ms)
-            && !planted::is(Bug::ApplyTwice)
-        {
-            return Looked::Fate(Box::new(Fate::Answered(Ok(granted(assigned, String::new(), None)))));
+        if answer(&ask, ledger, now_ms).is_some() {
+            return Looked::Known(Box::new(ask));
         }
         let accepted = before.is_some();
         if let Err(refused) = acceptable(&ask, ledger, accepted, now_ms) {
@@ -131,6 +138,15 @@ impl Shared {
             }
             Err(declined) => Looked::Fate(Box::new(Fate::Answered(Err(self.declined(&ask, declined))))),
         }
+    }
+
+    /// The answer that the ledger has; None: it is not there any more.
+    fn known(&self, ask: &Ask) -> Option<Answer> {
+        let answer = {
+            let ledger = self.node.ledger();
+            answer(ask, &ledger, self.lead.stamp().unwrap_or(ledger.time_ms()))?
+        };
+        Some(answer.map_err(|refused| self.refused(ask, refused, None)))
     }
 
     fn park(&self, ask: Ask, ledger: &Ledger) -> Fate {
@@ -206,7 +222,12 @@ impl Shared {
         let refused = match outcome {
             Outcome::Assigned(assigned) => {
                 self.remember(&ask, Word::Assigned, decision.trace);
-                return Fate::Answered(Ok(granted(*assigned, decision.explanation, decision.holder)));
+                let (explanation, holder) = (decision.explanation, decision.holder.map(Into::into));
+                return Fate::Answered(Ok(v1::Assignment {
+                    explanation,
+                    holder,
+                    ..granted(*assigned, self.cluster())
+                }));
             }
             Outcome::Misplaced => {
                 self.release(&ask, &decision);
@@ -242,6 +263,19 @@ impl Shared {
     }
 }
 
+/// What the ledger says of a request that it has had before: what was assigned to it, or that it goes on otherwise.
+fn answer(ask: &Ask, ledger: &Ledger, now_ms: u64) -> Option<Answer> {
+    if ledger.has_ended(ask.request) {
+        return Some(Err(ended()));
+    }
+    let open = ledger.request(ask.request)?;
+    if !open.goes_on(ask.attempt, &ask.gateway, ask.previous) {
+        return Some(Err(refusal(Refused::Stale, refused_because(Refused::Stale))));
+    }
+    let assigned = ledger.assignment(ask.request, ask.attempt, now_ms).filter(|_| !planted::is(Bug::ApplyTwice))?;
+    Some(Ok(granted(assigned, ledger.cluster().to_string())))
+}
+
 /// Whoever prefilled the request before has computed most of it, though no heartbeat may have told so yet.
 fn recall(pools: &mut Pools, before: &OpenRequest) {
     let Some(prefill) = &before.prefill else { return };
@@ -266,9 +300,6 @@ fn kept_away(ask: &Ask, apart: Apart, pools: &Pools) -> (Vec<Life>, Vec<Life>) {
 
 /// Whether the ledger would take the request as it stands; the ledger itself has the last word.
 fn acceptable(ask: &Ask, ledger: &Ledger, accepted: bool, now_ms: u64) -> Result<(), Refusal> {
-    if ledger.has_ended(ask.request) {
-        return Err(ended());
-    }
     if ledger.quarantined(ask.fingerprint, now_ms) {
         return Err(refusal(Refused::Poisoned, refused_because(Refused::Poisoned)));
     }
@@ -308,7 +339,8 @@ fn over_limit(over: &OverLimit) -> Refusal {
     Refusal { retry_after_ms: over.retry_after_ms, ..refusal(reason, detail) }
 }
 
-pub(super) fn granted(assigned: Assigned, explanation: String, holder: Option<Holder>) -> v1::Assignment {
+/// `cluster`: that assigned it.
+pub(super) fn granted(assigned: Assigned, cluster: String) -> v1::Assignment {
     v1::Assignment {
         request: assigned.request.to_string(),
         attempt: assigned.attempt,
@@ -316,8 +348,9 @@ pub(super) fn granted(assigned: Assigned, explanation: String, holder: Option<Ho
         decode: Some(assigned.decode.into()),
         prefill: assigned.prefill.map(Into::into),
         lease_ms: assigned.lease_ms,
-        explanation,
-        holder: holder.map(Into::into),
+        explanation: String::new(),
+        holder: None,
+        cluster,
     }
 }
 

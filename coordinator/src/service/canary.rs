@@ -39,6 +39,7 @@ struct Flight {
     model: Model,
     epoch: Epoch,
     id: RequestId,
+    cluster: String,
 }
 
 /// What became of one canary.
@@ -160,6 +161,7 @@ fn due(shared: &Shared, probes: &mut Probes, channels: &mut Channels, rng: &mut 
             model: model.clone(),
             epoch: Epoch(ledger.index() * COMMANDS_MAX as u64),
             id: RequestId(rng.u128()),
+            cluster: ledger.cluster().to_string(),
         }
     };
     due.into_iter().map(flight).collect()
@@ -237,6 +239,7 @@ fn start(flight: &Flight) -> v1::Start {
         prefill: flight.prefill.clone(),
         lease_ms: PATIENCE_MS,
         explanation: String::new(),
+        cluster: flight.cluster.clone(),
     };
     let prompt = canary::prompt(flight.model.vocab, flight.model.positions_max);
     let salt = format!("canary {}", flight.id);

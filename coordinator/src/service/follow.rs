@@ -60,7 +60,7 @@ fn elsewhere(shared: &Shared) -> Option<String> {
 }
 
 async fn view(channel: Channel) -> Option<v1::ClusterView> {
-    let mut views = CoordinatorClient::new(channel).watch(v1::WatchRequest {}).await.ok()?.into_inner();
+    let mut views = CoordinatorClient::new(channel).watch(v1::WatchRequest::default()).await.ok()?.into_inner();
     views.message().await.ok()?
 }
 

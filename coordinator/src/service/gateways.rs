@@ -84,7 +84,9 @@ impl Shared {
 
     /// Where a request is served now. The gateway that asks, if it says its name, serves it from then on.
     pub(super) async fn locate(&self, wire: v1::LocateRequest) -> Result<v1::Assignment, Refusal> {
+        self.of_cluster("locate", &wire.cluster)?;
         self.leading().await?;
+        self.confirmed().await?;
         let unknown =
             || refusal(Refused::Unknown, format!("no open request of this tenant is called {}", wire.request));
         let request = request_id(&wire.request).map_err(|_| unknown())?;
@@ -98,11 +100,11 @@ impl Shared {
         }
         if wire.gateway.is_empty() {
             let assigned = self.node.ledger().assignment(request, attempt, now_ms);
-            return assigned.map(|assigned| granted(assigned, String::new(), None)).ok_or_else(unknown);
+            return assigned.map(|assigned| granted(assigned, self.cluster())).ok_or_else(unknown);
         }
         self.asking.heard(&wire.gateway, Instant::now());
         match self.submit(Command::Adopt { request, gateway: wire.gateway.clone() }).await? {
-            Outcome::Assigned(assigned) => Ok(granted(*assigned, String::new(), None)),
+            Outcome::Assigned(assigned) => Ok(granted(*assigned, self.cluster())),
             Outcome::Ended | Outcome::Refused(_) => Err(unknown()),
             other => Err(unexpected(&other)),
         }

@@ -43,7 +43,7 @@ use tonic::{Request, Response, Status};
 
 use crate::log::{Disk, Identity};
 use crate::placement::Policy;
-use crate::raft::{Node, ProposeError};
+use crate::raft::{Node, ProposeError, QUORUM_GRACE};
 use crate::state::{Command, Finished, Order, Outcome, Registration, Worker};
 use ask::Ask;
 use explain::Decisions;
@@ -60,6 +60,8 @@ const CLOSED_PATIENCE: Duration = Duration::from_millis(100);
 const DUPLICATE_SILENCE: Duration = Duration::from_millis(2 * HEARTBEAT_MS);
 /// When a command's fate is unknown, or nobody leads.
 const RETRY_UNKNOWN_MS: u64 = 300;
+/// How often a leader that waits for a quorum's word looks for it.
+const LEASE_LOOK: Duration = Duration::from_millis(5);
 /// Ends of requests in one call.
 const FINISHED_MAX: usize = 4096;
 
@@ -157,6 +159,11 @@ impl Shared {
         self.members_changed.send_modify(|version| *version += 1);
     }
 
+    /// The cluster's name; empty before it has one.
+    fn cluster(&self) -> String {
+        self.node.ledger().cluster().to_string()
+    }
+
     fn address(&self, node: NodeId) -> String {
         self.node.members().get(node.0).map(|member| member.address.clone()).unwrap_or_default()
     }
@@ -166,16 +173,36 @@ impl Shared {
         self.node.members().addresses().into_values().collect()
     }
 
+    /// Whether this node leads, and a quorum has said so a moment ago.
+    fn leads(&self) -> bool {
+        self.lead.now().is_some() && self.node.has_lease()
+    }
+
     /// Waits until this node leads; else says who does.
     async fn leading(&self) -> Result<(), Refusal> {
-        if self.lead.now().is_some() {
+        if self.leads() {
             return Ok(());
         }
-        match self.lead.wait(&self.node, LEADER_PATIENCE).await {
-            Ok(_) => Ok(()),
-            Err(Elsewhere(Some(leader))) => Err(self.not_leader(leader)),
-            Err(Elsewhere(None)) => Err(unavailable("no leader: a quorum of coordinators does not answer")),
+        let since = Instant::now();
+        loop {
+            match self.lead.wait(&self.node, LEADER_PATIENCE.saturating_sub(since.elapsed())).await {
+                Ok(_) if self.node.has_lease() => return Ok(()),
+                Ok(_) => {}
+                Err(Elsewhere(Some(leader))) => return Err(self.not_leader(leader)),
+                Err(Elsewhere(None)) => return Err(no_quorum()),
+            }
+            let silent = !self.node.has_quorum() && since.elapsed() >= QUORUM_GRACE;
+            if silent || since.elapsed() >= LEADER_PATIENCE {
+                return Err(no_quorum());
+            }
+            tokio::time::sleep(LEASE_LOOK).await;
         }
+    }
+
+    /// Makes sure that what this node's ledger says is no older than the question: a leader that was deposed and does not
+    /// know it is refused. What goes through an entry needs no such word.
+    async fn confirmed(&self) -> Result<(), Refusal> {
+        self.node.confirm().await.map_err(|error| self.not_submitted(error.into()))
     }
 
     fn not_leader(&self, leader: NodeId) -> Refusal {
@@ -212,8 +239,8 @@ impl Shared {
         }
         match Role::try_from(member.role())? {
             Role::Gateway => {
-                if let Err(refused) = self.same_cluster(&request.cluster) {
-                    return Ok(Err(refused));
+                if let Err(detail) = self.same_cluster(&request.cluster) {
+                    return Ok(Err(not_registered("cluster", Refused::Foreign, detail)));
                 }
                 let member = ask::gateway(member)?;
                 Ok(self.gateway(member).map(|()| self.registered(Incarnation(0))))
@@ -233,7 +260,7 @@ impl Shared {
         cluster: &str,
     ) -> Result<v1::Registered, Refusal> {
         self.leading().await?;
-        self.same_cluster(cluster)?;
+        self.same_cluster(cluster).map_err(|detail| not_registered("cluster", Refused::Incompatible, detail))?;
         if let Some(address) = self.held_elsewhere(&registration)
             && !self.is_closed(&address).await
         {
@@ -276,20 +303,30 @@ impl Shared {
         tried.is_ok_and(|tried| tried.is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused))
     }
 
-    /// Refuses whoever belongs to another cluster.
-    fn same_cluster(&self, cluster: &str) -> Result<(), Refusal> {
-        let own = self.node.ledger().cluster().to_string();
+    /// Says what is wrong with whoever belongs to another cluster. Earlier versions do not say where they belong.
+    fn same_cluster(&self, cluster: &str) -> Result<(), String> {
+        let ledger = self.node.ledger();
+        let own = ledger.cluster();
         if cluster.is_empty() || own.is_empty() || cluster == own {
             return Ok(());
         }
-        let detail = format!("this is cluster {own:?}, not {cluster:?}: was this coordinator's directory emptied?");
-        Err(not_registered("cluster", Refused::Incompatible, detail))
+        Err(format!("this is cluster {own:?}, not {cluster:?}: was this coordinator's directory emptied?"))
+    }
+
+    /// Refuses and counts a command of another cluster.
+    fn of_cluster(&self, command: &'static str, cluster: &str) -> Result<(), Refusal> {
+        self.same_cluster(cluster).map_err(|detail| {
+            let reason = Refused::Foreign.as_str();
+            metrics::counter!("baton_coordinator_commands_refused_total", "command" => command, "reason" => reason)
+                .increment(1);
+            refusal(Refused::Foreign, detail)
+        })
     }
 
     fn registered(&self, incarnation: Incarnation) -> v1::Registered {
         v1::Registered {
             incarnation: incarnation.0,
-            cluster: self.node.ledger().cluster().to_string(),
+            cluster: self.cluster(),
             lease_ms: WORKER_LEASE_MS,
             heartbeat_ms: HEARTBEAT_MS,
             coordinators: self.coordinators(),
@@ -313,6 +350,9 @@ impl Shared {
 
     fn heartbeat(&self, request: v1::HeartbeatRequest) -> Result<Result<v1::HeartbeatAccepted, Refusal>, Status> {
         let member = baton_proto::convert::required("member", request.member.clone())?;
+        if let Err(detail) = self.same_cluster(&request.cluster) {
+            return Ok(Err(not_heard(Refused::Foreign, detail)));
+        }
         if Role::try_from(member.role())? == Role::Gateway {
             let member = ask::gateway(member)?;
             return Ok(self.gateway(member).map(|()| self.accepted(false, v1::Order::Serve)));
@@ -341,7 +381,7 @@ impl Shared {
 
     /// Refuses a life that the ledger knows to be over; the leader refuses one it does not know as well.
     fn in_force(&self, id: &WorkerId, incarnation: Incarnation) -> Result<(), (Refused, String)> {
-        let leads = self.lead.now().is_some();
+        let leads = self.leads();
         let ledger = self.node.ledger();
         // A process whose life was ended for its silence may come back; one whose name another process has, may not.
         let reason = match ledger.worker(id) {
@@ -357,7 +397,7 @@ impl Shared {
     fn accepted(&self, index_wanted: bool, order: v1::Order) -> v1::HeartbeatAccepted {
         let leader = self.node.standing().borrow().leader;
         v1::HeartbeatAccepted {
-            leader: self.lead.now().is_some() && self.node.has_quorum(),
+            leader: self.leads(),
             lease_ms: WORKER_LEASE_MS,
             index_wanted,
             leader_node: leader.map_or(0, |leader| leader.0),
@@ -373,6 +413,9 @@ impl Shared {
             return Err(Status::invalid_argument(format!("more than {FINISHED_MAX} ends in one call")));
         }
         let finished = request.requests.into_iter().map(ask::finished).collect::<Result<Vec<_>, _>>()?;
+        if let Err(refused) = self.of_cluster("finish", &request.cluster) {
+            return Ok(Err(refused));
+        }
         if let Err(refused) = self.leading().await {
             return Ok(Err(refused));
         }
@@ -403,17 +446,22 @@ impl Shared {
     }
 
     async fn leave(&self, request: v1::LeaveRequest) -> Result<(), Status> {
+        self.of_cluster("leave", &request.cluster).map_err(not_done)?;
         if self.roster().gateway_left(&request.id) {
             self.tell_members();
             return Ok(());
         }
-        let refused = |refused: Refusal| Status::failed_precondition(format!("{}: {}", refused.reason, refused.detail));
-        self.leading().await.map_err(refused)?;
+        self.leading().await.map_err(not_done)?;
         let (worker, incarnation) = (WorkerId(request.id.into()), Incarnation(request.incarnation));
         tracing::info!(%worker, %incarnation, "leaves");
-        self.submit(Command::Leave { worker, incarnation }).await.map_err(refused)?;
+        self.submit(Command::Leave { worker, incarnation }).await.map_err(not_done)?;
         Ok(())
     }
+}
+
+/// A refusal where the answer has no place for one.
+fn not_done(refused: Refusal) -> Status {
+    Status::failed_precondition(format!("{}: {}", refused.reason, refused.detail))
 }
 
 /// Counts what became of an end that somebody told.
@@ -439,6 +487,10 @@ fn not_registered(why: &'static str, reason: Refused, detail: impl Into<String>)
 fn not_heard(reason: Refused, detail: impl Into<String>) -> Refusal {
     metrics::counter!("baton_coordinator_heartbeats_refused_total", "reason" => reason.as_str()).increment(1);
     refusal(reason, detail)
+}
+
+fn no_quorum() -> Refusal {
+    unavailable("no leader: a quorum of coordinators does not answer")
 }
 
 fn unavailable(why: &str) -> Refusal {
@@ -482,7 +534,11 @@ impl v1::coordinator_server::Coordinator for Service {
     async fn assign(&self, request: Request<v1::AssignRequest>) -> Result<Response<v1::AssignReply>, Status> {
         use v1::assign_reply::Outcome;
         let since = Instant::now();
-        let answer = self.0.assign(Ask::new(request.into_inner())?).await;
+        let request = request.into_inner();
+        let answer = match self.0.of_cluster("assign", &request.cluster) {
+            Ok(()) => self.0.assign(Ask::new(request)?).await,
+            Err(foreign) => Err(foreign),
+        };
         assign::count(&answer, since);
         let outcome = match answer {
             Ok(assignment) => Outcome::Assignment(assignment),
@@ -516,8 +572,13 @@ impl v1::coordinator_server::Coordinator for Service {
         Ok(Response::new(v1::LocateReply { outcome: Some(outcome) }))
     }
 
-    async fn watch_access(&self, _: Request<v1::WatchRequest>) -> Result<Response<Self::WatchAccessStream>, Status> {
-        Ok(Response::new(Box::pin(access::accesses(self.0.clone()))))
+    async fn watch_access(
+        &self,
+        request: Request<v1::WatchRequest>,
+    ) -> Result<Response<Self::WatchAccessStream>, Status> {
+        let v1::WatchRequest { cluster, word_ms } = request.into_inner();
+        self.0.of_cluster("watch_access", &cluster).map_err(not_done)?;
+        Ok(Response::new(Box::pin(access::accesses(self.0.clone(), word_ms))))
     }
 
     async fn finish(&self, request: Request<v1::FinishRequest>) -> Result<Response<v1::FinishReply>, Status> {
@@ -529,7 +590,8 @@ impl v1::coordinator_server::Coordinator for Service {
         Ok(Response::new(v1::FinishReply { outcome: Some(outcome) }))
     }
 
-    async fn watch(&self, _: Request<v1::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+    async fn watch(&self, request: Request<v1::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        self.0.of_cluster("watch", &request.into_inner().cluster).map_err(not_done)?;
         Ok(Response::new(Box::pin(view::views(self.0.clone()))))
     }
 }

@@ -136,18 +136,32 @@ where
         }
     }
 
+    /// The questions of a message. Those of another cluster's gateway are refused.
+    fn of_cluster(&mut self, batch: v1::AssignBatch) -> Vec<v1::AssignRequest> {
+        let Err(foreign) = self.shared.of_cluster("assign", &batch.cluster) else { return batch.requests };
+        let since = Instant::now();
+        let refused = batch.requests.into_iter().map(|request| {
+            let key = Key { request: request.request, attempt: request.attempt, since };
+            key.answered(Err(foreign.clone()))
+        });
+        let refused: Vec<_> = refused.collect();
+        self.unanswered += refused.len();
+        self.ready.extend(refused);
+        Vec::new()
+    }
+
     fn hear(&mut self, message: Option<Result<v1::AssignBatch, Status>>) -> Result<(), Status> {
         let Some(message) = message else {
             self.incoming = None;
             return Ok(());
         };
-        let mut requests = message?.requests;
+        let mut requests = self.of_cluster(message?);
         while requests.len() < GROUP_MAX
             && let Some(incoming) = &mut self.incoming
             && let Some(more) = incoming.next().now_or_never()
         {
             match more {
-                Some(more) => requests.append(&mut more?.requests),
+                Some(more) => requests.append(&mut self.of_cluster(more?)),
                 None => self.incoming = None,
             }
         }

@@ -139,7 +139,7 @@ impl Client {
 
     /// The first view of a watch, if the node answers.
     pub(crate) async fn view(&mut self) -> Option<v1::ClusterView> {
-        let mut views = self.0.watch(v1::WatchRequest {}).await.ok()?.into_inner();
+        let mut views = self.0.watch(v1::WatchRequest::default()).await.ok()?.into_inner();
         views.message().await.ok()?
     }
 
@@ -192,15 +192,80 @@ impl Client {
         tenant: &str,
     ) -> Result<v1::Assignment, String> {
         let (gateway, tenant) = (gateway.into(), tenant.into());
-        let request = v1::LocateRequest { request: format!("{request:032x}"), gateway, tenant };
+        let request = format!("{request:032x}");
+        let request = v1::LocateRequest { request, gateway, tenant, ..Default::default() };
         match self.0.locate(request).await.unwrap().into_inner().outcome.unwrap() {
             v1::locate_reply::Outcome::Assignment(assignment) => Ok(assignment),
             v1::locate_reply::Outcome::Refused(refusal) => Err(refusal.reason),
         }
     }
 
+    /// Access, with a word this often.
+    pub(crate) async fn listen(&mut self, word_ms: u64) -> tonic::Streaming<v1::Access> {
+        let request = v1::WatchRequest { word_ms, ..v1::WatchRequest::default() };
+        self.0.watch_access(request).await.unwrap().into_inner()
+    }
+
+    /// Says each command in the name of a cluster; what was refused, and why.
+    pub(crate) async fn say_as(&mut self, cluster: &str, incarnation: u64) -> Vec<(&'static str, Option<String>)> {
+        let cluster = || cluster.to_string();
+        let ended = |status: tonic::Status| status.message().split(':').next().unwrap_or_default().to_string();
+        let member = Some(member("decode-0"));
+        let beat = v1::HeartbeatRequest {
+            id: "decode-0".into(),
+            incarnation,
+            sequence: 1,
+            load: Some(v1::Load { blocks_total: 1000, blocks_free: 1000, ..Default::default() }),
+            member,
+            cluster: cluster(),
+        };
+        let beat = match self.0.heartbeat(beat).await.unwrap().into_inner().outcome {
+            Some(v1::heartbeat_reply::Outcome::Refused(refused)) => Some(refused.reason),
+            _ => None,
+        };
+        let asked = v1::AssignRequest { cluster: cluster(), ..request(1, 1) };
+        let assign = self.assign(asked.clone()).await.err().map(|refused| refused.reason);
+        let (say, said) = tokio::sync::mpsc::channel(1);
+        let batch = v1::AssignBatch { requests: vec![request(1, 1)], cluster: cluster() };
+        say.send(batch).await.unwrap();
+        let mut replies = self.assignments(tokio_stream::wrappers::ReceiverStream::new(said)).await;
+        let reply = replies.message().await.unwrap().unwrap().replies.remove(0).reply.unwrap();
+        let batch = match reply.outcome.unwrap() {
+            v1::assign_reply::Outcome::Refused(refused) => Some(refused.reason),
+            v1::assign_reply::Outcome::Assignment(_) => None,
+        };
+        let locate = v1::LocateRequest { request: format!("{:032x}", 1), cluster: cluster(), ..Default::default() };
+        let locate = match self.0.locate(locate).await.unwrap().into_inner().outcome.unwrap() {
+            v1::locate_reply::Outcome::Refused(refused) => Some(refused.reason),
+            v1::locate_reply::Outcome::Assignment(_) => None,
+        };
+        // Of a request that never was: it ends nothing.
+        let never =
+            v1::FinishedRequest { request: format!("{:032x}", 99), outcome: "complete".into(), ..Default::default() };
+        let finish = v1::FinishRequest { requests: vec![never], cluster: cluster() };
+        let finish = match self.0.finish(finish).await.unwrap().into_inner().outcome.unwrap() {
+            v1::finish_reply::Outcome::Refused(refused) => Some(refused.reason),
+            v1::finish_reply::Outcome::Finished(_) => None,
+        };
+        let leave = v1::LeaveRequest { id: "nobody".into(), incarnation: 1, cluster: cluster() };
+        let leave = self.0.leave(leave).await.err().map(ended);
+        let watch = || v1::WatchRequest { cluster: cluster(), ..Default::default() };
+        let view = self.0.watch(watch()).await.err().map(ended);
+        let access = self.0.watch_access(watch()).await.err().map(ended);
+        vec![
+            ("heartbeat", beat),
+            ("assign", assign),
+            ("assignments", batch),
+            ("locate", locate),
+            ("finish", finish),
+            ("leave", leave),
+            ("watch", view),
+            ("watch_access", access),
+        ]
+    }
+
     pub(crate) async fn watch_access(&mut self) -> tonic::Streaming<v1::Access> {
-        self.0.watch_access(v1::WatchRequest {}).await.unwrap().into_inner()
+        self.0.watch_access(v1::WatchRequest::default()).await.unwrap().into_inner()
     }
 
     pub(crate) async fn beat(
@@ -221,8 +286,14 @@ impl Client {
         load: v1::Load,
     ) -> Result<v1::HeartbeatAccepted, v1::Refusal> {
         let member = Some(member(id));
-        let request =
-            v1::HeartbeatRequest { id: id.into(), incarnation, sequence, load: Some(load), member, receivers_seen: 0 };
+        let request = v1::HeartbeatRequest {
+            id: id.into(),
+            incarnation,
+            sequence,
+            load: Some(load),
+            member,
+            ..Default::default()
+        };
         match self.0.heartbeat(request).await.unwrap().into_inner().outcome.unwrap() {
             v1::heartbeat_reply::Outcome::Accepted(accepted) => Ok(accepted),
             v1::heartbeat_reply::Outcome::Refused(refusal) => Err(refusal),
@@ -238,8 +309,14 @@ impl Client {
         load: v1::Load,
     ) -> Result<(), tonic::Status> {
         let member = Some(member(id));
-        let request =
-            v1::HeartbeatRequest { id: id.into(), incarnation, sequence, load: Some(load), member, receivers_seen: 0 };
+        let request = v1::HeartbeatRequest {
+            id: id.into(),
+            incarnation,
+            sequence,
+            load: Some(load),
+            member,
+            ..Default::default()
+        };
         match self.0.heartbeat(request).await?.into_inner().outcome {
             Some(v1::heartbeat_reply::Outcome::Accepted(_)) => Ok(()),
             refused => Err(tonic::Status::failed_precondition(format!("{refused:?}"))),
@@ -264,7 +341,7 @@ impl Client {
     pub(crate) async fn coordinators_told(&mut self, id: &str, incarnation: u64, sequence: u64) -> Option<Vec<String>> {
         let load = v1::Load { blocks_total: 1000, blocks_free: 1000, ..Default::default() };
         let (member, load) = (Some(member(id)), Some(load));
-        let request = v1::HeartbeatRequest { id: id.into(), incarnation, sequence, load, member, receivers_seen: 0 };
+        let request = v1::HeartbeatRequest { id: id.into(), incarnation, sequence, load, member, ..Default::default() };
         match self.0.heartbeat(request).await.ok()?.into_inner().outcome? {
             v1::heartbeat_reply::Outcome::Accepted(accepted) => Some(accepted.coordinators),
             v1::heartbeat_reply::Outcome::Refused(_) => None,
@@ -284,13 +361,13 @@ impl Client {
             outcome: "complete".into(),
             ..Default::default()
         };
-        let reply = self.0.finish(v1::FinishRequest { requests: vec![request] }).await;
+        let reply = self.0.finish(v1::FinishRequest { requests: vec![request], ..Default::default() }).await;
         let outcome = reply.ok().and_then(|reply| reply.into_inner().outcome);
         matches!(outcome, Some(v1::finish_reply::Outcome::Finished(_)))
     }
 
     pub(crate) async fn watch(&mut self) -> tonic::Streaming<v1::ClusterView> {
-        self.0.watch(v1::WatchRequest {}).await.unwrap().into_inner()
+        self.0.watch(v1::WatchRequest::default()).await.unwrap().into_inner()
     }
 
     pub(crate) async fn assign_raw(&mut self, request: v1::AssignRequest) -> Result<v1::AssignReply, tonic::Status> {
@@ -305,7 +382,7 @@ impl Client {
     }
 
     pub(crate) async fn finish_all(&mut self, requests: Vec<v1::FinishedRequest>) {
-        let reply = self.0.finish(v1::FinishRequest { requests }).await.unwrap().into_inner();
+        let reply = self.0.finish(v1::FinishRequest { requests, ..Default::default() }).await.unwrap().into_inner();
         assert!(matches!(reply.outcome, Some(v1::finish_reply::Outcome::Finished(_))), "{reply:?}");
     }
 
@@ -316,7 +393,7 @@ impl Client {
             outcome: "complete".into(),
             ..Default::default()
         };
-        let reply = self.0.finish(v1::FinishRequest { requests: vec![request] }).await.unwrap();
+        let reply = self.0.finish(v1::FinishRequest { requests: vec![request], ..Default::default() }).await.unwrap();
         match reply.into_inner().outcome.unwrap() {
             v1::finish_reply::Outcome::Finished(_) => Ok(()),
             v1::finish_reply::Outcome::Refused(refusal) => Err(refusal),

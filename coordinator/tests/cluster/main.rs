@@ -1,6 +1,7 @@
 //! Coordinators over real TCP and real files, driven as gateways and workers drive them.
 
 mod admin;
+mod deposed;
 mod gateways;
 mod group;
 mod health;

@@ -22,7 +22,7 @@ impl Conversation {
     }
 
     async fn ask(&self, requests: Vec<v1::AssignRequest>) {
-        self.say.send(v1::AssignBatch { requests }).await.unwrap();
+        self.say.send(v1::AssignBatch { requests, ..Default::default() }).await.unwrap();
     }
 
     async fn hear(&mut self, count: usize) -> Vec<v1::Assigned> {

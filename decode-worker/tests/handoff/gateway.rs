@@ -57,6 +57,7 @@ impl Order {
             prefill: self.prefill.clone(),
             lease_ms: self.request.deadline_ms,
             explanation: String::new(),
+            cluster: String::new(),
         };
         let wire = |c: &Choice| baton_proto::v1::Choice { index: c.index, so_far: c.so_far.clone() };
         Start {

@@ -17,7 +17,7 @@ fn key(id: &str, tenant: &str) -> AccessKey {
 fn closed(keys: &[(&str, &str)]) -> Access {
     let keys = keys.iter().map(|(id, tenant)| key(id, tenant)).collect();
     let small = Tenant { name: "small".into(), prompt_tokens_max: 6, output_tokens_max: 4, ..Tenant::default() };
-    Access { open: false, keys, tenants: vec![small] }
+    Access { open: false, keys, tenants: vec![small], ..Access::default() }
 }
 
 async fn status(world: &World, authorization: &str) -> u16 {

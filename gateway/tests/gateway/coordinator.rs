@@ -75,6 +75,7 @@ impl FakeLedger {
             prefill: None,
             lease_ms: 10_000,
             explanation: "first".into(),
+            cluster: String::new(),
         };
         assigned.insert(key, assignment.clone());
         assign_reply::Outcome::Assignment(assignment)

@@ -233,7 +233,7 @@ async fn a_stream_belongs_to_its_tenant() {
         created_unix_s: 0,
     };
     let gateway = world.mortal_gateway("gateway-1").await;
-    world.ledger.access.send_replace(Access { open: false, keys: vec![key("one"), key("two")], tenants: vec![] });
+    world.ledger.access.send_replace(Access { keys: vec![key("one"), key("two")], ..Access::default() });
     let bearer = |id: &str| ("authorization", format!("Bearer {id}"));
     let (one, two) = (bearer("one"), bearer("two"));
     let body = hi(json!({"stream": true}));

@@ -153,7 +153,8 @@ impl Asking {
     }
 
     async fn locate(&self, mut client: CoordinatorClient<Channel>) -> Option<Answer> {
-        let question = v1::LocateRequest { request: self.name(), gateway: String::new(), tenant: TENANT.to_string() };
+        let (request, tenant) = (self.name(), TENANT.to_string());
+        let question = v1::LocateRequest { request, tenant, ..v1::LocateRequest::default() };
         match client.locate(question).await.ok()?.into_inner().outcome? {
             locate_reply::Outcome::Assignment(assignment) => Some(Answer::Assigned { epoch: assignment.epoch }),
             locate_reply::Outcome::Refused(refusal) => {
@@ -166,7 +167,13 @@ impl Asking {
         // Epoch 0 ends it whatever the ledger has made of it.
         let outcome = "cancelled".to_string();
         let end = v1::FinishedRequest { request: self.name(), outcome, ..v1::FinishedRequest::default() };
-        match client.finish(v1::FinishRequest { requests: vec![end] }).await.ok()?.into_inner().outcome? {
+        match client
+            .finish(v1::FinishRequest { requests: vec![end], ..Default::default() })
+            .await
+            .ok()?
+            .into_inner()
+            .outcome?
+        {
             finish_reply::Outcome::Finished(_) => Some(Answer::Ended),
             finish_reply::Outcome::Refused(_) => None,
         }

@@ -70,7 +70,7 @@ pub(super) async fn assign_alone(leader: &str, length: Duration) -> anyhow::Resu
         times.push(milliseconds(before));
         let assignment = assigned(Some(reply.into_inner()))?;
         let requests = vec![finished(assignment.request, assignment.epoch, "complete".into())];
-        client.finish(v1::FinishRequest { requests }).await.context("finish")?;
+        client.finish(v1::FinishRequest { requests, ..Default::default() }).await.context("finish")?;
     }
     Ok(Timed { count: times.len() as u64, took: started.elapsed(), milliseconds: times })
 }
@@ -118,7 +118,9 @@ async fn assign_stream(
         let before = Instant::now();
         let requests: Vec<_> = (0..batch as u64).map(|n| request(name, count + n)).collect();
         let mut open: BTreeMap<String, ()> = requests.iter().map(|r| (r.request.clone(), ())).collect();
-        ask.send(v1::AssignBatch { requests }).await.context("the stream of assignments ended")?;
+        ask.send(v1::AssignBatch { requests, ..Default::default() })
+            .await
+            .context("the stream of assignments ended")?;
         let mut done = Vec::new();
         while !open.is_empty() {
             let some = replies.message().await.context("assignments")?.context("the stream of assignments ended")?;
@@ -139,7 +141,7 @@ async fn assign_stream(
 
 async fn finish_all(mut client: Client, mut ends: mpsc::Receiver<Vec<v1::FinishedRequest>>) -> anyhow::Result<()> {
     while let Some(requests) = ends.recv().await {
-        client.finish(v1::FinishRequest { requests }).await.context("finish")?;
+        client.finish(v1::FinishRequest { requests, ..Default::default() }).await.context("finish")?;
     }
     Ok(())
 }
@@ -160,7 +162,11 @@ async fn write_one(mut client: Client, name: usize, until: Instant) -> anyhow::R
     while Instant::now() < until {
         let before = Instant::now();
         let entry = finished(request(name, times.len() as u64).request, 0, "c".repeat(PADDING));
-        let reply = client.finish(v1::FinishRequest { requests: vec![entry] }).await.context("finish")?.into_inner();
+        let reply = client
+            .finish(v1::FinishRequest { requests: vec![entry], ..Default::default() })
+            .await
+            .context("finish")?
+            .into_inner();
         let Some(v1::finish_reply::Outcome::Finished(_)) = reply.outcome else {
             anyhow::bail!("an entry was refused: {reply:?}");
         };
