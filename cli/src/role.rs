@@ -20,6 +20,8 @@ use crate::exit::Failure;
 
 /// Longest a role may take to end well before it is ended anyway.
 const STOP_MAX: Duration = Duration::from_secs(3);
+/// A gateway lets its streams end for a while, and then tells the ledger of those it has ended itself.
+const GATEWAY_STOP_MAX: Duration = Duration::from_secs(8);
 
 /// The end of every role's `--help`.
 pub(crate) const EXIT_CODES: &str = "A flag overrides its key in the TOML file; unknown keys are refused.
@@ -185,8 +187,9 @@ pub(crate) async fn serve(
         () = asked.come() => {}
     }
     tracing::info!(%role, id, "ending");
-    if tokio::time::timeout(STOP_MAX, running.stop()).await.is_err() {
-        tracing::warn!(id, "did not end within {} s and is ended", STOP_MAX.as_secs());
+    let most = if role == Role::Gateway { GATEWAY_STOP_MAX } else { STOP_MAX };
+    if tokio::time::timeout(most, running.stop()).await.is_err() {
+        tracing::warn!(id, "did not end within {} s and is ended", most.as_secs());
     }
     Ok(())
 }

@@ -36,6 +36,8 @@ pub(crate) struct Gateway {
     pub rng: Mutex<Rng>,
     pub places: Arc<Semaphore>,
     pub metrics: Arc<dyn Fn() -> String + Send + Sync>,
+    /// Until then it may not know yet what it serves, and whom.
+    pub begins_by: Instant,
 }
 
 /// One call, before its prompts are tokens.
@@ -54,6 +56,12 @@ pub(crate) struct Call {
 type Parts = BoxStream<'static, Result<Part, ApiError>>;
 
 impl Gateway {
+    /// Resolves once it is known who may ask and what is served, or the time for that is over.
+    pub(crate) async fn begun(&self) {
+        let known = async { tokio::join!(self.access.heard(), self.cluster.settled()) };
+        let _known_or_late = tokio::time::timeout_at(self.begins_by, known).await;
+    }
+
     /// Answers a call, streaming or in one piece. Errors before the first token have their own status.
     pub(crate) async fn answer(self: &Arc<Gateway>, call: Call) -> Result<Response, ApiError> {
         let Call { ask, caller, lane, resumable_ms, model_name, received, parsed } = call;

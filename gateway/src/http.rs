@@ -60,7 +60,7 @@ const REQUEST_ID_BYTES_MAX: usize = 256;
 async fn around(State(gateway): Shared, mut request: Request, next: Next) -> Response {
     let given = request.headers().get(REQUEST_ID).filter(|id| id.len() <= REQUEST_ID_BYTES_MAX).cloned();
     let route = route_label(request.uri().path());
-    let mut response = match admit(&gateway, &mut request) {
+    let mut response = match admit(&gateway, &mut request).await {
         Ok(()) => next.run(request).await,
         Err(error) => error.into_response(),
     };
@@ -73,11 +73,13 @@ async fn around(State(gateway): Shared, mut request: Request, next: Next) -> Res
     response
 }
 
-/// Lets a request pass whose key is in force, and notes whose it is. What shows no model and costs nothing needs none.
-fn admit(gateway: &Gateway, request: &mut Request) -> Result<(), ApiError> {
+/// Lets a request pass whose key is in force, and notes whose it is. What shows no model and costs nothing needs none. A
+/// gateway that has just started does not refuse what it only does not know yet.
+async fn admit(gateway: &Gateway, request: &mut Request) -> Result<(), ApiError> {
     let path = request.uri().path();
     if path.starts_with("/v1/") || ["/tokenize", "/detokenize", "/tokenizer_info"].contains(&path) {
         let by_ledger = ["/v1/chat/completions", "/v1/completions"].contains(&path) || path.starts_with("/v1/streams/");
+        gateway.begun().await;
         let caller = match by_ledger {
             true => gateway.access.caller(request.headers())?,
             false => gateway.access.caller_alone(request.headers())?,

@@ -11,7 +11,7 @@ use baton_proto::convert;
 use baton_proto::v1::{Member, Role};
 use tokio::sync::{Semaphore, oneshot};
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use crate::access::Access;
 use crate::cluster::Cluster;
@@ -27,6 +27,8 @@ use crate::{access, assign, finish, http, membership, server};
 /// How long the start waits to hear whether keys are asked for, where others than this machine's can ask. Until it is
 /// known nobody is served.
 const ACCESS_WAIT: Duration = Duration::from_secs(5);
+/// How long after the start requests wait for what has to be known of the cluster.
+const BEGINS_WITHIN: Duration = Duration::from_secs(2);
 /// How long open streams may go on after `stop`.
 const DRAIN: Duration = Duration::from_secs(5);
 /// How long the last ends of requests, and the goodbye, may take.
@@ -131,6 +133,7 @@ pub async fn start(config: Config, mut env: Env, metrics: RenderMetrics) -> Resu
         clock: env.clock,
         rng: Mutex::new(env.rng),
         metrics,
+        begins_by: Instant::now() + BEGINS_WITHIN,
     };
     let (stop, stopped) = oneshot::channel();
     let mut serving = JoinSet::new();

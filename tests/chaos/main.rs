@@ -1,6 +1,7 @@
 //! The chaos program: `cargo run --release -p baton-tests --bin chaos -- --long`. Each trial starts a fleet of its own, so
 //! that `--only` repeats any part of a run by itself.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use baton_tests::chaos::{self, Extent, Report, print_figures, print_table};
@@ -15,10 +16,10 @@ struct Flags {
     /// These trials only
     #[arg(long, value_enum, value_delimiter = ',')]
     only: Vec<Trial>,
-    /// Run each trial as long as its targets are stated for: 200 kills, 10,000 streams, 10,000 cancels, 60 s of overload
+    /// Run each trial as long as its targets are stated for: 200 kills, 10,000 streams, 10,000 cancels, 60 s of overload, 10 rounds
     #[arg(long)]
     long: bool,
-    /// Kills, stops, cancels or seconds of each trial, instead
+    /// Kills, stops, cancels, seconds or rounds of each trial, instead
     #[arg(long)]
     times: Option<usize>,
     /// Streams kept running
@@ -27,6 +28,9 @@ struct Flags {
     /// Fixes the plan of faults and the order of requests
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    /// Begin the rolling trial as another build's binary: it upgrades the cluster to this one
+    #[arg(long, value_name = "PATH")]
+    other_binary: Option<PathBuf>,
     /// Print one JSON object a line for each figure after the table
     #[arg(long)]
     json: bool,
@@ -42,6 +46,7 @@ enum Trial {
     Gateway,
     Cancel,
     Overload,
+    Rolling,
 }
 
 impl Trial {
@@ -55,6 +60,7 @@ impl Trial {
             Trial::Gateway => (2, 30),
             Trial::Cancel => (100, 10_000),
             Trial::Overload => (8, 60),
+            Trial::Rolling => (1, 10),
         }
     }
 
@@ -68,6 +74,7 @@ impl Trial {
             Trial::Gateway => chaos::gateway::run(extent).await,
             Trial::Cancel => chaos::cancel::run(extent).await,
             Trial::Overload => chaos::overload::run(extent).await,
+            Trial::Rolling => chaos::rolling::run(extent).await,
         }
     }
 }
@@ -81,7 +88,11 @@ async fn main() -> ExitCode {
         let (short, long) = trial.times();
         let times = flags.times.unwrap_or(if flags.long { long } else { short });
         eprintln!("{trial:?}, {times} times, seed {}", flags.seed);
-        reports.push(trial.run(Extent { times, streams: flags.streams, seed: flags.seed }).await);
+        reports.push(
+            trial
+                .run(Extent { times, streams: flags.streams, seed: flags.seed, other: flags.other_binary.clone() })
+                .await,
+        );
     }
     print_table(&reports);
     if flags.json {

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use baton_tests::cluster::{baton, free_port, wait_for};
-use baton_tests::{Client, Fleet, Reply, RoleProcess, Shape};
+use baton_tests::{Client, Fault, Fleet, Reply, RoleProcess, Shape, Way};
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
@@ -127,6 +127,39 @@ async fn a_gateway_that_is_cut_off_knows_no_keys() {
     fleet.restart("coordinator-1").await;
     status_is(&client, MODELS, 200).await;
     assert_eq!(client.post("/tokenize", &words).await.status, 200);
+}
+
+/// Goal: revocation holds within a second also at a gateway whose connections to the coordinators are half open: nothing
+/// arrives, nothing is reset. Method: a proxy before the only coordinator swallows what it says; a command that goes past
+/// the proxy revokes a key.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_gateway_that_hears_no_word_knows_no_keys() {
+    let fleet = Fleet::start(&Shape { prefill: 0, coordinators_proxied: true, ..Shape::default() }).await;
+    let acme = key(&fleet, "acme", &[]).await;
+    let client = fleet.client(0).with_key(&acme);
+    status_is(&client, MODELS, 200).await;
+    // Longer than a coordinator may be silent: as long as it has its word, a gateway goes on.
+    let until = Instant::now() + Duration::from_millis(1_500);
+    let mut answers = Vec::new();
+    while Instant::now() < until {
+        answers.push(client.get(MODELS).await.status);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let good = answers.iter().filter(|status| **status == 200).count();
+    assert!(good * 10 > answers.len() * 9, "{good} of {} answers while nothing is wrong", answers.len());
+
+    let id = acme.split('-').nth(1).expect("bk-<id>-<secret>").to_string();
+    let proxy = &fleet.control["coordinator-1"];
+    proxy.set(Way::Down, Fault::Swallow);
+    let since = Instant::now();
+    fleet.done(&["key", "revoke", &id]).await;
+    status_is(&client, MODELS, 503).await;
+    println!("keys are unknown {} ms after the connection was half open", since.elapsed().as_millis());
+    assert!(since.elapsed() < SOON, "{:?}", since.elapsed());
+    let reply = client.get(MODELS).await;
+    assert_eq!(reply.headers["x-baton-refused"].to_str().ok(), Some("access_unknown"), "{:?}", reply.json());
+    proxy.heal();
+    status_is(&client, MODELS, 401).await;
 }
 
 /// Goal: a tenant's limits count over all gateways, whatever they limit, and none of them touches another tenant.

@@ -4,7 +4,7 @@
 use baton_tests::chaos::{self, Extent, Report};
 
 fn extent(times: usize, seed: u64) -> Extent {
-    Extent { times, streams: 6, seed }
+    Extent { times, streams: 6, seed, other: None }
 }
 
 /// `failed`: whether requests may be refused with a typed error for a moment.
@@ -62,6 +62,13 @@ async fn gateways_killed_under_load() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn clients_that_leave_free_everything() {
     check(&chaos::cancel::run(extent(50, 16)).await, false);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_process_restarted_in_order_under_load() {
+    let report = chaos::rolling::run(extent(1, 19)).await;
+    check(&report, false);
+    met(&report, "streams that a restart met");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -9,6 +9,7 @@ use baton_proto::v1::admin_client::AdminClient;
 use baton_proto::{TcpNet, channel};
 use baton_tests::cluster::wait_for;
 use baton_tests::{Fleet, Shape};
+use serde_json::json;
 
 /// Exit code of damaged and differing data.
 const DAMAGED: i32 = 78;
@@ -103,11 +104,11 @@ async fn a_node_whose_ledger_differs_stops_and_says_why() {
     write(&address, "after").await;
 }
 
-/// Goal: a worker belongs to the cluster that it has been in: a coordinator that began a new one refuses it, and says so.
-/// Method: the only coordinator's directory is emptied.
+/// Goal: a process belongs to the cluster that it has been in: a coordinator that began a new one refuses it, and says so.
+/// A worker ends; a gateway serves nobody, in whichever way it is asked. Method: the only coordinator's directory is emptied.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_worker_does_not_follow_an_emptied_coordinator() {
-    let mut fleet = Fleet::start(&Shape { prefill: 0, gateways: 0, ..Shape::default() }).await;
+async fn nobody_follows_an_emptied_coordinator() {
+    let mut fleet = Fleet::start(&Shape { prefill: 0, ..Shape::default() }).await;
     fleet.kill("coordinator-1").await;
     std::fs::remove_dir_all(fleet.data("coordinator-1")).expect("it is there");
     fleet.restart("coordinator-1").await;
@@ -116,6 +117,16 @@ async fn a_worker_does_not_follow_an_emptied_coordinator() {
     assert_eq!(end.code, Some(2), "{end:?}");
     assert!(message.contains("this is cluster") && message.contains("directory emptied"), "{message}");
     let refused = "baton_coordinator_registrations_refused_total";
-    assert_eq!(fleet.metric("coordinator-1", refused, "reason=\"cluster\"").await, 1.0);
-    assert_eq!(fleet.metric("coordinator-1", refused, "").await, 1.0, "and for nothing else");
+    assert!(fleet.metric("coordinator-1", refused, "reason=\"cluster\"").await >= 1.0);
+    let all = fleet.metric("coordinator-1", refused, "").await;
+    assert_eq!(fleet.metric("coordinator-1", refused, "reason=\"cluster\"").await, all, "and for nothing else");
+    let client = fleet.client(0);
+    wait_for("the gateway to be unhealthy", || async { (client.get("/health").await.status == 503).then_some(()) })
+        .await;
+    let body = json!({"model": "baton-3m", "prompt": "And God said", "max_tokens": 2});
+    let reply = client.post("/v1/completions", &body).await;
+    assert_eq!((reply.status, reply.headers["x-baton-refused"].to_str().ok()), (503, Some("foreign")), "{reply:?}");
+    let foreign = async |name: &str| fleet.metric("coordinator-1", name, "reason=\"foreign\"").await;
+    assert!(foreign("baton_coordinator_heartbeats_refused_total").await >= 2.0, "the worker's and the gateway's");
+    assert!(foreign("baton_coordinator_commands_refused_total").await >= 1.0);
 }

@@ -147,6 +147,13 @@ impl Events {
         true
     }
 
+    /// Goes on where another connection's reading of the same stream ended.
+    pub fn after(mut self, before: Events) -> Events {
+        self.so_far = before.so_far;
+        (self.last_id, self.answer) = (before.last_id, before.answer);
+        self
+    }
+
     /// Reads until the first choice holds so many bytes of text, or the stream ends.
     pub async fn until_text(&mut self, bytes: usize) {
         while self.so_far.text.first().map_or(0, String::len) < bytes {

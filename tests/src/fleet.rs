@@ -27,11 +27,27 @@ pub struct Shape {
     pub worker_flags: Vec<String>,
     /// Workers are reached through proxies, by gRPC and by their KV port.
     pub proxied: bool,
+    /// So are coordinators, by everything but `baton` commands.
+    pub coordinators_proxied: bool,
+    /// What processes are of; None: the build under test.
+    pub binary: Option<PathBuf>,
 }
 
 impl Default for Shape {
     fn default() -> Shape {
-        Shape { coordinators: 1, prefill: 1, decode: 1, gateways: 1, worker_flags: Vec::new(), proxied: false }
+        let worker_flags = Vec::new();
+        let (proxied, coordinators_proxied) = (false, false);
+        let binary = None;
+        Shape {
+            coordinators: 1,
+            prefill: 1,
+            decode: 1,
+            gateways: 1,
+            worker_flags,
+            proxied,
+            coordinators_proxied,
+            binary,
+        }
     }
 }
 
@@ -60,11 +76,13 @@ pub struct End {
 /// Processes by name: `coordinator-1`, `prefill-0`, `decode-0`, `gateway-0`, …
 pub struct Fleet {
     members: BTreeMap<String, Member>,
-    /// By the worker's name: its gRPC port and, for decode workers, its KV port.
+    /// By the process's name: its gRPC port, and a worker's KV port.
     pub control: BTreeMap<String, Proxy>,
     pub handoff: BTreeMap<String, Proxy>,
     /// Requests of which an attempt has failed, by the gateways' logs.
     repeated: Arc<Mutex<BTreeSet<String>>>,
+    /// What processes that are started are of.
+    binary: PathBuf,
     data: Scratch,
 }
 
@@ -89,11 +107,16 @@ impl Fleet {
             control: BTreeMap::new(),
             handoff: BTreeMap::new(),
             repeated: Arc::default(),
+            binary: shape.binary.clone().unwrap_or_else(binary),
             data: Scratch::new("fleet"),
         };
         let nodes: Vec<String> = (0..shape.coordinators).map(|_| loopback()).collect();
-        fleet.add_coordinators(&nodes);
-        let known: Vec<String> = nodes.iter().flat_map(|node| flag("--coordinator", node)).collect();
+        let known = match shape.coordinators_proxied {
+            true => fleet.proxy_coordinators(&nodes).await,
+            false => nodes.clone(),
+        };
+        fleet.add_coordinators(&nodes, &known);
+        let known: Vec<String> = known.iter().flat_map(|node| flag("--coordinator", node)).collect();
         for (role, count) in [("prefill", shape.prefill), ("decode", shape.decode)] {
             for n in 0..count {
                 fleet.add_worker(role, n, shape, &known).await;
@@ -120,9 +143,20 @@ impl Fleet {
         self.members.insert(id, Member { role, arguments, address, child: None, metrics: None, events: None });
     }
 
-    fn add_coordinators(&mut self, nodes: &[String]) {
+    /// The addresses under which coordinators are known.
+    async fn proxy_coordinators(&mut self, nodes: &[String]) -> Vec<String> {
+        let mut known = Vec::new();
+        for (n, node) in nodes.iter().enumerate() {
+            let proxy = Proxy::to(node.clone()).await.expect("a port is free");
+            known.push(proxy.address().to_string());
+            self.control.insert(format!("coordinator-{}", n + 1), proxy);
+        }
+        known
+    }
+
+    fn add_coordinators(&mut self, nodes: &[String], known: &[String]) {
         let peers: Vec<String> =
-            nodes.iter().enumerate().flat_map(|(n, node)| flag("--peer", format!("{}={node}", n + 1))).collect();
+            known.iter().enumerate().flat_map(|(n, node)| flag("--peer", format!("{}={node}", n + 1))).collect();
         for (n, node) in nodes.iter().enumerate() {
             let id = format!("coordinator-{}", n + 1);
             let data = self.data(&id).display().to_string();
@@ -159,7 +193,7 @@ impl Fleet {
 
     fn spawn(&mut self, id: &str) {
         let member = self.members.get_mut(id).unwrap_or_else(|| panic!("no {id} in the fleet"));
-        let mut command = Command::new(binary());
+        let mut command = Command::new(&self.binary);
         let loud = std::env::var_os("BATON_TEST_LOG").is_some();
         command.args(&member.arguments).stdin(Stdio::null()).stdout(Stdio::piped()).kill_on_drop(true);
         let read = member.role == "gateway";
@@ -177,6 +211,11 @@ impl Fleet {
             tokio::spawn(note_repeated(log, self.repeated.clone(), loud));
         }
         member.child = Some(child);
+    }
+
+    /// Processes that are started from now on are of the build under test.
+    pub fn use_this_build(&mut self) {
+        self.binary = binary();
     }
 
     /// Starts a process that was killed, without waiting for it.

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use crate::client::{get, post};
-use crate::world::{EOS, MODEL, POSITIONS_MAX, Script, World};
+use crate::world::{EOS, MODEL, POSITIONS_MAX, Script, World, start};
 
 #[tokio::test]
 async fn models_are_listed() {
@@ -79,4 +79,18 @@ async fn the_gateway_registers_and_is_heard_of() {
     let member = world.seen.borrow().registered[0].clone();
     assert_eq!((member.id.as_str(), member.address), ("gateway-0", world.address()));
     world.gateway.stop().await;
+}
+
+/// Goal: a gateway that has just started refuses nothing that it only does not know yet. Method: it is asked before anything
+/// else, as soon as it listens, many times over.
+#[tokio::test]
+async fn the_first_requests_of_a_gateway_are_answered() {
+    let world = World::hello().await;
+    for nth in 0..20 {
+        let gateway = start(world.config(&format!("g{nth}"))).await.unwrap();
+        let body = json!({"model": MODEL, "prompt": "a"});
+        let reply = post(&gateway.address(), "/v1/completions", &body).await;
+        assert_eq!(reply.status, 200, "{:?}", reply.json());
+        gateway.stop().await;
+    }
 }

@@ -16,8 +16,8 @@ use crate::{Client, Streamed};
 /// Different requests; each is answered once undisturbed, then asked for again and again.
 pub const REQUESTS: usize = 48;
 /// A stream that is silent for so long hangs.
-const HUNG: Duration = Duration::from_secs(30);
-const PATH: &str = "/v1/chat/completions";
+pub(super) const HUNG: Duration = Duration::from_secs(30);
+pub(super) const PATH: &str = "/v1/chat/completions";
 
 /// A request by its number. A `salt` keeps it from hitting blocks that others left; the answer is the same.
 pub fn body(number: usize, salt: Option<u64>) -> Value {
@@ -168,17 +168,29 @@ pub struct Load {
 impl Load {
     /// So many at any time, spread over the gateways.
     pub fn start(clients: &[Client], expected: &Expected, streams: usize, seed: u64) -> Load {
-        let (end, observed) = (watch::Sender::new(false), Arc::new(Mutex::new(Vec::new())));
-        let mut running = JoinSet::new();
-        for nth in 0..streams {
+        let (clients, expected) = (clients.to_vec(), expected.clone());
+        Load::of(streams, seed, move |nth, number, salt| {
             let (client, expected) = (clients[nth % clients.len()].clone(), expected.clone());
-            let (ended, observed) = (end.subscribe(), observed.clone());
+            async move { observe(&client, &expected, number, salt).await }
+        })
+    }
+
+    /// So many at any time; `ask` asks for a request by its number, for the nth of them.
+    pub fn of<A, F>(streams: usize, seed: u64, ask: A) -> Load
+    where
+        A: Fn(usize, usize, Option<u64>) -> F + Send + Sync + 'static,
+        F: Future<Output = Observed> + Send,
+    {
+        let (end, observed) = (watch::Sender::new(false), Arc::new(Mutex::new(Vec::new())));
+        let (mut running, ask) = (JoinSet::new(), Arc::new(ask));
+        for nth in 0..streams {
+            let (ask, ended, observed) = (ask.clone(), end.subscribe(), observed.clone());
             let mut draw = Draw::new(seed.wrapping_mul(1_000_003).wrapping_add(nth as u64));
             running.spawn(async move {
                 while !*ended.borrow() {
                     let number = draw.below(REQUESTS as u64) as usize;
                     let salt = (draw.below(4) > 0).then(|| draw.number());
-                    let stream = observe(&client, &expected, number, salt).await;
+                    let stream = ask(nth, number, salt).await;
                     // Whoever is refused does not come again at once.
                     let refused = stream.verdict != Verdict::Same;
                     observed.lock().expect("no panic while held").push(stream);
