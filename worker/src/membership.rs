@@ -229,7 +229,7 @@ impl Me {
     /// Links to those who take this worker's blocks, before the first request needs them. None is ended here: this node may have
     /// heard less than others, and a link that leads nowhere rests by itself.
     fn connect(&self, receivers: &[String]) {
-        if self.role == Role::Prefill {
+        if self.place.role == Role::Prefill {
             receivers.iter().take(HANDOFF_LINKS_MAX).for_each(|address| self.links.connect(address));
         }
     }

@@ -218,6 +218,7 @@ impl Client {
             load: Some(v1::Load { blocks_total: 1000, blocks_free: 1000, ..Default::default() }),
             member,
             cluster: cluster(),
+            receivers_seen: 0,
         };
         let beat = match self.0.heartbeat(beat).await.unwrap().into_inner().outcome {
             Some(v1::heartbeat_reply::Outcome::Refused(refused)) => Some(refused.reason),
@@ -423,6 +424,7 @@ pub(crate) fn member(id: &str) -> v1::Member {
         incarnation: 0,
         version: "1".into(),
         model: Some(model),
+        ..v1::Member::default()
     }
 }
 
