@@ -88,6 +88,19 @@ pub struct Seen {
     pub upgraded: BTreeSet<String>,
 }
 
+impl Seen {
+    /// The process of this host has ended by itself.
+    fn end(&mut self, host: &str, why: String) {
+        let wanted = match Ending::of(&why) {
+            Some(Ending::Removed) => self.leaving.contains(host),
+            Some(Ending::Lost) => self.lost.contains_key(host),
+            None => self.joins.contains_key(host) && why.contains("join: no leader"),
+        };
+        self.endings.push(Ended { host: host.to_string(), why: why.clone(), wanted });
+        self.exited.insert(host.to_string(), why);
+    }
+}
+
 impl World {
     pub fn new(seed: u64, topology: Topology) -> World {
         let disk = |name: String| (name, MemoryDisk::new(topology.fsync));
@@ -165,15 +178,7 @@ impl World {
     /// A process has ended: nothing of it runs on until its host is started again.
     pub async fn exit(&self, host: &str, why: String) -> turmoil::Result {
         self.record.note(host, format!("exits: {why}"));
-        let mut seen = self.seen();
-        let wanted = match Ending::of(&why) {
-            Some(Ending::Removed) => seen.leaving.contains(host),
-            Some(Ending::Lost) => seen.lost.contains_key(host),
-            None => seen.joins.contains_key(host) && why.contains("join: no leader"),
-        };
-        seen.endings.push(Ended { host: host.to_string(), why: why.clone(), wanted });
-        seen.exited.insert(host.to_string(), why);
-        drop(seen);
+        self.seen().end(host, why);
         std::future::pending().await
     }
 }
