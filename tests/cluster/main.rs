@@ -9,6 +9,7 @@ mod explain;
 mod faults;
 mod late;
 mod ledger;
+mod links;
 mod moves;
 mod poison;
 mod pools;

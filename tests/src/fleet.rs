@@ -25,6 +25,8 @@ pub struct Shape {
     pub gateways: usize,
     /// Flags of every worker.
     pub worker_flags: Vec<String>,
+    /// Those of prefill workers, if they are others.
+    pub prefill_flags: Option<Vec<String>>,
     /// Workers are reached through proxies, by gRPC and by their KV port.
     pub proxied: bool,
     /// So are coordinators, by everything but `baton` commands.
@@ -35,7 +37,7 @@ pub struct Shape {
 
 impl Default for Shape {
     fn default() -> Shape {
-        let worker_flags = Vec::new();
+        let (worker_flags, prefill_flags) = Default::default();
         let (proxied, coordinators_proxied) = (false, false);
         let binary = None;
         Shape {
@@ -44,6 +46,7 @@ impl Default for Shape {
             decode: 1,
             gateways: 1,
             worker_flags,
+            prefill_flags,
             proxied,
             coordinators_proxied,
             binary,
@@ -171,7 +174,8 @@ impl Fleet {
         let mut flags = [flag("--id", &id), flag("--model", model().display().to_string())].concat();
         flags.extend([flag("--listen", &control), flag("--kv-listen", &handoff)].concat());
         flags.extend(flag("--threads", "1"));
-        flags.extend(shape.worker_flags.iter().cloned());
+        let of_role = shape.prefill_flags.as_ref().filter(|_| role == "prefill").unwrap_or(&shape.worker_flags);
+        flags.extend(of_role.iter().cloned());
         if shape.proxied {
             flags.extend(flag("--advertise-host", PROXY_HOST));
             let there = format!("{PROXY_HOST}:{}", ports[0]);
