@@ -22,6 +22,11 @@ impl Figure {
     pub(crate) fn at_least(name: impl Into<String>, value: f64, unit: &'static str, target: f64) -> Figure {
         Figure { name: name.into(), value, unit, target: Some(target), ok: value >= target }
     }
+
+    /// A figure that must not exceed `target`.
+    pub(crate) fn at_most(name: impl Into<String>, value: f64, unit: &'static str, target: f64) -> Figure {
+        Figure { name: name.into(), value, unit, target: Some(target), ok: value <= target }
+    }
 }
 
 /// Prints each as a JSON line.

@@ -1,6 +1,7 @@
 //! `baton bench transfer`: GB/s of every link, beside what the same bytes cost as a memcpy and through a plain socket
 //! in the same round.
 
+mod groups;
 mod path;
 mod plain;
 
@@ -32,7 +33,11 @@ const LAYERS: u32 = 4;
 /// are measured in turn in every round: figures are medians over the rounds, ratios are medians of each round's ratio,
 /// spread is the distance from the slowest round to the fastest over the median. "streaming" goes through 256 MiB that
 /// no cache holds, "resident" through 1 MiB again and again. "shm" sends blocks for the first time, "shm again" full blocks
-/// that were sent before, whose checksums the sender has kept; "ucx" is there where the library is.
+/// that were sent before, whose checksums the sender has kept; "ucx" is there where the library is, "tls" with --tls.
+///
+/// "ranks 4 to 2" hands 64 MiB of a model's blocks from four arenas with a quarter of the heads each to two with half of them; "equal"
+/// compares that with the better of two equal groups. "exposed" is what is left of a handoff when its last layer is there, in
+/// percent of the whole, where each layer comes twice as long after the one before as it takes to move.
 ///
 /// With --device cuda it measures the link between the GPUs of two processes instead: this one and a second one that it starts.
 /// Rates count every byte twice, read and written, as do those of the copy that they are compared with.
@@ -44,6 +49,9 @@ pub(crate) struct TransferFlags {
     /// Bytes of one layer of one block, in KiB; may be given several times [default: 16, 64, 256 and 1024]
     #[arg(long, value_name = "KIB", value_parser = ["16", "64", "256", "1024"])]
     size: Vec<String>,
+    /// Only handoffs between groups of ranks; they are left out where --size is given
+    #[arg(long, conflicts_with_all = ["size", "device", "tls"])]
+    groups: bool,
     /// Move blocks between two processes' memory on a GPU, or on two of them: cuda, cuda:1, cuda:0,1 [default: cpu]
     #[arg(long, value_name = "DEVICE")]
     device: Option<Devices>,
@@ -83,7 +91,7 @@ pub(crate) fn run(flags: TransferFlags) -> Result<(), Failure> {
         }
     }
     for (kib, layout) in sizes() {
-        if flags.size.is_empty() || flags.size.contains(&kib.to_string()) {
+        if !flags.groups && (flags.size.is_empty() || flags.size.contains(&kib.to_string())) {
             for (pattern, bytes, passes) in
                 [("streaming", STREAMED_BYTES, 1), ("resident", RESIDENT_BYTES.max(kib << 12), RESIDENT_PASSES)]
             {
@@ -92,6 +100,9 @@ pub(crate) fn run(flags: TransferFlags) -> Result<(), Failure> {
                 figures.extend(measured.figures(&name, kib, passes * bytes));
             }
         }
+    }
+    if flags.size.is_empty() {
+        figures.extend(runtime.block_on(groups::measure(flags.rounds))?);
     }
     match flags.json {
         true => figure::print(&figures),
