@@ -107,7 +107,8 @@ fn emitted(rng: &mut Rng, whole: &Choices, choices: u32) -> Vec<Choice> {
 #[test]
 fn any_way_gives_the_bits_of_the_request_alone() {
     let long = if std::env::var_os("BATON_TEST_LONG").is_some() { 100 } else { 1 };
-    let only = std::env::var("BATON_TEST_MODEL").ok().map(|index| index.parse::<u64>().expect("a number"));
+    let only =
+        std::env::var_os("BATON_TEST_MODEL").map(|index| index.to_string_lossy().parse::<u64>().expect("a number"));
     for index in (0..MODELS * long).filter(|index| only.is_none_or(|only| only == *index)) {
         let mut rng = Rng::new(index);
         let (tiny, quantize) = random_model(&mut rng);
