@@ -49,19 +49,21 @@ pub async fn join_on(config: Config, join: Join, mut env: Env, disk: Arc<dyn Dis
         return Err(StartError::Join(format!("{path} belongs to node {}: join with an empty directory", other.node)));
     }
     let listener = listen(&env, &config.listen).await?;
-    let node = match known {
-        Some(known) if !is_empty(&*disk)? => known.node,
+    let (node, coordinators) = match known {
+        Some(known) if !is_empty(&*disk)? => (known.node, BTreeMap::new()),
         // Without a log it must not have taken part yet, which the leader knows.
         _ => {
             let address = own_address(&config, &BTreeMap::new(), &*listener);
             let added = ask_for_number(&mut env, &*disk, &join, address).await?;
-            let identity = Identity { node: NodeId(added.node), cluster: added.cluster, joined: true };
+            let identity = Identity { node: NodeId(added.node), cluster: added.cluster.clone(), joined: true };
             identity.save(&*disk)?;
             tracing::info!(node = added.node, cluster = identity.cluster, "joined; the ledger follows");
-            identity.node
+            let coordinators = added.coordinators.into_iter().map(|known| (known.id, known.address));
+            (identity.node, coordinators.collect())
         }
     };
-    start_with(Config { node, peers: Vec::new(), ..config }, BTreeMap::new(), env, disk, listener).await
+    let config = Config { node, peers: Vec::new(), ..config };
+    start_with(config, BTreeMap::new(), coordinators, env, disk, listener).await
 }
 
 async fn ask_for_number(

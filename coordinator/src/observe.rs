@@ -38,6 +38,8 @@ pub struct Group {
     pub learners: BTreeSet<u64>,
     /// Voters change just now: there are old ones beside the new ones.
     pub in_change: bool,
+    /// Members of whom the ledger knows that they hold a part of the log: without it they must not vote again.
+    pub known: BTreeSet<u64>,
     /// Members that the ledger wants gone, and numbers that are on their way into the group.
     pub unsettled: BTreeSet<u64>,
 }
@@ -76,10 +78,11 @@ impl Observer {
         let learners = members.iter().map(|(id, _)| id).filter(|id| !voters.contains(id)).collect();
         let ledger = node.ledger();
         let nodes = ledger.nodes();
+        let known = members.iter().map(|(id, _)| id).filter(|id| nodes.has_seen(*id)).collect();
         let removed = members.iter().map(|(id, _)| id).filter(|id| nodes.has_removed(*id));
         let unsettled = removed.chain(nodes.joining().map(|(id, _)| id)).collect();
         let (index, in_change) = (ledger.index(), members.in_change);
-        Some(Group { node: node.id(), index, voters, learners, in_change, unsettled })
+        Some(Group { node: node.id(), index, voters, learners, in_change, known, unsettled })
     }
 
     /// Index of the last entry applied.

@@ -120,7 +120,7 @@ pub async fn start_on(config: Config, env: Env, disk: Arc<dyn Disk>) -> Result<R
         return Err(StartError::Lost { path: disk.path(""), node: config.node });
     }
     let listener = listen(&env, &config.listen).await?;
-    start_with(config, group, env, disk, listener).await
+    start_with(config, group, BTreeMap::new(), env, disk, listener).await
 }
 
 pub(crate) async fn listen(env: &Env, address: &str) -> Result<Box<dyn Listener>, StartError> {
@@ -128,10 +128,11 @@ pub(crate) async fn listen(env: &Env, address: &str) -> Result<Box<dyn Listener>
     listener.map_err(|error| StartError::Listen { address: address.to_string(), error })
 }
 
-/// `group`: as configured; empty where none is.
+/// `group`: as configured; empty where none is. `taken_by`: the group that has taken this node in just now.
 pub(crate) async fn start_with(
     config: Config,
     group: BTreeMap<u64, String>,
+    taken_by: BTreeMap<u64, String>,
     mut env: Env,
     disk: Arc<dyn Disk>,
     listener: Box<dyn Listener>,
@@ -141,6 +142,7 @@ pub(crate) async fn start_with(
     let mut home = Home {
         node: config.node,
         group,
+        taken_by,
         address: address.clone(),
         cluster: config.cluster,
         cluster_drawn,
@@ -173,6 +175,8 @@ pub(crate) fn own_address(config: &Config, group: &BTreeMap<u64, String>, listen
 struct Home {
     node: NodeId,
     group: BTreeMap<u64, String>,
+    /// The group that has taken this node in, for as long as it has learned of no other.
+    taken_by: BTreeMap<u64, String>,
     address: String,
     /// Name of the cluster as configured.
     cluster: Option<String>,
@@ -199,7 +203,7 @@ impl Home {
         loop {
             begun = match begun {
                 Begun::Takes(mut stack) => {
-                    let end = stack.until_end(&self.net, &mut asked).await;
+                    let end = stack.until_end(&self.net, &self.taken_by, &mut asked).await;
                     stack.stop().await;
                     self.quiet().await;
                     match end {

@@ -1,5 +1,6 @@
 //! What serves at a time: a node with its services, or the few words of one that stands aside.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -87,8 +88,13 @@ impl Stack {
         Stack { node: None, stopping, server, beside: tokio::spawn(std::future::ready(())) }
     }
 
-    /// Resolves when it is to stop or has ended by itself.
-    pub(crate) async fn until_end(&mut self, net: &Arc<dyn Net>, asked: &mut watch::Receiver<bool>) -> End {
+    /// Resolves when it is to stop or has ended by itself. `taken_by`: the group, while the node has learned of none.
+    pub(crate) async fn until_end(
+        &mut self,
+        net: &Arc<dyn Net>,
+        taken_by: &BTreeMap<u64, String>,
+        asked: &mut watch::Receiver<bool>,
+    ) -> End {
         let node = self.node.clone().expect("only a node ends by itself");
         let mut standing = node.standing();
         tokio::select! {
@@ -105,7 +111,7 @@ impl Stack {
                 let differs = || node.difference().map(Stopped::Differs);
                 End::Stopped(damaged.or_else(differs).unwrap_or(Stopped::Node(why)))
             }
-            () = removed(&node, net) => End::Stopped(Stopped::Removed(node.id())),
+            () = removed(&node, net, taken_by) => End::Stopped(Stopped::Removed(node.id())),
         }
     }
 
@@ -137,8 +143,8 @@ async fn stopped(mut stopping: watch::Receiver<bool>) {
 }
 
 /// Resolves when this node is known to have been removed: by its own ledger, or by a peer's, because nothing more is
-/// sent to a node that is out.
-async fn removed(node: &Node, net: &Arc<dyn Net>) {
+/// sent to a node that is out, even before it has learned of its group.
+async fn removed(node: &Node, net: &Arc<dyn Net>, taken_by: &BTreeMap<u64, String>) {
     loop {
         tokio::time::sleep(REMOVED_EVERY).await;
         let id = node.id();
@@ -147,6 +153,10 @@ async fn removed(node: &Node, net: &Arc<dyn Net>) {
         }
         let mut others = node.members().addresses();
         let own = others.remove(&id.0).is_some();
+        if !own && others.is_empty() {
+            others.clone_from(taken_by);
+            others.remove(&id.0);
+        }
         if !own && node.ledger().nodes().has_removed(id.0) {
             return;
         }

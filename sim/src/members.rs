@@ -32,12 +32,12 @@ impl Ending {
     }
 }
 
-/// The group as its leader knows it.
-pub(crate) fn group(world: &World) -> Option<Group> {
+/// The group as its leader knows it, and the term it leads in; of several the latest.
+pub(crate) fn group(world: &World) -> Option<(u64, Group)> {
     let seen = world.seen();
     let leading = seen.coordinators.values().filter_map(|observer| Some((observer.leads()?.1, observer)));
-    let (_, leader) = leading.max_by_key(|(term, _)| *term)?;
-    leader.group()
+    let (term, leader) = leading.max_by_key(|(term, _)| *term)?;
+    Some((term, leader.group()?))
 }
 
 /// Notes whose place has been taken.
@@ -45,7 +45,7 @@ pub(crate) fn follow(world: &World) {
     if world.seen().lost.is_empty() {
         return;
     }
-    let Some(group) = group(world).filter(|group| !group.in_change) else { return };
+    let Some((_, group)) = group(world).filter(|(_, group)| !group.in_change) else { return };
     let mut seen = world.seen();
     let numbers = seen.numbers.clone();
     seen.lost.retain(|host, old| {
@@ -56,13 +56,15 @@ pub(crate) fn follow(world: &World) {
 
 /// Whether the group is whole, at rest, and large enough to do without the coordinator.
 pub(crate) fn may_go(world: &World, host: &str) -> bool {
-    let Some(group) = group(world).filter(|group| !group.in_change && group.unsettled.is_empty()) else {
+    let Some((_, group)) = group(world).filter(|(_, group)| !group.in_change && group.unsettled.is_empty()) else {
         return false;
     };
     let seen = world.seen();
     let own: BTreeSet<u64> =
         world.topology.coordinator_names().iter().filter_map(|name| seen.numbers.get(name).copied()).collect();
-    let whole = own.len() >= ENOUGH && own.is_subset(&group.voters);
+    // Before the group has written down that a node is of it, one that has lost its disk begins anew; nothing
+    // is lost with it, because a leader that leads without it has to say so.
+    let whole = own.len() >= ENOUGH && own.is_subset(&group.voters) && own.is_subset(&group.known);
     let original_leaves = seen.leaving.iter().any(|leaving| *leaving != world.topology.spare());
     whole && seen.lost.is_empty() && !original_leaves && seen.numbers.contains_key(host)
 }

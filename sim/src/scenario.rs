@@ -104,6 +104,11 @@ pub const ALL: &[Scenario] = &[
         "a node that starts from its snapshot holds another ledger than its peers"
     ),
     scenario!(
+        "a_node_that_was_removed_before_it_learned_ends",
+        None,
+        "found here: a coordinator that was taken out before it had learned of its group went on for ever, and asked nobody"
+    ),
+    scenario!(
         "a_quota_holds_in_a_burst",
         Some(Bug::QuotaUnchecked),
         "requests that are looked at together pass a limit that each alone would keep"

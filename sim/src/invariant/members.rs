@@ -14,8 +14,9 @@ const GONE_MAX: Duration = Duration::from_millis(2_000);
 
 #[derive(Default)]
 pub(super) struct Members {
-    /// Voters when they were looked at last.
+    /// Voters when they were looked at last, and the term of the leader that knew them.
     voters: BTreeSet<u64>,
+    term: u64,
     /// When each number took part last.
     there: BTreeMap<u64, Duration>,
     /// Which host a number belongs to, and which of its disks.
@@ -43,12 +44,15 @@ impl Invariant for Members {
                 }
             }
         }
-        let Some(group) = group(look.world).filter(|group| !group.in_change && group.voters != self.voters) else {
+        // Who was deposed and does not know it yet knows an older group.
+        let Some((term, group)) = group(look.world).filter(|(term, _)| *term >= self.term) else { return Ok(()) };
+        self.term = term;
+        if group.in_change || group.voters == self.voters {
             return Ok(());
-        };
+        }
         let came: Vec<&u64> = group.voters.difference(&self.voters).collect();
         if came.len() > 1 && !self.voters.is_empty() {
-            return Err(format!("{came:?} vote at once: {:?} became {:?}", self.voters, group.voters));
+            return Err(format!("{came:?} vote at once: {:?} became {group:?} in term {term}", self.voters));
         }
         let is_there = |node: &&u64| self.there.get(node).is_some_and(|at| look.now <= *at + GONE_MAX);
         let there = group.voters.iter().filter(is_there).count();
