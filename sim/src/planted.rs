@@ -19,9 +19,13 @@ pub fn profile_of(bug: Bug) -> &'static str {
     match bug {
         Bug::VoteNotDurable | Bug::EntryNotDurable | Bug::TornTailRefused | Bug::TruncateForgotten => "disk",
         Bug::StreamsOutliveNode => "disk",
-        Bug::SnapshotForgets | Bug::RefillOnLead | Bug::QuotaUnchecked | Bug::IgnoreNumerics => "operator",
+        Bug::SnapshotForgets
+        | Bug::RefillOnLead
+        | Bug::QuotaUnchecked
+        | Bug::IgnoreNumerics
+        | Bug::ResumeLosesToken => "operator",
         Bug::SkipChecksum | Bug::CommitEarly | Bug::FreeEarly => "handoff",
-        Bug::ResumeLosesToken | Bug::OrphansKept | Bug::SameLife | Bug::SkipLifeCheck | Bug::SilentEnd => "crash",
+        Bug::OrphansKept | Bug::SameLife | Bug::SkipLifeCheck | Bug::SilentEnd => "crash",
         Bug::ApplyTwice | Bug::SkipEpochCheck => "network",
         Bug::SameHandle => "handoff",
         Bug::EmptyVotes | Bug::NumberTwice => "members",
