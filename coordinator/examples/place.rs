@@ -63,6 +63,7 @@ fn main() {
             hits: hits.get(&(nth as u32 + 1)).copied().unwrap_or(0),
             suspect: false,
             stuck: false,
+            unproven: false,
         };
         let candidates = ids.iter().zip(&loads).enumerate().map(candidate).collect();
         let decision = place(&question, &Pools { candidates, lost: vec![], broken: &broken }, &policy);

@@ -12,6 +12,7 @@ use baton_proto::v1::coordinator_server::CoordinatorServer;
 use baton_proto::v1::raft_server::RaftServer;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
+use tonic::service::Routes;
 
 use crate::aside::{Aside, Cause};
 use crate::log::{Disk, Identity};
@@ -79,12 +80,9 @@ impl Stack {
     pub(crate) fn aside(listener: Box<dyn Listener>, cause: Cause, envelope: Envelope, view: v1::ClusterView) -> Stack {
         let stopping = watch::Sender::new(false);
         let aside = Aside { cause, envelope, view, stopping: stopping.subscribe() };
-        let router = baton_proto::channel::server()
-            .add_service(RaftServer::new(aside.clone()))
-            .add_service(CoordinatorServer::new(aside));
+        let services = Routes::new(RaftServer::new(aside.clone())).add_service(CoordinatorServer::new(aside));
         let stopped = stopped(stopping.subscribe());
-        let serving = router.serve_with_incoming_shutdown(baton_proto::incoming(listener), stopped);
-        let server = tokio::spawn(async move { drop(serving.await) });
+        let server = tokio::spawn(baton_proto::server::serve(listener, BOUND, services, stopped));
         Stack { node: None, stopping, server, beside: tokio::spawn(std::future::ready(())) }
     }
 

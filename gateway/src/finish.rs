@@ -47,7 +47,8 @@ impl Finishes {
 }
 
 impl Finisher {
-    pub(crate) async fn run(mut self, coordinators: Arc<Coordinators>) {
+    /// `gateway`: the life whose ends these are.
+    pub(crate) async fn run(mut self, coordinators: Arc<Coordinators>, gateway: String) {
         let mut requests = Vec::new();
         while self.0.recv_many(&mut requests, 1).await > 0 {
             tokio::time::sleep(GATHER).await;
@@ -57,7 +58,8 @@ impl Finisher {
                 requests.push(finished);
             }
             let requests = std::mem::take(&mut requests);
-            tell(&coordinators, FinishRequest { requests, cluster: coordinators.cluster() }).await;
+            let (cluster, gateway) = (coordinators.cluster(), gateway.clone());
+            tell(&coordinators, FinishRequest { requests, cluster, gateway }).await;
         }
     }
 }

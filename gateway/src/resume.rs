@@ -144,6 +144,7 @@ async fn locate(gateway: &Gateway, caller: &Caller, id: RequestId, serves: &str)
             gateway: serves.to_string(),
             tenant: caller.tenant.clone(),
             cluster: coordinators.cluster(),
+            key: caller.key.clone(),
         };
         let refusal = match coordinators.locate(question).await {
             Ok(assignment) => {
@@ -153,6 +154,7 @@ async fn locate(gateway: &Gateway, caller: &Caller, id: RequestId, serves: &str)
         };
         match refusal.reason {
             Refused::Unknown => return Err(ApiError::stream_unknown()),
+            Refused::Fenced => return Err(ApiError::unauthorized("The API key has been revoked.")),
             Refused::NotLeader | Refused::Unavailable if Instant::now() < until => {
                 tokio::time::sleep(LOCATE_PAUSE).await;
             }

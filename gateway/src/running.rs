@@ -111,7 +111,7 @@ pub async fn start(config: Config, mut env: Env, metrics: RenderMetrics) -> Resu
     });
 
     let mut finisher = JoinSet::new();
-    finisher.spawn(queue.run(coordinators.clone()));
+    finisher.spawn(queue.run(coordinators.clone(), life.clone()));
 
     let servers = Servers {
         assigner,
@@ -165,9 +165,10 @@ impl Running {
     /// Takes no new connection, lets open streams end for a while, tells the ledger, and ends. Resumable streams that have
     /// not ended go on at their workers.
     pub async fn stop(mut self) {
-        self.servers.leaving.store(true, Ordering::Relaxed);
         drop(self.stop);
         if timeout(DRAIN, self.server.join_next()).await.is_err() {
+            // Until here a client that leaves ends its request, as ever.
+            self.servers.leaving.store(true, Ordering::Relaxed);
             self.server.shutdown().await;
         }
         self.beside.shutdown().await;

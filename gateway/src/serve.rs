@@ -379,6 +379,9 @@ impl Serving {
                 let refusal = self.servers.shed.refused(&self.request, refusal);
                 let error = match refusal.reason {
                     // What the ledger does not know of a request that is asked for is its key.
+                    Refused::Unknown if self.terms.key.is_empty() => {
+                        ApiError::unauthorized("This cluster asks for an API key by now.")
+                    }
                     Refused::Unknown => ApiError::unauthorized("The API key has been revoked."),
                     reason => ApiError::refused(reason, &refusal.detail, refusal.retry_after_ms),
                 };

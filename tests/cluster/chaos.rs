@@ -22,7 +22,9 @@ fn met(report: &Report, figure: &str) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn leaders_killed_under_load() {
-    check(&chaos::leader::run(extent(2, 11), true).await, true);
+    let report = chaos::leader::run(extent(2, 11), true).await;
+    check(&report, true);
+    met(&report, "running streams at the kills");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

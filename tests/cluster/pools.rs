@@ -3,7 +3,7 @@
 use std::process::Output;
 
 use baton_tests::cluster::baton;
-use baton_tests::{Client, Cluster, Streamed};
+use baton_tests::{Client, Cluster, Fleet, Shape, Streamed};
 use serde_json::json;
 
 use crate::serving::{CHAT, chat, long_prompt};
@@ -98,4 +98,34 @@ async fn what_cannot_be_done_is_said() {
         );
     }
     assert_eq!(done(&cluster, &["role", "decode-0", "decode"]).await.trim(), "decode-0 serves as decode already");
+}
+
+/// Goal: the last prefill worker dies, and what runs and what is asked next has the same bytes. Method: kill -9 while prompts
+/// are handed off, and more of them at once.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_last_prefill_worker_dies_and_no_byte_changes() {
+    let mut fleet = Fleet::start(&Shape { prefill: 1, ..Shape::default() }).await;
+    let ask = |client: Client, salt: usize| async move {
+        let mut body = chat(&long_prompt(310), 60);
+        for (key, value) in [("temperature", json!(0.8)), ("seed", json!(310)), ("cache_salt", json!(salt.to_string()))]
+        {
+            body[key] = value;
+        }
+        client.stream(CHAT, &body).await.joined()
+    };
+    let expected = ask(fleet.client(0), 0).await;
+    assert!(expected.done && expected.error.is_none(), "{expected:?}");
+    let remote =
+        async |fleet: &Fleet| fleet.metric("coordinator-1", "baton_coordinator_assignments_total", "remote").await;
+    let before = remote(&fleet).await;
+    assert!(before > 0.0, "its prompt was prefilled elsewhere");
+    let running: Vec<_> = (1..5).map(|salt| tokio::spawn(ask(fleet.client(0), salt))).collect();
+    fleet.kill("prefill-0").await;
+    for salt in 5..8 {
+        assert_eq!(ask(fleet.client(0), salt).await, expected, "asked after the death");
+    }
+    for running in running {
+        assert_eq!(running.await.expect("the stream ends"), expected, "running at the death");
+    }
+    fleet.quiet().await;
 }

@@ -72,6 +72,8 @@ pub struct Candidate<'a> {
     pub suspect: bool,
     /// It has work and makes no step.
     pub stuck: bool,
+    /// It has just come, and no blocks have passed to or from it yet: where others are known to work, they are used first.
+    pub unproven: bool,
 }
 
 /// What a worker said last, plus what was assigned to it since.
@@ -157,6 +159,8 @@ struct Field<'a> {
     prefills: Vec<&'a Candidate<'a>>,
     decode_mean: Mean,
     prefill_mean: Mean,
+    /// Some decode worker and some prefill worker are not new.
+    proven: bool,
     aside: Trace,
 }
 
@@ -181,7 +185,7 @@ pub fn place(question: &Question, pools: &Pools, policy: &Policy) -> Result<Deci
     let open = field.prefills.iter().copied().filter(|c| c.load.waiting < policy.queue_max);
     let prefills = by_cost(open, |c| cost::prefill_terms(question, c, &field.prefill_mean, policy));
     let (mean, prefill_mean) = (&field.decode_mean, &field.prefill_mean);
-    let desk = Desk { question, pools, policy, mean, prefill_mean, prefills: &prefills };
+    let desk = Desk { question, pools, policy, mean, prefill_mean, proven: field.proven, prefills: &prefills };
     let priced = decodes.iter().take(PAIRED_MAX).map(|decode| (decode, desk.prefill_for(decode.candidate)));
     // The first of equals: the decode workers are in order.
     let (decode, choice) = priced.min_by_key(|(decode, choice)| decode.cost.saturating_add(choice.cost)).expect("some");
@@ -202,7 +206,8 @@ fn field<'a>(question: &Question, pools: &'a Pools<'a>, policy: &Policy) -> Fiel
         }
     }
     let (decode_mean, prefill_mean) = (Mean::of(&decodes, policy), Mean::of(&prefills, policy));
-    Field { decodes, prefills, decode_mean, prefill_mean, aside }
+    let proven = [&decodes, &prefills].iter().all(|workers| workers.iter().any(|c| !c.unproven));
+    Field { decodes, prefills, decode_mean, prefill_mean, proven, aside }
 }
 
 /// Why a worker of the model is not to be used for this request, whatever it costs.
@@ -245,6 +250,7 @@ struct Desk<'a> {
     /// Of the decode workers.
     mean: &'a Mean,
     prefill_mean: &'a Mean,
+    proven: bool,
     /// By their own cost, the link not counted.
     prefills: &'a [Priced<'a>],
 }
@@ -301,6 +307,7 @@ impl<'a> Desk<'a> {
     fn pairs(&self, prefill: &Candidate, decode: &Candidate) -> bool {
         let failed = |(p, d): &(Life, Life)| is_life(p, prefill) && is_life(d, decode);
         can_pair(prefill.model, decode.model)
+            && !(self.proven && (prefill.unproven || decode.unproven))
             && (self.pools.broken.is_empty() || !self.pools.broken.contains(&(prefill.index, decode.index)))
             && !self.question.exclude_pairs.iter().any(failed)
     }

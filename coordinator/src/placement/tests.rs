@@ -43,6 +43,7 @@ impl World {
                 hits: 0,
                 suspect: false,
                 stuck: false,
+                unproven: false,
             }
         };
         self.0.iter().map(|(worker, model)| candidate((worker, model))).collect()
@@ -211,6 +212,25 @@ fn without_blocks_now_it_queues_on_decode_without_a_handoff() {
     let mut c = world.candidates();
     c[0].load.blocks_available = 3;
     check(&question(), &c, "d0", "-");
+}
+
+/// Goal: blocks are not sent where none have passed yet, as long as others are known to work. Method: workers that have just
+/// come, beside idle and beside busy ones, and alone.
+#[test]
+fn a_pair_that_no_canary_has_seen_waits_for_it_where_another_is_good() {
+    let world = World::new(&["d0", "d1", "p0", "p1"]);
+    let mut c = world.candidates();
+    (c[0].load.running, c[1].load.running) = (1, 1);
+    c[2].unproven = true;
+    check(&question(), &c, "d0", "p1");
+    c[3].load.tokens_waiting = 100;
+    check(&question(), &c, "d0", "p1");
+    c[0].unproven = true;
+    check(&question(), &c, "d1", "p1");
+    c[1].unproven = true;
+    check(&question(), &c, "d0", "p0");
+    (c[0].unproven, c[1].unproven, c[3].unproven) = (false, false, true);
+    check(&question(), &c, "d0", "p0");
 }
 
 #[test]

@@ -34,7 +34,7 @@ fn name(field: &'static str, text: String) -> Result<String, BadMessage> {
 }
 
 /// A text that may be empty.
-fn text(field: &'static str, text: String) -> Result<String, BadMessage> {
+pub(super) fn text(field: &'static str, text: String) -> Result<String, BadMessage> {
     if text.is_empty() { Ok(text) } else { name(field, text) }
 }
 
@@ -56,7 +56,7 @@ pub(super) struct Ask {
     pub(super) exclude_pairs: Vec<(Life, Life)>,
     full_prefill: bool,
     pub(super) gateway: String,
-    key: String,
+    pub(super) key: String,
     resumable_ms: u64,
     pub(super) fingerprint: u128,
     pub(super) killed: Vec<Life>,

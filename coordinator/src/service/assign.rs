@@ -11,7 +11,7 @@ use super::ask::Ask;
 use super::explain::Word;
 use super::queue::Parked;
 use super::roster::Roster;
-use super::{Refusal, Shared, unavailable, unexpected};
+use super::{Refusal, Shared, gateways, unavailable, unexpected};
 use crate::placement::{self, Candidate, Decision, Declined, Pools};
 use crate::state::{Apart, Assigned, Command, Ledger, Life, Limit, OpenRequest, Outcome, OverLimit};
 
@@ -109,10 +109,12 @@ impl Shared {
         let ledger = self.node.ledger();
         let mut roster = self.roster();
         for ask in asks {
-            if !ask.gateway.is_empty() {
-                self.asking.heard(&ask.gateway, now);
+            if ask.gateway.is_empty() || self.asking.heard(&ask.gateway, &ledger, now) {
+                looked.push(self.look_at(ask, &ledger, &mut roster, now));
+                continue;
             }
-            looked.push(self.look_at(ask, &ledger, &mut roster, now));
+            let refused = self.refused(&ask, gateways::full(), None);
+            looked.push(Looked::Fate(Box::new(Fate::Answered(Err(refused)))));
         }
     }
 
@@ -269,7 +271,7 @@ fn answer(ask: &Ask, ledger: &Ledger, now_ms: u64) -> Option<Answer> {
         return Some(Err(ended()));
     }
     let open = ledger.request(ask.request)?;
-    if !open.goes_on(ask.attempt, &ask.gateway, ask.previous) {
+    if !open.goes_on(ask.attempt, &ask.gateway, ask.previous) || !open.is_of(&ask.gateway) {
         return Some(Err(refusal(Refused::Stale, refused_because(Refused::Stale))));
     }
     let assigned = ledger.assignment(ask.request, ask.attempt, now_ms).filter(|_| !planted::is(Bug::ApplyTwice))?;
@@ -302,6 +304,10 @@ fn kept_away(ask: &Ask, apart: Apart, pools: &Pools) -> (Vec<Life>, Vec<Life>) {
 fn acceptable(ask: &Ask, ledger: &Ledger, accepted: bool, now_ms: u64) -> Result<(), Refusal> {
     if ledger.quarantined(ask.fingerprint, now_ms) {
         return Err(refusal(Refused::Poisoned, refused_because(Refused::Poisoned)));
+    }
+    if !accepted && ask.key.is_empty() && !ledger.keys().open() {
+        // Its gateway has not heard yet that keys are asked for.
+        return Err(refusal(Refused::Unknown, "the cluster asks for an API key, and this request came without one"));
     }
     let account = ledger.account(&ask.tenant).filter(|_| !accepted);
     account.map_or(Ok(()), |account| account.check(&ask.charge(), now_ms)).map_err(|over| over_limit(&over))

@@ -16,29 +16,37 @@ use super::assign::granted;
 use super::lead::Leading;
 use super::roster::GATEWAYS_MAX;
 use super::{Refusal, Shared, unexpected};
-use crate::state::{Command, Finished, OpenRequest, Outcome};
+use crate::state::{Command, Finished, Ledger, OpenRequest, Outcome};
 
 /// A gateway that has neither sent a heartbeat nor asked for anything in so long is lost.
 const GATEWAY_LEASE: Duration = Duration::from_millis(WORKER_LEASE_MS);
 /// Requests ended in one round; the next one goes on.
 const ENDED_MAX: usize = 2048;
 
+/// Lives of gateways remembered: those that live, and those that left requests behind.
+const LIVES_MAX: usize = 4 * GATEWAYS_MAX;
+
 /// When each life of a gateway was last heard of: by a heartbeat, or because it asked for an assignment.
 #[derive(Default)]
 pub(super) struct Asking(Mutex<BTreeMap<String, Instant>>);
 
 impl Asking {
-    pub(super) fn heard(&self, gateway: &str, now: Instant) {
+    /// False: as many are remembered as may be, and none of them can be forgotten. Whoever has open requests is not: since
+    /// when it is silent decides how long they go on.
+    pub(super) fn heard(&self, gateway: &str, ledger: &Ledger, now: Instant) -> bool {
         let mut asking = self.0.lock().expect("asking lock");
-        match asking.get_mut(gateway) {
-            Some(at) => *at = now,
-            None => {
-                if asking.len() >= GATEWAYS_MAX {
-                    asking.retain(|_, at| *at + GATEWAY_LEASE > now);
-                }
-                asking.insert(gateway.to_string(), now);
-            }
+        if let Some(at) = asking.get_mut(gateway) {
+            *at = now;
+            return true;
         }
+        if asking.len() >= LIVES_MAX {
+            asking.retain(|life, at| *at + GATEWAY_LEASE > now || ledger.serves(life));
+        }
+        let room = asking.len() < LIVES_MAX;
+        if room {
+            asking.insert(gateway.to_string(), now);
+        }
+        room
     }
 
     /// Gateways that have asked within their lease.
@@ -91,6 +99,10 @@ impl Shared {
             || refusal(Refused::Unknown, format!("no open request of this tenant is called {}", wire.request));
         let request = request_id(&wire.request).map_err(|_| unknown())?;
         let now_ms = self.lead.stamp().unwrap_or(0);
+        let revoked = || refusal(Refused::Fenced, "the API key has been revoked");
+        if !wire.key.is_empty() && self.node.ledger().keys().get(&wire.key).is_none() {
+            return Err(revoked());
+        }
         let (attempt, own) = match self.node.ledger().request(request) {
             Some(open) => (open.attempt, open.tenant == wire.tenant),
             None => return Err(unknown()),
@@ -102,13 +114,20 @@ impl Shared {
             let assigned = self.node.ledger().assignment(request, attempt, now_ms);
             return assigned.map(|assigned| granted(assigned, self.cluster())).ok_or_else(unknown);
         }
-        self.asking.heard(&wire.gateway, Instant::now());
+        if !self.asking.heard(&wire.gateway, &self.node.ledger(), Instant::now()) {
+            return Err(full());
+        }
         match self.submit(Command::Adopt { request, gateway: wire.gateway.clone() }).await? {
             Outcome::Assigned(assigned) => Ok(granted(*assigned, self.cluster())),
             Outcome::Ended | Outcome::Refused(_) => Err(unknown()),
             other => Err(unexpected(&other)),
         }
     }
+}
+
+/// To a gateway that cannot be remembered.
+pub(super) fn full() -> Refusal {
+    refusal(Refused::NoCapacity, format!("{LIVES_MAX} gateways live or have left requests behind"))
 }
 
 /// The end of a request whose usage nobody can tell.
@@ -120,5 +139,69 @@ fn cancelled(request: RequestId) -> Finished {
         prompt_tokens: 0,
         cached_tokens: 0,
         generated_tokens: 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use baton_core::{Incarnation, Lane, WorkerId};
+
+    use super::*;
+    use crate::state::{Batch, Model, Proposed, Registration};
+
+    /// A ledger with one open request of `gateway`.
+    fn ledger(gateway: &str) -> Ledger {
+        let worker = WorkerId("d".into());
+        let registration = Registration {
+            worker: worker.clone(),
+            role: baton_core::Role::Decode,
+            address: "d:1".into(),
+            pid: 1,
+            version: String::new(),
+            model: Model::default(),
+            process_key: "k".into(),
+        };
+        let mut ledger = Ledger::default();
+        let registered = ledger.apply(1, Batch { time_ms: 0, commands: vec![Command::Register(registration)] });
+        let [Outcome::Registered { incarnation }] = registered[..] else { panic!("{registered:?}") };
+        let proposed = Proposed {
+            request: RequestId(1),
+            attempt: 1,
+            tenant: String::new(),
+            lane: Lane::Interactive,
+            gateway: gateway.into(),
+            prompt_tokens: 10,
+            tokens_max: 5,
+            choices: 1,
+            deadline_ms: 50,
+            decode: (worker, Incarnation(incarnation.0)),
+            prefill: None,
+            key: String::new(),
+            resumable_ms: 300_000,
+            fingerprint: 0,
+            killed: vec![],
+        };
+        let assign = Command::AssignAfter { proposed: Box::new(proposed), previous: Epoch(0) };
+        ledger.apply(2, Batch { time_ms: 0, commands: vec![assign] });
+        assert!(ledger.serves(gateway));
+        ledger
+    }
+
+    /// Goal: how long a lost gateway is silent is known however many others come and go, for what it left behind may go on
+    /// for minutes; and what is remembered is bounded. Method: far more lives than may be remembered.
+    #[tokio::test]
+    async fn a_gateway_with_open_requests_is_not_forgotten() {
+        let (ledger, asking, start) = (ledger("lost"), Asking::default(), Instant::now());
+        assert!(asking.heard("lost", &ledger, start));
+        for life in 1..LIVES_MAX {
+            assert!(asking.heard(&format!("g/{life}"), &ledger, start), "{life}");
+        }
+        assert!(!asking.heard("one more", &ledger, start), "all of them live");
+        assert!(asking.heard("g/1", &ledger, start), "who is known is heard on");
+        let later = start + 2 * GATEWAY_LEASE;
+        assert!(asking.heard("one more", &ledger, later), "there is room for those that live");
+        let remembered = asking.0.lock().unwrap();
+        assert_eq!(remembered.get("lost"), Some(&start));
+        assert_eq!(remembered.len(), 2);
     }
 }

@@ -31,7 +31,7 @@ use std::time::Duration;
 
 use baton_core::limits::{HEARTBEAT_MS, WORKER_LEASE_MS};
 use baton_core::planted::{self, Bug};
-use baton_core::{Incarnation, Net, NodeId, Refused, Rng, Role, WorkerId};
+use baton_core::{Epoch, Incarnation, Net, NodeId, Refused, Rng, Role, WorkerId};
 use baton_proto::convert::{gateway_life, refusal};
 use baton_proto::{WIRE_VERSION, v1};
 use futures::future::BoxFuture;
@@ -44,7 +44,7 @@ use tonic::{Request, Response, Status};
 use crate::log::{Disk, Identity};
 use crate::placement::Policy;
 use crate::raft::{Node, ProposeError, QUORUM_GRACE};
-use crate::state::{Command, Finished, Order, Outcome, Registration, Worker};
+use crate::state::{Command, Finished, Order, Outcome, Registration, WORKERS_MAX, Worker};
 use ask::Ask;
 use explain::Decisions;
 use lead::{Elsewhere, Lead};
@@ -335,7 +335,9 @@ impl Shared {
 
     fn gateway(&self, member: v1::Member) -> Result<(), Refusal> {
         let now = Instant::now();
-        self.asking.heard(&gateway_life(&member), now);
+        if !self.asking.heard(&gateway_life(&member), &self.node.ledger(), now) {
+            return Err(not_registered("full", Refused::NoCapacity, gateways::full().detail));
+        }
         match self.roster().gateway(member, now) {
             Some(false) => return Ok(()),
             Some(true) => {}
@@ -389,7 +391,8 @@ impl Shared {
             Some(worker) if worker.incarnation > incarnation => Refused::Stale,
             Some(worker) if worker.incarnation == incarnation => Refused::Fenced,
             _ if leads => Refused::Fenced,
-            _ => return Ok(()),
+            _ if self.roster().has_room_for(id) => return Ok(()),
+            _ => return Err((Refused::NoCapacity, format!("{id} is not known here, nor are {WORKERS_MAX} others"))),
         };
         Err((reason, format!("{id} incarnation {incarnation} is not in force: register again")))
     }
@@ -412,16 +415,61 @@ impl Shared {
         if request.requests.len() > FINISHED_MAX {
             return Err(Status::invalid_argument(format!("more than {FINISHED_MAX} ends in one call")));
         }
-        let finished = request.requests.into_iter().map(ask::finished).collect::<Result<Vec<_>, _>>()?;
+        let mut finished = request.requests.into_iter().map(ask::finished).collect::<Result<Vec<_>, _>>()?;
+        let gateway = ask::text("gateway", request.gateway)?;
         if let Err(refused) = self.of_cluster("finish", &request.cluster) {
             return Ok(Err(refused));
         }
         if let Err(refused) = self.leading().await {
             return Ok(Err(refused));
         }
+        finished.retain(|finished| self.may_end(finished, &gateway));
         self.release_ended(&finished);
-        let commands: Vec<Command> = finished.into_iter().map(Command::Finish).collect();
-        Ok(self.submit_many(commands).await.map(|outcomes| outcomes.iter().for_each(count_end)))
+        let epochs: Vec<Epoch> = finished.iter().map(|finished| finished.epoch).collect();
+        finished.iter_mut().for_each(|finished| self.name_epoch(finished));
+        let ends = || finished.iter().cloned().zip(&epochs);
+        let outcomes = match self.submit_many(ends().map(|(end, _)| Command::Finish(end)).collect()).await {
+            Ok(outcomes) => outcomes,
+            Err(refused) => return Ok(Err(refused)),
+        };
+        let (mut again, mut last) = (Vec::new(), Vec::new());
+        for ((end, told), outcome) in ends().zip(outcomes) {
+            match outcome {
+                // The assignment that its gateway was asking for came in between.
+                Outcome::Refused(Refused::Stale) if end.epoch != *told => {
+                    again.push(Command::Finish(Finished { epoch: *told, ..end }));
+                }
+                outcome => last.push(outcome),
+            }
+        }
+        if !again.is_empty() {
+            match self.submit_many(again).await {
+                Ok(outcomes) => last.extend(outcomes),
+                Err(refused) => return Ok(Err(refused)),
+            }
+        }
+        last.iter().for_each(count_end);
+        Ok(Ok(()))
+    }
+
+    /// Whether the request is this gateway's to end. One that slept while another took its streams over tells an end that
+    /// is none; what it saw of the request is not the whole.
+    fn may_end(&self, finished: &Finished, gateway: &str) -> bool {
+        let may = self.node.ledger().request(finished.request).is_none_or(|open| open.is_of(gateway));
+        if !may {
+            tracing::debug!(request = %finished.request, gateway, "not ended: another gateway serves it");
+            count_end(&Outcome::Refused(Refused::Stale));
+        }
+        may
+    }
+
+    /// Whoever ends a request while it asks for its next assignment does not know which one is in force. What has been
+    /// generated is billed under the one that is.
+    fn name_epoch(&self, finished: &mut Finished) {
+        if finished.epoch == Epoch(0) && finished.generated_tokens > 0 {
+            let in_force = self.node.ledger().request(finished.request).map(|open| open.epoch);
+            finished.epoch = in_force.unwrap_or_default();
+        }
     }
 
     /// Requests that end make room, on their workers and for those that wait.

@@ -1,7 +1,7 @@
 //! What is known of prefill–decode pairs: by the canary, and by gateways whose handoffs failed. The leader learns it;
 //! the other nodes hear it from the leader, so that a new one begins with it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use baton_core::Role;
@@ -40,6 +40,8 @@ pub(super) struct Pair {
 pub(super) struct Pairs {
     known: BTreeMap<PairIndex, Pair>,
     broken: BrokenPairs,
+    /// Lives between which and some other blocks have passed.
+    proven: BTreeSet<WorkerIndex>,
 }
 
 impl Pairs {
@@ -65,6 +67,9 @@ impl Pairs {
         if !self.known.contains_key(&pair) && self.known.len() >= PAIRS_MAX {
             self.forget_oldest();
         }
+        if health == Health::Good {
+            self.proven.extend(both(pair));
+        }
         self.known.insert(pair, Pair { health, since, seen: now });
         match broken {
             true => self.broken.insert(pair),
@@ -84,6 +89,12 @@ impl Pairs {
         let other = |(prefill, decode): &PairIndex| *prefill != index && *decode != index;
         self.known.retain(|pair, _| other(pair));
         self.broken.retain(other);
+        self.proven.remove(&index);
+    }
+
+    /// Whether blocks have passed to or from this life.
+    pub(super) fn is_proven(&self, index: WorkerIndex) -> bool {
+        self.proven.contains(&index)
     }
 
     /// Gives broken pairs that nobody looks at another chance. True: there was one.
@@ -101,6 +112,8 @@ impl Pairs {
         let is_broken = |(at, pair): (&PairIndex, &Pair)| matches!(pair.health, Health::Broken(_)).then_some(*at);
         let broken: BrokenPairs = known.iter().filter_map(is_broken).collect();
         let changed = broken != self.broken;
+        let good = known.iter().filter(|(_, pair)| pair.health == Health::Good);
+        self.proven.extend(good.flat_map(|(pair, _)| both(*pair)));
         (self.known, self.broken) = (known, broken);
         changed
     }
@@ -109,6 +122,11 @@ impl Pairs {
     pub(super) fn is_alone_broken(&self, decode: WorkerIndex) -> bool {
         self.broken.contains(&(ALONE, decode))
     }
+}
+
+/// The lives of a pair; none for a decode worker by itself, between which and others nothing has passed.
+fn both((prefill, decode): PairIndex) -> impl Iterator<Item = WorkerIndex> {
+    [prefill, decode].into_iter().filter(move |_| prefill != ALONE)
 }
 
 /// For a view: broken pairs first, then the others of live workers that can pair, and decode workers by themselves
@@ -186,6 +204,21 @@ mod tests {
         }
         assert_eq!((pairs.known.len(), pairs.broken().len()), (PAIRS_MAX, PAIRS_MAX));
         assert!(pairs.get((1, 2)).is_none() && pairs.get((1, 3)).is_some());
+    }
+
+    #[tokio::test]
+    async fn a_life_is_proven_by_its_first_good_pair_until_it_ends() {
+        let (mut pairs, now) = (Pairs::default(), Instant::now());
+        pairs.judge((1, 2), broken(), now);
+        pairs.judge((ALONE, 3), Health::Good, now);
+        assert_eq!([1, 2, 3, ALONE].map(|index| pairs.is_proven(index)), [false; 4]);
+        pairs.judge((1, 3), Health::Good, now);
+        let good = Pair { health: Health::Good, since: now, seen: now };
+        pairs.adopt(vec![((4, 5), good)]);
+        pairs.judge((1, 3), broken(), now);
+        assert_eq!([1, 2, 3, 4, 5].map(|index| pairs.is_proven(index)), [true, false, true, true, true]);
+        pairs.forget(3);
+        assert_eq!([1, 3].map(|index| pairs.is_proven(index)), [true, false]);
     }
 
     #[tokio::test]

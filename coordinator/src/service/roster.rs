@@ -14,7 +14,7 @@ use super::pairs::{Health, Pair, PairIndex, Pairs};
 use super::progress::Progress;
 use super::promises::{Promise, Promises};
 use crate::placement::{ALONE, Candidate, Decision, Load, Pools, PrefixIndex, WorkerIndex};
-use crate::state::{Ledger, Life, Order, Worker};
+use crate::state::{Ledger, Life, Order, WORKERS_MAX, Worker};
 
 /// (block, holder) pairs remembered, about 48 bytes each.
 const PREFIX_INDEX_MAX: usize = 200_000;
@@ -22,6 +22,10 @@ const PREFIX_INDEX_MAX: usize = 200_000;
 pub(crate) const GATEWAYS_MAX: usize = 1024;
 /// Stuck processes remembered between two of their lives.
 const LEFT_STUCK_MAX: usize = 256;
+/// Kinds of workers whose lists' versions are remembered.
+const RECEIVERS_KINDS_MAX: usize = 64;
+/// A new worker is used like the others after so long, though no canary has come back from it: where all are busy none does.
+const UNPROVEN: Duration = Duration::from_secs(2);
 /// A gateway silent for so long is forgotten.
 const GATEWAY_FORGET: Duration = Duration::from_millis(10 * WORKER_LEASE_MS);
 
@@ -33,6 +37,9 @@ pub(crate) struct Roster {
     /// The last index given to a life.
     indexes: WorkerIndex,
     pairs: Pairs,
+    /// Of the list of decode workers for each (numerics, layout), until one comes, goes or changes: thousands of heartbeats a
+    /// second ask for it.
+    receivers_versions: BTreeMap<(String, String), u64>,
     /// Processes whose last life was stuck, with its steps: their next life is so too until it makes one.
     left_stuck: BTreeMap<WorkerId, (u32, Progress)>,
 }
@@ -45,6 +52,8 @@ pub(crate) struct Heard {
     pub(crate) load: v1::Load,
     pub(crate) member: v1::Member,
     pub(crate) at: Instant,
+    /// When this life was first heard of.
+    since: Instant,
     index: WorkerIndex,
     suspect: bool,
     progress: Progress,
@@ -75,7 +84,8 @@ impl Roster {
     pub(crate) fn new() -> Roster {
         let prefix = PrefixIndex::new(PREFIX_INDEX_MAX);
         let (workers, gateways) = (BTreeMap::new(), BTreeMap::new());
-        Roster { workers, gateways, prefix, indexes: ALONE, pairs: Pairs::default(), left_stuck: BTreeMap::new() }
+        let (pairs, receivers_versions, left_stuck) = Default::default();
+        Roster { workers, gateways, prefix, indexes: ALONE, pairs, receivers_versions, left_stuck }
     }
 
     /// The worker as last heard in this life.
@@ -84,7 +94,7 @@ impl Roster {
     }
 
     /// Where decode workers take a model's blocks, with the version of that list; the list is left out if it has been `seen`.
-    pub(crate) fn receivers(&self, model: &v1::ModelSummary, seen: u64) -> (u64, Vec<String>) {
+    pub(crate) fn receivers(&mut self, model: &v1::ModelSummary, seen: u64) -> (u64, Vec<String>) {
         let fits = |theirs: &v1::ModelSummary| theirs.numerics == model.numerics && theirs.layout == model.layout;
         let takes = |heard: &&Heard| {
             let member = &heard.member;
@@ -93,13 +103,17 @@ impl Roster {
                 && member.model.as_ref().is_some_and(fits)
         };
         let all = || self.workers.values().filter(takes).map(|heard| &heard.member.kv_address);
-        let mut hash = Xxh3::new();
-        for address in all() {
-            hash.update(address.as_bytes());
-            hash.update(&[0]);
+        let kind = (model.numerics.clone(), model.layout.clone());
+        let version = self.receivers_versions.get(&kind).copied().unwrap_or_else(|| version(all()));
+        if self.receivers_versions.len() < RECEIVERS_KINDS_MAX {
+            self.receivers_versions.insert(kind, version);
         }
-        let version = if all().next().is_none() { 0 } else { hash.digest().max(1) };
         (version, if version == seen { Vec::new() } else { all().cloned().collect() })
+    }
+
+    /// Whether a heartbeat of this worker may be taken in, if the ledger does not know it.
+    pub(crate) fn has_room_for(&self, id: &WorkerId) -> bool {
+        self.workers.contains_key(id) || self.workers.len() < WORKERS_MAX
     }
 
     pub(crate) fn gateways(&self) -> impl Iterator<Item = (&String, &Gateway)> {
@@ -123,11 +137,15 @@ impl Roster {
         heard.sequence = beat.sequence;
         heard.progress.report(&beat.load, now);
         heard.load = v1::Load { blocks_added: vec![], blocks_removed: vec![], ..beat.load };
+        let moved = heard.member.kv_address != beat.member.kv_address || heard.member.model != beat.member.model;
         heard.member = beat.member;
         heard.at = now;
         heard.suspect = false;
         heard.promises.seen(now);
         let index = heard.index;
+        if moved {
+            self.receivers_versions.clear();
+        }
         if reset {
             self.prefix.clear(index);
         }
@@ -151,6 +169,7 @@ impl Roster {
 
     fn begin(&mut self, beat: &Beat, now: Instant) -> &mut Heard {
         self.forget(&beat.worker);
+        self.receivers_versions.clear();
         self.indexes += 1;
         let before = self.left_stuck.remove(&beat.worker).filter(|(pid, _)| *pid == beat.member.pid);
         let progress = before.map_or(Progress::new(now), |(_, progress)| progress.go_on(now));
@@ -160,6 +179,7 @@ impl Roster {
             load: beat.load.clone(),
             member: beat.member.clone(),
             at: now,
+            since: now,
             index: self.indexes,
             suspect: false,
             progress,
@@ -172,6 +192,7 @@ impl Roster {
         if let Some(heard) = self.workers.remove(worker) {
             self.prefix.clear(heard.index);
             self.pairs.forget(heard.index);
+            self.receivers_versions.clear();
             if heard.progress.stuck().is_some() && self.left_stuck.len() < LEFT_STUCK_MAX {
                 self.left_stuck.insert(worker.clone(), (heard.member.pid, heard.progress));
             }
@@ -276,14 +297,21 @@ impl Roster {
                 lost.push(worker.model.name.as_str());
                 continue;
             }
-            while heard.next_if(|(other, _)| *other < id).is_some() {}
+            while let Some((_, left)) = heard.next_if(|(other, _)| *other < id) {
+                lost.extend(left.model());
+            }
             let of_life =
                 |(other, heard): &(&WorkerId, &Heard)| *other == id && heard.incarnation == worker.incarnation;
             candidates.push(match heard.next_if(of_life) {
-                Some((_, heard)) => heard.candidate(id, worker, hits.get(&heard.index).copied().unwrap_or(0), now),
+                Some((_, heard)) => Candidate {
+                    unproven: now < heard.since + UNPROVEN && !self.pairs.is_proven(heard.index),
+                    ..heard.candidate(id, worker, hits.get(&heard.index).copied().unwrap_or(0), now)
+                },
                 None => unheard(id, worker),
             });
         }
+        // Who has left in good order is in no ledger, and is remembered here for a while.
+        lost.extend(heard.filter_map(|(_, left)| left.model()));
         Pools { candidates, lost, broken: self.pairs.broken() }
     }
 }
@@ -292,6 +320,10 @@ impl Heard {
     /// How long it has had work and made no step.
     pub(crate) fn stuck(&self) -> Option<Duration> {
         self.progress.stuck()
+    }
+
+    fn model(&self) -> Option<&str> {
+        self.member.model.as_ref().map(|model| model.name.as_str())
     }
 
     /// Why it takes no requests, for a person; empty: it does.
@@ -347,6 +379,18 @@ impl Heard {
     }
 }
 
+/// Of a list of addresses; 0: it is empty.
+fn version<'a>(addresses: impl Iterator<Item = &'a String>) -> u64 {
+    let mut hash = Xxh3::new();
+    let mut any = false;
+    for address in addresses {
+        any = true;
+        hash.update(address.as_bytes());
+        hash.update(&[0]);
+    }
+    if any { hash.digest().max(1) } else { 0 }
+}
+
 /// A worker that a new leader has not heard of yet: nothing is known of its load, so it counts as the others do.
 fn unheard<'a>(id: &'a WorkerId, worker: &'a Worker) -> Candidate<'a> {
     let blocks_available = worker.model.blocks_total;
@@ -367,6 +411,7 @@ fn unheard<'a>(id: &'a WorkerId, worker: &'a Worker) -> Candidate<'a> {
         hits: 0,
         suspect: false,
         stuck: false,
+        unproven: false,
     }
 }
 
@@ -391,10 +436,12 @@ mod tests {
     fn receivers_are_those_of_the_model() {
         let (mut roster, now) = (Roster::new(), Instant::now());
         let model = |layout: &str| v1::ModelSummary { layout: layout.into(), ..Default::default() };
+        let mut sequence = 0;
         let mut hear = |id: &str, role: v1::Role, layout: &str, kv_address: &str| {
             let (role, layout, kv_address) = (role.into(), Some(model(layout)), kv_address.into());
             let member = v1::Member { role, model: layout, kv_address, ..Default::default() };
-            let heard = Beat { worker: WorkerId(id.into()), member, ..beat(1, 1, vec![]) };
+            sequence += 1;
+            let heard = Beat { worker: WorkerId(id.into()), member, ..beat(1, sequence, vec![]) };
             roster.beat(heard, now).unwrap();
             roster.receivers(&model("a"), 0)
         };
@@ -403,11 +450,16 @@ mod tests {
         assert_eq!(list, ["d:2"]);
         assert_eq!(hear("of another model", v1::Role::Decode, "b", "x:2"), (one, list.clone()));
         assert_eq!(hear("of an earlier release", v1::Role::Decode, "a", ""), (one, list));
+        assert_eq!(hear("d", v1::Role::Decode, "a", "d:3").1, ["d:3"], "it listens elsewhere");
+        assert_eq!(hear("d", v1::Role::Decode, "a", "d:2").0, one);
         let (two, list) = hear("e", v1::Role::Decode, "a", "e:2");
         assert_eq!(list, ["d:2", "e:2"]);
         assert_ne!(two, one);
         assert_eq!(roster.receivers(&model("a"), two), (two, vec![]));
         assert_eq!(roster.receivers(&model("a"), one), (two, list));
+        assert_eq!(roster.receivers_versions.len(), 1, "the version is kept");
+        roster.forget(&WorkerId("e".into()));
+        assert_eq!(roster.receivers(&model("a"), two), (one, vec!["d:2".into()]));
     }
 
     /// A ledger with the one worker `d`, and its incarnation.
@@ -469,6 +521,36 @@ mod tests {
         assert_eq!(seen(load(&roster)), (80, 2, 320), "too young to be part of the report");
         roster.beat(beat(incarnation.0, 3, vec![]), start + PROMISE_SEEN).unwrap();
         assert_eq!(seen(load(&roster)), (100, 0, 0));
+    }
+
+    /// The model of a worker that has left is known for a while, so that its clients are told to come again.
+    #[tokio::test]
+    async fn what_a_worker_served_that_has_left_is_remembered() {
+        let ((mut ledger, incarnation), now) = (ledger(), Instant::now());
+        let mut roster = Roster::new();
+        let model = Some(v1::ModelSummary { name: "m".into(), ..Default::default() });
+        let heard = beat(incarnation.0, 1, vec![]);
+        roster.beat(Beat { member: v1::Member { model, ..heard.member }, ..heard }, now).unwrap();
+        assert!(roster.pools(&ledger, &[], now).lost.is_empty());
+        let leave = Command::Leave { worker: WorkerId("d".into()), incarnation };
+        ledger.apply(2, Batch { time_ms: 0, commands: vec![leave] });
+        roster.sweep(&ledger, now);
+        assert_eq!(roster.pools(&ledger, &[], now).lost, ["m"]);
+        roster.sweep(&ledger, now + 2 * GATEWAY_FORGET);
+        assert!(roster.pools(&ledger, &[], now).lost.is_empty());
+    }
+
+    /// A worker that has just come waits for its first canary, but not for ever.
+    #[tokio::test]
+    async fn a_new_worker_is_unproven_until_its_canary_or_for_a_moment() {
+        let (ledger, incarnation) = ledger();
+        let (mut roster, now) = (Roster::new(), Instant::now());
+        let unproven = |roster: &Roster, at: Instant| roster.pools(&ledger, &[], at).candidates[0].unproven;
+        roster.beat(beat(incarnation.0, 1, vec![]), now).unwrap();
+        assert!(unproven(&roster, now) && !unproven(&roster, now + UNPROVEN));
+        let index = roster.workers[&WorkerId("d".into())].index;
+        roster.pairs.judge((index + 1, index), Health::Good, now);
+        assert!(!unproven(&roster, now));
     }
 
     #[tokio::test]

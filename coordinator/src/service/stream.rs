@@ -59,6 +59,7 @@ where
         followed: FuturesUnordered::new(),
         unanswered: 0,
         ready: Vec::new(),
+        failed: None,
     };
     futures::stream::unfold(Some(conversation), |conversation| async move {
         let mut conversation = conversation?;
@@ -78,6 +79,8 @@ struct Conversation<S> {
     followed: FuturesUnordered<BoxFuture<'static, (Key, Answer)>>,
     unanswered: usize,
     ready: Vec<v1::Assigned>,
+    /// Why it breaks, once what was ready has been said.
+    failed: Option<Status>,
 }
 
 impl<S> Conversation<S>
@@ -86,6 +89,9 @@ where
 {
     /// Answers that are ready, at least one. None: all has been said.
     async fn next(&mut self) -> Option<Result<Vec<v1::Assigned>, Status>> {
+        if let Some(status) = self.failed.take() {
+            return Some(Err(status));
+        }
         while self.ready.is_empty() {
             if self.incoming.is_none() && self.unanswered == 0 {
                 return None;
@@ -97,6 +103,10 @@ where
         while self.ready.len() < GATHERED_MAX {
             match self.step().now_or_never() {
                 Some(Ok(())) if self.incoming.is_some() || self.unanswered > 0 => {}
+                Some(Err(status)) => {
+                    self.failed = Some(status);
+                    break;
+                }
                 _ => break,
             }
         }

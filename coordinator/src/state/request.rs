@@ -57,6 +57,11 @@ impl OpenRequest {
             false => attempt > self.attempt && previous == self.epoch,
         }
     }
+
+    /// Whether no other gateway than this one serves it. Those of an earlier release do not say who they are.
+    pub fn is_of(&self, gateway: &str) -> bool {
+        gateway.is_empty() || self.gateway.is_empty() || self.gateway == gateway
+    }
 }
 
 /// The latest ended requests, oldest forgotten first, so that a late repetition is known for what it is.
@@ -253,6 +258,11 @@ impl Ledger {
         self.gateway_leaves(&before);
         self.gateway_comes(&gateway);
         self.assigned(request, &self.open[&request])
+    }
+
+    /// Whether a gateway has open requests.
+    pub fn serves(&self, gateway: &str) -> bool {
+        self.gateways.contains_key(gateway)
     }
 
     fn gateway_comes(&mut self, gateway: &str) {

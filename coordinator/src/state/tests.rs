@@ -135,7 +135,9 @@ fn an_assignment_has_one_gateway_and_one_successor() {
     assert_eq!(follow(&mut ledger, "g", epoch(&first), attempt(1)), stale);
     let adopt = Command::Adopt { request: RequestId(1), gateway: "h".into() };
     assert_eq!(epoch(&one(&mut ledger, 2, adopt)), epoch(&second));
-    assert_eq!(follow(&mut ledger, "g", epoch(&first), attempt(2)), stale, "another gateway has taken over");
+    assert_eq!(follow(&mut ledger, "g", epoch(&second), attempt(2)), stale, "another gateway has taken over");
+    let open = ledger.request(RequestId(1)).unwrap();
+    assert_eq!(["g", "h", ""].map(|gateway| open.is_of(gateway)), [false, true, true], "what a leader asks of \"g\"");
     assert!(epoch(&follow(&mut ledger, "h", epoch(&second), attempt(3))) > epoch(&second));
 }
 

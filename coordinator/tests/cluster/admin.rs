@@ -184,3 +184,55 @@ async fn a_clock_that_jumps_moves_nothing() {
     }
     running.stop().await;
 }
+
+/// Goal: the ledger itself looks at keys: a gateway that has not heard of the first key or of a revocation gets nothing
+/// accepted and finds no stream; what was accepted before goes on. Method: requests as such gateways send them.
+#[tokio::test]
+async fn keys_that_a_gateway_has_not_heard_of_are_asked_for_all_the_same() {
+    let directory = Directory::new();
+    let running = start(config(1, directory.path(), &[])).await;
+    let (mut client, mut admin) = (Client::new(&running.address()), admin(&running.address()));
+    client.register("decode-0", "k").await.unwrap();
+    let before = client.assign(request(1, 1)).await.unwrap();
+    admin.set_tenant(tenant("t", 0)).await.unwrap();
+    admin.create_key(key("a", "t")).await.unwrap();
+    let refused = client.assign(request(2, 1)).await.unwrap_err();
+    assert_eq!(refused.reason, "unknown");
+    assert!(refused.detail.contains("without one"), "{refused:?}");
+    let again = v1::AssignRequest { previous_epoch: before.epoch, ..request(1, 2) };
+    client.assign(again).await.expect("it was accepted while the cluster was open");
+    let with_key = v1::AssignRequest { key: "a".into(), tenant: "t".into(), ..request(3, 1) };
+    client.assign(with_key).await.unwrap();
+    assert_eq!(client.locate_with(3, "t", "a").await, "");
+    assert_eq!(client.locate_with(3, "t", "").await, "", "an earlier gateway does not name its key");
+    admin.revoke_key(v1::KeyId { id: "a".into() }).await.unwrap();
+    assert_eq!(client.locate_with(3, "t", "a").await, "fenced");
+    running.stop().await;
+}
+
+/// Goal: what was generated is billed though the client left while its request asked for the next worker, and the rest of
+/// what was charged is given back. Method: an end of whatever assignment is in force.
+#[tokio::test]
+async fn a_client_that_leaves_between_two_workers_is_billed() {
+    let directory = Directory::new();
+    let running = start(config(1, directory.path(), &[])).await;
+    let (mut client, mut admin) = (Client::new(&running.address()), admin(&running.address()));
+    client.register("decode-0", "k").await.unwrap();
+    admin.set_tenant(v1::Tenant { tokens_per_minute: 210, ..tenant("t", 0) }).await.unwrap();
+    let of_tenant = |id| v1::AssignRequest { tenant: "t".into(), tokens_max: 90, ..request(id, 1) };
+    let first = client.assign(of_tenant(1)).await.unwrap();
+    assert_eq!(client.assign(of_tenant(2)).await.unwrap_err().reason, "quota");
+    let end = v1::FinishedRequest {
+        request: first.request,
+        outcome: "cancelled".into(),
+        prompt_tokens: 10,
+        generated_tokens: 5,
+        ..Default::default()
+    };
+    let ends = v1::FinishRequest { requests: vec![end], gateway: "g".into(), ..Default::default() };
+    client.tell(ends).await;
+    let usage = admin.list_tenants(v1::ListTenantsRequest {}).await.unwrap().into_inner().tenants.remove(0);
+    assert_eq!((usage.requests_open, usage.prompt_tokens_total, usage.generated_tokens_total), (0, 10, 5));
+    client.assign(of_tenant(2)).await.expect("what was not used is given back");
+    running.stop().await;
+}

@@ -52,3 +52,41 @@ async fn a_lost_gateway_takes_its_requests_along_but_those_that_may_be_resumed()
     assert!(client.locate(2, "", "t").await.is_ok() && client.locate(4, "", "t").await.is_ok());
     running.stop().await;
 }
+
+fn attempt(number: u32, gateway: &str, previous_epoch: u64) -> v1::AssignRequest {
+    let gateway = gateway.into();
+    v1::AssignRequest { gateway, tenant: "t".into(), resumable_ms: 60_000, previous_epoch, ..request(1, number) }
+}
+
+fn end(epoch: u64, gateway: &str) -> v1::FinishRequest {
+    let (request, outcome) = (format!("{:032x}", 1), "cancelled".into());
+    let requests = vec![v1::FinishedRequest { request, epoch, outcome, generated_tokens: 5, ..Default::default() }];
+    v1::FinishRequest { requests, gateway: gateway.into(), ..Default::default() }
+}
+
+/// Goal: a gateway that wakes after another one has taken its stream over neither ends it nor takes it back; one of an
+/// earlier release, which does not say who it is, ends what it ever did. Method: what each of them would say.
+#[tokio::test]
+async fn a_stream_taken_over_is_its_former_gateways_no_more() {
+    let directory = Directory::new();
+    let running = start(config(1, directory.path(), &[])).await;
+    let mut client = Client::new(&running.address());
+    client.register("decode-0", "k").await.unwrap();
+    let first = client.assign(attempt(1, "sleeps", 0)).await.unwrap();
+    assert_eq!(client.locate(1, "wakes", "t").await.unwrap().epoch, first.epoch);
+    let still_open = async |client: &mut Client, what: &str| {
+        assert_eq!(client.view().await.unwrap().requests_open, 1, "{what}");
+    };
+    client.tell(end(first.epoch, "sleeps")).await;
+    still_open(&mut client, "an end by the epoch").await;
+    client.tell(end(0, "sleeps")).await;
+    still_open(&mut client, "an end of whatever there is").await;
+    let back = client.assign(attempt(2, "sleeps", first.epoch)).await.unwrap_err();
+    assert_eq!(back.reason, "stale");
+    let second = client.assign(attempt(2, "wakes", first.epoch)).await.unwrap();
+    client.tell(end(second.epoch, "sleeps")).await;
+    still_open(&mut client, "an end by the next epoch").await;
+    client.tell(end(second.epoch, "")).await;
+    assert_eq!(client.view().await.unwrap().requests_open, 0);
+    running.stop().await;
+}

@@ -243,7 +243,7 @@ impl Client {
         // Of a request that never was: it ends nothing.
         let never =
             v1::FinishedRequest { request: format!("{:032x}", 99), outcome: "complete".into(), ..Default::default() };
-        let finish = v1::FinishRequest { requests: vec![never], cluster: cluster() };
+        let finish = v1::FinishRequest { requests: vec![never], cluster: cluster(), ..Default::default() };
         let finish = match self.0.finish(finish).await.unwrap().into_inner().outcome.unwrap() {
             v1::finish_reply::Outcome::Refused(refused) => Some(refused.reason),
             v1::finish_reply::Outcome::Finished(_) => None,
@@ -379,6 +379,22 @@ impl Client {
         match self.0.assign(request).await.unwrap().into_inner().outcome.unwrap() {
             v1::assign_reply::Outcome::Assignment(assignment) => Ok(assignment),
             v1::assign_reply::Outcome::Refused(refusal) => Err(refusal),
+        }
+    }
+
+    /// Ends of requests as a gateway tells them; they must be taken.
+    pub(crate) async fn tell(&mut self, ends: v1::FinishRequest) {
+        let reply = self.0.finish(ends).await.unwrap().into_inner();
+        assert!(matches!(reply.outcome, Some(v1::finish_reply::Outcome::Finished(_))), "{reply:?}");
+    }
+
+    /// Why a key may not locate a request; "": it may.
+    pub(crate) async fn locate_with(&mut self, request: u128, tenant: &str, key: &str) -> String {
+        let (request, tenant, key) = (format!("{request:032x}"), tenant.into(), key.into());
+        let request = v1::LocateRequest { request, tenant, key, ..Default::default() };
+        match self.0.locate(request).await.unwrap().into_inner().outcome.unwrap() {
+            v1::locate_reply::Outcome::Assignment(_) => String::new(),
+            v1::locate_reply::Outcome::Refused(refusal) => refusal.reason,
         }
     }
 

@@ -138,3 +138,29 @@ async fn an_accepted_request_does_not_queue_again() {
     waiting.abort();
     running.stop().await;
 }
+
+/// Goal: why a stream breaks is told after the answers that were ready, not swallowed. Method: a message of bad questions,
+/// each answered at once, and one that is too long behind it.
+#[tokio::test]
+async fn why_a_stream_breaks_is_told_after_what_was_ready() {
+    let directory = Directory::new();
+    let running = start(config(1, directory.path(), &[])).await;
+    let mut client = Client::new(&running.address());
+    let (say, said) = tokio::sync::mpsc::channel(16);
+    for count in [512, 5_000] {
+        let requests = vec![v1::AssignRequest::default(); count];
+        say.send(v1::AssignBatch { requests, ..Default::default() }).await.unwrap();
+    }
+    let mut replies = client.assignments(ReceiverStream::new(said)).await;
+    let mut answered = 0;
+    let broken = loop {
+        match replies.message().await {
+            Ok(Some(batch)) => answered += batch.replies.len(),
+            Ok(None) => panic!("it ended without a word after {answered} answers"),
+            Err(status) => break status,
+        }
+    };
+    assert_eq!((answered, broken.code()), (512, tonic::Code::InvalidArgument), "{broken}");
+    drop(say);
+    running.stop().await;
+}

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use baton_coordinator::state::WORKERS_MAX;
 use baton_proto::v1;
 use tokio::time::Instant;
 
@@ -254,5 +255,35 @@ async fn a_setting_holds_whoever_leads() {
     assert!(list.in_force.contains("prefill_tokens_min = 1000") && list.in_force.contains("queue_max"), "{list:?}");
     asked.change_setting(set("prefill_tokens_min", None)).await.unwrap();
     assert!(prefills(&group, 5).await);
+    group.stop_all().await;
+}
+
+/// Goal: a node that does not lead takes in so many workers that it does not know, and no more; known ones are heard on.
+/// Method: heartbeats of made-up workers at a follower whose group is stopped, so that it does not lead.
+#[tokio::test]
+async fn a_follower_hears_a_bounded_number_of_workers() {
+    let mut group = Group::start().await;
+    let leader = group.leader().await;
+    let (follower, other) = ((leader + 1) % 3, (leader + 2) % 3);
+    group.stop(other).await;
+    group.stop(leader).await;
+    let mut client = group.client(follower);
+    wait_for("it not to lead", || async {
+        group.client(follower).try_beat("decode-0", 1, 1, v1::Load::default()).await.ok()
+    })
+    .await;
+    let mut refused = None;
+    for worker in 1..=WORKERS_MAX {
+        match client.beat(&format!("decode-{worker}"), 1, 1).await {
+            Ok(_) => {}
+            Err(refusal) => {
+                refused = Some((worker, refusal.reason));
+                break;
+            }
+        }
+    }
+    assert_eq!(refused, Some((WORKERS_MAX, "no_capacity".to_string())));
+    let last = format!("decode-{}", WORKERS_MAX - 1);
+    client.beat(&last, 1, 2).await.expect("it has been heard before");
     group.stop_all().await;
 }

@@ -289,3 +289,20 @@ async fn a_gateway_that_stops_leaves_its_streams_going() {
     world.until(|seen| seen.finishes.len() == 2).await;
     assert_eq!(world.seen.borrow().finishes[1].outcome, "complete");
 }
+
+/// A client that leaves while its gateway drains ends its request, resumable or not.
+#[tokio::test]
+async fn who_leaves_a_gateway_that_drains_cancels() {
+    let world = World::new(vec![Script { pause_after: Some(3), ..script() }]).await;
+    let stopping = start(world.config("gateway-1")).await.unwrap();
+    let address = stopping.address();
+    while crate::client::get(&address, "/health").await.status != 200 {}
+    let mut stream = stream_with(&address, CHAT, &[RESUMABLE], &hi(json!({"stream": true}))).await;
+    stream.raw().await.unwrap();
+    let stopped = tokio::spawn(stopping.stop());
+    while tokio::net::TcpStream::connect(&address).await.is_ok() {}
+    drop(stream);
+    world.until(|seen| seen.finishes.len() == 1).await;
+    assert_eq!(world.seen.borrow().finishes[0].outcome, "cancelled");
+    stopped.await.unwrap();
+}
