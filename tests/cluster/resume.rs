@@ -175,3 +175,35 @@ async fn a_drain_waits_for_a_stream_that_nobody_has_read() {
     same(&rest.finish().await.joined(), &undisturbed, "after the drain was ordered");
     assert_eq!(fleet.end("decode-0").await.code, Some(0), "it ends when the stream has been read");
 }
+
+/// Goal: a gateway that was stopped while another took its stream over harms nothing when it wakes: the stream goes on, and
+/// is billed once and whole. Method: SIGSTOP in the middle, the rest read at the other gateway, SIGCONT before its end.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_gateway_that_wakes_lets_go_of_what_was_taken_over() {
+    let (fleet, clients) = with_keys().await;
+    let before = billed(&fleet).await;
+    let undisturbed = clients[1].stream(CHAT, &request(40)).await.joined();
+    assert!(undisturbed.done && undisturbed.error.is_none(), "{undisturbed:?}");
+    fleet.quiet().await;
+    let cost = difference(billed(&fleet).await, before);
+    let before = billed(&fleet).await;
+    let mut events = clients[0].with("x-baton-resumable", "60").open(CHAT, &request(40)).await;
+    let name = events.headers["x-baton-stream"].to_str().expect("a name").to_string();
+    events.until_text(100).await;
+    fleet.signal("gateway-0", libc::SIGSTOP);
+    let process = format!("/proc/{}/status", fleet.pid("gateway-0"));
+    wait_for("the gateway to be stopped", || async {
+        std::fs::read_to_string(&process).ok()?.contains("State:\tT").then_some(())
+    })
+    .await;
+    let (so_far, last) = (events.so_far.clone(), events.last_id.clone().expect("every event has an id"));
+    drop(events);
+    let again = clients[1].with("last-event-id", last.as_str());
+    let rest = again.try_open_get(&format!("/v1/streams/{name}")).await.unwrap_or_else(|e| panic!("{e}"));
+    fleet.signal("gateway-0", libc::SIGCONT);
+    let whole = together(so_far, rest.finish().await).joined();
+    same(&whole, &undisturbed, "taken over while its gateway slept");
+    wait_for("the gateway to wake", || async { (clients[0].get("/health").await.status == 200).then_some(()) }).await;
+    fleet.quiet().await;
+    assert_eq!(difference(billed(&fleet).await, before), cost, "billed once, as the undisturbed one");
+}
