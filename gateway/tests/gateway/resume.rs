@@ -300,7 +300,7 @@ async fn who_leaves_a_gateway_that_drains_cancels() {
     let mut stream = stream_with(&address, CHAT, &[RESUMABLE], &hi(json!({"stream": true}))).await;
     stream.raw().await.unwrap();
     let stopped = tokio::spawn(stopping.stop());
-    while tokio::net::TcpStream::connect(&address).await.is_ok() {}
+    while baton_core::Net::connect(&baton_proto::TcpNet, &address).await.is_ok() {}
     drop(stream);
     world.until(|seen| seen.finishes.len() == 1).await;
     assert_eq!(world.seen.borrow().finishes[0].outcome, "cancelled");
