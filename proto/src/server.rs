@@ -142,7 +142,10 @@ mod tests {
     async fn connections_beyond_the_bound_wait_for_room() {
         let listener = TcpNet.listen("127.0.0.1:0").await.unwrap();
         let address = listener.address();
-        let bound = Bound { connections_max: 1, full: || drop(FULL.fetch_add(1, Ordering::Relaxed)) };
+        fn count() {
+            FULL.fetch_add(1, Ordering::Relaxed);
+        }
+        let bound = Bound { connections_max: 1, full: count };
         let served = Arc::new(AtomicUsize::new(0));
         let (stop, stopped) = oneshot::channel::<()>();
         let counted = served.clone();
