@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::pin::pin;
 use std::time::Duration;
 
 use baton_core::{Clock, Role, SystemClock};
@@ -221,10 +222,20 @@ impl Supervisor {
                 () = tokio::time::sleep_until(heard + START_SILENCE) => return Err(self.silent()),
             }
         }
-        let health = super::health::wait(&self.cluster.gateway, &self.cluster.model);
-        tokio::select! {
-            () = self.stop.asked() => Ok(false),
-            healthy = health => healthy.map(|()| true),
+        let (gateway, model) = (self.cluster.gateway.clone(), self.cluster.model.clone());
+        let mut health = pin!(super::health::wait(&gateway, &model));
+        loop {
+            let restart_at = self.restart_at();
+            tokio::select! {
+                () = self.stop.asked() => return Ok(false),
+                healthy = &mut health => return healthy.map(|()| true),
+                // Whoever dies meanwhile serves again, or the cluster would never be healthy.
+                Some(notice) = self.notices.recv() => {
+                    self.give_up(&notice)?;
+                    self.take(notice);
+                }
+                () = tokio::time::sleep_until(restart_at) => self.restart_due(),
+            }
         }
     }
 
