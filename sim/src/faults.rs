@@ -91,7 +91,7 @@ impl Faults {
         self.down.get(host).is_some_and(|faults| *faults > 0)
     }
 
-    /// Whether a coordinator that has left stays away for now.
+    /// Whether a coordinator that has left the group stays away until a fault's end lets it join again.
     pub(crate) fn keeps_away(&self, host: &str) -> bool {
         let away = |what: &What| matches!(what, What::Shrink { host: own } if own == host);
         (0..self.faults.len()).any(|n| self.begun[n] && !self.over[n] && away(&self.faults[n].what))

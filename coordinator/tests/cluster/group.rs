@@ -286,15 +286,7 @@ impl Client {
         sequence: u64,
         load: v1::Load,
     ) -> Result<v1::HeartbeatAccepted, v1::Refusal> {
-        let member = Some(member(id));
-        let request = v1::HeartbeatRequest {
-            id: id.into(),
-            incarnation,
-            sequence,
-            load: Some(load),
-            member,
-            ..Default::default()
-        };
+        let request = heartbeat(id, incarnation, sequence, load);
         match self.0.heartbeat(request).await.unwrap().into_inner().outcome.unwrap() {
             v1::heartbeat_reply::Outcome::Accepted(accepted) => Ok(accepted),
             v1::heartbeat_reply::Outcome::Refused(refusal) => Err(refusal),
@@ -309,15 +301,7 @@ impl Client {
         sequence: u64,
         load: v1::Load,
     ) -> Result<(), tonic::Status> {
-        let member = Some(member(id));
-        let request = v1::HeartbeatRequest {
-            id: id.into(),
-            incarnation,
-            sequence,
-            load: Some(load),
-            member,
-            ..Default::default()
-        };
+        let request = heartbeat(id, incarnation, sequence, load);
         match self.0.heartbeat(request).await?.into_inner().outcome {
             Some(v1::heartbeat_reply::Outcome::Accepted(_)) => Ok(()),
             refused => Err(tonic::Status::failed_precondition(format!("{refused:?}"))),
@@ -341,8 +325,7 @@ impl Client {
     /// The coordinators as the node names them, where it answers.
     pub(crate) async fn coordinators_told(&mut self, id: &str, incarnation: u64, sequence: u64) -> Option<Vec<String>> {
         let load = v1::Load { blocks_total: 1000, blocks_free: 1000, ..Default::default() };
-        let (member, load) = (Some(member(id)), Some(load));
-        let request = v1::HeartbeatRequest { id: id.into(), incarnation, sequence, load, member, ..Default::default() };
+        let request = heartbeat(id, incarnation, sequence, load);
         match self.0.heartbeat(request).await.ok()?.into_inner().outcome? {
             v1::heartbeat_reply::Outcome::Accepted(accepted) => Some(accepted.coordinators),
             v1::heartbeat_reply::Outcome::Refused(_) => None,
@@ -442,6 +425,12 @@ pub(crate) fn member(id: &str) -> v1::Member {
         model: Some(model),
         ..v1::Member::default()
     }
+}
+
+/// Of a process that names no cluster.
+fn heartbeat(id: &str, incarnation: u64, sequence: u64, load: v1::Load) -> v1::HeartbeatRequest {
+    let (member, load) = (Some(member(id)), Some(load));
+    v1::HeartbeatRequest { id: id.into(), incarnation, sequence, load, member, ..Default::default() }
 }
 
 pub(crate) fn request(id: u128, attempt: u32) -> v1::AssignRequest {

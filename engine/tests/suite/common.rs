@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use baton_core::{Finish, RequestId, SampledToken, TokenId};
-use baton_engine::testing::{TinyModel, hash_spec};
+use baton_core::{Finish, Request, RequestId, SampledToken, TokenId};
+use baton_engine::testing::{TinyModel, drain, hash_spec, work};
 use baton_engine::{
-    Backend, Blocks, Engine, EngineConfig, Event, Filled, LoadOptions, Loaded, ModelSpec, Usage, Work, load,
+    Backend, Blocks, Engine, EngineConfig, Event, Filled, Load, LoadOptions, Loaded, ModelSpec, Usage, Work, load,
 };
 use baton_kernels::Quantize;
 
@@ -102,6 +102,24 @@ pub(crate) fn bits(tokens: &[SampledToken]) -> Vec<Bits> {
         (token.id, token.logprob.to_bits(), top)
     };
     tokens.iter().map(of).collect()
+}
+
+/// Runs requests beside one another; each must say what it says alone, bit by bit. What the engine has done.
+pub(crate) fn in_company(
+    model: &mut dyn Backend,
+    spec: &ModelSpec,
+    config: EngineConfig,
+    requests: &[Request],
+    alone: &[Vec<SampledToken>],
+) -> Load {
+    let mut engine = model_engine(spec, config);
+    requests.iter().for_each(|request| engine.admit(work(request)).expect("room"));
+    let choices = Choices::of(drain(&mut engine, model));
+    for (request, alone) in requests.iter().zip(alone) {
+        let found = choices.sampled(request.id.0, 0);
+        assert_eq!(bits(found), bits(alone), "{} request {}, {config:?}", spec.name, request.id);
+    }
+    engine.load()
 }
 
 /// Pseudo-random token ids below `vocab`.

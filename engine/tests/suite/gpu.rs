@@ -10,7 +10,7 @@ use baton_engine::testing::{TinyModel, drain, request, work};
 use baton_engine::{Backend, Choice, Engine, EngineConfig, Filled, Goal, ModelSpec, Work};
 use baton_kernels::cuda::{Cubins, Gpu};
 
-use crate::common::{CONFIG, Choices, bits, carry, dir, load_tiny, model_engine, prefill, prompt};
+use crate::common::{CONFIG, Choices, bits, carry, dir, in_company, load_tiny, model_engine, prefill, prompt};
 
 const TOKENS: u32 = 6;
 
@@ -71,15 +71,7 @@ fn bits_do_not_depend_on_company() {
             (0..4).map(|id| asking(id, &prompt(id as u64 % 3, 40 + id as usize, spec.vocab))).collect();
         let expected: Vec<_> = requests.iter().map(|request| alone(&mut model, &spec, request)).collect();
         for (blocks, batch_tokens_max) in [(64, 33), (6, 20)] {
-            let mut engine = model_engine(&spec, EngineConfig { blocks, batch_tokens_max, ..CONFIG });
-            for request in &requests {
-                engine.admit(work(request)).expect("room");
-            }
-            let choices = Choices::of(drain(&mut engine, &mut model));
-            for (request, expected) in requests.iter().zip(&expected) {
-                let found = choices.sampled(request.id.0, 0);
-                assert_eq!(bits(found), bits(expected), "{} request {}", tiny.architecture, request.id);
-            }
+            in_company(&mut model, &spec, EngineConfig { blocks, batch_tokens_max, ..CONFIG }, &requests, &expected);
         }
     }
 }

@@ -5,7 +5,7 @@ use baton_core::{Request, SampledToken, TokenId};
 use baton_engine::testing::{TinyModel, drain, request, work};
 use baton_engine::{Backend, Choice, CpuModel, EngineConfig, Goal, ModelSpec, Work};
 
-use crate::common::{CONFIG, Choices, bits, carry, load_tiny, model_engine, prefill, prompt};
+use crate::common::{CONFIG, Choices, bits, carry, in_company, load_tiny, model_engine, prefill, prompt};
 
 const ROOMY: EngineConfig = EngineConfig { blocks: 256, batch_tokens_max: 1024, sequences_max: 64, ..CONFIG };
 
@@ -37,17 +37,9 @@ fn bits_do_not_depend_on_company() {
         let expected: Vec<_> = requests.iter().map(|request| alone(&mut model, &spec, request)).collect();
         for (blocks, batch_tokens_max) in [(256, 1024), (256, 40), (9, 33)] {
             let config = EngineConfig { blocks, batch_tokens_max, sequences_max: 32, ..CONFIG };
-            let mut engine = model_engine(&spec, config);
-            for request in &requests {
-                engine.admit(work(request)).expect("room");
-            }
-            let choices = Choices::of(drain(&mut engine, &mut model));
-            for (request, expected) in requests.iter().zip(&expected) {
-                let found = choices.sampled(request.id.0, 0);
-                assert_eq!(bits(found), bits(expected), "{} request {}", tiny.architecture, request.id);
-            }
-            assert_eq!(engine.load().preemptions > 0, blocks < 100);
-            assert!(engine.load().tokens_hit > 0 || (blocks, batch_tokens_max) != (256, 40));
+            let load = in_company(&mut model, &spec, config, &requests, &expected);
+            assert_eq!(load.preemptions > 0, blocks < 100);
+            assert!(load.tokens_hit > 0 || (blocks, batch_tokens_max) != (256, 40));
         }
     }
 }
@@ -70,16 +62,7 @@ fn drafts_do_not_change_bits() {
         let expected: Vec<_> = requests.iter().map(|request| alone(&mut model, &spec, request)).collect();
         for (blocks, batch_tokens_max) in [(256, 1024), (256, 11), (12, 33)] {
             let config = EngineConfig { blocks, batch_tokens_max, draft_tokens_max: 5, ..CONFIG };
-            let mut engine = model_engine(&spec, config);
-            for request in &requests {
-                engine.admit(work(request)).expect("room");
-            }
-            let choices = Choices::of(drain(&mut engine, &mut model));
-            for (request, expected) in requests.iter().zip(&expected) {
-                let found = choices.sampled(request.id.0, 0);
-                assert_eq!(bits(found), bits(expected), "{} request {}", tiny.architecture, request.id);
-            }
-            let load = engine.load();
+            let load = in_company(&mut model, &spec, config, &requests, &expected);
             assert_eq!(load.tokens_generated, expected.iter().map(Vec::len).sum::<usize>() as u64);
             (drafted, right) = (drafted + load.tokens_drafted, right + load.drafted_right);
         }

@@ -6,7 +6,7 @@ use baton_engine::testing::{TinyModel, drain, request, work};
 use baton_engine::{CpuModel, EngineConfig, LoadOptions, ModelSpec, load};
 use baton_kernels::Quantize;
 
-use crate::common::{CONFIG, Choices, bits, dir, load_quantized, load_tiny_as, model_engine, prompt};
+use crate::common::{CONFIG, Choices, bits, dir, in_company, load_quantized, load_tiny_as, model_engine, prompt};
 use crate::references::check_as;
 use crate::tensor_parallel::{ROOMY, said};
 
@@ -37,15 +37,7 @@ fn bits_depend_on_nothing_around() {
         let mut threaded = load_quantized(&name(3), tiny, 3, quantize).model;
         for (blocks, batch_tokens_max) in [(256, 1024), (9, 33)] {
             let config = EngineConfig { blocks, batch_tokens_max, sequences_max: 32, ..CONFIG };
-            let mut engine = model_engine(&spec, config);
-            for request in &requests {
-                engine.admit(work(request)).expect("room");
-            }
-            let choices = Choices::of(drain(&mut engine, &mut threaded));
-            for (request, expected) in requests.iter().zip(&expected) {
-                let found = choices.sampled(request.id.0, 0);
-                assert_eq!(bits(found), bits(expected), "{} request {}", tiny.architecture, request.id);
-            }
+            in_company(&mut threaded, &spec, config, &requests, &expected);
         }
     }
 }
