@@ -13,7 +13,7 @@ pub mod v1 {
     tonic::include_proto!("baton.v1");
 }
 
-pub use channel::{channel, incoming};
+pub use channel::channel;
 pub use convert::BadMessage;
 pub use tcp::TcpNet;
 

@@ -31,6 +31,13 @@ pub struct Bound {
     pub full: fn(),
 }
 
+impl Bound {
+    /// For the few connections of a test.
+    pub fn uncounted() -> Bound {
+        Bound { connections_max: 1024, full: || {} }
+    }
+}
+
 /// Turns true when the server stops.
 #[derive(Clone)]
 pub struct Stopping(watch::Receiver<bool>);

@@ -36,8 +36,6 @@ pub enum Error {
     EngineStuck,
     #[error("the engine thread panicked; its message stands above")]
     EngineDied,
-    #[error("serve: {0}")]
-    Server(#[from] tonic::transport::Error),
     #[error("the gRPC server ended by itself")]
     ServerEnded,
 }

@@ -101,6 +101,12 @@ fn add(counters: &[Counter; 2], count: u64) {
     counters.iter().for_each(|counter| counter.increment(count));
 }
 
+/// As many connections are there as may be: further ones wait.
+pub(crate) fn connections_full() {
+    tracing::warn!("as many connections as there may be: further ones wait");
+    counter!("baton_worker_connections_full_total").increment(1);
+}
+
 /// A block came back out of a tier, or was in the cache itself when a request looked for its prefix.
 pub(crate) fn count_tier_hits(tier: &'static str, blocks: usize) {
     counter!("baton_worker_tier_hits_total", "tier" => tier).increment(blocks as u64);

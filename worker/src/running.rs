@@ -7,11 +7,12 @@ use std::time::Duration;
 use baton_core::Role;
 use baton_core::limits::{HANDOFF_IDLE_MS, HANDOFF_QUIESCE_MS};
 use baton_core::net::Listener;
-use baton_proto::channel::Serving;
+use baton_proto::server::Bound;
 use baton_proto::v1::ModelCard;
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
+use tonic::service::Routes;
 
 use crate::card::LoadedModel;
 use crate::engine::EngineThread;
@@ -28,6 +29,8 @@ const EVICT: Duration = Duration::from_secs(5);
 const UNREAD: Duration = Duration::from_millis(HANDOFF_IDLE_MS + HANDOFF_QUIESCE_MS);
 /// How long connections may take to close after that.
 const CLOSE: Duration = Duration::from_secs(1);
+/// Far more than a cluster has processes.
+const BOUND: Bound = Bound { connections_max: 16_384, full: metrics::connections_full };
 
 /// What a running worker owns.
 pub(crate) struct Parts {
@@ -56,7 +59,7 @@ pub struct Left {
 pub struct Running {
     address: String,
     shell: Arc<Shell>,
-    server: JoinSet<Result<(), tonic::transport::Error>>,
+    server: JoinSet<()>,
     shut: Option<oneshot::Sender<()>>,
     role: Role,
     cluster: String,
@@ -71,17 +74,15 @@ impl Running {
     pub(crate) fn serve(
         shell: Arc<Shell>,
         parts: Parts,
-        router: Serving,
+        services: Routes,
         shut: oneshot::Sender<()>,
         shutdown: oneshot::Receiver<()>,
     ) -> Running {
         let Parts { address, role, cluster, engine, tiers, membership, listener, card, drain } = parts;
-        let connections = baton_proto::incoming(listener);
+        // Dropped or used, both mean the end.
+        let stopped = async { drop(shutdown.await) };
         let mut server = JoinSet::new();
-        server.spawn(router.serve_with_incoming_shutdown(connections, async {
-            // Dropped or used, both mean the end.
-            let _ = shutdown.await;
-        }));
+        server.spawn(baton_proto::server::serve(listener, BOUND, services, stopped));
         tracing::info!(worker = %shell.id, incarnation = %shell.incarnation, %address, "serving");
         let (shut, membership, engine) = (Some(shut), Some(membership), Some(engine));
         Running { address, shell, server, shut, role, cluster, card, drain, membership, engine, tiers }
@@ -106,10 +107,7 @@ impl Running {
             ending = standing.ending() => Ok(ending),
             () = standing.alone(self.shell.autonomy) => Ok(Ending::Alone),
             () = engine.died() => Err(Error::EngineDied),
-            ended = self.server.join_next() => match ended {
-                Some(Ok(Err(error))) => Err(Error::Server(error)),
-                _ => Err(Error::ServerEnded),
-            },
+            _ = self.server.join_next() => Err(Error::ServerEnded),
         };
         if !matches!(ending, Ok(Ending::Drained | Ending::Becomes(_))) {
             self.shell.close();

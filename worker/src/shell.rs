@@ -253,8 +253,8 @@ impl Joined {
     pub fn serve(self, role: Routes) -> Running {
         let card = Own { card: self.parts.card.clone(), shell: self.shell.clone() };
         let (shut, shutdown) = oneshot::channel::<()>();
-        let router = baton_proto::channel::server().add_routes(role).add_service(WorkerServer::new(card));
-        Running::serve(self.shell, self.parts, router, shut, shutdown)
+        let services = role.add_service(WorkerServer::new(card));
+        Running::serve(self.shell, self.parts, services, shut, shutdown)
     }
 }
 

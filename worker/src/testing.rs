@@ -2,6 +2,7 @@
 //! worker uses it.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::future::pending;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -9,6 +10,7 @@ use baton_core::{BlockHash, Net, Refused};
 use baton_engine::HashBackend;
 use baton_engine::testing::hash_spec;
 use baton_proto::convert::{block_hash, refusal};
+use baton_proto::server::Bound;
 use baton_proto::v1::coordinator_server::{Coordinator, CoordinatorServer};
 use baton_proto::v1::{
     AssignReply, AssignRequest, ClusterView, FinishReply, FinishRequest, HeartbeatAccepted, HeartbeatReply,
@@ -31,7 +33,7 @@ pub fn hash_model() -> LoadedModel {
 pub struct FakeCoordinator {
     address: String,
     state: Arc<Mutex<State>>,
-    _server: JoinSet<Result<(), tonic::transport::Error>>,
+    _server: JoinSet<()>,
 }
 
 #[derive(Default)]
@@ -57,9 +59,8 @@ impl FakeCoordinator {
         let listener = net.listen("127.0.0.1:0").await?;
         let (address, state) = (listener.address(), Arc::<Mutex<State>>::default());
         let service = CoordinatorServer::new(Service(state.clone()));
-        let router = baton_proto::channel::server().add_service(service);
         let mut server = JoinSet::new();
-        server.spawn(router.serve_with_incoming(baton_proto::incoming(listener)));
+        server.spawn(baton_proto::server::serve(listener, Bound::uncounted(), service, pending()));
         Ok(FakeCoordinator { address, state, _server: server })
     }
 

@@ -11,6 +11,7 @@ use std::time::Duration;
 use baton_core::Listener;
 use baton_core::net::{BoxFuture, Stream};
 use baton_proto::TcpNet;
+use baton_proto::server::Bound;
 use baton_proto::v1::raft_server::RaftServer;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::task::JoinHandle;
@@ -189,12 +190,11 @@ impl Group {
             seed: id,
         };
         let node = Arc::new(Node::start(parts).await.unwrap());
-        let server = baton_proto::channel::server().add_service(RaftServer::new(node.service()));
         let stop = watch::Sender::new(false);
         let mut stopped = stop.subscribe();
         let stopped = async move { drop(stopped.wait_for(|stop| *stop).await) };
-        let serving = server.serve_with_incoming_shutdown(baton_proto::incoming(listener), stopped);
-        let server = tokio::spawn(async move { drop(serving.await) });
+        let service = RaftServer::new(node.service());
+        let server = tokio::spawn(baton_proto::server::serve(listener, Bound::uncounted(), service, stopped));
         self.members.insert(id, Member { node, server, stop });
     }
 

@@ -298,6 +298,23 @@ mod tests {
         }
     }
 
+    /// Goal: a leader whose clock is behind its predecessor's takes no time back, and is counted.
+    #[tokio::test]
+    async fn a_stamp_behind_takes_no_time_back() {
+        let recorder = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder();
+        let machine = Machine::open(Arc::new(MemoryDisk::new(Duration::ZERO))).unwrap();
+        let apply = |index, time_ms| {
+            let commands = vec![Command::Found { cluster: "c".into() }];
+            let proposal = Proposal(encode_batch(&Batch { time_ms, commands }).into());
+            metrics::with_local_recorder(&recorder, || machine.apply_one(index, &proposal)).unwrap();
+            machine.ledger().read().unwrap().time_ms()
+        };
+        let times = [(1, 7), (2, 9), (3, 8), (4, 9), (5, 10)].map(|(index, stamp)| apply(index, stamp));
+        assert_eq!(times, [7, 9, 9, 9, 10]);
+        let counted = recorder.handle().render();
+        assert!(counted.contains("baton_coordinator_stamps_behind_total 1"), "{counted}");
+    }
+
     /// Goal: a node whose ledger is not the leader's stops. Method: two machines, one of which was given another entry.
     #[tokio::test]
     async fn a_ledger_that_is_not_the_leaders_stops_the_node() {

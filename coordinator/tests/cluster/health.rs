@@ -2,12 +2,14 @@
 //! leader knows from its first moment.
 
 use std::collections::BTreeMap;
+use std::future::pending;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use baton_core::{BlockHash, Net, canary};
 use baton_proto::convert::block_hash_bytes;
+use baton_proto::server::Bound;
 use baton_proto::v1::decode_server::{Decode, DecodeServer};
 use baton_proto::v1::generate_command::Command;
 use baton_proto::v1::request_output::Output;
@@ -44,9 +46,8 @@ impl Fake {
     async fn serve(&self) -> (String, JoinHandle<()>) {
         let listener = TcpNet.listen("127.0.0.1:0").await.unwrap();
         let address = listener.address();
-        let router = baton_proto::channel::server().add_service(DecodeServer::new(self.clone()));
-        let serving = async move { drop(router.serve_with_incoming(baton_proto::incoming(listener)).await) };
-        (address, tokio::spawn(serving))
+        let service = DecodeServer::new(self.clone());
+        (address, tokio::spawn(baton_proto::server::serve(listener, Bound::uncounted(), service, pending())))
     }
 
     fn set(&self, prefill: &str, mood: Mood) {

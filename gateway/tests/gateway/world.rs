@@ -1,17 +1,20 @@
 //! A cluster of fakes in this process, and gateways among them: coordinators that assign by list, decode workers that
 //! say what the test wants.
 
+use std::future::pending;
 use std::sync::Arc;
 
 use baton_core::{Env, Net, Process, Rng, SystemClock};
 use baton_gateway::{Config, Running};
 use baton_proto::TcpNet;
+use baton_proto::server::Bound;
 use baton_proto::v1::coordinator_server::CoordinatorServer;
 use baton_proto::v1::decode_server::DecodeServer;
 use baton_proto::v1::worker_server::WorkerServer;
 use baton_proto::v1::*;
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
+use tonic::service::Routes;
 
 use crate::coordinator::{CoordinatorService, FakeLedger};
 use crate::worker::{FakeWorker, WorkerService};
@@ -66,8 +69,7 @@ impl World {
         for (i, script) in scripts.into_iter().enumerate() {
             let id = format!("decode-{i}");
             let worker = Arc::new(FakeWorker::new(&id, seen_sender.clone(), script));
-            let services = baton_proto::channel::server()
-                .add_service(DecodeServer::new(WorkerService(worker.clone())))
+            let services = Routes::new(DecodeServer::new(WorkerService(worker.clone())))
                 .add_service(WorkerServer::new(WorkerService(worker.clone())));
             let address = serve(services, &mut tasks).await;
             members.push(member(&id, mortal(address, worker.died.subscribe(), &mut tasks).await));
@@ -77,7 +79,7 @@ impl World {
         let ledger = Arc::new(FakeLedger::new(seen_sender, view));
         for node in 0..coordinators {
             let service = CoordinatorService { ledger: ledger.clone(), node, tasks: Arc::default() };
-            let services = baton_proto::channel::server().add_service(CoordinatorServer::new(service));
+            let services = Routes::new(CoordinatorServer::new(service));
             let address = serve(services, &mut tasks).await;
             ledger.addresses.lock().unwrap().push(address);
         }
@@ -181,12 +183,10 @@ fn member(id: &str, address: String) -> MemberView {
     MemberView { member: Some(member), live: true, ..Default::default() }
 }
 
-async fn serve(services: baton_proto::channel::Serving, tasks: &mut JoinSet<()>) -> String {
+async fn serve(services: Routes, tasks: &mut JoinSet<()>) -> String {
     let listener = TcpNet.listen("127.0.0.1:0").await.unwrap();
     let address = listener.address();
-    tasks.spawn(async move {
-        services.serve_with_incoming(Box::pin(baton_proto::incoming(listener))).await.unwrap();
-    });
+    tasks.spawn(baton_proto::server::serve(listener, Bound::uncounted(), services, pending()));
     address
 }
 
