@@ -154,6 +154,9 @@ async fn locate(gateway: &Gateway, caller: &Caller, id: RequestId, serves: &str)
         };
         match refusal.reason {
             Refused::Unknown => return Err(ApiError::stream_unknown()),
+            Refused::Fenced if caller.key.is_empty() => {
+                return Err(ApiError::unauthorized("This cluster asks for an API key by now."));
+            }
             Refused::Fenced => return Err(ApiError::unauthorized("The API key has been revoked.")),
             Refused::NotLeader | Refused::Unavailable if Instant::now() < until => {
                 tokio::time::sleep(LOCATE_PAUSE).await;

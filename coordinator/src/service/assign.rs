@@ -9,6 +9,7 @@ use tokio::time::Instant;
 
 use super::ask::Ask;
 use super::explain::Word;
+use super::gateways::Move;
 use super::queue::Parked;
 use super::roster::Roster;
 use super::{Refusal, Shared, gateways, unavailable, unexpected};
@@ -35,6 +36,8 @@ pub(super) enum Fate {
 pub(super) struct Placed {
     pub(super) ask: Ask,
     pub(super) decision: Decision,
+    /// Of a request that was accepted before; held until the ledger has decided.
+    pub(super) moving: Option<Move>,
 }
 
 enum Looked {
@@ -120,11 +123,16 @@ impl Shared {
 
     fn look_at(&self, ask: Ask, ledger: &Ledger, roster: &mut Roster, now: Instant) -> Looked {
         let now_ms = self.lead.stamp().unwrap_or(ledger.time_ms());
-        let before = ledger.request(ask.request);
+        let accepted = ledger.request(ask.request).is_some();
         if answer(&ask, ledger, now_ms).is_some() {
             return Looked::Known(Box::new(ask));
         }
-        let accepted = before.is_some();
+        // Begun while the ledger is looked at: what moved the request before is in it.
+        let moving = accepted.then(|| self.moving.begin(ask.request));
+        if matches!(moving, Some(None)) {
+            let busy = unavailable("another attempt or another gateway of this request is being granted just now");
+            return Looked::Fate(Box::new(Fate::Answered(Err(self.refused(&ask, busy, None)))));
+        }
         if let Err(refused) = acceptable(&ask, ledger, accepted, now_ms) {
             return Looked::Fate(Box::new(Fate::Answered(Err(self.refused(&ask, refused, None)))));
         }
@@ -133,7 +141,7 @@ impl Shared {
         }
         self.suspect(&ask, roster, now);
         match self.place(&ask, ledger, roster, now) {
-            Ok(decision) => Looked::Placed(Box::new(Placed { ask, decision })),
+            Ok(decision) => Looked::Placed(Box::new(Placed { ask, decision, moving: moving.flatten() })),
             // What has been accepted is not refused for want of room; its gateway asks again.
             Err(declined) if declined.reason == Refused::NoCapacity && !accepted => {
                 Looked::Fate(Box::new(self.park(ask, ledger)))
@@ -220,7 +228,7 @@ impl Shared {
     }
 
     fn fate(&self, placed: Placed, outcome: Outcome) -> Fate {
-        let Placed { ask, decision } = placed;
+        let Placed { ask, decision, moving: _moving } = placed;
         let refused = match outcome {
             Outcome::Assigned(assigned) => {
                 self.remember(&ask, Word::Assigned, decision.trace);

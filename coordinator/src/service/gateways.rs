@@ -1,8 +1,8 @@
 //! Gateways that are lost, and what they leave behind: requests that may outlive them go on for as long as they asked,
 //! and another gateway may take them over; the others are ended.
 
-use std::collections::BTreeMap;
-use std::sync::Mutex;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use baton_core::limits::WORKER_LEASE_MS;
@@ -10,6 +10,7 @@ use baton_core::planted::{self, Bug};
 use baton_core::{Epoch, Refused, RequestId};
 use baton_proto::convert::{refusal, request_id};
 use baton_proto::v1;
+use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::assign::granted;
@@ -53,6 +54,58 @@ impl Asking {
     pub(super) fn count(&self, now: Instant) -> usize {
         let asking = self.0.lock().expect("asking lock");
         asking.values().filter(|at| **at + GATEWAY_LEASE > now).count()
+    }
+}
+
+/// Requests of which a later attempt, an adoption or an end is being proposed: one at a time, so that whose request it is
+/// does not change between the look that allows a proposal and the ledger's taking it.
+#[derive(Default)]
+pub(super) struct Moving(Arc<Moves>);
+
+#[derive(Default)]
+struct Moves {
+    requests: Mutex<BTreeSet<RequestId>>,
+    freed: Notify,
+}
+
+/// The right to move one request, until dropped.
+pub(super) struct Move {
+    moves: Arc<Moves>,
+    request: RequestId,
+}
+
+impl Moving {
+    /// None while another move of the request is under way.
+    pub(super) fn begin(&self, request: RequestId) -> Option<Move> {
+        let begun = self.0.requests.lock().unwrap_or_else(PoisonError::into_inner).insert(request);
+        begun.then(|| Move { moves: self.0.clone(), request })
+    }
+
+    /// Waits for the request's other moves.
+    pub(super) async fn turn(&self, request: RequestId) -> Move {
+        loop {
+            let freed = self.0.freed.notified();
+            match self.begin(request) {
+                Some(begun) => return begun,
+                None => freed.await,
+            }
+        }
+    }
+
+    /// Waits for the other moves of them all, in one order for everybody, so that nobody waits in a circle.
+    pub(super) async fn turns(&self, requests: BTreeSet<RequestId>) -> Vec<Move> {
+        let mut begun = Vec::with_capacity(requests.len());
+        for request in requests {
+            begun.push(self.turn(request).await);
+        }
+        begun
+    }
+}
+
+impl Drop for Move {
+    fn drop(&mut self) {
+        self.moves.requests.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.request);
+        self.moves.freed.notify_waiters();
     }
 }
 
@@ -103,6 +156,10 @@ impl Shared {
         if !wire.key.is_empty() && self.node.ledger().keys().get(&wire.key).is_none() {
             return Err(revoked());
         }
+        // Gateways of earlier releases name neither cluster nor key.
+        if wire.key.is_empty() && !wire.cluster.is_empty() && !self.node.ledger().keys().open() {
+            return Err(refusal(Refused::Fenced, "the cluster asks for an API key, and none is named"));
+        }
         let (attempt, own) = match self.node.ledger().request(request) {
             Some(open) => (open.attempt, open.tenant == wire.tenant),
             None => return Err(unknown()),
@@ -117,6 +174,7 @@ impl Shared {
         if !self.asking.heard(&wire.gateway, &self.node.ledger(), Instant::now()) {
             return Err(full());
         }
+        let _moving = self.moving.turn(request).await;
         match self.submit(Command::Adopt { request, gateway: wire.gateway.clone() }).await? {
             Outcome::Assigned(assigned) => Ok(granted(*assigned, self.cluster())),
             Outcome::Ended | Outcome::Refused(_) => Err(unknown()),

@@ -74,6 +74,7 @@ pub(crate) struct Shared {
     decisions: Mutex<Decisions>,
     admission: Arc<Admission>,
     asking: gateways::Asking,
+    moving: gateways::Moving,
     /// Index up to which the others have been told of this node's ledger.
     checked: AtomicU64,
     policies: settings::Kept,
@@ -123,6 +124,7 @@ impl Service {
             decisions: Mutex::new(Decisions::new()),
             admission: Arc::new(Admission::new()),
             asking: gateways::Asking::default(),
+            moving: gateways::Moving::default(),
             checked: AtomicU64::new(0),
             policies: settings::Kept::new(parts.policy),
             disk: parts.disk,
@@ -423,6 +425,7 @@ impl Shared {
         if let Err(refused) = self.leading().await {
             return Ok(Err(refused));
         }
+        let _moving = self.moving.turns(finished.iter().map(|finished| finished.request).collect()).await;
         finished.retain(|finished| self.may_end(finished, &gateway));
         self.release_ended(&finished);
         let epochs: Vec<Epoch> = finished.iter().map(|finished| finished.epoch).collect();

@@ -250,7 +250,7 @@ impl Shared {
                     line.queue.placed(self.admission.now_ms(), ticket);
                     let Desk { ask, entered, tell } = line.parked.remove(&ticket).expect("looked at above");
                     record_wait("placed", now - entered);
-                    drop(tell.send(Ok(Placed { ask, decision })));
+                    drop(tell.send(Ok(Placed { ask, decision, moving: None })));
                     return true;
                 }
                 Err(declined) if declined.reason == Refused::NoCapacity => {}

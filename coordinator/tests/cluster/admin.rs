@@ -203,10 +203,15 @@ async fn keys_that_a_gateway_has_not_heard_of_are_asked_for_all_the_same() {
     client.assign(again).await.expect("it was accepted while the cluster was open");
     let with_key = v1::AssignRequest { key: "a".into(), tenant: "t".into(), ..request(3, 1) };
     client.assign(with_key).await.unwrap();
-    assert_eq!(client.locate_with(3, "t", "a").await, "");
-    assert_eq!(client.locate_with(3, "t", "").await, "", "an earlier gateway does not name its key");
+    assert_eq!(client.locate_with(3, "t", "a", &before.cluster).await, "");
+    assert_eq!(
+        client.locate_with(3, "t", "", &before.cluster).await,
+        "fenced",
+        "its gateway believes the cluster open"
+    );
+    assert_eq!(client.locate_with(3, "t", "", "").await, "", "a gateway of earlier releases names neither");
     admin.revoke_key(v1::KeyId { id: "a".into() }).await.unwrap();
-    assert_eq!(client.locate_with(3, "t", "a").await, "fenced");
+    assert_eq!(client.locate_with(3, "t", "a", &before.cluster).await, "fenced");
     running.stop().await;
 }
 

@@ -1,11 +1,14 @@
 //! What becomes of requests whose gateway is lost.
 
+use std::sync::Arc;
 use std::time::Duration;
 
+use baton_coordinator::log::MemoryDisk;
+use baton_coordinator::start_on;
 use baton_proto::v1;
 use tokio::time::Instant;
 
-use crate::group::{Client, Directory, config, request, start};
+use crate::group::{Client, Directory, config, env, request, start};
 use crate::wait_for;
 
 /// Waits until so many requests are open, while the gateway that stays sends its heartbeats.
@@ -89,4 +92,59 @@ async fn a_stream_taken_over_is_its_former_gateways_no_more() {
     client.tell(end(second.epoch, "")).await;
     assert_eq!(client.view().await.unwrap().requests_open, 0);
     running.stop().await;
+}
+
+/// Goal: a stream that is taken over is not taken back, nor ended, by what its former gateway says in that very moment.
+/// Method: both speak at once to a coordinator whose disk is slow, again and again; the ledger has to agree with what each
+/// was told.
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_speaks_while_a_stream_is_taken_over_is_heard_before_or_after() {
+    let directory = Directory::new();
+    let disk = Arc::new(MemoryDisk::new(Duration::from_millis(10)));
+    let running = start_on(config(1, directory.path(), &[]), env(1), disk).await.unwrap();
+    let mut client = Client::new(&running.address());
+    client.register("decode-0", "k").await.unwrap();
+    let (mut adopted, mut kept) = (0, 0);
+    for round in 0..24 {
+        let of = |number, gateway: &str, previous_epoch| v1::AssignRequest {
+            request: format!("{:032x}", 100 + round),
+            ..attempt(number, gateway, previous_epoch)
+        };
+        let first = client.assign(of(1, "sleeps", 0)).await.unwrap();
+        let (mut wakes, mut sleeps) = (client.clone(), client.clone());
+        let pause = Duration::from_millis(round % 8);
+        let located = async {
+            tokio::time::sleep(Duration::from_millis(4)).await;
+            wakes.locate(100 + u128::from(round), "wakes", "t").await
+        };
+        let back = async {
+            tokio::time::sleep(pause).await;
+            sleeps.assign(of(2, "sleeps", first.epoch)).await
+        };
+        let (located, back) = tokio::join!(located, back);
+        let epoch = located.expect("it is resumable").epoch;
+        match back {
+            Ok(second) => {
+                kept += 1;
+                assert_eq!(epoch, second.epoch, "round {round}: taken back after it was taken over");
+            }
+            Err(refused) => {
+                adopted += 1;
+                assert!(["stale", "unavailable"].contains(&refused.reason.as_str()), "{refused:?}");
+                assert_eq!(epoch, first.epoch);
+            }
+        }
+        let open = client.view().await.unwrap().requests_open;
+        client.tell(v1::FinishRequest { requests: vec![of_round(round, epoch)], ..end(epoch, "sleeps") }).await;
+        assert_eq!(client.view().await.unwrap().requests_open, open, "round {round}: it is not its former gateway's");
+        client.tell(v1::FinishRequest { requests: vec![of_round(round, epoch)], ..end(epoch, "wakes") }).await;
+        assert_eq!(client.view().await.unwrap().requests_open, open - 1, "round {round}");
+    }
+    println!("{adopted} times the one who takes over was first, {kept} times its former gateway");
+    running.stop().await;
+}
+
+fn of_round(round: u64, epoch: u64) -> v1::FinishedRequest {
+    let (request, outcome) = (format!("{:032x}", 100 + round), "cancelled".into());
+    v1::FinishedRequest { request, epoch, outcome, ..Default::default() }
 }

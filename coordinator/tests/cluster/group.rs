@@ -371,10 +371,10 @@ impl Client {
         assert!(matches!(reply.outcome, Some(v1::finish_reply::Outcome::Finished(_))), "{reply:?}");
     }
 
-    /// Why a key may not locate a request; "": it may.
-    pub(crate) async fn locate_with(&mut self, request: u128, tenant: &str, key: &str) -> String {
+    /// Why a gateway that names this key and cluster may not locate a request; "": it may.
+    pub(crate) async fn locate_with(&mut self, request: u128, tenant: &str, key: &str, cluster: &str) -> String {
         let (request, tenant, key) = (format!("{request:032x}"), tenant.into(), key.into());
-        let request = v1::LocateRequest { request, tenant, key, ..Default::default() };
+        let request = v1::LocateRequest { request, tenant, key, cluster: cluster.into(), ..Default::default() };
         match self.0.locate(request).await.unwrap().into_inner().outcome.unwrap() {
             v1::locate_reply::Outcome::Assignment(_) => String::new(),
             v1::locate_reply::Outcome::Refused(refusal) => refusal.reason,
