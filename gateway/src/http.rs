@@ -106,6 +106,12 @@ fn lane(headers: &HeaderMap) -> Result<Option<Lane>, ApiError> {
     }
 }
 
+/// The lane that OpenAI's `service_tier` asks for.
+fn lane_of_tier(fields: Fields) -> Result<Lane, ApiError> {
+    let is_batch = matches!(fields.text("service_tier")?, Some("flex" | "batch"));
+    Ok(if is_batch { Lane::Batch } else { Lane::Interactive })
+}
+
 const RESUMABLE: HeaderName = HeaderName::from_static("x-baton-resumable");
 const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
 
@@ -156,8 +162,10 @@ async fn generate(
     let resumable_ms = resumable_ms(request.headers())?;
     let body = body(request).await?;
     let (model, model_name) = named_model(gateway, Fields(&body))?;
+    let lane_of_tier = lane_of_tier(Fields(&body))?;
+    let lane = lane.unwrap_or(lane_of_tier);
+    gateway.servers.shed.check(&model.name, &caller.tenant, lane)?;
     let ask = read(Fields(&body), model)?;
-    let lane = lane.unwrap_or(if ask.params.batch { Lane::Batch } else { Lane::Interactive });
     gateway.answer(Call { ask, caller, lane, resumable_ms, model_name, received, parsed: Instant::now() }).await
 }
 

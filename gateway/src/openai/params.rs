@@ -26,8 +26,6 @@ pub(crate) struct Params {
     pub prompt_logprobs: Option<u32>,
     pub return_token_ids: bool,
     pub cache_salt: String,
-    /// `service_tier` asks for the batch lane.
-    pub batch: bool,
     pub stream: bool,
     pub include_usage: bool,
     pub continuous_usage: bool,
@@ -91,7 +89,6 @@ impl Params {
             prompt_logprobs: prompt_logprobs(fields, stream)?,
             return_token_ids: fields.flag("return_token_ids", false)?,
             cache_salt: cache_salt.to_string(),
-            batch: matches!(fields.text("service_tier")?, Some("flex" | "batch")),
             stream,
             include_usage: stream_options.flag("include_usage", false)?,
             continuous_usage: stream_options.flag("continuous_usage_stats", false)?,
