@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use crate::serving::{CHAT, COMPLETIONS, chat, long_prompt};
 
 /// What takes a second by design may take so long on a busy machine.
-const SOON: Duration = Duration::from_secs(5);
+const SOON: Duration = Duration::from_secs(3);
 const MODELS: &str = "/v1/models";
 
 async fn start(gateways: usize) -> Fleet {

@@ -10,7 +10,7 @@ use tokio::time::Instant;
 use crate::serving::{CHAT, chat, long_prompt};
 
 /// Five seconds by design; the rest is for a busy machine.
-const BROKEN_WITHIN: Duration = Duration::from_secs(15);
+const BROKEN_WITHIN: Duration = Duration::from_secs(10);
 const PREFILL: &str = "prefill-0";
 const DECODE: &str = "decode-0";
 
@@ -63,7 +63,9 @@ async fn a_cut_pair_leaves_placement_and_comes_back() {
         (state(&fleet, PREFILL, DECODE).await? == "broken").then_some(())
     })
     .await;
-    assert!(cut.elapsed() < BROKEN_WITHIN, "seen after {:?} only", cut.elapsed());
+    let took = cut.elapsed();
+    println!("the pair is out of placement {} ms after the cut", took.as_millis());
+    assert!(took < BROKEN_WITHIN, "seen after {took:?} only");
     for (prefill, decode) in [(PREFILL, "decode-1"), ("prefill-1", DECODE), ("prefill-1", "decode-1")] {
         let state = state(&fleet, prefill, decode).await;
         assert_ne!(state.as_deref(), Some("broken"), "{prefill} and {decode} can pass blocks");

@@ -142,14 +142,16 @@ async fn without_any_prefill_worker_decode_prefills() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn without_any_decode_worker_the_answer_comes_soon() {
     // It takes less than a second; a machine that is busy may take longer.
-    const SOON: std::time::Duration = std::time::Duration::from_secs(4);
+    const SOON: std::time::Duration = std::time::Duration::from_secs(3);
     let mut fleet = Fleet::start(&Shape::default()).await;
     let client = fleet.client(0);
     let undisturbed = client.stream(CHAT, &request(7, 20)).await.joined();
     fleet.kill("decode-0").await;
     let asked = tokio::time::Instant::now();
     let reply = client.post(CHAT, &request(7, 20)).await;
-    assert!(asked.elapsed() < SOON, "{:?}", asked.elapsed());
+    let took = asked.elapsed();
+    println!("told {} ms after the last decode worker was killed", took.as_millis());
+    assert!(took < SOON, "{took:?}");
     assert_eq!((reply.status, reply.json()["error"]["code"].as_str()), (503, Some("service_unavailable")));
     assert!(reply.headers.contains_key("retry-after"), "{:?}", reply.headers);
     fleet.restart("decode-0").await;

@@ -1,4 +1,5 @@
-//! A small client of the OpenAI API over one connection per call, so that a dropped call is a dropped connection.
+//! A small client of the OpenAI API over one connection per call, so that a dropped call is a dropped connection; or, where a
+//! crowd shall cost what a real one does, over connections that are kept, as OpenAI's own client keeps them.
 
 use std::time::Duration;
 
@@ -7,7 +8,9 @@ use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper::header::{CONTENT_TYPE, HOST, HeaderMap};
 use hyper::{Method, Request, Response};
-use hyper_util::rt::TokioIo;
+use hyper_util::client::legacy;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use serde_json::Value;
 
 /// Talks to one gateway.
@@ -17,6 +20,8 @@ pub struct Client {
     pub address: String,
     /// Sent with every request.
     headers: Vec<(String, String)>,
+    /// Connections that are used again, shared by all clones; None: each call has its own.
+    kept: Option<legacy::Client<HttpConnector, Full<Bytes>>>,
 }
 
 /// A whole answer.
@@ -184,7 +189,15 @@ fn retry_after(headers: &HeaderMap) -> Option<Duration> {
 
 impl Client {
     pub fn new(address: impl Into<String>) -> Client {
-        Client { address: address.into(), headers: Vec::new() }
+        Client { address: address.into(), headers: Vec::new(), kept: None }
+    }
+
+    /// The same client with connections that are kept for further calls once an answer has been read to its end.
+    pub fn keeping_connections(&self) -> Client {
+        let mut connector = HttpConnector::new();
+        connector.set_nodelay(true);
+        let kept = legacy::Client::builder(TokioExecutor::new()).build(connector);
+        Client { kept: Some(kept), ..self.clone() }
     }
 
     /// The same client with one more header in every request.
@@ -200,18 +213,22 @@ impl Client {
     }
 
     async fn send(&self, method: Method, path: &str, body: Bytes) -> Result<Response<Incoming>, String> {
+        let request = |uri: String| {
+            let mut request = Request::builder().method(method).uri(uri).header(HOST, &self.address);
+            for (name, value) in &self.headers {
+                request = request.header(name, value);
+            }
+            request.header(CONTENT_TYPE, "application/json").body(Full::new(body)).map_err(|e| e.to_string())
+        };
+        if let Some(kept) = &self.kept {
+            return kept.request(request(format!("http://{}{path}", self.address))?).await.map_err(|e| e.to_string());
+        }
         let stream = tokio::net::TcpStream::connect(&self.address).await.map_err(|e| e.to_string())?;
         stream.set_nodelay(true).map_err(|e| e.to_string())?;
         let (mut sender, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| e.to_string())?;
         tokio::spawn(connection);
-        let mut request = Request::builder().method(method).uri(path).header(HOST, &self.address);
-        for (name, value) in &self.headers {
-            request = request.header(name, value);
-        }
-        let request =
-            request.header(CONTENT_TYPE, "application/json").body(Full::new(body)).map_err(|e| e.to_string())?;
-        sender.send_request(request).await.map_err(|e| e.to_string())
+        sender.send_request(request(path.to_string())?).await.map_err(|e| e.to_string())
     }
 
     async fn reply(&self, method: Method, path: &str, body: Bytes) -> Result<Reply, String> {

@@ -1,5 +1,5 @@
-//! Paths between processes cut, stalled, reset and damaged by proxies, on control and on KV ports: streams end as the
-//! undisturbed ones, and nothing of a damaged block is ever used.
+//! Paths between processes cut, stalled, reset and damaged by proxies, on coordinators' and workers' gRPC ports and on KV
+//! ports: streams end as the undisturbed ones, and nothing of a damaged block is ever used.
 
 use std::time::Duration;
 
@@ -32,24 +32,29 @@ fn harm(proxy: &Proxy, blocks: bool, draw: &mut Draw) {
 }
 
 pub async fn run(extent: Extent) -> Report {
-    let fleet = Fleet::start(&Shape { prefill: 2, decode: 2, proxied: true, ..Shape::default() }).await;
+    let shape = Shape { coordinators: 3, prefill: 2, decode: 2, ..Shape::default() };
+    let fleet = Fleet::start(&Shape { proxied: true, coordinators_proxied: true, ..shape }).await;
     let client = fleet.client(0);
     let expected = load::expected(&client).await;
     let load = Load::start(std::slice::from_ref(&client), &expected, extent.streams, extent.seed);
     let started = Instant::now();
     go_on(&load, STREAMS_EACH).await;
     let calm = calm_moments(started, Instant::now());
-    let workers = [fleet.ids("decode"), fleet.ids("prefill")].concat();
+    let (coordinators, decode) = (fleet.ids("coordinator"), fleet.ids("decode"));
+    let workers = [decode.clone(), fleet.ids("prefill")].concat();
+    let mut coordinators_cut = 0;
     let (mut draw, mut cuts) = (Draw::new(extent.seed), Vec::new());
     let (before, mut touched) = (repeated(&fleet).await, 0);
     while cuts.len() < extent.times || (touched == 0 && cuts.len() < extent.times + MORE_MAX) {
-        let blocks = draw.below(2) == 0;
-        let proxy = match blocks {
-            true => &fleet.handoff[draw.choose(&fleet.ids("decode"))],
-            false => &fleet.control[draw.choose(&workers)],
+        let target = draw.below(3);
+        let proxy = match target {
+            0 => &fleet.handoff[draw.choose(&decode)],
+            1 => &fleet.control[draw.choose(&workers)],
+            _ => &fleet.control[draw.choose(&coordinators)],
         };
+        coordinators_cut += usize::from(target == 2);
         cuts.push(Instant::now());
-        harm(proxy, blocks, &mut draw);
+        harm(proxy, target == 0, &mut draw);
         tokio::time::sleep(HELD).await;
         proxy.heal();
         fleet.whole().await;
@@ -64,6 +69,7 @@ pub async fn run(extent: Extent) -> Report {
     report.gaps(extra(&silences(&observed, &cuts), &silences(&observed, &calm)));
     // Faults that meet no stream show nothing.
     report.at_least("attempts that lost their path", touched as f64, "attempts", 1.0);
+    report.tell("of them before a coordinator", coordinators_cut as f64, "cuts");
     report.tell("extra gap p99", quantile(&report.gaps_ms, 0.99), "ms");
     report
 }
