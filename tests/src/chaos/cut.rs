@@ -1,6 +1,8 @@
 //! Paths between processes cut, stalled, reset and damaged by proxies, on coordinators' and workers' gRPC ports and on KV
 //! ports: streams end as the undisturbed ones, and nothing of a damaged block is ever used.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -36,7 +38,13 @@ pub async fn run(extent: Extent) -> Report {
     let fleet = Fleet::start(&Shape { proxied: true, coordinators_proxied: true, ..shape }).await;
     let client = fleet.client(0);
     let expected = load::expected(&client).await;
-    let load = Load::start(std::slice::from_ref(&client), &expected, extent.streams, extent.seed);
+    // A leader that nobody reaches, and that reaches the others, leads on: who asks meanwhile is told when to come again.
+    let told = Arc::new(AtomicUsize::new(0));
+    let (tell, asked) = (told.clone(), (client.clone(), expected.clone()));
+    let load = Load::of(extent.streams, extent.seed, move |_, number, salt| {
+        let (told, (client, expected)) = (tell.clone(), asked.clone());
+        async move { load::observe_told(&client, &expected, number, salt, Some(&told)).await }
+    });
     let started = Instant::now();
     go_on(&load, STREAMS_EACH).await;
     let calm = calm_moments(started, Instant::now());
@@ -69,7 +77,8 @@ pub async fn run(extent: Extent) -> Report {
     report.gaps(extra(&silences(&observed, &cuts), &silences(&observed, &calm)));
     // Faults that meet no stream show nothing.
     report.at_least("attempts that lost their path", touched as f64, "attempts", 1.0);
-    report.tell("of them before a coordinator", coordinators_cut as f64, "cuts");
+    report.tell("cuts before a coordinator", coordinators_cut as f64, "cuts");
+    report.tell("clients told to come again", told.load(Ordering::Relaxed) as f64, "times");
     report.tell("extra gap p99", quantile(&report.gaps_ms, 0.99), "ms");
     report
 }

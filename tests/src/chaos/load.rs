@@ -1,6 +1,7 @@
 //! Streams that keep running, each compared with what the undisturbed fleet gave for the same request: greedy and sampled,
 //! several choices, penalties, stop strings, log-probabilities, prompts that are prefilled apart and prompts that hit.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -10,7 +11,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::Draw;
-use crate::client::NotOpened;
+use crate::client::{Events, NotOpened};
 use crate::{Client, Streamed};
 
 /// Different requests; each is answered once undisturbed, then asked for again and again.
@@ -111,26 +112,45 @@ pub async fn expected(client: &Client) -> Expected {
 
 /// One stream from its start to its end.
 pub async fn observe(client: &Client, expected: &Expected, number: usize, salt: Option<u64>) -> Observed {
-    let started = Instant::now();
-    let (mut moments, mut answer) = (Vec::new(), String::new());
-    let verdict = read(client, expected, number, salt, (&mut moments, &mut answer)).await;
-    Observed { number, answer, started, moments, ended: Instant::now(), verdict }
+    observe_told(client, expected, number, salt, None).await
 }
 
-async fn read(
+/// The same of a client that comes again when a 503 tells it to, which `told` counts.
+pub(super) async fn observe_told(
     client: &Client,
     expected: &Expected,
     number: usize,
     salt: Option<u64>,
-    (moments, answer): (&mut Vec<Instant>, &mut String),
-) -> Verdict {
-    let request = body(number, salt);
-    let mut events = match tokio::time::timeout(HUNG, client.try_open(PATH, &request)).await {
-        Err(_) => return Verdict::Hung,
-        Ok(Err(error @ NotOpened::Refused { .. })) => return Verdict::Failed(error.to_string()),
-        Ok(Err(NotOpened::Unreachable(_))) => return Verdict::Lost,
-        Ok(Ok(events)) => events,
+    told: Option<&AtomicUsize>,
+) -> Observed {
+    let started = Instant::now();
+    let (mut moments, mut answer) = (Vec::new(), String::new());
+    let verdict = match open(client, &body(number, salt), told).await {
+        Ok(events) => read(events, &expected[number], (&mut moments, &mut answer)).await,
+        Err(verdict) => verdict,
     };
+    Observed { number, answer, started, moments, ended: Instant::now(), verdict }
+}
+
+async fn open(client: &Client, request: &Value, told: Option<&AtomicUsize>) -> Result<Events, Verdict> {
+    let started = Instant::now();
+    loop {
+        match (tokio::time::timeout(HUNG, client.try_open(PATH, request)).await, told) {
+            (Err(_), _) => return Err(Verdict::Hung),
+            (Ok(Ok(events)), _) => return Ok(events),
+            (Ok(Err(NotOpened::Refused { status: 503, retry_after: Some(pause), .. })), Some(told))
+                if started.elapsed() < HUNG =>
+            {
+                told.fetch_add(1, Ordering::Relaxed);
+                tokio::time::sleep(pause).await;
+            }
+            (Ok(Err(error @ NotOpened::Refused { .. })), _) => return Err(Verdict::Failed(error.to_string())),
+            (Ok(Err(NotOpened::Unreachable(_))), _) => return Err(Verdict::Lost),
+        }
+    }
+}
+
+async fn read(mut events: Events, expected: &Streamed, (moments, answer): (&mut Vec<Instant>, &mut String)) -> Verdict {
     loop {
         match tokio::time::timeout(HUNG, events.advance()).await {
             Err(_) => return Verdict::Hung,
@@ -139,7 +159,7 @@ async fn read(
         }
     }
     *answer = events.answer.take().unwrap_or_default();
-    judge(events.so_far.joined(), &expected[number])
+    judge(events.so_far.joined(), expected)
 }
 
 /// How a stream that has come to its end compares with the undisturbed one.
