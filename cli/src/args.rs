@@ -92,6 +92,8 @@ mod tests {
             ("baton up --coordinators 2", false),
             ("baton up --quantize q8_0", true),
             ("baton up --quantize q3", false),
+            ("baton up --kv-dtype int8", true),
+            ("baton up --kv-dtype int4", false),
             ("baton up --decode 0", false),
             ("baton up --prefill 0", true),
             ("baton up --tp 2 --prefill-tp 1 --decode-tp 4", true),

@@ -8,7 +8,7 @@ use std::fmt;
 use std::path::Path;
 use std::str::FromStr;
 
-use baton_core::Role;
+use baton_core::{KvDtype, Role};
 use baton_kernels::Quantize;
 
 pub(crate) use gpu::{bench, doctor, finding, read, send, transfer};
@@ -22,9 +22,13 @@ pub(crate) enum Device {
 }
 
 impl Device {
-    /// Refuses weights that it cannot compute with.
-    pub(crate) fn check(self, model: &Path, quantize: Option<Quantize>) -> Result<(), String> {
+    /// Refuses weights and a cache that it cannot compute with.
+    pub(crate) fn check(self, model: &Path, quantize: Option<Quantize>, kv_dtype: KvDtype) -> Result<(), String> {
         match self {
+            Device::Cuda(_) if kv_dtype != KvDtype::Bf16 => Err(format!(
+                "{self} keeps keys and values in bf16; --kv-dtype {} is for --device cpu",
+                kv_dtype.as_str()
+            )),
             Device::Cuda(_) if quantize.is_some() || model.is_file() => Err(format!(
                 "{self} computes in bf16 from a model directory; quantized weights and GGUF files are for --device cpu"
             )),
@@ -85,12 +89,21 @@ mod tests {
 
     #[test]
     fn gpus_refuse_quantized_weights() {
-        let check = |device: Device, model: &str, quantize| device.check(Path::new(model), quantize);
+        let check = |device: Device, model: &str, quantize| device.check(Path::new(model), quantize, KvDtype::Bf16);
         let file = concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml");
         assert!(check(Device::Cpu, file, Some(Quantize::Q8_0)).is_ok());
         assert!(check(Device::Cuda(0), "/models/a", None).is_ok());
         assert!(check(Device::Cuda(1), "/models/a", Some(Quantize::Q8_0)).unwrap_err().contains("cuda:1"));
         assert!(check(Device::Cuda(0), file, None).unwrap_err().contains("GGUF"));
+    }
+
+    #[test]
+    fn gpus_refuse_caches_in_8_bits() {
+        for dtype in [KvDtype::F32, KvDtype::Int8, KvDtype::Fp8] {
+            assert!(Device::Cpu.check(Path::new("/models/a"), None, dtype).is_ok());
+            let refused = Device::Cuda(2).check(Path::new("/models/a"), None, dtype).unwrap_err();
+            assert!(refused.contains("cuda:2") && refused.contains(dtype.as_str()), "{refused}");
+        }
     }
 
     #[test]

@@ -103,6 +103,10 @@ pub(crate) struct UpFlags {
     /// Keep floating-point weights as q8_0 or q4_0: 8 or 4 bits and a scale per 32 weights [default: bf16]
     #[arg(long, value_name = "FORMAT", value_parser = ["q8_0", "q4_0"])]
     quantize: Option<String>,
+    /// What keys and values are kept as: bf16, f32, or 8 bits with a scale for each token and head (int8, fp8), which hold
+    /// nearly twice the tokens in the same memory [default: bf16]
+    #[arg(long, value_name = "DTYPE", value_parser = ["bf16", "f32", "int8", "fp8"])]
+    kv_dtype: Option<String>,
     /// Fixes every random choice of the cluster's processes [default: from the operating system]
     #[arg(long)]
     seed: Option<u64>,
@@ -204,6 +208,7 @@ fn topology(
         batch_tokens: flags.batch_tokens,
         draft_tokens: flags.draft_tokens,
         quantize: flags.quantize.clone(),
+        kv_dtype: flags.kv_dtype.clone(),
         seed: flags.seed,
         log: log.to_arguments(),
     })

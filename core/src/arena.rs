@@ -3,8 +3,13 @@
 //!
 //! ```text
 //! arena = block 0 | block 1 | ...            every block the same size
-//! block = (kv_head, layer, K|V, token, head_dim)     head outermost: one extent per head slice
+//! block = (kv_head, layer, K|V, token, row)          head outermost: one extent per head slice
+//! row   = head_dim elements | scale                  a scale of its own where elements are 8 bits, else none
 //! ```
+//! A row is one token's key or value of one head. Its scale lies in it, is fixed when the row is written and never
+//! changes: so bytes depend on the token alone, and heads, blocks and tokens can be moved and cut apart without a word
+//! about scales.
+//!
 //! Because heads are outermost, some heads of every block are again blocks, only further apart: a view.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
@@ -27,20 +32,54 @@ pub use device::{Arriving, DeviceBlocks, DeviceSource, Extents};
 pub enum KvDtype {
     Bf16,
     F32,
+    /// Whole numbers from -127 to 127, times the row's scale.
+    Int8,
+    /// e4m3 (a sign, 4 bits of exponent, 3 of fraction), times the row's scale.
+    Fp8,
 }
 
 impl KvDtype {
+    pub const ALL: [KvDtype; 4] = [KvDtype::Bf16, KvDtype::F32, KvDtype::Int8, KvDtype::Fp8];
+
+    /// Bytes of an element.
     pub fn bytes(self) -> usize {
         match self {
             KvDtype::Bf16 => 2,
             KvDtype::F32 => 4,
+            KvDtype::Int8 | KvDtype::Fp8 => 1,
         }
+    }
+
+    /// Bytes of the bf16 behind a row's elements that they are multiplied with; none where elements mean themselves.
+    pub fn scale_bytes(self) -> usize {
+        if self.is_scaled() { 2 } else { 0 }
+    }
+
+    /// Whether rows have a scale.
+    pub fn is_scaled(self) -> bool {
+        matches!(self, KvDtype::Int8 | KvDtype::Fp8)
     }
 
     pub fn as_str(self) -> &'static str {
         match self {
             KvDtype::Bf16 => "bf16",
             KvDtype::F32 => "f32",
+            KvDtype::Int8 => "int8",
+            KvDtype::Fp8 => "fp8",
+        }
+    }
+
+    pub fn named(name: &str) -> Option<KvDtype> {
+        KvDtype::ALL.into_iter().find(|dtype| dtype.as_str() == name)
+    }
+
+    /// What a row is made of, as layouts that are compared have it: `int8+bf16` are elements with their scale behind them.
+    pub fn row(self) -> &'static str {
+        match self {
+            KvDtype::Bf16 => "bf16",
+            KvDtype::F32 => "f32",
+            KvDtype::Int8 => "int8+bf16",
+            KvDtype::Fp8 => "fp8+bf16",
         }
     }
 }
@@ -63,9 +102,14 @@ pub struct BlockLayout {
 }
 
 impl BlockLayout {
-    /// Bytes of one (kv_head, layer, K or V): (token, head_dim).
+    /// Bytes of one token's key or value of one head, its scale included.
+    pub fn row_bytes(&self) -> usize {
+        self.head_dim as usize * self.dtype.bytes() + self.dtype.scale_bytes()
+    }
+
+    /// Bytes of one (kv_head, layer, K or V): (token, row).
     pub fn half_bytes(&self) -> usize {
-        self.block_tokens as usize * self.head_dim as usize * self.dtype.bytes()
+        self.block_tokens as usize * self.row_bytes()
     }
 
     /// Bytes of one (kv_head, layer): K then V. The unit a layer's block moves in: `kv_heads` of these.
@@ -95,7 +139,7 @@ impl BlockLayout {
     /// Text that is equal exactly for equal layouts.
     pub fn describe(&self) -> String {
         let BlockLayout { layers, kv_heads, head_dim, block_tokens, dtype } = self;
-        format!("full:l{layers}:h{kv_heads}:d{head_dim}:t{block_tokens}:{}", dtype.as_str())
+        format!("full:l{layers}:h{kv_heads}:d{head_dim}:t{block_tokens}:{}", dtype.row())
     }
 }
 
@@ -316,7 +360,7 @@ impl Arena {
         unsafe { self.base.add(index as usize * self.stride) }
     }
 
-    /// Copies one layer of a block out, as (kv_head, K|V, token, head_dim), into `out` of `layer_bytes`.
+    /// Copies one layer of a block out, as (kv_head, K|V, token, row), into `out` of `layer_bytes`.
     ///
     /// # Safety
     /// The caller holds the block as filled, so that nobody writes it meanwhile.

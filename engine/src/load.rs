@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use baton_core::limits::BLOCK_TOKENS;
 use baton_core::{BlockLayout, KvDtype, NumericsClass};
-use baton_kernels::{Collective, Cpu, Dtype, Matrix, Packed, Profile, Quantize};
+use baton_kernels::{Collective, Cpu, Dtype, HEAD_DIM_MAX, Matrix, Packed, Profile, Quantize};
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::experts::{Expert, Experts};
@@ -40,11 +40,13 @@ pub struct LoadOptions {
     pub ranks: usize,
     /// What floating-point weights become in memory; None: bf16.
     pub quantize: Option<Quantize>,
+    /// What keys and values become in the cache.
+    pub kv_dtype: KvDtype,
 }
 
 impl Default for LoadOptions {
     fn default() -> LoadOptions {
-        LoadOptions { threads: 1, profile: None, ranks: 1, quantize: None }
+        LoadOptions { threads: 1, profile: None, ranks: 1, quantize: None, kv_dtype: KvDtype::Bf16 }
     }
 }
 
@@ -88,6 +90,9 @@ pub fn load_ranks(
     progress(Progress { phase: Phase::Open, bytes_done: 0, bytes_total: 0 });
     let (config, checkpoint) = open(path)?;
     let shards = shards(&config, &checkpoint, options)?;
+    if options.kv_dtype == KvDtype::Int8 && config.heads.head_dim > HEAD_DIM_MAX {
+        return Err(LoadError::TooWide { found: config.heads.head_dim, most: HEAD_DIM_MAX });
+    }
     let profile = options.profile.unwrap_or_else(Profile::best);
     let threads = options.threads / options.ranks;
     let device = || Cpu::new(threads, profile).map_err(|unsupported| LoadError::Profile(unsupported.to_string()));
@@ -116,7 +121,7 @@ pub fn load_ranks(
         kv_heads: config.heads.kv_heads as u32,
         head_dim: config.heads.head_dim as u32,
         block_tokens: BLOCK_TOKENS as u32,
-        dtype: KvDtype::Bf16,
+        dtype: options.kv_dtype,
     };
     let spec = ModelSpec {
         name: name(path),

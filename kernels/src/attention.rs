@@ -1,11 +1,13 @@
 //! What attention works on: heads, spans of rows, and the two operations' arguments.
 
-use baton_core::{Arena, BlockLayout};
+use baton_core::{Arena, BlockLayout, KvDtype};
 
 use crate::RopeTable;
 
 /// Positions per logical block: the unit of softmax, counted from position 0 whatever the cache's block size.
 pub(crate) const BLOCK: usize = 64;
+/// Widest head whose keys and values can be whole numbers of 8 bits.
+pub const HEAD_DIM_MAX: usize = 256;
 
 /// Shape of one layer's attention. A qkv row is (q heads | k heads | v heads) × head_dim.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -122,6 +124,9 @@ impl Attention<'_> {
         assert_eq!(qkv, rows * self.heads.qkv_width(), "qkv does not fit its width");
         assert_eq!(out, rows * self.heads.width(), "outputs do not fit (rows, heads·head_dim)");
         assert!(self.window != Some(0), "an empty window");
+        // Sums of so many products of 8 and 16 bits fit 32.
+        let fits = arena.layout().dtype != KvDtype::Int8 || self.heads.head_dim <= HEAD_DIM_MAX;
+        assert!(fits, "heads of {} are too wide for 8 bits", self.heads.head_dim);
         self.spans.iter().for_each(|span| span.check(rows, arena, self.layer));
     }
 

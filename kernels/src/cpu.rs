@@ -8,6 +8,7 @@ mod lanes;
 mod matmul;
 mod quantized;
 mod rows;
+mod scaled;
 #[cfg(test)]
 mod tests;
 #[cfg(target_arch = "x86_64")]
@@ -22,7 +23,7 @@ use baton_core::{Arena, KvDtype};
 use self::attend::{Attend, Operands, Plan};
 use self::isa::Isa;
 use self::lanes::{Kernel, Lanes};
-use self::matmul::{Dot, Exact, Full, Inputs, Matmul, Pack, Pairs, pieces};
+use self::matmul::{Dot, Exact, Fours, Full, Inputs, Matmul, Pack, Pairs, pieces};
 use self::quantized::{Grid, Multiply, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0, Quantized, WORDS};
 use self::rows::{Add, ExpSum, Largest, MixRows, Norm, Rope, SiluMul};
 use crate::packed::{Format, PANEL, Quantize, Run, locate};
@@ -380,7 +381,8 @@ impl Cpu {
         a.check(q_in_qkv.len(), out.len(), arena);
         let out = Out(out.as_mut_ptr());
         match (arena.layout().dtype, self.profile) {
-            (KvDtype::Bf16, Profile::Bf16Dp) => self.attend::<Pairs>(a, q_in_qkv, arena, out),
+            (KvDtype::Int8, _) => self.attend::<Fours>(a, q_in_qkv, arena, out),
+            (KvDtype::Bf16 | KvDtype::Fp8, Profile::Bf16Dp) => self.attend::<Pairs>(a, q_in_qkv, arena, out),
             _ => self.attend::<Full>(a, q_in_qkv, arena, out),
         }
     }

@@ -3,6 +3,11 @@
 
 use crate::bf16;
 
+/// The largest number.
+pub const LARGEST: f32 = 448.0;
+/// 2^-120: what an e4m3's exponent and fraction say when they stand in an f32's place, over what they mean.
+pub(crate) const SHIFT: f32 = f32::from_bits((127 - 120) << 23);
+
 /// Scales of weights are below this, so that every step of widening them is finite.
 pub const SCALE_BOUND: f32 = 256.0;
 
@@ -66,9 +71,35 @@ pub fn value(byte: u8) -> f32 {
     }
 }
 
+/// The nearest value of a number of at most `LARGEST`, ties to even. (Below 2^-12 of a step a tie may be one of f32's
+/// rounding.)
+pub(crate) fn round(x: f32) -> u8 {
+    let bits = (x * SHIFT).to_bits();
+    let magnitude = bits & 0x7fff_ffff;
+    let rounded = (magnitude + 0x7_ffff + (magnitude >> 20 & 1)) >> 20;
+    (rounded | bits >> 24 & 0x80) as u8
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Every byte's value is that byte; numbers between two go to the nearer one, those in the middle to the even one.
+    #[test]
+    fn rounds_to_the_nearest() {
+        for byte in (0..=0x7eu8).chain(0x80..=0xfe) {
+            assert_eq!(round(value(byte)), byte);
+        }
+        for byte in 0..0x7eu8 {
+            let (low, high) = (value(byte), value(byte + 1));
+            let even = if byte % 2 == 0 { byte } else { byte + 1 };
+            assert_eq!(round((low + high) / 2.0), even, "{low} {high}");
+            assert_eq!(round(low + (high - low) * 0.49), byte);
+            assert_eq!(round(low + (high - low) * 0.51), byte + 1);
+            assert_eq!(round(-(low + (high - low) * 0.51)), byte + 1 | 0x80);
+        }
+        assert_eq!((round(463.0), round(1e-30)), (0x7e, 0));
+    }
 
     #[test]
     fn bytes_mean_what_the_format_says() {

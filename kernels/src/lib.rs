@@ -26,7 +26,7 @@ mod rope;
 mod route;
 mod segments;
 
-pub use attention::{Attention, Heads, KvHeads, RopeStore, Span};
+pub use attention::{Attention, HEAD_DIM_MAX, Heads, KvHeads, RopeStore, Span};
 pub use collective::{Broken, Collective};
 pub use cpu::Cpu;
 pub use f8::F8Matrix;

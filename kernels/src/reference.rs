@@ -6,7 +6,7 @@ use std::ops::Range;
 use baton_core::arena::{Arena, Half, KvDtype};
 
 use crate::attention::{Attention, BLOCK, RopeStore, Span};
-use crate::kv::{load, store};
+use crate::kv::{integers, load, store};
 use crate::math::{exp, larger, ln, silu};
 use crate::packed::{Format, Run};
 use crate::quant::{BLOCK_LEN, Block, quantize};
@@ -243,13 +243,18 @@ struct Partial {
     max: f32,
     sum: f32,
     values: Vec<f32>,
+    /// What the values mean times.
+    factor: f32,
 }
 
 /// Causal attention of each row over its sequence's positions up to its own. Per logical block of 64 positions a
 /// partial; partials merge in block order (Dao et al. 2022, "FlashAttention", section 3.1).
 ///
 /// Scores are chains over head_dim and values chains over the block's positions: of f32 multiply-adds, or, in `bf16dp`
-/// over a bf16 cache, of `vdpbf16ps` with the exponentials rounded to bf16.
+/// over a cache in bf16 or e4m3, of `vdpbf16ps` with the weights rounded to bf16. Over rows in 8 bits they are over numbers
+/// without their scales: a position's score is multiplied with its key's scale, and its exponential, once it is in the sum,
+/// with its value's. Over whole numbers q and a block's weights become whole numbers, too (`kv::whole`), and the sums of
+/// products are exact.
 pub fn attention(profile: Profile, a: &Attention, qkv: &[f32], arena: &Arena, out: &mut [f32]) {
     a.check(qkv.len(), out.len(), arena);
     let (width, dim) = (a.heads.qkv_width(), a.heads.head_dim);
@@ -273,12 +278,13 @@ fn attend(
     q: &[f32],
     arena: &Arena,
 ) -> Vec<f32> {
-    let mut all = Partial { max: f32::NEG_INFINITY, sum: 0.0, values: vec![0.0; q.len()] };
+    let mut all = Partial { max: f32::NEG_INFINITY, sum: 0.0, values: vec![0.0; q.len()], factor: 1.0 };
     for block in a.first(position) / BLOCK..=position / BLOCK {
         let part = partial(profile, a, span, position, head, q, arena, block);
         let max = larger(all.max, part.max);
         let (old, new) = (exp(all.max - max), exp(part.max - max));
         all.sum = all.sum.mul_add(old, part.sum * new);
+        let new = part.factor * new;
         for (all, part) in all.values.iter_mut().zip(&part.values) {
             *all = all.mul_add(old, part * new);
         }
@@ -300,31 +306,49 @@ fn partial(
     block: usize,
 ) -> Partial {
     let dtype = arena.layout().dtype;
-    let pairs = profile == Profile::Bf16Dp && dtype == KvDtype::Bf16;
+    let pairs = profile == Profile::Bf16Dp && matches!(dtype, KvDtype::Bf16 | KvDtype::Fp8);
+    let whole = (dtype == KvDtype::Int8).then(|| integers(q));
     let kv_head = a.kv.first + head / a.heads.group();
     let seen = a.first(position)..position + 1;
     let mut scores = [f32::NEG_INFINITY; BLOCK];
-    let mut values = vec![vec![0.0; q.len()]; BLOCK];
+    let (mut values, mut scales) = (vec![vec![0.0; q.len()]; BLOCK], [1.0; BLOCK]);
     for i in (0..BLOCK).filter(|i| seen.contains(&(block * BLOCK + i))) {
-        let k = load(arena, span, block * BLOCK + i, kv_head, a.layer, Half::Key);
-        values[i] = load(arena, span, block * BLOCK + i, kv_head, a.layer, Half::Value);
+        let (k, scale) = load(arena, span, block * BLOCK + i, kv_head, a.layer, Half::Key);
+        (values[i], scales[i]) = load(arena, span, block * BLOCK + i, kv_head, a.layer, Half::Value);
         let steps = k.as_chunks().0.iter().zip(q.as_chunks().0);
-        let score = if pairs {
-            steps.fold(0.0, |acc, (&k, &q)| dot_bf16(acc, k, q))
-        } else {
-            k.iter().zip(q).fold(0.0, |acc, (k, q)| k.mul_add(*q, acc))
+        let score = match &whole {
+            Some((q, factor)) => dot(&k, q) * (factor * a.scale),
+            None if pairs => steps.fold(0.0, |acc, (&k, &q)| dot_bf16(acc, k, q)) * a.scale,
+            None => k.iter().zip(q).fold(0.0, |acc, (k, q)| k.mul_add(*q, acc)) * a.scale,
         };
-        scores[i] = score * a.scale;
+        scores[i] = score * scale;
     }
     let max = scores.iter().fold(f32::NEG_INFINITY, |max, &score| larger(score, max));
-    let weights = scores.map(|score| if pairs { bf16::rounded(exp(score - max)) } else { exp(score - max) });
+    let rounded = |x: f32| if pairs { bf16::rounded(x) } else { x };
+    let exps = scores.map(|score| exp(score - max)).map(|x| if dtype.is_scaled() { x } else { rounded(x) });
+    let weight = |i: usize| if exps[i] > 0.0 { rounded(exps[i] * scales[i]) } else { 0.0 };
+    let weights: [f32; BLOCK] = match dtype.is_scaled() {
+        true => std::array::from_fn(weight),
+        false => exps,
+    };
+    if whole.is_some() {
+        let (weights, factor) = integers(&weights);
+        let column = |d: usize| values.iter().map(|value| value[d]).collect::<Vec<f32>>();
+        let values = (0..q.len()).map(|d| dot(&column(d), &weights)).collect();
+        return Partial { max, sum: tree64(&exps), values, factor };
+    }
     let value = |d: usize| {
         let column = |i: usize| [values[i][d], values[i + 1][d]];
         let steps = (0..BLOCK).step_by(2).map(|i| (column(i), [weights[i], weights[i + 1]]));
         let profile = if pairs { Profile::Bf16Dp } else { Profile::F32Acc };
         steps.fold(0.0, |acc, (v, w)| chain(profile, acc, v, w))
     };
-    Partial { max, sum: tree64(&weights), values: (0..q.len()).map(value).collect() }
+    Partial { max, sum: tree64(&exps), values: (0..q.len()).map(value).collect(), factor: 1.0 }
+}
+
+/// The sum of products of whole numbers, rounded once.
+fn dot(a: &[f32], b: &[i32]) -> f32 {
+    a.iter().zip(b).map(|(a, b)| *a as i32 * b).sum::<i32>() as f32
 }
 
 /// ln Σ e^x of a row: chunks of 4096 values summed in 64 lanes, the chunks' sums in f64.

@@ -318,7 +318,7 @@ impl From<BlockLayout> for v1::Layout {
             kv_heads: l.kv_heads,
             head_dim: l.head_dim,
             block_tokens: l.block_tokens,
-            dtype: l.dtype.as_str().into(),
+            dtype: l.dtype.row().into(),
         }
     }
 }
@@ -327,11 +327,8 @@ impl TryFrom<v1::Layout> for BlockLayout {
     type Error = BadMessage;
 
     fn try_from(l: v1::Layout) -> Result<BlockLayout, BadMessage> {
-        let dtype = match l.dtype.as_str() {
-            "bf16" => KvDtype::Bf16,
-            "f32" => KvDtype::F32,
-            _ => return Err(BadMessage { field: "layout.dtype", problem: "is unknown" }),
-        };
+        let dtype = KvDtype::ALL.into_iter().find(|dtype| dtype.row() == l.dtype);
+        let dtype = dtype.ok_or(BadMessage { field: "layout.dtype", problem: "is unknown" })?;
         Ok(BlockLayout {
             layers: l.layers,
             kv_heads: l.kv_heads,

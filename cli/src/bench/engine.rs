@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use baton_core::KvDtype;
 use baton_engine::bench::{self, BenchOptions};
 use baton_engine::{LoadOptions, Loaded};
 use baton_kernels::{Profile, Quantize};
@@ -47,6 +48,12 @@ pub(crate) struct EngineFlags {
     /// Keep floating-point weights as q8_0 or q4_0 (8 or 4 bits and a scale per 32 weights) [default: bf16]
     #[arg(long, value_name = "FORMAT")]
     quantize: Option<String>,
+    /// What keys and values are kept as: bf16, f32, int8 or fp8 [default: bf16]
+    #[arg(long, value_name = "DTYPE")]
+    kv_dtype: Option<String>,
+    /// Tokens that each decoding sequence has before it is measured, on the CPU
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=(1 << 20)))]
+    context: u32,
     /// Rounds over all figures
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub(crate) rounds: u32,
@@ -61,7 +68,8 @@ pub(crate) fn run(flags: EngineFlags) -> Result<(), Failure> {
         None => crate::model::unpack(&surroundings::default_data()).map_err(Failure::refused)?,
     };
     let quantize = quantize(flags.quantize.as_deref())?;
-    flags.device.check(&directory, quantize).map_err(Failure::refuse)?;
+    let kv_dtype = kv_dtype(flags.kv_dtype.as_deref())?;
+    flags.device.check(&directory, quantize, kv_dtype).map_err(Failure::refuse)?;
     if let Device::Cuda(index) = flags.device {
         let threads = flags.threads.map_or_else(surroundings::cores, |n| n as usize);
         return crate::device::bench(&flags, &directory, index, threads);
@@ -71,12 +79,20 @@ pub(crate) fn run(flags: EngineFlags) -> Result<(), Failure> {
         profile: profile(flags.profile.as_deref())?,
         ranks: flags.tp as usize,
         quantize,
+        kv_dtype,
     };
     let started = Instant::now();
     let Loaded { mut model, spec } = load(&directory, options)?;
     let took = started.elapsed();
 
-    let options = BenchOptions { rounds: flags.rounds as usize, ..BenchOptions::default() };
+    let (rounds, context_tokens) = (flags.rounds as usize, flags.context as usize);
+    if context_tokens + 4 * BenchOptions::default().decode_steps > spec.positions_max {
+        let positions = spec.positions_max;
+        return Err(Failure::refuse(format!(
+            "--context {context_tokens} leaves no room to decode in {positions} positions"
+        )));
+    }
+    let options = BenchOptions { rounds, context_tokens, ..BenchOptions::default() };
     let measured = bench::bench(&mut model, &spec, options, &|| started.elapsed().as_secs_f64());
     let mut figures = vec![Figure::new("load", took.as_secs_f64(), "s")];
     figures.extend(measured.into_iter().map(|f| Figure::new(f.name, f.value, f.unit)));
@@ -120,6 +136,14 @@ pub(crate) fn profile(name: Option<&str>) -> Result<Option<Profile>, Failure> {
     let Some(name) = name else { return Ok(None) };
     let found = [Profile::F32Acc, Profile::Bf16Dp].into_iter().find(|profile| profile.as_str() == name);
     found.map(Some).ok_or_else(|| Failure::refuse(format!("{name:?} is no kernel profile; f32acc and bf16dp are")))
+}
+
+/// The KV dtype of that name.
+pub(crate) fn kv_dtype(name: Option<&str>) -> Result<KvDtype, Failure> {
+    let Some(name) = name else { return Ok(KvDtype::Bf16) };
+    let known = KvDtype::ALL.map(KvDtype::as_str).join(", ");
+    KvDtype::named(name)
+        .ok_or_else(|| Failure::refuse(format!("{name:?} is nothing to keep keys and values as; {known} are")))
 }
 
 /// The format of that name.

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use baton_core::limits::{BLOCK_TOKENS, WORKER_QUEUE_MAX};
-use baton_core::{Env, Rng, Role};
+use baton_core::{Env, KvDtype, Rng, Role};
 use baton_engine::{Backend, LoadOptions, Loaded, ModelSpec, Progress};
 use baton_kernels::{Profile, Quantize};
 use baton_worker::{Config, Ending, Error, Left, LoadedModel, Running, StartError};
@@ -32,7 +32,7 @@ const SEQUENCES_MAX: usize = 256;
 /// up for its silence drops what it had and registers anew.
 ///
 /// Keys of the TOML file, as the flags of these names: id, listen, kv_listen, kv_advertise, kv_tickets_required, kv_link,
-/// advertise_host, coordinators (a list), model, threads, tp, device, profile, quantize, metrics, kv_bytes, kv_pull (whether blocks that another
+/// advertise_host, coordinators (a list), model, threads, tp, device, profile, quantize, kv_dtype, metrics, kv_bytes, kv_pull (whether blocks that another
 /// worker holds are fetched, true), kv_host_bytes, kv_disk, kv_disk_bytes, drain_ms, autonomy_ms. In the table [kv_tls]: ca, cert, key. In the table [engine]: blocks
 /// (--kv-blocks), batch_tokens_max (--batch-tokens),
 /// sequences_max (sequences worked on at a time, 256), queue_max (requests that wait before more are refused, 256),
@@ -95,6 +95,10 @@ pub(crate) struct WorkerFlags {
     /// Keep floating-point weights as q8_0 or q4_0; workers of one cluster should agree [default: bf16]
     #[arg(long, value_name = "FORMAT")]
     quantize: Option<String>,
+    /// What keys and values are kept as: bf16, f32, int8 or fp8 (8 bits, with a scale for each token and head); blocks pass only
+    /// between workers that agree [default: bf16]
+    #[arg(long, value_name = "DTYPE")]
+    kv_dtype: Option<String>,
     /// KV blocks (of 16 tokens) [default: 4096, or as many as --kv-bytes hold]
     #[arg(long, value_name = "N")]
     kv_blocks: Option<u32>,
@@ -145,13 +149,15 @@ struct Own {
     device: Device,
     profile: Option<Profile>,
     quantize: Option<Quantize>,
+    kv_dtype: KvDtype,
     kv_bytes: u64,
     metrics: String,
 }
 
 impl Own {
     fn options(&self) -> LoadOptions {
-        LoadOptions { threads: self.threads, profile: self.profile, ranks: self.tp, quantize: self.quantize }
+        let Own { threads, profile, tp: ranks, quantize, kv_dtype, .. } = *self;
+        LoadOptions { threads, profile, ranks, quantize, kv_dtype }
     }
 }
 
@@ -294,6 +300,7 @@ fn settings(flags: WorkerFlags, role: Role) -> Result<(Own, Settings), Failure> 
         device: device(flags.device, settings.take("device")?)?,
         profile: crate::bench::engine::profile(flags.profile.or(settings.take("profile")?).as_deref())?,
         quantize: crate::bench::engine::quantize(flags.quantize.or(settings.take("quantize")?).as_deref())?,
+        kv_dtype: crate::bench::engine::kv_dtype(flags.kv_dtype.or(settings.take("kv_dtype")?).as_deref())?,
         kv_bytes: kv_bytes(flags.kv_bytes.or(settings.take("kv_bytes")?))?,
         metrics: flags.metrics.or(settings.take("metrics")?).unwrap_or_else(|| "127.0.0.1:0".to_string()),
     };
@@ -324,7 +331,7 @@ fn kv_bytes(asked: Option<i64>) -> Result<u64, Failure> {
 /// Loads on a thread of its own, so that signals and the supervisor's pipe stay served, and fills in what depends on the model.
 async fn load(own: &Own, mut settings: Settings, voice: Voice) -> Result<(LoadedModel, Settings), Failure> {
     let (directory, device, options) = (own.model.clone(), own.device, own.options());
-    device.check(&directory, options.quantize).map_err(Failure::refuse)?;
+    device.check(&directory, options.quantize, options.kv_dtype).map_err(Failure::refuse)?;
     let room = Room { blocks: settings.count("engine.blocks"), kv_bytes: own.kv_bytes };
     let loading = tokio::task::spawn_blocking(move || read(directory, device, options, room, voice));
     let (model, blocks) = loading.await.context("the loading thread failed")?.map_err(Failure::refused)?;

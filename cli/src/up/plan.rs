@@ -41,6 +41,8 @@ pub(crate) struct Topology {
     pub(crate) draft_tokens: Option<u32>,
     /// What workers turn floating-point weights into.
     pub(crate) quantize: Option<String>,
+    /// What workers keep keys and values as.
+    pub(crate) kv_dtype: Option<String>,
     pub(crate) seed: Option<u64>,
     /// Flags every child gets.
     pub(crate) log: Vec<String>,
@@ -128,6 +130,7 @@ impl Topology {
         arguments.extend(self.batch_tokens.iter().flat_map(|tokens| flag("--batch-tokens", tokens)));
         arguments.extend(self.draft_tokens.iter().flat_map(|tokens| flag("--draft-tokens", tokens)));
         arguments.extend(self.quantize.iter().flat_map(|format| flag("--quantize", format)));
+        arguments.extend(self.kv_dtype.iter().flat_map(|dtype| flag("--kv-dtype", dtype)));
         arguments.extend(self.coordinator_flags());
         Plan { role, id, arguments }
     }
@@ -178,6 +181,7 @@ mod tests {
             batch_tokens: Some(512),
             draft_tokens: Some(4),
             quantize: Some("q8_0".into()),
+            kv_dtype: Some("int8".into()),
             seed: Some(u64::MAX),
             log: vec!["--log-json".into()],
         }

@@ -102,7 +102,7 @@ fn parts(arena: &Arena, table: &[u32], position: usize, mut each: impl FnMut(*mu
 }
 
 fn part_bytes(arena: &Arena) -> usize {
-    arena.layout().head_dim as usize * arena.layout().dtype.bytes()
+    arena.layout().row_bytes()
 }
 
 fn token_bytes(arena: &Arena, table: &[u32], position: usize, out: &mut Vec<u8>) {

@@ -40,6 +40,8 @@ pub enum LoadError {
     Threads(usize, std::io::Error),
     #[error("this machine cannot run the kernel profile asked for: {0}")]
     Profile(String),
+    #[error("keys of {found} elements cannot be kept in int8, only of up to {most}; choose another --kv-dtype")]
+    TooWide { found: usize, most: usize },
     #[error("{0}")]
     Device(String),
 }

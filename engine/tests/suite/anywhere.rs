@@ -3,7 +3,7 @@
 //! any token. Every way gives the tokens and the bits of the request alone. A thousand cases; a hundred times as many with
 //! `BATON_TEST_LONG=1`; those of one model again with `BATON_TEST_MODEL=N`.
 
-use baton_core::{Request, Rng};
+use baton_core::{KvDtype, Request, Rng};
 use baton_engine::testing::{TinyModel, drain, request, work};
 use baton_engine::{Choice, Engine, EngineConfig, Goal, LoadOptions, Loaded, ModelSpec, Work};
 use baton_kernels::Quantize;
@@ -21,7 +21,8 @@ fn among<T: Copy>(rng: &mut Rng, values: &[T]) -> T {
     values[rng.below(values.len() as u64) as usize]
 }
 
-fn random_model(rng: &mut Rng) -> (TinyModel, Option<Quantize>) {
+/// A model, and what it is loaded with: weights and caches of every kind.
+fn random_model(rng: &mut Rng) -> (TinyModel, LoadOptions) {
     let families = TinyModel::families();
     let family = families[rng.below(families.len() as u64) as usize].clone();
     // Blocks of 32 columns are cut between ranks only where heads have as many.
@@ -37,13 +38,17 @@ fn random_model(rng: &mut Rng) -> (TinyModel, Option<Quantize>) {
         experts: if family.experts > 0 { 2 + rng.below(6) as usize } else { 0 },
         ..family
     };
-    (tiny, quantize)
+    let kv_dtype = among(
+        rng,
+        &[KvDtype::Bf16, KvDtype::Bf16, KvDtype::Bf16, KvDtype::F32, KvDtype::Int8, KvDtype::Int8, KvDtype::Fp8],
+    );
+    (tiny, LoadOptions { quantize, kv_dtype, ..LoadOptions::default() })
 }
 
 /// The model alone, and groups of other sizes.
-fn load(index: u64, tiny: &TinyModel, quantize: Option<Quantize>) -> Vec<Loaded> {
+fn load(index: u64, tiny: &TinyModel, options: LoadOptions) -> Vec<Loaded> {
     let of = |(ranks, threads): (usize, usize)| {
-        let options = LoadOptions { ranks, threads, quantize, profile: None };
+        let options = LoadOptions { ranks, threads, ..options };
         load_tiny_as(&format!("anywhere-{index}-{ranks}-{threads}"), tiny, options)
     };
     [(1, 1), (1, 2), (2, 2), (4, 4), (8, 8)].into_iter().map(of).collect()
@@ -111,8 +116,8 @@ fn any_way_gives_the_bits_of_the_request_alone() {
         std::env::var_os("BATON_TEST_MODEL").map(|index| index.to_string_lossy().parse::<u64>().expect("a number"));
     for index in (0..MODELS * long).filter(|index| only.is_none_or(|only| only == *index)) {
         let mut rng = Rng::new(index);
-        let (tiny, quantize) = random_model(&mut rng);
-        let mut groups = load(index, &tiny, quantize);
+        let (tiny, options) = random_model(&mut rng);
+        let mut groups = load(index, &tiny, options);
         let spec = groups[0].spec.clone();
         for case in 0..CASES {
             let asked = random_request(&mut rng, ID, spec.vocab);
@@ -145,8 +150,9 @@ fn any_way_gives_the_bits_of_the_request_alone() {
                 assert_eq!(
                     bits(found),
                     bits(expected),
-                    "model {index} ({}), case {case}, choice {choice}, group {from} to {to}, handed over: {handed_over}",
-                    tiny.architecture
+                    "model {index} ({}, {:?}), case {case}, choice {choice}, group {from} to {to}, handed over: {handed_over}",
+                    tiny.architecture,
+                    options.kv_dtype
                 );
             }
             if choices.iter().all(|choice| choice.so_far.is_empty()) {

@@ -8,6 +8,7 @@ mod eights;
 mod gguf;
 #[cfg(feature = "cuda")]
 mod gpu;
+mod kv_dtypes;
 mod models;
 mod quantized;
 mod references;

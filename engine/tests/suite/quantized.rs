@@ -107,7 +107,7 @@ fn ranks_that_would_cut_a_block_are_refused() {
 #[test]
 fn eight_bits_are_near_the_reference() {
     for name in ["llama-gqa-llama3", "llama-bias-linear", "qwen2-bias-tied", "qwen3-norm-tied", "mistral-window"] {
-        check_as(name, Some(Quantize::Q8_0), 6e-2);
+        check_as(name, LoadOptions { quantize: Some(Quantize::Q8_0), ..LoadOptions::default() }, 6e-2);
     }
 }
 

@@ -13,7 +13,11 @@ use crate::common::{CONFIG, Choices};
 
 /// Log-probabilities of all tokens after each prefix of `tokens`, by position of the last token.
 pub(crate) fn log_probabilities(dir: &Path, tokens: &[TokenId], quantize: Option<Quantize>) -> Vec<Vec<f32>> {
-    let loaded = load(dir, LoadOptions { quantize, ..LoadOptions::default() }, &mut |_| {}).expect("load");
+    log_probabilities_as(dir, tokens, LoadOptions { quantize, ..LoadOptions::default() })
+}
+
+pub(crate) fn log_probabilities_as(dir: &Path, tokens: &[TokenId], options: LoadOptions) -> Vec<Vec<f32>> {
+    let loaded = load(dir, options, &mut |_| {}).expect("load");
     let (mut model, spec) = (loaded.model, loaded.spec);
     let vocab = spec.vocab as u32;
     let asked = Request { logprobs: Some(vocab), prompt_logprobs: Some(vocab), ..request(1, tokens, 1) };
@@ -47,15 +51,15 @@ fn read(file: &Path) -> Value {
 }
 
 fn check(name: &str) {
-    check_as(name, None, 2e-2);
+    check_as(name, LoadOptions::default(), 2e-2);
 }
 
 /// Every row of a fixture's logits to within a relative error.
-pub(crate) fn check_as(name: &str, quantize: Option<Quantize>, limit: f64) {
+pub(crate) fn check_as(name: &str, options: LoadOptions, limit: f64) {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name);
     let fixture = read(&dir.join("logits.json"));
     let tokens: Vec<TokenId> = serde_json::from_value(fixture["tokens"].clone()).expect("tokens");
-    let found = log_probabilities(&dir, &tokens, quantize);
+    let found = log_probabilities_as(&dir, &tokens, options);
     for (row, expected) in fixture["rows"].as_object().expect("rows") {
         let expected: Vec<f32> = serde_json::from_value(expected.clone()).expect("logits");
         let error = relative_error(&found[row.parse::<usize>().expect("a row")], &expected);

@@ -6,6 +6,9 @@
 //! tile row = (position, query head of the group);  scores (tile row, 64) = q · keys panel
 //! panel of keys: (head_dim step, 64 positions); of values: (position step, 64 dims), one per 64 dims
 //! ```
+//! Rows in 8 bits are laid out without their scales: a position's score is multiplied with its key's scale, and its
+//! exponential with its value's. Over whole numbers queries and those weights become whole numbers, too, so that products
+//! are summed exactly.
 
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -14,8 +17,9 @@ use baton_core::Arena;
 use baton_core::arena::{Half, KvDtype};
 
 use super::lanes::{Kernel, Lanes, exp};
-use super::matmul::{Ahead, Block, Dot, Full, Pairs, transpose, widen_steps};
+use super::matmul::{Ahead, Block, Dot, Fours, Full, Pairs, transpose, widen_steps};
 use super::rows::sum64;
+use super::scaled::{self, Whole};
 use super::{Out, get, put};
 use crate::attention::BLOCK;
 use crate::packed::PANEL;
@@ -82,7 +86,10 @@ pub(crate) fn share(tiles: &[Tile], index: usize, of: usize) -> Range<usize> {
 /// Words of scratch that a tile needs, and where its parts begin.
 #[derive(Clone, Copy)]
 pub(crate) struct Plan {
-    /// Words of one key or value.
+    dtype: KvDtype,
+    /// Bytes of one key or value.
+    row_bytes: usize,
+    /// Words of its elements.
     words: usize,
     /// Panels of values.
     panels: usize,
@@ -93,8 +100,12 @@ pub(crate) struct Plan {
 impl Plan {
     pub(crate) fn new(a: &Attention, arena: &Arena) -> Plan {
         let group = a.heads.group();
+        let dtype = arena.layout().dtype;
         Plan {
-            words: a.heads.head_dim * arena.layout().dtype.bytes() / 4,
+            dtype,
+            row_bytes: arena.layout().row_bytes(),
+            // Where the last word is not whole, the scale fills it.
+            words: (a.heads.head_dim * dtype.bytes()).div_ceil(4),
             panels: a.heads.head_dim.div_ceil(PANEL),
             rows: ((TILE_ROWS / group).max(1) * group).next_multiple_of(16),
         }
@@ -102,8 +113,8 @@ impl Plan {
 
     pub(crate) fn scratch_words(&self) -> usize {
         let dims = self.panels * PANEL;
-        // q (as f32 at most), scores, exponentials, partial values, values, six numbers per row; both panels; zeros.
-        self.rows * (dims + BLOCK + BLOCK + PANEL + dims + 6) + 2 * dims * BLOCK + 2 * dims + BLOCK * 4
+        // q (as f32 at most), scores, exponentials, partial values, values, ten numbers per row; both panels; scales; zeros.
+        self.rows * (dims + BLOCK + BLOCK + PANEL + dims + 10) + 2 * dims * BLOCK + 2 * BLOCK + 2 * dims + BLOCK * 4
     }
 }
 
@@ -120,8 +131,16 @@ struct Scratch {
     block_sum: *mut f32,
     old: *mut f32,
     new: *mut f32,
+    /// What a row's q, and its weights in the block, mean as whole numbers (`Whole`).
+    q_factor: *mut f32,
+    q_excess: *mut i32,
+    weight_factor: *mut f32,
+    weight_excess: *mut i32,
     key_panel: *mut u32,
     value_panels: *mut u32,
+    /// Of the block's positions: what scores and exponentials are multiplied with, where rows have scales.
+    key_scales: *mut f32,
+    value_scales: *mut f32,
     zeros: *mut u32,
 }
 
@@ -140,18 +159,24 @@ pub(crate) struct Attend<'a, D> {
 
 /// How a block's operands are laid out for a dot.
 pub(crate) trait Operands: Dot {
-    /// Both operands are bf16 pairs, else f32.
-    const PAIRED: bool;
+    /// Both operands are bf16 pairs.
+    const PAIRED: bool = Self::STEP == 2;
+    /// Both are whole numbers: bytes, and two planes of bytes, one for each of two dots.
+    const WHOLE: bool = Self::STEP == 4;
     /// Positions per step over values, dims per step over keys.
-    const STEP: usize = if Self::PAIRED { 2 } else { 1 };
+    const STEP: usize;
 }
 
 impl Operands for Pairs {
-    const PAIRED: bool = true;
+    const STEP: usize = 2;
 }
 
 impl Operands for Full {
-    const PAIRED: bool = false;
+    const STEP: usize = 1;
+}
+
+impl Operands for Fours {
+    const STEP: usize = 4;
 }
 
 // SAFETY (of each block below): `Kernel::run`'s contract; the scratch has room for a full tile by `Plan`.
@@ -195,6 +220,12 @@ impl<D: Operands> Attend<'_, D> {
             block_sum: take(rows),
             old: take(rows),
             new: take(rows),
+            q_factor: take(rows),
+            q_excess: take(rows).cast(),
+            weight_factor: take(rows),
+            weight_excess: take(rows).cast(),
+            key_scales: take(BLOCK),
+            value_scales: take(BLOCK),
             zeros: take(2 * dims).cast(),
         }
     }
@@ -227,13 +258,18 @@ impl<D: Operands> Attend<'_, D> {
         unsafe {
             let (heads, dim) = (self.a.heads, self.a.heads.head_dim);
             let group = heads.group();
-            let words = dim / D::STEP * D::WORDS;
+            let words = dim.div_ceil(D::STEP) * D::WORDS;
             for r in 0..tile.rows * group {
                 let row = span.row + tile.row + r / group;
                 let head = tile.kv_head * group + r % group;
                 let from = self.qkv.as_ptr().add(row * heads.qkv_width() + head * dim);
                 let to = s.q.add(r * words);
-                if D::PAIRED {
+                if D::WHOLE {
+                    let (high, low) = (to.cast(), to.add(self.plan.rows * words).cast());
+                    let Whole { factor, excess } = scaled::make_whole::<L>(from, dim, high, low);
+                    s.q_factor.add(r).write(factor * self.a.scale);
+                    s.q_excess.add(r).write(excess);
+                } else if D::PAIRED {
                     narrow::<L>(from, to.cast(), dim);
                 } else {
                     std::ptr::copy_nonoverlapping(from, to.cast(), dim);
@@ -250,7 +286,10 @@ impl<D: Operands> Attend<'_, D> {
             let mut values = keys;
             self.locate(span, kv_head, positions.clone(), Half::Key, &mut keys);
             self.locate(span, kv_head, positions, Half::Value, &mut values);
-            let widen = !D::PAIRED && self.arena.layout().dtype == KvDtype::Bf16;
+            if self.plan.dtype.is_scaled() {
+                return self.lay_out_scaled::<L>(&keys, &values, s);
+            }
+            let widen = !D::PAIRED && self.plan.dtype == KvDtype::Bf16;
             // Keys that are widened pass through the values' place.
             let panel = if widen { s.value_panels } else { s.key_panel };
             for lane in (0..BLOCK).step_by(16) {
@@ -278,6 +317,40 @@ impl<D: Operands> Attend<'_, D> {
         }
     }
 
+    /// `lay_out` of rows in 8 bits, and their scales.
+    #[inline(always)]
+    unsafe fn lay_out_scaled<L: Lanes>(&self, keys: &[*const u32; BLOCK], values: &[*const u32; BLOCK], s: &Scratch) {
+        unsafe {
+            let dim = self.a.heads.head_dim;
+            let values = values.map(<*const u32>::cast::<u8>);
+            for i in 0..BLOCK {
+                s.key_scales.add(i).write(scaled::scale_of(keys[i].cast(), dim));
+                s.value_scales.add(i).write(scaled::scale_of(values[i], dim));
+            }
+            // Keys that are widened pass through the values' place.
+            let panel = if D::WHOLE { s.key_panel } else { s.value_panels };
+            for lane in (0..BLOCK).step_by(16) {
+                let rows = std::array::from_fn(|i| keys[lane + i]);
+                transpose::<L>(rows, self.plan.words, panel.add(lane));
+            }
+            if !D::WHOLE {
+                scaled::widen_words::<L>(panel, self.plan.words, D::PAIRED, s.key_panel.cast());
+            }
+            for d in (0..dim).step_by(16) {
+                let count = 16.min(dim - d);
+                let to = s.value_panels.add(d / PANEL * (BLOCK / D::STEP) * PANEL + d % PANEL);
+                for step in 0..BLOCK / D::STEP {
+                    let (to, row) = (to.add(step * PANEL), |i: usize| values[step * D::STEP + i].add(d));
+                    match D::STEP {
+                        1 => scaled::widen_row::<L>(to.cast(), row(0), count),
+                        2 => scaled::zip::<L>(to, row(0), row(1), count),
+                        _ => scaled::zip_four::<L>(to, [row(0), row(1), row(2), row(3)], count),
+                    }
+                }
+            }
+        }
+    }
+
     /// Asks for the next positions' keys and values, which lie scattered.
     #[inline(always)]
     unsafe fn prefetch<L: Lanes>(&self, span: &Span, kv_head: usize, positions: Range<usize>) {
@@ -286,8 +359,8 @@ impl<D: Operands> Attend<'_, D> {
             for half in [Half::Key, Half::Value] {
                 self.locate(span, kv_head, positions.clone(), half, &mut rows);
                 for row in &rows[..positions.len()] {
-                    for word in (0..self.plan.words).step_by(16) {
-                        L::prefetch(row.wrapping_add(word).cast());
+                    for byte in (0..self.plan.row_bytes).step_by(64) {
+                        L::prefetch(row.cast::<u8>().wrapping_add(byte));
                     }
                 }
             }
@@ -311,7 +384,7 @@ impl<D: Operands> Attend<'_, D> {
             let base = kv::entry(self.arena, span, position, self.a.kv.first + kv_head, self.a.layer, half);
             let run = (tokens - position % tokens).min(positions.end - position);
             for i in 0..run {
-                rows[position - start + i] = base.cast::<u32>().wrapping_add(i * self.plan.words).cast_const();
+                rows[position - start + i] = base.wrapping_add(i * self.plan.row_bytes).cast::<u32>().cast_const();
             }
             position += run;
         }
@@ -350,7 +423,7 @@ impl<D: Operands> Attend<'_, D> {
     #[inline(always)]
     unsafe fn scores<L: Lanes>(&self, rows: Range<usize>, s: &Scratch) {
         unsafe {
-            let steps = self.a.heads.head_dim / D::STEP;
+            let steps = self.a.heads.head_dim.div_ceil(D::STEP);
             let x_stride = steps * D::WORDS;
             let block = Block {
                 steps,
@@ -363,7 +436,36 @@ impl<D: Operands> Attend<'_, D> {
                 fresh: true,
                 ahead: Ahead::NOTHING,
             };
+            self.multiply::<L>(block);
+        }
+    }
+
+    /// A block's products; of whole numbers those with the high bytes first, then those with the low ones.
+    #[inline(always)]
+    unsafe fn multiply<L: Lanes>(&self, block: Block) {
+        unsafe {
             block.run::<L, D>();
+            if D::WHOLE {
+                for row in 0..block.rows {
+                    for i in (0..PANEL).step_by(16) {
+                        let sums = block.y.add(row * block.y_stride + i);
+                        L::store(sums, L::from_bits(L::shift_left(L::load_words(sums.cast()), 8)));
+                    }
+                }
+                let low = block.x.add(self.plan.rows * block.x_stride);
+                Block { x: low, fresh: false, ..block }.run::<L, D>();
+            }
+        }
+    }
+
+    /// What 16 sums of products mean.
+    #[inline(always)]
+    unsafe fn sums<L: Lanes>(from: *const f32, excess: *const i32) -> L::F {
+        unsafe {
+            match D::WHOLE {
+                true => L::to_f32(L::add_words(L::load_words(from.cast()), L::words(excess.read() as u32))),
+                false => L::load(from),
+            }
         }
     }
 
@@ -372,10 +474,14 @@ impl<D: Operands> Attend<'_, D> {
     unsafe fn soften<L: Lanes>(&self, row: usize, seen: Range<usize>, s: &Scratch) {
         unsafe {
             let from = s.scores.add(row * BLOCK);
-            let scale = L::splat(self.a.scale);
-            let mut x = [scale; 4];
+            let scaled = self.plan.dtype.is_scaled();
+            let scale = if D::WHOLE { s.q_factor.add(row).read() } else { self.a.scale };
+            let mut x = [L::splat(scale); 4];
             for (i, x) in x.iter_mut().enumerate() {
-                *x = L::mul(L::load(from.add(16 * i)), scale);
+                *x = L::mul(Self::sums::<L>(from.add(16 * i), s.q_excess.add(row)), *x);
+                if scaled {
+                    *x = L::mul(*x, L::load(s.key_scales.add(16 * i)));
+                }
             }
             if seen.len() < BLOCK {
                 let nothing = L::splat(f32::NEG_INFINITY);
@@ -389,12 +495,30 @@ impl<D: Operands> Attend<'_, D> {
             let max = L::max(L::larger(L::larger(x[0], x[1]), L::larger(x[2], x[3])));
             for x in &mut x {
                 *x = exp::<L>(L::sub(*x, L::splat(max)));
-                if D::PAIRED {
+                if D::PAIRED && !scaled {
                     *x = L::round_bf16(*x);
                 }
             }
             s.block_max.add(row).write(max);
             s.block_sum.add(row).write(sum64::<L>(&x));
+            if scaled {
+                for (i, x) in x.iter_mut().enumerate() {
+                    // What is not seen is nothing, whatever its scale.
+                    let scaled = L::mul(*x, L::load(s.value_scales.add(16 * i)));
+                    *x = L::select_less(L::splat(0.0), *x, scaled, L::splat(0.0));
+                    *x = if D::PAIRED { L::round_bf16(*x) } else { *x };
+                }
+            }
+            if D::WHOLE {
+                let mut weights = [0.0f32; BLOCK];
+                x.into_iter().enumerate().for_each(|(i, x)| L::store(weights.as_mut_ptr().add(16 * i), x));
+                let (high, low) = (row * BLOCK / 4, (self.plan.rows + row) * BLOCK / 4);
+                let (high, low) = (s.weights.add(high).cast(), s.weights.add(low).cast());
+                let Whole { factor, excess } = scaled::make_whole::<L>(weights.as_ptr(), BLOCK, high, low);
+                s.weight_factor.add(row).write(factor);
+                s.weight_excess.add(row).write(excess);
+                return;
+            }
             for (i, x) in x.into_iter().enumerate() {
                 match D::PAIRED {
                     true => L::store_bf16(s.weights.add(row * BLOCK / 2).cast::<u16>().add(16 * i), x),
@@ -439,13 +563,14 @@ impl<D: Operands> Attend<'_, D> {
                 fresh: true,
                 ahead: Ahead::NOTHING,
             };
-            block.run::<L, D>();
+            self.multiply::<L>(block);
             for row in rows {
-                let (old, new) = (L::splat(s.old.add(row).read()), L::splat(s.new.add(row).read()));
+                let factor = if D::WHOLE { s.weight_factor.add(row).read() } else { 1.0 };
+                let (old, new) = (L::splat(s.old.add(row).read()), L::splat(factor * s.new.add(row).read()));
                 let partial = s.partial.add(row * PANEL);
                 let values = s.values.add((row * self.plan.panels + panel) * PANEL);
                 for i in (0..PANEL).step_by(16) {
-                    let part = L::mul(L::load(partial.add(i)), new);
+                    let part = L::mul(Self::sums::<L>(partial.add(i), s.weight_excess.add(row)), new);
                     L::store(values.add(i), L::fma(L::load(values.add(i)), old, part));
                 }
             }

@@ -62,6 +62,14 @@ pub(crate) trait Lanes: 'static {
     unsafe fn load_f16(from: *const u8) -> Self::F;
     unsafe fn load_u8(from: *const u8) -> Self::F;
     unsafe fn load_i8(from: *const u8) -> Self::F;
+    /// 16 bytes, each the low one of a word.
+    unsafe fn load_bytes(from: *const u8) -> Self::I;
+    /// Stores the low byte of each word.
+    unsafe fn store_bytes(to: *mut u8, x: Self::I);
+    unsafe fn add_words(a: Self::I, b: Self::I) -> Self::I;
+    /// The same bits.
+    unsafe fn bits(x: Self::F) -> Self::I;
+    unsafe fn from_bits(x: Self::I) -> Self::F;
 
     /// Asks for a line of memory, any address, to come into L2.
     #[inline(always)]
@@ -251,6 +259,21 @@ impl Lanes for Scalar {
     }
     unsafe fn load_i8(from: *const u8) -> [f32; 16] {
         unsafe { from.cast::<[i8; 16]>().read() }.map(f32::from)
+    }
+    unsafe fn load_bytes(from: *const u8) -> [u32; 16] {
+        unsafe { from.cast::<[u8; 16]>().read() }.map(u32::from)
+    }
+    unsafe fn store_bytes(to: *mut u8, x: [u32; 16]) {
+        unsafe { to.cast::<[u8; 16]>().write(x.map(|x| x as u8)) }
+    }
+    unsafe fn add_words(a: [u32; 16], b: [u32; 16]) -> [u32; 16] {
+        std::array::from_fn(|i| a[i].wrapping_add(b[i]))
+    }
+    unsafe fn bits(x: [f32; 16]) -> [u32; 16] {
+        x.map(f32::to_bits)
+    }
+    unsafe fn from_bits(x: [u32; 16]) -> [f32; 16] {
+        x.map(f32::from_bits)
     }
     unsafe fn sum(x: [f32; 16]) -> f32 {
         crate::reference::tree(x)

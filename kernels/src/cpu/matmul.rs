@@ -50,6 +50,8 @@ pub(crate) struct Exact;
 pub(crate) struct Pairs;
 /// f32 times f32.
 pub(crate) struct Full;
+/// Fours of unsigned bytes times fours of signed ones; sums are words, whose bits an f32's place holds.
+pub(crate) struct Fours;
 
 // SAFETY (of each block below): the traits' contracts.
 impl Dot for Exact {
@@ -112,6 +114,28 @@ impl Dot for Pairs {
                 let x = x.add(m * stride).read();
                 for n in 0..NR {
                     acc[m][n] = L::dot_bf16(acc[m][n], w.add(n * 64), x);
+                }
+            }
+        }
+    }
+}
+
+impl Dot for Fours {
+    const WORDS: usize = 1;
+
+    #[inline(always)]
+    unsafe fn step<L: Lanes, const MR: usize, const NR: usize>(
+        acc: &mut [[L::F; NR]; MR],
+        w: *const u8,
+        x: *const u32,
+        stride: usize,
+    ) {
+        unsafe {
+            for m in 0..MR {
+                let x = x.add(m * stride).read();
+                for n in 0..NR {
+                    let words = L::load_words(w.add(n * 64));
+                    acc[m][n] = L::from_bits(L::dot_bytes(L::bits(acc[m][n]), words, x));
                 }
             }
         }
@@ -493,7 +517,7 @@ pub(crate) unsafe fn transpose<L: Lanes>(from: [*const u32; 16], words: usize, t
         }
         for word in whole..words {
             for (lane, row) in from.into_iter().enumerate() {
-                to.add(word * PANEL + lane).write(row.add(word).read());
+                to.add(word * PANEL + lane).write(row.add(word).read_unaligned());
             }
         }
     }

@@ -6,6 +6,7 @@ use baton_core::Arena;
 use baton_core::arena::{Half, KvDtype};
 
 use super::lanes::{Kernel, Lanes, exp};
+use super::scaled::{self, Fp8, Int8};
 use super::{Out, get, put};
 use crate::kv;
 use crate::reference::CHUNK;
@@ -230,8 +231,11 @@ impl Rope<'_> {
     unsafe fn store<L: Lanes>(&self, to: *mut u8, values: *const f32) {
         unsafe {
             let dim = self.a.heads.head_dim;
-            if self.arena.layout().dtype == KvDtype::F32 {
-                return std::ptr::copy_nonoverlapping(values, to.cast(), dim);
+            match self.arena.layout().dtype {
+                KvDtype::Bf16 => {}
+                KvDtype::F32 => return std::ptr::copy_nonoverlapping(values, to.cast(), dim),
+                KvDtype::Int8 => return scaled::store::<L, Int8>(to, values, dim),
+                KvDtype::Fp8 => return scaled::store::<L, Fp8>(to, values, dim),
             }
             let (to, whole) = (to.cast::<u16>(), dim / 16 * 16);
             for i in (0..whole).step_by(16) {

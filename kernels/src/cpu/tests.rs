@@ -407,11 +407,20 @@ const SHAPES: [Heads; 5] = [
     Heads { heads: 4, kv_heads: 2, head_dim: 18 },
 ];
 
-/// Heads of any width, both KV dtypes, blocks smaller and larger than 64: same bits in q, arena and output.
+/// Heads of any width, every KV dtype, blocks smaller and larger than 64: same bits in q, arena and output.
 #[test]
 fn rope_store_and_attention_equal_the_reference() {
     for (i, heads) in SHAPES.into_iter().enumerate() {
-        for (dtype, block_tokens) in [(KvDtype::Bf16, 16), (KvDtype::F32, 128), (KvDtype::Bf16, 24)] {
+        let dtypes = [
+            (KvDtype::Bf16, 16),
+            (KvDtype::F32, 128),
+            (KvDtype::Bf16, 24),
+            (KvDtype::Int8, 16),
+            (KvDtype::Int8, 24),
+            (KvDtype::Fp8, 16),
+            (KvDtype::Fp8, 24),
+        ];
+        for (dtype, block_tokens) in dtypes {
             let rows = 75;
             let world = World::new(heads, dtype, block_tokens, 1, rows);
             let (qkv, norm) = (numbers(i as u64, rows * heads.qkv_width()), numbers(9, heads.head_dim));
@@ -473,20 +482,49 @@ fn the_reference_attends() {
     }
 }
 
+/// Attention over 8 bits is near what it is over f32, and a number that is not finite is not lost in them.
+#[test]
+fn eight_bits_attend_nearly() {
+    let (heads, rows) = (SHAPES[0], 300);
+    let error = |found: &[f32], exact: &[f32]| {
+        let norm = |values: &mut dyn Iterator<Item = f32>| values.map(|x| f64::from(x * x)).sum::<f64>().sqrt();
+        norm(&mut found.iter().zip(exact).map(|(a, b)| a - b)) / norm(&mut exact.iter().copied())
+    };
+    for profile in PROFILES.into_iter().filter(|profile| profile.supported()) {
+        let cpu = device(2, profile);
+        let qkv = numbers(12, rows * heads.qkv_width());
+        let run = |dtype, qkv: &[f32]| World::new(heads, dtype, 16, 1, rows).run(&cpu, qkv, 0, None, &[rows]);
+        let exact = run(KvDtype::F32, &qkv);
+        for (dtype, limit) in [(KvDtype::Bf16, 0.005), (KvDtype::Int8, 0.01), (KvDtype::Fp8, 0.04)] {
+            let found = error(&run(dtype, &qkv), &exact);
+            assert!(found < limit, "{dtype:?} {profile}: {found}");
+        }
+        for (dtype, broken) in [(KvDtype::Int8, f32::NAN), (KvDtype::Fp8, f32::INFINITY)] {
+            let mut qkv = qkv.clone();
+            // One element of a value of the first kv head, after the sixteen heads of q and k, at position 40.
+            qkv[40 * heads.qkv_width() + 16 * heads.head_dim + 3] = broken;
+            let out = run(dtype, &qkv);
+            let of = |row: usize| &out[row * heads.width()..][..7 * heads.head_dim];
+            assert!(of(40).iter().chain(of(299)).all(|x| x.is_nan()), "{dtype:?} {profile}");
+            assert!(out[299 * heads.width() + 7 * heads.head_dim..].iter().all(|x| x.is_finite()));
+        }
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(12))]
 
     /// One chunk, random chunks, token by token, in any batch, on any thread count: the same bits.
     #[test]
     fn chunks_do_not_matter(
-        cuts in proptest::collection::btree_set(1usize..200, 0..6), shape in 0usize..5, windowed: bool, wide: bool,
+        cuts in proptest::collection::btree_set(1usize..200, 0..6), shape in 0usize..5, windowed: bool, dtype in 0usize..4,
     ) {
         let (heads, rows) = (SHAPES[shape], 200);
         let window = windowed.then_some(70);
         let qkv = numbers(5, rows * heads.qkv_width());
         let bounds: Vec<usize> = [0].into_iter().chain(cuts).chain([rows]).collect();
         let chunks: Vec<usize> = bounds.windows(2).map(|pair| pair[1] - pair[0]).collect();
-        let dtype = if wide { KvDtype::F32 } else { KvDtype::Bf16 };
+        let dtype = KvDtype::ALL[dtype];
         for profile in PROFILES.into_iter().filter(|profile| profile.supported()) {
             let world = World::new(heads, dtype, 16, 2, rows);
             let whole = bits(&world.run(&device(1, profile), &qkv, 0, window, &[rows]));
@@ -501,9 +539,10 @@ proptest! {
 #[test]
 fn attention_rows_do_not_see_their_batch() {
     let (heads, rows) = (SHAPES[0], 130);
-    for profile in PROFILES.into_iter().filter(|profile| profile.supported()) {
+    let profiles = PROFILES.into_iter().filter(|profile| profile.supported());
+    for (profile, dtype) in profiles.flat_map(|profile| KvDtype::ALL.map(|dtype| (profile, dtype))) {
         let cpu = device(2, profile);
-        let world = World::new(heads, KvDtype::Bf16, 16, 3, rows);
+        let world = World::new(heads, dtype, 16, 3, rows);
         let width = heads.qkv_width();
         let mut alone = Vec::new();
         let inputs: Vec<Vec<f32>> = (0..3).map(|s| numbers(s, rows * width)).collect();
@@ -533,8 +572,8 @@ fn attention_rows_do_not_see_their_batch() {
 fn ranks_together_attend_as_one() {
     let (rows, whole) = (70, Heads { heads: 8, kv_heads: 2, head_dim: 32 });
     let (width, dim) = (whole.qkv_width(), whole.head_dim);
-    for cpu in devices(1) {
-        let world = World::new(whole, KvDtype::Bf16, 16, 1, rows);
+    for (index, cpu) in devices(1).enumerate() {
+        let world = World::new(whole, KvDtype::ALL[index % 4], 16, 1, rows);
         let spans = [world.span(0, 0, rows, 0)];
         let qkv = numbers(6, rows * width);
         let mut all = qkv.clone();

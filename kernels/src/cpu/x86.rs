@@ -211,6 +211,26 @@ macro_rules! avx512_lanes {
                 unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast()))) }
             }
             #[inline(always)]
+            unsafe fn load_bytes(from: *const u8) -> __m512i {
+                unsafe { _mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast())) }
+            }
+            #[inline(always)]
+            unsafe fn store_bytes(to: *mut u8, x: __m512i) {
+                unsafe { _mm_storeu_si128(to.cast(), _mm512_cvtepi32_epi8(x)) }
+            }
+            #[inline(always)]
+            unsafe fn add_words(a: __m512i, b: __m512i) -> __m512i {
+                unsafe { _mm512_add_epi32(a, b) }
+            }
+            #[inline(always)]
+            unsafe fn bits(x: __m512) -> __m512i {
+                unsafe { _mm512_castps_si512(x) }
+            }
+            #[inline(always)]
+            unsafe fn from_bits(x: __m512i) -> __m512 {
+                unsafe { _mm512_castsi512_ps(x) }
+            }
+            #[inline(always)]
             unsafe fn prefetch(line: *const u8) {
                 unsafe { _mm_prefetch::<_MM_HINT_T1>(line.cast()) }
             }
@@ -493,6 +513,36 @@ impl Lanes for Avx2 {
             let words = both!(_mm256_cvtepi8_epi32(bytes));
             both!(_mm256_cvtepi32_ps(words))
         }
+    }
+    #[inline(always)]
+    unsafe fn load_bytes(from: *const u8) -> [__m256i; 2] {
+        unsafe {
+            let bytes = [_mm_loadl_epi64(from.cast()), _mm_loadl_epi64(from.add(8).cast())];
+            both!(_mm256_cvtepu8_epi32(bytes))
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_bytes(to: *mut u8, x: [__m256i; 2]) {
+        unsafe {
+            let low = [_mm256_set1_epi32(0xff); 2];
+            let x = both!(_mm256_and_si256(x, low));
+            // Words of both, by 128-bit halves; put in order, they narrow once more.
+            let halves = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi32(x[0], x[1]));
+            let bytes = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi16(halves, halves));
+            _mm_storeu_si128(to.cast(), _mm256_castsi256_si128(bytes))
+        }
+    }
+    #[inline(always)]
+    unsafe fn add_words(a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
+        unsafe { both!(_mm256_add_epi32(a, b)) }
+    }
+    #[inline(always)]
+    unsafe fn bits(x: [__m256; 2]) -> [__m256i; 2] {
+        unsafe { both!(_mm256_castps_si256(x)) }
+    }
+    #[inline(always)]
+    unsafe fn from_bits(x: [__m256i; 2]) -> [__m256; 2] {
+        unsafe { both!(_mm256_castsi256_ps(x)) }
     }
     #[inline(always)]
     unsafe fn prefetch(line: *const u8) {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use baton_core::{Arena, BlockLayout};
+use baton_core::{Arena, BlockLayout, KvDtype};
 use baton_kvtransfer::{Links, Receiver, TransferError};
 
 use crate::memory::Memory;
@@ -66,11 +66,12 @@ async fn concurrent_transfers_complete() {
 #[tokio::test]
 async fn caches_that_differ_are_not_paired() {
     let world = World::new(4).await;
-    let other = BlockLayout { head_dim: 16, ..LAYOUT };
     let (grant, _incoming) = world.grant_first(4);
-    let error = links_of(other, MODEL).open(grant.clone()).await.err();
-    let (ours, theirs) = (other.describe(), LAYOUT.describe());
-    assert_eq!(error, Some(TransferError::Incompatible { ours, theirs }));
+    for other in [BlockLayout { head_dim: 16, ..LAYOUT }, BlockLayout { dtype: KvDtype::Int8, ..LAYOUT }] {
+        let error = links_of(other, MODEL).open(grant.clone()).await.err();
+        let (ours, theirs) = (other.describe(), LAYOUT.describe());
+        assert_eq!(error, Some(TransferError::Incompatible { ours, theirs }));
+    }
 
     let error = links_of(LAYOUT, "another").open(grant.clone()).await.err().unwrap();
     let TransferError::Incompatible { ours, theirs } = &error else { panic!("{error}") };

@@ -13,10 +13,11 @@ use crate::raw::Raw;
 use crate::world::{EPOCH, LAYOUT, MODEL, REQUEST, World, fill, ids, pairs, until};
 
 /// Slices of whole stripes and of others, so that both ways of copying are taken.
-pub(crate) const LAYOUTS: [BlockLayout; 3] = [
+pub(crate) const LAYOUTS: [BlockLayout; 4] = [
     LAYOUT,
     BlockLayout { layers: 2, kv_heads: 8, head_dim: 128, block_tokens: 16, dtype: KvDtype::Bf16 },
     BlockLayout { layers: 2, kv_heads: 3, head_dim: 5, block_tokens: 7, dtype: KvDtype::F32 },
+    BlockLayout { layers: 2, kv_heads: 3, head_dim: 6, block_tokens: 7, dtype: KvDtype::Int8 },
 ];
 
 /// Bytes arrive identical, no byte of a block goes over a connection, and nothing is a fallback.
