@@ -312,6 +312,15 @@ impl<'a> Desk<'a> {
             && !self.question.exclude_pairs.iter().any(failed)
     }
 
+    /// What keeps the blocks of a prefill worker that is free from passing to this decode worker.
+    fn unlike(&self, decode: &Candidate) -> Option<String> {
+        let prefill = self.prefills.iter().map(|p| p.candidate).find(|p| !can_pair(p.model, decode.model))?;
+        let of = |model: &'_ Model| [model.layout.clone(), model.numerics.0.clone(), model.card_hash.clone()];
+        let (theirs, ours) =
+            of(prefill.model).into_iter().zip(of(decode.model)).find(|(theirs, ours)| theirs != ours)?;
+        Some(format!(" ({} is {theirs} and this is {ours})", prefill.worker))
+    }
+
     /// The prefill workers as priced for the chosen decode worker, the cheapest of them.
     fn scored(&self, decode: &Candidate) -> (Vec<Scored>, usize) {
         let partners: Vec<&Priced> = self.prefills.iter().filter(|p| self.pairs(p.candidate, decode)).collect();
@@ -337,7 +346,7 @@ fn decided(
     aside: Trace,
 ) -> Decision {
     let (question, decode) = (desk.question, priced.candidate);
-    let explanation = explanation(question, decode, &choice, class_kept);
+    let explanation = explanation(desk, decode, &choice, class_kept);
     let (prefill, prefill_more) = desk.scored(decode);
     let trace = Trace {
         decode: decodes.iter().take(TRACED_MAX).map(Priced::scored).collect(),
@@ -377,7 +386,8 @@ fn holder(question: &Question, pools: &Pools, policy: &Policy, computing: &Candi
     Some(Holder { place, blocks: most.hits, moves: false })
 }
 
-fn explanation(question: &Question, decode: &Candidate, choice: &Choice, class_kept: bool) -> String {
+fn explanation(desk: &Desk, decode: &Candidate, choice: &Choice, class_kept: bool) -> String {
+    let question = desk.question;
     let why = match (&choice.why, choice.prefill) {
         (Why::Short(missing), _) => format!("{missing} tokens uncached"),
         (Why::NoBlocks, _) => "no blocks free for a handoff now".into(),
@@ -385,7 +395,9 @@ fn explanation(question: &Question, decode: &Candidate, choice: &Choice, class_k
         (Why::Handoff, Some(p)) => {
             format!("holds {} blocks, {} tokens queued", hits(question, p), p.load.tokens_waiting)
         }
-        (Why::NoPartner | Why::Handoff | Why::Behind, _) => "no prefill worker that can pair is free".into(),
+        (Why::NoPartner | Why::Handoff | Why::Behind, _) => {
+            format!("no prefill worker that can pair is free{}", desk.unlike(decode).unwrap_or_default())
+        }
     };
     let class_note = if class_kept { "" } else { "; numerics class changed" };
     format!(

@@ -1,6 +1,6 @@
 //! Placement at its boundaries, then properties over random pools.
 
-use baton_core::{NumericsClass, Refused};
+use baton_core::{BlockLayout, KvDtype, NumericsClass, Refused};
 use proptest::prelude::*;
 
 use super::*;
@@ -156,6 +156,19 @@ fn only_equal_layouts_and_numerics_pair() {
     world.0[1].1.layout = "other".into();
     world.0[2].1.numerics = NumericsClass("other".into());
     check(&question(), &world.candidates(), "d0", "-");
+}
+
+/// A worker whose cache is of another dtype is not paired, and the decision says so.
+#[test]
+fn what_cannot_pair_is_named() {
+    let mut world = World::new(&["d0", "p0"]);
+    let row = |dtype: KvDtype| BlockLayout { layers: 2, kv_heads: 2, head_dim: 8, block_tokens: 16, dtype }.describe();
+    world.0[0].1.layout = row(KvDtype::Bf16);
+    world.0[1].1.layout = row(KvDtype::Int8);
+    let decision = placed(&question(), &world.candidates()).expect("the decode worker prefills");
+    assert!(decision.prefill.is_none());
+    let said = "no prefill worker that can pair is free (p0 is full:l2:h2:d8:t16:int8+bf16 and this is full:l2:h2:d8:t16:bf16)";
+    assert!(decision.explanation.contains(said), "{}", decision.explanation);
 }
 
 #[test]
