@@ -52,6 +52,8 @@ pub(crate) struct Asking {
 struct Question {
     request: AssignRequest,
     asked: Instant,
+    /// How often it was sent. A coordinator that was left without an answer may still have it granted.
+    sent: u32,
     answer: oneshot::Sender<Answer>,
 }
 
@@ -75,7 +77,7 @@ impl Assigner {
     /// asked again.
     pub(crate) async fn ask(&self, request: AssignRequest) -> Answer {
         let (answer, answered) = oneshot::channel();
-        let question = Question { request, asked: Instant::now(), answer };
+        let question = Question { request, asked: Instant::now(), sent: 0, answer };
         if self.0.try_send(question).is_err() {
             return Err(Refusal::unavailable("too many questions wait for a coordinator"));
         }
@@ -88,7 +90,7 @@ impl Asking {
         loop {
             if self.open.is_empty() {
                 match self.questions.recv().await {
-                    Some(question) => drop(self.take_up(question)),
+                    Some(question) => self.open(question),
                     None => return,
                 }
             }
@@ -202,22 +204,27 @@ impl Asking {
         }
     }
 
+    fn open(&mut self, question: Question) {
+        self.open.insert((question.request.request.clone(), question.request.attempt), question);
+    }
+
     /// Notes a question and gives back what to send.
     fn take_up(&mut self, question: Question) -> AssignRequest {
         let request = question.request.clone();
-        self.open.insert((request.request.clone(), request.attempt), question);
+        self.open(Question { sent: 1, ..question });
         request
     }
 
     /// What is open, as it is asked now; what nobody waits for is forgotten.
     fn ask_again(&mut self) -> VecDeque<AssignRequest> {
         self.open.retain(|_, question| !question.answer.is_closed());
-        let again = |question: &Question| {
+        let again = |question: &mut Question| {
+            question.sent += 1;
             let waited_ms = question.asked.elapsed().as_millis() as u64;
             let deadline_ms = question.request.deadline_ms.saturating_sub(waited_ms);
             AssignRequest { deadline_ms, ..question.request.clone() }
         };
-        self.open.values().map(again).collect()
+        self.open.values_mut().map(again).collect()
     }
 
     /// Hands an answer on. Err: it is none, and the question stays open for another coordinator.
@@ -241,7 +248,7 @@ impl Asking {
                     return Err(Left::Elsewhere(refusal, leader));
                 }
                 // Whoever asked and left needs no refusal.
-                let _ = question.answer.send(Err(refusal));
+                let _ = question.answer.send(Err(Refusal { unsettled: question.sent > 1, ..refusal }));
                 Ok(())
             }
         }

@@ -30,18 +30,23 @@ pub(crate) struct Refusal {
     pub retry_after_ms: u64,
     /// How much later each further client that is refused should come again; 0: not known.
     pub retry_step_us: u64,
+    /// The question had been asked before, and whoever heard it then may still do what it asks for.
+    pub unsettled: bool,
 }
 
 impl Refusal {
     pub(crate) fn unavailable(detail: impl Into<String>) -> Refusal {
-        Refusal { reason: Refused::Unavailable, detail: detail.into(), retry_after_ms: 0, retry_step_us: 0 }
+        let (reason, detail) = (Refused::Unavailable, detail.into());
+        Refusal { reason, detail, retry_after_ms: 0, retry_step_us: 0, unsettled: true }
     }
 }
 
 impl From<v1::Refusal> for Refusal {
     fn from(r: v1::Refusal) -> Refusal {
         let reason = convert::refused(&r);
-        Refusal { reason, detail: r.detail, retry_after_ms: r.retry_after_ms, retry_step_us: r.retry_step_us }
+        let unsettled = matches!(reason, Refused::Unavailable | Refused::NotLeader);
+        let (retry_after_ms, retry_step_us) = (r.retry_after_ms, r.retry_step_us);
+        Refusal { reason, detail: r.detail, retry_after_ms, retry_step_us, unsettled }
     }
 }
 

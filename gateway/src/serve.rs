@@ -358,6 +358,8 @@ impl Serving {
         let started = Instant::now();
         let mut backoff = BACKOFF_MIN;
         let mut message = self.assign_message().await;
+        // What was asked once may still be granted, whatever is said to it when it is asked again.
+        let mut unsettled = false;
         loop {
             message.deadline_ms = self.left_ms();
             message.exclude = self.exclude.iter().chain(&self.busy).cloned().collect();
@@ -374,7 +376,8 @@ impl Serving {
                 Err(refusal) => refusal,
             };
             let unknown = matches!(refusal.reason, Refused::Unavailable | Refused::NotLeader);
-            self.asking = unknown;
+            unsettled |= refusal.unsettled;
+            self.asking = unsettled;
             if started.elapsed() >= self.patience(&refusal) {
                 let refusal = self.servers.shed.refused(&self.request, refusal);
                 let error = match refusal.reason {

@@ -95,7 +95,7 @@ mod tests {
     use super::*;
 
     fn said(retry_after_ms: u64, retry_step_us: u64) -> Refusal {
-        Refusal { reason: Refused::Overloaded, detail: String::new(), retry_after_ms, retry_step_us }
+        Refusal { reason: Refused::Overloaded, detail: String::new(), retry_after_ms, retry_step_us, unsettled: false }
     }
 
     /// Goal: those who are refused come again one turn after another, however often the line is refused meanwhile.

@@ -101,6 +101,31 @@ async fn an_assignment_that_nobody_waits_for_is_ended() {
     assert_eq!(seen.starts.len(), 1);
 }
 
+/// A request that is refused when its question is asked for the second time is ended: whoever heard it first may have granted it.
+#[tokio::test]
+async fn what_was_asked_twice_and_refused_is_ended() {
+    let world = World::hello().await;
+    world.ledger.holds.send_replace(true);
+    let address = world.address();
+    let asking = tokio::spawn(async move { post(&address, PATH, &hi(json!({}))).await.status });
+    world.until(|seen| seen.assigns.len() == 1).await;
+    world.refuse_assigns(&["quota"]);
+    world.ledger.cuts.send_modify(|cuts| *cuts += 1);
+    world.until(|seen| seen.assigns.len() == 2).await;
+    world.ledger.holds.send_replace(false);
+    assert_eq!(asking.await.unwrap(), 429);
+    world.until(|seen| seen.finishes.len() == 1).await;
+    let seen = world.seen.borrow();
+    assert_eq!((&seen.finishes[0].request, seen.finishes[0].epoch), (&seen.assigns[0].request, 0));
+    // One that was asked once and refused is not.
+    drop(seen);
+    world.refuse_assigns(&["quota"]);
+    assert_eq!(post(&world.address(), PATH, &hi(json!({}))).await.status, 429);
+    assert_eq!(post(&world.address(), PATH, &hi(json!({}))).await.status, 200);
+    world.until(|seen| seen.finishes.len() == 2).await;
+    assert_eq!(world.seen.borrow().finishes[1].epoch, 2);
+}
+
 /// Coordinators that join are told and asked like the configured ones.
 #[tokio::test]
 async fn coordinators_that_join_are_heard_of() {
