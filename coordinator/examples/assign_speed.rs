@@ -90,6 +90,7 @@ async fn start(nodes: u64, directory: &std::path::Path) -> Vec<Running> {
             advertise: String::new(),
             cluster: None,
             policy: Policy { queue_max: u64::MAX, decode_waiting_max: u64::MAX, ..Policy::default() },
+            entries: baton_coordinator::state::VERSION,
         };
         let env =
             Env { net: Arc::new(TcpNet), clock: Arc::new(SystemClock), rng: Rng::new(node.0), process: Process::own() };

@@ -7,6 +7,7 @@ use baton_core::NodeId;
 use serde::Deserialize;
 
 use crate::placement::Policy;
+use crate::state::{VERSION, VERSION_MIN};
 
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -30,6 +31,14 @@ pub struct Config {
     pub cluster: Option<String>,
     #[serde(default)]
     pub policy: Policy,
+    /// Version of the ledger's entries that this node writes and at most takes: that of this binary, or an earlier one while
+    /// the group is to have a way back to that one's.
+    #[serde(default = "entries")]
+    pub entries: u16,
+}
+
+fn entries() -> u16 {
+    VERSION
 }
 
 fn first() -> NodeId {
@@ -53,6 +62,8 @@ pub enum ConfigError {
     Twice(NodeId),
     #[error("cluster {0:?} is not 1 to 64 letters, digits, '-', '_' or '.'")]
     Cluster(String),
+    #[error("entries of version {0}: this binary writes versions {VERSION_MIN} to {VERSION}")]
+    Entries(u16),
 }
 
 impl Config {
@@ -76,7 +87,11 @@ impl Config {
         Ok(group)
     }
 
-    pub(crate) fn check_cluster(&self) -> Result<(), ConfigError> {
+    /// What does not concern the group.
+    pub(crate) fn check(&self) -> Result<(), ConfigError> {
+        if !(VERSION_MIN..=VERSION).contains(&self.entries) {
+            return Err(ConfigError::Entries(self.entries));
+        }
         let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');
         match &self.cluster {
             Some(name) if !(1..=64).contains(&name.len()) || !name.bytes().all(plain) => {

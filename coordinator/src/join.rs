@@ -42,7 +42,7 @@ pub async fn join(config: Config, join: Join, env: Env) -> Result<Running, Start
 
 /// The same on any disk.
 pub async fn join_on(config: Config, join: Join, mut env: Env, disk: Arc<dyn Disk>) -> Result<Running, StartError> {
-    config.check_cluster()?;
+    config.check()?;
     let known = Identity::load(&*disk)?;
     if let Some(other) = known.as_ref().filter(|known| !known.joined) {
         let path = disk.path("");
@@ -50,16 +50,16 @@ pub async fn join_on(config: Config, join: Join, mut env: Env, disk: Arc<dyn Dis
     }
     let listener = listen(&env, &config.listen).await?;
     let (node, coordinators) = match known {
-        Some(known) if !is_empty(&*disk)? => (known.node, BTreeMap::new()),
+        Some(known) if !is_empty(&*disk)? => (known.node, known.taken_by),
         // Without a log it must not have taken part yet, which the leader knows.
         _ => {
             let address = own_address(&config, &BTreeMap::new(), &*listener);
             let added = ask_for_number(&mut env, &*disk, &join, address).await?;
-            let identity = Identity { node: NodeId(added.node), cluster: added.cluster.clone(), joined: true };
+            let taken_by = added.coordinators.into_iter().map(|known| (known.id, known.address)).collect();
+            let identity = Identity { node: NodeId(added.node), cluster: added.cluster, joined: true, taken_by };
             identity.save(&*disk)?;
             tracing::info!(node = added.node, cluster = identity.cluster, "joined; the ledger follows");
-            let coordinators = added.coordinators.into_iter().map(|known| (known.id, known.address));
-            (identity.node, coordinators.collect())
+            (identity.node, identity.taken_by)
         }
     };
     let config = Config { node, peers: Vec::new(), ..config };

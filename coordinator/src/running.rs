@@ -113,14 +113,16 @@ pub async fn start(config: Config, env: Env) -> Result<Running, StartError> {
 /// Starts a coordinator on any disk.
 pub async fn start_on(config: Config, env: Env, disk: Arc<dyn Disk>) -> Result<Running, StartError> {
     let group = config.group()?;
-    config.check_cluster()?;
+    config.check()?;
     let wanted = config.cluster.clone().unwrap_or_default();
     Identity::check(&*disk, config.node, &wanted)?;
-    if Identity::load(&*disk)?.is_some_and(|identity| identity.joined) && log::is_empty(&*disk)? {
+    let joined = Identity::load(&*disk)?.filter(|identity| identity.joined);
+    if joined.is_some() && log::is_empty(&*disk)? {
         return Err(StartError::Lost { path: disk.path(""), node: config.node });
     }
     let listener = listen(&env, &config.listen).await?;
-    start_with(config, group, BTreeMap::new(), env, disk, listener).await
+    let taken_by = joined.map(|identity| identity.taken_by).unwrap_or_default();
+    start_with(config, group, taken_by, env, disk, listener).await
 }
 
 pub(crate) async fn listen(env: &Env, address: &str) -> Result<Box<dyn Listener>, StartError> {
@@ -128,7 +130,7 @@ pub(crate) async fn listen(env: &Env, address: &str) -> Result<Box<dyn Listener>
     listener.map_err(|error| StartError::Listen { address: address.to_string(), error })
 }
 
-/// `group`: as configured; empty where none is. `taken_by`: the group that has taken this node in just now.
+/// `group`: as configured; empty where none is. `taken_by`: the group that has taken this node in.
 pub(crate) async fn start_with(
     config: Config,
     group: BTreeMap<u64, String>,
@@ -147,6 +149,7 @@ pub(crate) async fn start_with(
         cluster: config.cluster,
         cluster_drawn,
         policy: config.policy,
+        entries: config.entries,
         net: env.net,
         rng: env.rng,
         pid: env.process.id,
@@ -183,6 +186,7 @@ struct Home {
     /// Name for a cluster that has none.
     cluster_drawn: String,
     policy: crate::placement::Policy,
+    entries: u16,
     net: Arc<dyn Net>,
     rng: Rng,
     pid: u32,
@@ -264,7 +268,10 @@ impl Home {
         }
         metrics::gauge!("baton_coordinator_storage_full").set(0.0);
         let cluster = self.cluster.clone().unwrap_or_default();
-        let identity = Identity::claim(&*self.room, Identity { node: self.node, cluster, joined: false })?;
+        let identity = Identity::claim(
+            &*self.room,
+            Identity { node: self.node, cluster, joined: false, taken_by: BTreeMap::new() },
+        )?;
         let ask = !may_be_empty && !identity.joined && !planted::is(Bug::EmptyVotes);
         if ask && log::is_empty(&*self.room)? && self.must_wait(ASK_FIRST).await? {
             return Ok(self.stand_aside(Cause::Empty));
@@ -281,6 +288,7 @@ impl Home {
             net: self.net.clone(),
             disk: self.room.clone(),
             seed: self.rng.u64(),
+            entries: self.entries,
         };
         let node = Arc::new(Box::pin(Node::start(parts)).await?);
         self.observer.follow(&node);

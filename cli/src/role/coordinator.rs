@@ -20,8 +20,8 @@ pub(crate) const LISTEN: &str = "127.0.0.1:7400";
 /// One node is enough to serve; three survive the loss of one. Every node of a new group names all nodes with --peer; all
 /// must be up once for the group to form. A group that runs is changed with the commands below.
 ///
-/// Keys of the TOML file, as the flags of these names: node, listen, advertise, data, metrics, peers (a list of [node,
-/// address]). Besides: cluster (its name; drawn by the first leader if it is not set), and the table [policy] of placement:
+/// Keys of the TOML file, as the flags of these names: node, listen, advertise, data, metrics, entries, peers (a list of
+/// [node, address]). Besides: cluster (its name; drawn by the first leader if it is not set), and the table [policy] of placement:
 /// prefill_tokens_min (uncached prompt tokens from which a prefill worker is used, 64), queue_max (requests that may wait on a
 /// worker before it counts as full, 256), the costs sequence_cost_tokens (32), pressure_cost_tokens (1024) and
 /// prefill_rate_assumed (1000 tokens a second), and the others that `baton setting list` shows. What `baton setting set` has
@@ -48,6 +48,10 @@ pub(crate) struct CoordinatorFlags {
     /// A node and its address, this one among them; 1, 3 or 5 in total [default: only this node]
     #[arg(long = "peer", value_name = "N=HOST:PORT", value_parser = peer)]
     peers: Vec<(u32, String)>,
+    /// Version of the ledger's entries that it writes and at most takes, as a binary of an earlier release does: an upgrade keeps
+    /// a way back until every node runs without it [default: this binary's]
+    #[arg(long, value_name = "VERSION")]
+    entries: Option<u32>,
     /// Address for /metrics and /live; port 0 takes a free one [default: 127.0.0.1:0]
     #[arg(long, value_name = "HOST:PORT")]
     metrics: Option<String>,
@@ -106,6 +110,7 @@ fn fill(mut settings: Settings, flags: CoordinatorFlags) -> Result<Config, Failu
     settings.flag("listen", flags.listen);
     settings.flag("advertise", flags.advertise);
     settings.flag("data", flags.data);
+    settings.flag("entries", flags.entries);
     settings.flag("peers", (!pairs.is_empty()).then_some(pairs));
     settings.fallback("node", 1);
     settings.fallback("listen", LISTEN);

@@ -1,5 +1,7 @@
 //! Who a data directory belongs to: node and cluster, written once, so that a directory cannot serve another node.
 
+use std::collections::BTreeMap;
+
 use baton_core::NodeId;
 
 use super::LogError;
@@ -16,6 +18,8 @@ pub struct Identity {
     pub cluster: String,
     /// The node came to a group that was there, and never founds one.
     pub joined: bool,
+    /// The group that has taken it in then, by number: whom it asks about itself for as long as its log knows of no other.
+    pub taken_by: BTreeMap<u64, String>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -62,7 +66,8 @@ impl Identity {
     }
 
     pub fn save(&self, disk: &dyn Disk) -> Result<(), LogError> {
-        let joined = if self.joined { "joined\n" } else { "" };
+        let by = self.taken_by.iter().map(|(node, address)| format!("by {node} {address}\n"));
+        let joined = if self.joined { format!("joined\n{}", by.collect::<String>()) } else { String::new() };
         let text = format!("{TITLE}\nnode {}\ncluster {}\n{joined}", self.node, self.cluster);
         disk.replace(NAME, text.as_bytes()).map_err(|error| LogError::io(disk, NAME, error))
     }
@@ -86,6 +91,29 @@ impl Identity {
         let node = lines.next()?.strip_prefix("node ")?.parse().ok()?;
         let cluster = lines.next()?.strip_prefix("cluster ")?.to_string();
         let joined = lines.next().is_some_and(|line| line == "joined");
-        Some(Identity { node: NodeId(node), cluster, joined })
+        let by = |line: &str| {
+            let (node, address) = line.strip_prefix("by ")?.split_once(' ')?;
+            Some((node.parse().ok()?, address.to_string()))
+        };
+        Some(Identity { node: NodeId(node), cluster, joined, taken_by: lines.filter_map(by).collect() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::super::MemoryDisk;
+    use super::*;
+
+    #[test]
+    fn an_identity_is_read_back_and_one_without_a_group_too() {
+        let disk = MemoryDisk::new(Duration::ZERO);
+        let taken_by = BTreeMap::from([(1, "a:1".to_string()), (3, "c:3".to_string())]);
+        let own = Identity { node: NodeId(4), cluster: "c".into(), joined: true, taken_by };
+        own.save(&disk).unwrap();
+        assert_eq!(Identity::load(&disk).unwrap(), Some(own.clone()));
+        disk.replace(NAME, b"baton coordinator 1\nnode 4\ncluster c\njoined\n").unwrap();
+        assert_eq!(Identity::load(&disk).unwrap(), Some(Identity { taken_by: BTreeMap::new(), ..own }));
     }
 }

@@ -188,6 +188,7 @@ impl Group {
             net: Arc::new(self.wires[&id].clone()),
             disk: Arc::new(self.disks[&id].clone()),
             seed: id,
+            entries: state::VERSION,
         };
         let node = Arc::new(Node::start(parts).await.unwrap());
         let stop = watch::Sender::new(false);

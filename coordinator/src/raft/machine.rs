@@ -29,6 +29,8 @@ const HASHES_MAX: usize = 16;
 #[derive(Clone)]
 pub(crate) struct Machine {
     disk: Arc<dyn Disk>,
+    /// Version of what it writes; it takes none after it.
+    entries: u16,
     ledger: Arc<RwLock<Ledger>>,
     applied: Arc<Mutex<Applied>>,
     /// False once the node has ended: what still saves then must not reach the disk of its successor.
@@ -50,8 +52,8 @@ struct Applied {
 }
 
 impl Machine {
-    /// Starts from the disk's snapshot, or empty.
-    pub(super) fn open(disk: Arc<dyn Disk>) -> Result<Machine, LogError> {
+    /// Starts from the disk's snapshot, or empty. `entries`: version of what it writes and at most takes.
+    pub(super) fn open(disk: Arc<dyn Disk>, entries: u16) -> Result<Machine, LogError> {
         let mut ledger = Ledger::default();
         let mut applied = Applied::default();
         if let Some(Saved { tag, body }) = load_snapshot(&*disk)? {
@@ -60,11 +62,13 @@ impl Machine {
                 error: io::Error::new(io::ErrorKind::InvalidData, error),
             };
             let meta: Meta = decode(&tag).map_err(|error| unreadable(error.to_string()))?;
-            ledger = state::decode_ledger(&body).map_err(|error| unreadable(error.to_string()))?;
+            let ours = state::refuse_newer(entries, &body).and_then(|()| state::decode_ledger(&body));
+            ledger = ours.map_err(|error| unreadable(error.to_string()))?;
             applied = Applied { last: meta.last_log_id, membership: meta.last_membership };
         }
         Ok(Machine {
             disk,
+            entries,
             ledger: Arc::new(RwLock::new(ledger)),
             applied: Arc::new(Mutex::new(applied)),
             open: Arc::new(Mutex::new(true)),
@@ -94,6 +98,7 @@ impl Machine {
 
     fn apply_one(&self, index: u64, proposal: &Proposal) -> io::Result<Vec<Outcome>> {
         let invalid = |error| io::Error::new(io::ErrorKind::InvalidData, error);
+        state::refuse_newer(self.entries, &proposal.0).map_err(invalid)?;
         let batch = state::decode_batch(&proposal.0).map_err(invalid)?;
         batch.commands.iter().try_for_each(|command| self.compare(command))?;
         let mut ledger = self.ledger.write().expect("ledger lock");
@@ -140,7 +145,7 @@ impl Machine {
     fn compare(&self, command: &Command) -> io::Result<()> {
         let Command::Check(Check { version, index, hash }) = command else { return Ok(()) };
         let hashes = self.hashes.lock().expect("hashes lock");
-        let own = hashes.iter().find(|(at, _)| at == index && *version == state::VERSION);
+        let own = hashes.iter().find(|(at, _)| at == index && *version == self.entries);
         let Some((_, own)) = own.filter(|(_, own)| own != hash) else { return Ok(()) };
         metrics::counter!("baton_coordinator_state_mismatch_total").increment(1);
         tracing::error!(index, own, leader = hash, "this node's ledger is not the leader's");
@@ -216,6 +221,7 @@ impl RaftStateMachine<Types> for Machine {
         let ledger = self.ledger.read().expect("ledger lock").clone();
         Machine {
             disk: self.disk.clone(),
+            entries: self.entries,
             ledger: Arc::new(RwLock::new(ledger)),
             applied: Arc::new(Mutex::new(applied)),
             open: self.open.clone(),
@@ -228,6 +234,7 @@ impl RaftStateMachine<Types> for Machine {
 
     async fn install_snapshot(&mut self, meta: &Meta, snapshot: Vec<u8>) -> io::Result<()> {
         let invalid = |error| io::Error::new(io::ErrorKind::InvalidData, error);
+        state::refuse_newer(self.entries, &snapshot).map_err(invalid)?;
         let ledger = state::decode_ledger(&snapshot).map_err(invalid)?;
         self.save(meta, snapshot).await?;
         let index = ledger.index();
@@ -253,8 +260,8 @@ impl RaftSnapshotBuilder<Types> for Machine {
 
     async fn build_snapshot(&mut self) -> io::Result<SnapshotOf<Types, Vec<u8>>> {
         let body = match planted::is(Bug::SnapshotForgets) {
-            true => state::encode_ledger(&self.ledger.read().expect("ledger lock").without_ended()),
-            false => state::encode_ledger(&self.ledger.read().expect("ledger lock")),
+            true => state::encode_ledger_as(self.entries, &self.ledger.read().expect("ledger lock").without_ended()),
+            false => state::encode_ledger_as(self.entries, &self.ledger.read().expect("ledger lock")),
         };
         let applied = self.applied.lock().expect("applied lock").clone();
         let meta = Meta { last_log_id: applied.last, last_membership: applied.membership };
@@ -282,7 +289,7 @@ mod tests {
     #[tokio::test]
     async fn a_snapshot_carries_the_ledger() {
         let disks = [MemoryDisk::new(Duration::ZERO), MemoryDisk::new(Duration::ZERO)];
-        let open = |disk: &MemoryDisk| Machine::open(Arc::new(disk.clone())).unwrap();
+        let open = |disk: &MemoryDisk| Machine::open(Arc::new(disk.clone()), state::VERSION).unwrap();
         let (mut first, mut second) = (open(&disks[0]), open(&disks[1]));
         first.apply_one(1, &named("c")).unwrap();
         let mut builder = first.get_snapshot_builder().await;
@@ -318,7 +325,7 @@ mod tests {
     /// Goal: a node whose ledger is not the leader's stops. Method: two machines, one of which was given another entry.
     #[tokio::test]
     async fn a_ledger_that_is_not_the_leaders_stops_the_node() {
-        let open = || Machine::open(Arc::new(MemoryDisk::new(Duration::ZERO))).unwrap();
+        let open = || Machine::open(Arc::new(MemoryDisk::new(Duration::ZERO)), state::VERSION).unwrap();
         let (leader, same, other) = (open(), open(), open());
         leader.apply_one(HASH_EVERY, &named("c")).unwrap();
         same.apply_one(HASH_EVERY, &named("c")).unwrap();
@@ -339,8 +346,29 @@ mod tests {
 
     #[tokio::test]
     async fn bytes_that_are_no_commands_stop_the_node() {
-        let machine = Machine::open(Arc::new(MemoryDisk::new(Duration::ZERO))).unwrap();
+        let machine = Machine::open(Arc::new(MemoryDisk::new(Duration::ZERO)), state::VERSION).unwrap();
         assert!(machine.apply_one(1, &Proposal(vec![1, 0, 99].into())).is_err());
         assert!(machine.apply_one(1, &Proposal(vec![0xff, 0].into())).is_err(), "a newer version");
+    }
+
+    /// Goal: a node that writes an earlier version writes what that version's binary reads, and takes nothing newer. Method: two
+    /// nodes, each given the same batch as each writes it.
+    #[tokio::test]
+    async fn a_node_of_an_earlier_version_takes_nothing_newer() {
+        let open = |entries| Machine::open(Arc::new(MemoryDisk::new(Duration::ZERO)), entries).unwrap();
+        let (earlier, now) = (open(state::VERSION_MIN), open(state::VERSION));
+        let batch = Batch { time_ms: 7, commands: vec![Command::Expire] };
+        let entry = |version| Proposal(state::encode_batch_as(version, &batch).into());
+        for machine in [&earlier, &now] {
+            machine.apply_one(1, &entry(state::VERSION_MIN)).unwrap();
+        }
+        now.apply_one(2, &entry(state::VERSION)).unwrap();
+        let error = earlier.apply_one(2, &entry(state::VERSION)).unwrap_err().to_string();
+        assert!(error.contains("version 4 is newer than this coordinator takes (up to 3)"), "{error}");
+        let saved =
+            |mut machine: Machine| async move { machine.get_snapshot_builder().await.build_snapshot().await.unwrap() };
+        let (old, new) = (saved(earlier.clone()).await, saved(now.clone()).await);
+        now.clone().install_snapshot(&old.meta, old.snapshot).await.unwrap();
+        assert!(earlier.clone().install_snapshot(&new.meta, new.snapshot).await.is_err());
     }
 }

@@ -27,7 +27,7 @@ use openraft::{BasicNode, Config, Instant, ReadPolicy, SnapshotPolicy};
 use tokio::sync::watch;
 
 use crate::log::{Disk, Log, LogError, LogOptions};
-use crate::state::{Batch, Check, Ledger, Outcome, VERSION, encode_batch};
+use crate::state::{Batch, Check, Ledger, Outcome, encode_batch_as};
 pub(crate) use ask::{Known, Question, Verdict, ask, judge};
 pub(crate) use envelope::Envelope;
 use inbound::Heard;
@@ -102,6 +102,8 @@ pub(crate) struct Parts {
     pub(crate) net: Arc<dyn Net>,
     pub(crate) disk: Arc<dyn Disk>,
     pub(crate) seed: u64,
+    /// Version of the entries that it writes and at most takes.
+    pub(crate) entries: u16,
 }
 
 /// One coordinator's part in the group.
@@ -110,6 +112,7 @@ pub(crate) struct Node {
     raft: Raft,
     log: Log,
     seed: u64,
+    entries: u16,
     envelope: Envelope,
     ledger: Arc<RwLock<Ledger>>,
     log_bytes: Arc<AtomicU64>,
@@ -128,9 +131,9 @@ pub(crate) struct Node {
 impl Node {
     /// Recovers from the disk and starts taking part. Peers that find an empty group wait for the lowest id to begin it.
     pub(crate) async fn start(parts: Parts) -> Result<Node, NodeError> {
-        let Parts { node, peers, envelope, net, disk, seed } = parts;
+        let Parts { node, peers, envelope, net, disk, seed, entries } = parts;
         let log = Log::open(disk.clone(), LogOptions::default())?;
-        let mut machine = Machine::open(disk)?;
+        let mut machine = Machine::open(disk, entries)?;
         let machine_open = machine.open_mark();
         let (ledger, changes, log_bytes) = (machine.ledger(), machine.changes(), machine.log_bytes());
         let (hashes, difference) = (machine.hashes(), machine.difference());
@@ -152,6 +155,7 @@ impl Node {
             raft,
             log,
             seed,
+            entries,
             envelope,
             ledger,
             log_bytes,
@@ -241,7 +245,7 @@ impl Node {
     /// The latest hash of this node's ledger, to be compared by the others.
     pub(crate) fn check(&self) -> Option<Check> {
         let (index, hash) = self.hashes.lock().expect("hashes lock").back().copied()?;
-        Some(Check { version: VERSION, index, hash })
+        Some(Check { version: self.entries, index, hash })
     }
 
     /// The ledger is to be saved soon, however long the log is.
@@ -271,7 +275,7 @@ impl Node {
 
     /// Commits one entry and says what became of its commands.
     pub(crate) async fn propose(&self, batch: &Batch) -> Result<Vec<Outcome>, ProposeError> {
-        let write = self.raft.client_write(Proposal(encode_batch(batch).into()));
+        let write = self.raft.client_write(Proposal(encode_batch_as(self.entries, batch).into()));
         let unknown = |error: String| ProposeError::Unknown(error);
         let committed = async {
             tokio::select! {

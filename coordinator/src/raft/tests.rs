@@ -11,7 +11,15 @@ use crate::state::Command;
 async fn start(disk: &MemoryDisk) -> Node {
     let peers = BTreeMap::from([(1, "127.0.0.1:1".to_string())]);
     let (net, disk) = (Arc::new(TcpNet), Arc::new(disk.clone()));
-    let parts = Parts { node: NodeId(1), peers, envelope: Envelope::new(1, ""), net, disk, seed: 7 };
+    let parts = Parts {
+        node: NodeId(1),
+        peers,
+        envelope: Envelope::new(1, ""),
+        net,
+        disk,
+        seed: 7,
+        entries: crate::state::VERSION,
+    };
     let node = Node::start(parts).await.unwrap();
     let mut standing = node.standing();
     standing.wait_for(|standing| standing.leader == Some(NodeId(1))).await.unwrap();

@@ -3,21 +3,41 @@
 use serde::{Serialize, de::DeserializeOwned};
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::{Batch, Ledger, version1, version2};
+use super::{Batch, Command, Ledger, version1, version2};
 
 /// Version of the entries and snapshots this binary writes; it reads all up to it.
 pub const VERSION: u16 = 4;
+/// The earliest one that it can still write.
+pub const VERSION_MIN: u16 = 3;
 
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum CodecError {
-    #[error("version {0} is newer than this binary knows (up to {VERSION}): update the binary before it joins")]
-    Newer(u16),
+    #[error("version {found} is newer than this coordinator takes (up to {known}): update it before it joins")]
+    Newer { found: u16, known: u16 },
     #[error("bytes of version {0} that do not decode: {1}")]
     Damaged(u16, String),
 }
 
 pub fn encode_batch(batch: &Batch) -> Vec<u8> {
     encode(batch)
+}
+
+/// As a binary of that version writes it.
+pub fn encode_batch_as(version: u16, batch: &Batch) -> Vec<u8> {
+    let earlier = |command: &Command| match command {
+        Command::AssignAfter { proposed, .. } => Command::Assign(proposed.clone()),
+        other => other.clone(),
+    };
+    match version {
+        VERSION.. => encode(batch),
+        _ => encode_as(version, &Batch { commands: batch.commands.iter().map(earlier).collect(), ..*batch }),
+    }
+}
+
+/// Refuses bytes of a version after `known`.
+pub fn refuse_newer(known: u16, bytes: &[u8]) -> Result<(), CodecError> {
+    let found = bytes.first_chunk().map_or(0, |version| u16::from_le_bytes(*version));
+    if found > known { Err(CodecError::Newer { found, known }) } else { Ok(()) }
 }
 
 pub fn decode_batch(bytes: &[u8]) -> Result<Batch, CodecError> {
@@ -27,6 +47,11 @@ pub fn decode_batch(bytes: &[u8]) -> Result<Batch, CodecError> {
 
 pub fn encode_ledger(ledger: &Ledger) -> Vec<u8> {
     encode(ledger)
+}
+
+/// As a binary of that version writes it. Version 4 has the ledger of version 3.
+pub fn encode_ledger_as(version: u16, ledger: &Ledger) -> Vec<u8> {
+    encode_as(version, ledger)
 }
 
 pub fn decode_ledger(bytes: &[u8]) -> Result<Ledger, CodecError> {
@@ -39,7 +64,11 @@ pub fn hash(ledger: &Ledger) -> u64 {
 }
 
 fn encode<T: Serialize>(value: &T) -> Vec<u8> {
-    let bytes = VERSION.to_le_bytes().to_vec();
+    encode_as(VERSION, value)
+}
+
+fn encode_as<T: Serialize>(version: u16, value: &T) -> Vec<u8> {
+    let bytes = version.to_le_bytes().to_vec();
     postcard::to_extend(value, bytes).expect("memory takes any value")
 }
 
@@ -60,7 +89,7 @@ where
         2 => postcard::from_bytes::<Two>(body).map(T::from),
         // Version 4 has the ledger of version 3.
         3 | VERSION => postcard::from_bytes(body),
-        _ => return Err(CodecError::Newer(version)),
+        found => return Err(CodecError::Newer { found, known: VERSION }),
     };
     value.map_err(|error| CodecError::Damaged(version, error.to_string()))
 }

@@ -23,7 +23,10 @@ use baton_core::{Epoch, Incarnation, RequestId, WorkerId};
 use serde::{Deserialize, Serialize};
 
 pub use access::{KEYS_MAX, Key, Keys, Limits, TENANTS_MAX};
-pub use codec::{CodecError, VERSION, decode_batch, decode_ledger, encode_batch, encode_ledger, hash};
+pub use codec::{
+    CodecError, VERSION, VERSION_MIN, decode_batch, decode_ledger, encode_batch, encode_batch_as, encode_ledger,
+    encode_ledger_as, hash, refuse_newer,
+};
 use command::Terms;
 pub use command::{Assigned, Batch, Check, Command, Finished, Model, Order, Outcome, Proposed, Registration};
 pub use nodes::{JOINS_REMEMBERED_MAX, Join, NODES_JOINING_MAX, NODES_REMOVED_MAX, NodeCommand, Nodes};

@@ -237,7 +237,7 @@ fn bytes_of_a_newer_version_are_refused() {
     let mut bytes = encode_batch(&Batch { time_ms: 1, commands: vec![Command::Expire] });
     assert!(decode_batch(&bytes).is_ok());
     bytes[..2].copy_from_slice(&(VERSION + 1).to_le_bytes());
-    assert_eq!(decode_batch(&bytes), Err(CodecError::Newer(VERSION + 1)));
+    assert_eq!(decode_batch(&bytes), Err(CodecError::Newer { found: VERSION + 1, known: VERSION }));
     assert!(matches!(decode_ledger(&[]), Err(CodecError::Damaged(..))));
     assert!(matches!(decode_batch(&[0, 0, 1]), Err(CodecError::Damaged(0, _))));
 }

@@ -49,6 +49,7 @@ pub(crate) fn config(node: u64, data: &Path, peers: &[(NodeId, String)]) -> Conf
         advertise: String::new(),
         cluster: None,
         policy: Policy::default(),
+        entries: baton_coordinator::state::VERSION,
     }
 }
 
