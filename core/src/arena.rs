@@ -10,7 +10,8 @@
 //! changes: so bytes depend on the token alone, and heads, blocks and tokens can be moved and cut apart without a word
 //! about scales.
 //!
-//! Because heads are outermost, some heads of every block are again blocks, only further apart: a view.
+//! Because heads are outermost, some heads of every block are again blocks, only further apart: a view. So are some tokens of every
+//! block, its units, but for their keys and values, which then do not lie together.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::io;
@@ -152,8 +153,10 @@ pub struct Arena {
     memory: Memory,
     layout: BlockLayout,
     blocks: usize,
-    /// Bytes from one block to the next.
+    /// Bytes from one block of the memory to the next.
     stride: usize,
+    /// Blocks of this arena in one of the memory's.
+    units: usize,
     beside: OnceLock<Beside>,
 }
 
@@ -198,7 +201,15 @@ impl Arena {
         // SAFETY: the offset is below ALIGNMENT, by which the allocation exceeds the blocks.
         let base = unsafe { start.add(start.align_offset(ALIGNMENT)) };
         let stride = layout.block_bytes();
-        Arena { base, memory: Memory::Heap { start, allocation }, layout, blocks, stride, beside: OnceLock::new() }
+        Arena {
+            base,
+            memory: Memory::Heap { start, allocation },
+            layout,
+            blocks,
+            stride,
+            units: 1,
+            beside: OnceLock::new(),
+        }
     }
 
     /// An arena that other processes of this host can be given to read (`descriptor`).
@@ -237,7 +248,7 @@ impl Arena {
     #[cfg(target_os = "linux")]
     fn over(mapping: shared::Mapping, layout: BlockLayout, blocks: usize) -> Arena {
         let (base, stride, beside) = (mapping.start(), layout.block_bytes(), OnceLock::new());
-        Arena { base, memory: Memory::Shared(mapping), layout, blocks, stride, beside }
+        Arena { base, memory: Memory::Shared(mapping), layout, blocks, stride, units: 1, beside }
     }
 
     /// Some `heads` of every block, as an arena of their own over the same memory, when blocks have `kv_heads` heads.
@@ -252,7 +263,25 @@ impl Arena {
         // SAFETY: the first block's heads are inside the memory, which holds at least one block.
         let base = unsafe { self.base.add(heads.start as usize * layout.head_stride()) };
         let (blocks, beside) = (self.bytes() / stride, OnceLock::new());
-        Some(Arena { base, memory: Memory::Of(self.clone()), layout, blocks, stride, beside })
+        Some(Arena { base, memory: Memory::Of(self.clone()), layout, blocks, stride, units: 1, beside })
+    }
+
+    /// Every block's tokens, `tokens` at a time, as blocks of their own over the same memory. Those of block `b` are `b * n` and the
+    /// ones behind it, where `n` is how many fit (`units`). None: a block is not made of such.
+    pub fn in_units(self: &Arc<Arena>, tokens: u32) -> Option<Arena> {
+        let layout = BlockLayout { block_tokens: tokens, ..self.layout };
+        let is_view = matches!(self.memory, Memory::Of(_));
+        if is_view || tokens == 0 || !self.layout.block_tokens.is_multiple_of(tokens) {
+            return None;
+        }
+        let (units, base, stride) = ((self.layout.block_tokens / tokens) as usize, self.base, self.stride);
+        let (blocks, memory) = (self.blocks * units, Memory::Of(self.clone()));
+        Some(Arena { base, memory, layout, blocks, stride, units, beside: OnceLock::new() })
+    }
+
+    /// How many of its blocks are one of the memory's.
+    pub fn units(&self) -> usize {
+        self.units
     }
 
     /// Makes known that a device has memory for the same blocks. The first one stays.
@@ -263,7 +292,8 @@ impl Arena {
 
     /// The same blocks on a device.
     pub fn device(&self) -> Option<&Arc<dyn DeviceBlocks>> {
-        self.beside().map(|beside| &beside.device)
+        // Its extents are runs of keys with their values, which units have not.
+        self.beside().filter(|_| self.units == 1).map(|beside| &beside.device)
     }
 
     /// The block's bytes lie on the device from here on, and not here.
@@ -286,7 +316,7 @@ impl Arena {
     }
 
     fn there(&self, block: BlockId) -> Option<&AtomicU64> {
-        self.beside()?.there.get(block.index as usize)
+        self.beside()?.there.get(block.index as usize / self.units)
     }
 
     fn beside(&self) -> Option<&Beside> {
@@ -299,6 +329,7 @@ impl Arena {
     /// Where one layer of every block lies in the memory, which begins with the first block of the whole arena.
     pub fn extents(&self, layer: usize) -> Extents {
         assert!(layer < self.layout.layers as usize, "layer {layer} of {}", self.layout.layers);
+        assert!(self.units == 1, "a unit's keys do not lie beside its values");
         let start = match &self.memory {
             Memory::Of(arena) => arena.base,
             _ => self.base,
@@ -317,7 +348,7 @@ impl Arena {
         match &self.memory {
             #[cfg(target_os = "linux")]
             Memory::Shared(mapping) => mapping.bytes(),
-            _ => self.blocks * self.stride,
+            _ => self.blocks / self.units * self.stride,
         }
     }
 
@@ -326,6 +357,7 @@ impl Arena {
     #[cfg(target_os = "linux")]
     pub fn descriptor(&self) -> Option<io::Result<OwnedFd>> {
         match &self.memory {
+            Memory::Of(arena) if self.units > 1 => arena.descriptor(),
             Memory::Heap { .. } | Memory::Of(_) => None,
             Memory::Shared(mapping) => Some(mapping.for_reading()),
         }
@@ -356,8 +388,16 @@ impl Arena {
     /// If the index is out of range.
     pub fn block(&self, index: u32) -> *mut u8 {
         assert!((index as usize) < self.blocks, "block {index} of {}", self.blocks);
+        let (block, unit) = (index as usize / self.units, index as usize % self.units);
         // SAFETY: in bounds by the assertion.
-        unsafe { self.base.add(index as usize * self.stride) }
+        unsafe { self.base.add(block * self.stride + unit * self.layout.half_bytes()) }
+    }
+
+    /// Offset from `block` of (kv_head, layer, half).
+    pub fn offset(&self, kv_head: usize, layer: usize, half: Half) -> usize {
+        // Of the memory's blocks, in which those of this arena are cut.
+        let between = self.layout.half_bytes() * self.units;
+        (kv_head * self.layout.layers as usize + layer) * 2 * between + half as usize * between
     }
 
     /// Copies one layer of a block out, as (kv_head, K|V, token, row), into `out` of `layer_bytes`.
@@ -365,15 +405,11 @@ impl Arena {
     /// # Safety
     /// The caller holds the block as filled, so that nobody writes it meanwhile.
     pub unsafe fn read_layer(&self, index: u32, layer: usize, out: &mut [u8]) {
-        let slice = self.layout.slice_bytes();
         assert!(out.len() == self.layout.layer_bytes() && layer < self.layout.layers as usize);
         let block = self.block(index);
-        for (head, part) in out.chunks_exact_mut(slice).enumerate() {
-            // SAFETY: offset + slice stays inside the block; the caller holds it.
-            unsafe {
-                let from = block.add(self.layout.offset(head, layer, Half::Key));
-                std::ptr::copy_nonoverlapping(from, part.as_mut_ptr(), slice);
-            }
+        for (at, part) in self.halves(layer).zip(out.chunks_exact_mut(self.layout.half_bytes())) {
+            // SAFETY: offset + half stays inside the block; the caller holds it.
+            unsafe { std::ptr::copy_nonoverlapping(block.add(at), part.as_mut_ptr(), part.len()) };
         }
     }
 
@@ -382,16 +418,18 @@ impl Arena {
     /// # Safety
     /// The caller holds the block as reserved, so that nobody else reads or writes it meanwhile.
     pub unsafe fn write_layer(&self, index: u32, layer: usize, bytes: &[u8]) {
-        let slice = self.layout.slice_bytes();
         assert!(bytes.len() == self.layout.layer_bytes() && layer < self.layout.layers as usize);
         let block = self.block(index);
-        for (head, part) in bytes.chunks_exact(slice).enumerate() {
-            // SAFETY: offset + slice stays inside the block; the caller holds it.
-            unsafe {
-                let to = block.add(self.layout.offset(head, layer, Half::Key));
-                std::ptr::copy_nonoverlapping(part.as_ptr(), to, slice);
-            }
+        for (at, part) in self.halves(layer).zip(bytes.chunks_exact(self.layout.half_bytes())) {
+            // SAFETY: offset + half stays inside the block; the caller holds it.
+            unsafe { std::ptr::copy_nonoverlapping(part.as_ptr(), block.add(at), part.len()) };
         }
+    }
+
+    /// Offsets from a block of one layer's keys and values, by kv head.
+    fn halves(&self, layer: usize) -> impl Iterator<Item = usize> {
+        let heads = 0..self.layout.kv_heads as usize;
+        heads.flat_map(move |head| [Half::Key, Half::Value].map(|half| self.offset(head, layer, half)))
     }
 }
 
@@ -472,6 +510,39 @@ mod tests {
             assert!(back[2 * slice..].iter().all(|byte| *byte == 0x77));
         }
         assert!(arena.view(3, 2..4).is_none() && arena.view(3, 1..1).is_none() && arena.view(64, 0..1).is_none());
+    }
+
+    /// Units of two blocks: each (token, head, layer, half) is where the whole block has it, and a shared arena's units can be mapped.
+    #[test]
+    fn units_are_a_blocks_tokens() {
+        let whole = Arc::new(Arena::new(LAYOUT, 2));
+        let units = whole.in_units(4).unwrap();
+        assert_eq!((units.blocks(), units.units(), units.layout().block_tokens), (4, 2, 4));
+        let row = LAYOUT.half_bytes() / LAYOUT.block_tokens as usize;
+        for unit in 0..4u32 {
+            for layer in 0..3 {
+                let bytes: Vec<u8> = (0..units.layout().layer_bytes())
+                    .map(|at| (unit as usize * 89 + layer * 31 + at * 7) as u8)
+                    .collect();
+                // SAFETY: this test is the only user of the arena.
+                unsafe { units.write_layer(unit, layer, &bytes) };
+            }
+        }
+        let (mut of_block, mut of_unit) = (vec![0; LAYOUT.layer_bytes()], vec![0; units.layout().layer_bytes()]);
+        for (block, layer) in (0..2u32).flat_map(|block| (0..3).map(move |layer| (block, layer))) {
+            // SAFETY: as above.
+            unsafe { whole.read_layer(block, layer, &mut of_block) };
+            for unit in 0..2 {
+                // SAFETY: as above.
+                unsafe { units.read_layer(block * 2 + unit as u32, layer, &mut of_unit) };
+                for (half, tokens) in of_unit.chunks_exact(4 * row).enumerate() {
+                    let at = half * LAYOUT.half_bytes() + unit * 4 * row;
+                    assert_eq!(tokens, &of_block[at..at + 4 * row], "{block} {layer} {unit} {half}");
+                }
+            }
+        }
+        assert!(whole.in_units(3).is_none() && whole.in_units(0).is_none());
+        assert_eq!(whole.in_units(8).map(|all| all.units()), Some(1));
     }
 
     /// What one process writes another one reads, through a descriptor that does not let it write.

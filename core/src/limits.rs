@@ -69,6 +69,10 @@ pub const HANDOFF_CREDIT_BYTES: usize = 64 << 20;
 pub const HANDOFF_ACK_BYTES: usize = 1 << 20;
 /// Times a receiver asks for damaged extents of one transfer again before it gives the transfer up.
 pub const HANDOFF_RESENDS_MAX: u32 = 8;
+/// Connections that one link over the network has: a sender's cores write them, and a network's paths carry them, side by side.
+pub const HANDOFF_LANES: usize = 2;
+/// The same at most.
+pub const HANDOFF_LANES_MAX: usize = 4;
 /// Connections one receiver serves.
 pub const HANDOFF_LINKS_MAX: usize = 1024;
 /// How long a worker waits for blocks that another one holds before it computes them.
@@ -79,11 +83,14 @@ pub const LENDS_MAX: usize = 16;
 pub const LINGER_MS: u64 = 2_000;
 /// Bytes a worker's disk tier takes unless told otherwise.
 pub const KV_DISK_BYTES: u64 = 8 << 30;
+/// Of so many blocks that are used again one is audited, unless told otherwise: on average a few microseconds a block.
+pub const KV_AUDIT: u32 = 64;
 /// Requests waiting in one worker's queue.
 pub const WORKER_QUEUE_MAX: usize = 256;
 
 const _: () = assert!(WORKER_LEASE_MS > 3 * HEARTBEAT_MS);
 const _: () = assert!(LINGER_MS <= PULL_MS);
+const _: () = assert!(HANDOFF_LANES <= HANDOFF_LANES_MAX);
 const _: () = assert!(HANDOFF_IDLE_MS > 3 * HANDOFF_PING_MS);
 const _: () = assert!(HANDOFF_CREDIT_BYTES > 2 * (HANDOFF_ACK_BYTES + HANDOFF_FRAME_BYTES_MAX));
 const _: () = assert!(QUEUE_INTERACTIVE_MS < QUEUE_BATCH_MS && QUEUE_BATCH_MS < REQUEST_DEADLINE_MS);

@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use baton_core::limits::BLOCK_TOKENS;
 use baton_core::planted::{self, Bug};
 use baton_core::{Aborted, Assignment, BlockHash, Refused, TokenId};
 use baton_engine::{Blocks, Filled, Reserved};
@@ -38,7 +39,7 @@ pub(crate) struct Brought {
 pub(crate) async fn bring(decode: &Decode, assigned: &Assigned) -> Result<Brought, End> {
     let Some(prefill) = &assigned.assignment.prefill else {
         let held = bring_held(decode, assigned).await;
-        count_move(assigned, held * decode.shell.spec.layout.block_tokens as usize);
+        count_move(decode, assigned, held * decode.shell.spec.layout.block_tokens as usize);
         return Ok(local("assigned"));
     };
     let pair = Pair { prefill, decode: &assigned.assignment.decode };
@@ -49,12 +50,12 @@ pub(crate) async fn bring(decode: &Decode, assigned: &Assigned) -> Result<Brough
         Some(holder) if holder.moves => decode.shell.bring(assigned, &hashes).await,
         _ => decode.shell.recall(&hashes).await,
     };
-    count_move(assigned, held.len() * decode.shell.spec.layout.block_tokens as usize);
+    count_move(decode, assigned, held.len() * decode.shell.spec.layout.block_tokens as usize);
     if is_nearly_held(decode, assigned, &tokens, &held) {
         return Ok(local("prefix_hit"));
     }
     let room = reserve(decode, &tokens, held)?;
-    let result = receive(decode, assigned, pair, &hashes, room).await;
+    let result = receive(decode, assigned, pair, &hashes, (tokens.len(), room)).await;
     metrics::record_transfers(&decode.shell.receiver().counters());
     let (prefilled, room) = result?;
     let phases = phases(&prefilled);
@@ -74,11 +75,11 @@ async fn bring_held(decode: &Decode, assigned: &Assigned) -> usize {
 
 /// Counts how a request that had to leave another worker goes on: from its blocks, but for the one that was not full, or
 /// by computing them again.
-fn count_move(assigned: &Assigned, held: usize) {
+fn count_move(decode: &Decode, assigned: &Assigned, held: usize) {
     let Some(holder) = &assigned.assignment.holder else { return };
     let whole = assigned.choices.iter().all(|choice| {
         let tokens = assigned.request.prompt.len() + choice.so_far.len();
-        tokens - held.min(tokens) <= baton_core::limits::BLOCK_TOKENS
+        tokens - held.min(tokens) <= BLOCK_TOKENS.max(decode.shell.spec.layout.block_tokens as usize)
     });
     baton_worker::count_move(holder, !whole);
 }
@@ -132,10 +133,13 @@ async fn receive(
     assigned: &Assigned,
     pair: Pair<'_>,
     hashes: &[BlockHash],
-    room: Room,
+    (tokens, room): (usize, Room),
 ) -> Result<(Prefilled, Room), End> {
     let (request, epoch) = (assigned.request.id, assigned.assignment.epoch);
-    let (blocks, skip_blocks) = (room.reserved.ids(), room.held.len());
+    // As links move them: those that the tokens take, behind what is held here.
+    let units = decode.shell.units;
+    let (mut blocks, skip_blocks) = (units.of(&room.reserved.ids()), room.held.len() * units.each());
+    blocks.truncate(tokens.div_ceil(units.tokens()) - skip_blocks);
     let (mut grant, mut incoming) = decode.shell.receiver().open(request, epoch, blocks, assigned.left(), room);
     grant.address = decode.shell.kv_address().to_string();
     let left_ms = assigned.left().as_millis() as u64;
@@ -155,13 +159,13 @@ async fn receive(
         reply = &mut call => match reply {
             Ok(prefilled) => match incoming.wait_or_keep().await {
                 Ok((room, _)) => Ok((prefilled, room)),
-                Err(remains) => Err(broken(keep(remains, hashes))),
+                Err(remains) => Err(broken(keep(decode, remains, hashes))),
             },
             Err(_) if planted::is(Bug::PrefillDeathWedges) => std::future::pending().await,
             Err(abort) => {
                 incoming.give_up();
                 if let Ok(Err(remains)) = timeout(REMAINS, incoming.wait_or_keep()).await {
-                    keep(remains, hashes);
+                    keep(decode, remains, hashes);
                 }
                 Err(abort.into())
             }
@@ -170,7 +174,7 @@ async fn receive(
             Ok((room, _)) => Ok((call.await?, room)),
             Err(_) if planted::is(Bug::PrefillDeathWedges) => std::future::pending().await,
             Err(remains) => {
-                let error = keep(remains, hashes);
+                let error = keep(decode, remains, hashes);
                 match timeout(VERDICT, call).await {
                     Ok(Err(abort)) => Err(abort.into()),
                     Ok(Ok(_)) | Err(_) => Err(broken(error)),
@@ -182,12 +186,12 @@ async fn receive(
 
 /// Names the verified blocks of a broken handoff for the prefix cache, up to the first that lacks something, and says
 /// what broke it.
-fn keep(remains: Result<Partial<Room>, TransferError>, hashes: &[BlockHash]) -> TransferError {
+fn keep(decode: &Decode, remains: Result<Partial<Room>, TransferError>, hashes: &[BlockHash]) -> TransferError {
     let partial = match remains {
         Ok(partial) => partial,
         Err(error) => return error,
     };
-    let whole = partial.whole().iter().take_while(|whole| **whole).count();
+    let whole = decode.shell.units.whole_blocks(partial.whole());
     let Partial { error, guard: Room { held, mut reserved }, .. } = partial;
     let names = &hashes[held.len().min(hashes.len())..];
     let kept = whole.min(names.len());
@@ -227,6 +231,10 @@ fn fill(
     }
     let Room { held: mut blocks, reserved } = room;
     let named = if planted::is(Bug::WrongName) { 0 } else { blocks.len().min(hashes.len()) };
+    // The engine goes on writing the last one unless it is full.
+    let full = hashes.len() - named;
+    let unfinished = decode.shell.units.of(&reserved.ids()[full.min(reserved.ids().len())..]);
+    decode.shell.links().unsettle(&unfinished);
     blocks.append(reserved.fill(&hashes[named..]));
     Ok(Filled { blocks, tokens: tokens.len(), first, prompt_logprobs: prompt_logprobs_back(prefilled.prompt_logprobs) })
 }

@@ -144,6 +144,12 @@ impl Cache {
         Blocks { cache: self.clone(), ids }
     }
 
+    /// Takes its name away from a held block whose bytes are not what they were: nobody finds it any more, and it is freed with
+    /// its last guard.
+    pub fn disown(&self, block: BlockId) {
+        lock(&self.inner.places).disown(block);
+    }
+
     /// How many of `hashes`, from the first on, are here. Takes nothing and touches no age.
     pub fn hits(&self, hashes: &[BlockHash]) -> Hits {
         let places = lock(&self.inner.places);
@@ -349,6 +355,17 @@ impl Places {
             if !self.lower.has(name) {
                 self.journal.add(name);
             }
+        }
+    }
+
+    fn disown(&mut self, block: BlockId) {
+        self.moves += 1;
+        let place = &mut self.all[block.index as usize];
+        let State::Held { hash, .. } = &mut place.state else { return };
+        let Some(name) = hash.take_if(|_| place.generation == block.generation) else { return };
+        self.index.remove(&name);
+        if !self.lower.has(name) {
+            self.journal.remove(name);
         }
     }
 

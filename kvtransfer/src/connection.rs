@@ -1,4 +1,5 @@
-//! The sender's end of one connection, which carries many transfers: their bytes, or over shared memory where they are.
+//! The sender's end of one link, which carries many transfers: their bytes, or over shared memory where they are. Over the network it
+//! may have several connections, its lanes: DATA takes the first that has room, and the link ends with the first that fails.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -20,26 +21,39 @@ use crate::sending::Sending;
 use crate::sums::Sums;
 use crate::tls::{self, Tls};
 use crate::wire::{
-    BY_REFERENCE, BadFrame, Body, ENTRY_BYTES, FEATURE_DEVICE, FEATURE_SHARED, FEATURE_TICKETS, FEATURE_UCX, Header,
-    Message, ON_DEVICE, Tag, VERSION,
+    BY_REFERENCE, BadFrame, Body, ENTRY_BYTES, FEATURE_DEVICE, FEATURE_LANES, FEATURE_SHARED, FEATURE_TICKETS,
+    FEATURE_UCX, Header, LinkKey, Message, ON_DEVICE, Tag, VERSION,
 };
 
 /// Frames by reference of a link that are under way: they take no memory, and the more there are the fewer times either
 /// end has to wake the other.
 const REFERENCES: usize = 64;
 
+/// A link that is up.
 pub(crate) struct Connection {
     peer: String,
     by: By,
     /// What both ends can do (`wire::FEATURE_*`).
     features: u16,
-    /// DATA payload bytes that the receiver has taken.
-    acknowledged: watch::Sender<u64>,
-    pub(crate) outbox: Outbox,
+    /// Its connections. All but DATA and what acknowledges it goes over the first one.
+    lanes: Vec<Lane>,
     /// Payload bytes that may still be sent before the receiver acknowledges some.
     credits: Semaphore,
     /// None once the connection is dead.
     sending: Mutex<Option<BTreeMap<TransferId, Arc<Sending>>>>,
+}
+
+/// One connection of a link.
+struct Lane {
+    outbox: Outbox,
+    /// DATA payload bytes that the receiver has taken.
+    acknowledged: watch::Sender<u64>,
+}
+
+impl Lane {
+    fn new(places: usize) -> Lane {
+        Lane { outbox: Outbox::new(places), acknowledged: watch::Sender::new(0) }
+    }
 }
 
 /// What a connection goes over.
@@ -62,22 +76,32 @@ pub(crate) struct Greeted {
     pub(crate) offer: Option<String>,
     /// The port at which the receiver is reached over UCX, and the one it listens on, if it said so.
     pub(crate) harbour: Option<(u16, u16)>,
+    /// What further connections of the link are to name, if it may have some.
+    pub(crate) key: Option<LinkKey>,
     pub(crate) by: By,
 }
 
-/// Connects, under TLS if there is one, and compares texts. `features` is what this end can do.
+/// What an end says of itself when it greets.
+pub(crate) struct Hello<'a> {
+    pub(crate) text: &'a str,
+    /// What this end can do (`wire::FEATURE_*`).
+    pub(crate) features: u16,
+    /// The link that a further connection is for, and its number.
+    pub(crate) joins: Option<(LinkKey, u32)>,
+}
+
+/// Connects, under TLS if there is one, and compares texts.
 pub(crate) async fn connect(
     net: &dyn Net,
     tls: Option<&Tls>,
     address: &str,
-    ours: &str,
-    features: u16,
+    hello: Hello<'_>,
 ) -> Result<Greeted, TransferError> {
     let lost = |cause: String| TransferError::Lost { peer: address.to_string(), cause };
     let connecting = async {
         let stream = net.connect(address).await.map_err(|error| lost(format!("connect: {error}")))?;
-        let Some(tls) = tls else { return greet(stream, address, ours, features).await };
-        let greeted = greet(tls.connect(stream, address).await?, address, ours, features).await?;
+        let Some(tls) = tls else { return greet(stream, address, hello).await };
+        let greeted = greet(tls.connect(stream, address).await?, address, hello).await?;
         Ok(Greeted { by: By::Tls, ..greeted })
     };
     within(address, connecting).await
@@ -96,20 +120,22 @@ pub(crate) async fn within<T>(
 }
 
 /// The sender's side of a greeting over a new stream.
-pub(crate) async fn greet(stream: Stream, address: &str, ours: &str, features: u16) -> Result<Greeted, TransferError> {
+pub(crate) async fn greet(stream: Stream, address: &str, hello: Hello<'_>) -> Result<Greeted, TransferError> {
+    let Hello { text: ours, features, joins } = hello;
     let lost = |cause: String| TransferError::Lost { peer: address.to_string(), cause };
     let (read, mut write) = tokio::io::split(stream);
-    let hello = Message { tag: Tag::default(), body: Body::Hello { text: ours.to_string(), features } };
+    let tag = joins.map_or(Tag::default(), |(link, lane)| link.tag(lane));
+    let hello = Message { tag, body: Body::Hello { text: ours.to_string(), features } };
     let said = async {
         write_all(&mut write, &hello.encode()).await?;
         write.flush().await
     };
     said.await.map_err(|error| lost(format!("greet: {error}")))?;
     let mut frames = Frames::new(read);
-    let (theirs, common) = match frames.message().await {
-        Ok(Message { body: Body::Hello { text, features: theirs }, .. }) => (text, features & theirs),
-        Ok(Message { body: Body::Mismatch(theirs), .. }) => (theirs, 0),
-        Err(ReadError::Frame(BadFrame::Version { theirs })) => (format!("wire {theirs}"), 0),
+    let (theirs, common, tag) = match frames.message().await {
+        Ok(Message { body: Body::Hello { text, features: theirs }, tag }) => (text, features & theirs, tag),
+        Ok(Message { body: Body::Mismatch(theirs), tag }) => (theirs, 0, tag),
+        Err(ReadError::Frame(BadFrame::Version { theirs })) => (format!("wire {theirs}"), 0, Tag::default()),
         Ok(message) => return Err(lost(format!("greeted with {:?}", message.body.kind()))),
         // Only the first answer tells whether the receiver takes this end's certificate.
         Err(ReadError::Io(error)) => {
@@ -139,14 +165,15 @@ pub(crate) async fn greet(stream: Stream, address: &str, ours: &str, features: u
             Err(error) => return Err(lost(format!("offer: {error}"))),
         }
     }
-    Ok(Greeted { frames, write, features: common, offer, harbour, by: By::Tcp })
+    let key = (common & FEATURE_LANES != 0).then(|| LinkKey::of(tag).0);
+    Ok(Greeted { frames, write, features: common, offer, harbour, key, by: By::Tcp })
 }
 
 /// What one `send` has under way.
 #[derive(Default)]
 pub(crate) struct Flight {
     borrowed: Borrowed,
-    /// DATA payload bytes of the link up to the end of the last frame.
+    /// DATA payload bytes of the last frame's connection up to its end.
     end: u64,
 }
 
@@ -158,25 +185,42 @@ pub(crate) struct Sent {
 }
 
 impl Connection {
-    pub(crate) fn new(peer: &str, by: By, features: u16) -> Connection {
+    /// Of so many connections.
+    pub(crate) fn new(peer: &str, by: By, features: u16, lanes: usize) -> Connection {
+        let places = if by == By::Reference { REFERENCES } else { PLACES };
         Connection {
             peer: peer.to_string(),
             by,
             features,
-            acknowledged: watch::Sender::new(0),
-            outbox: Outbox::new(if by == By::Reference { REFERENCES } else { PLACES }),
+            lanes: (0..lanes.max(1)).map(|_| Lane::new(places)).collect(),
             credits: Semaphore::new(HANDOFF_CREDIT_BYTES),
             sending: Mutex::new(Some(BTreeMap::new())),
         }
     }
 
-    /// Reads and writes until the connection fails, and says why.
-    pub(crate) async fn run(&self, greeted: Greeted) -> String {
+    /// Reads and writes one of its connections until that fails, and says why.
+    pub(crate) async fn run(&self, lane: usize, greeted: Greeted) -> String {
         let Greeted { mut frames, mut write, .. } = greeted;
+        let outbox = &self.lanes[lane].outbox;
         tokio::select! {
-            cause = self.read(&mut frames) => cause.to_string(),
-            cause = self.outbox.write(&mut write) => cause.to_string(),
-            cause = self.outbox.closed() => cause.to_string(),
+            cause = self.read(lane, &mut frames) => cause.to_string(),
+            cause = outbox.write(&mut write) => cause.to_string(),
+            cause = outbox.closed() => cause.to_string(),
+        }
+    }
+
+    pub(crate) fn tell(&self, tag: Tag, body: Body) {
+        self.lanes[0].outbox.tell(tag, body);
+    }
+
+    /// Makes the receiver wait, before it takes what is told next, for what has been queued on the other connections.
+    pub(crate) fn tell_barrier(&self) {
+        let sent = self.lanes.iter().enumerate().skip(1).map(|(at, lane)| (at as u32, lane));
+        let awaited = sent.map(|(at, lane)| (at, lane.outbox.sequence(), *lane.acknowledged.borrow()));
+        let awaited = awaited.filter(|(_, sent, taken)| sent > taken).map(|(at, sent, _)| (at, sent));
+        let awaited: Vec<(u32, u64)> = awaited.collect();
+        if !awaited.is_empty() {
+            self.tell(Tag::default(), Body::Barrier(awaited));
         }
     }
 
@@ -187,7 +231,7 @@ impl Connection {
             transfer.fail(self.lost(cause));
         }
         self.credits.close();
-        self.outbox.close();
+        self.lanes.iter().for_each(|lane| lane.outbox.close());
     }
 
     pub(crate) fn enrol(&self, transfer: TransferId) -> Result<Arc<Sending>, TransferError> {
@@ -262,7 +306,9 @@ impl Connection {
     ) -> Result<Vec<Sent>, TransferError> {
         let layer_bytes = if self.by_reference() { 0 } else { frame.arena.layout().layer_bytes() };
         let bytes = frame.blocks.len() * (ENTRY_BYTES + layer_bytes);
-        let Some(place) = self.outbox.place(due).await else { return Err(self.lost("closed")) };
+        // The first that has a place; while none has, the one for which fewest wait.
+        let lane = self.lanes.iter().min_by_key(|lane| lane.outbox.waiting()).expect("a link has a connection");
+        let Some(place) = lane.outbox.place(due).await else { return Err(self.lost("closed")) };
         let Ok(credit) = self.credits.acquire_many(bytes as u32).await else {
             return Err(self.lost("closed"));
         };
@@ -272,7 +318,7 @@ impl Connection {
         let sent = data.sums().zip(sources).map(|((position, sum), source)| Sent { position, source, sum }).collect();
         let pushed = sending.writing(|| {
             credit.forget();
-            self.outbox.push(place, header, data)
+            lane.outbox.push(place, header, data)
         });
         let (loan, end) = pushed?;
         flight.borrowed.push(loan);
@@ -286,7 +332,7 @@ impl Connection {
             if !self.by_reference() {
                 return flight.borrowed.written().await;
             }
-            let mut acknowledged = self.acknowledged.subscribe();
+            let mut acknowledged = self.lanes[0].acknowledged.subscribe();
             // It ends with the connection, which fails the transfer.
             let _ = acknowledged.wait_for(|bytes| *bytes >= flight.end).await;
         };
@@ -297,35 +343,37 @@ impl Connection {
         }
     }
 
-    async fn read<R: AsyncRead + Unpin>(&self, frames: &mut Frames<R>) -> ReadError {
+    async fn read<R: AsyncRead + Unpin>(&self, lane: usize, frames: &mut Frames<R>) -> ReadError {
         loop {
             let message = match frames.message().await {
                 Ok(message) => message,
                 Err(error) => return error,
             };
-            if let Err(error) = self.hear(message) {
+            if let Err(error) = self.hear(lane, message) {
                 return error.into();
             }
         }
     }
 
-    fn hear(&self, message: Message) -> Result<(), BadFrame> {
+    fn hear(&self, lane: usize, message: Message) -> Result<(), BadFrame> {
         let Message { tag, body } = message;
+        let Lane { outbox, acknowledged: told } = &self.lanes[lane];
         match body {
             Body::Ack(bytes) => {
-                let (sent, acknowledged) = (self.outbox.sequence(), *self.acknowledged.borrow());
+                let (sent, acknowledged) = (outbox.sequence(), *told.borrow());
                 if !(acknowledged..=sent).contains(&bytes) {
                     return Err(BadFrame::Acknowledged { acknowledged: bytes, sent });
                 }
                 self.credits.add_permits((bytes - acknowledged) as usize);
-                self.acknowledged.send_replace(bytes);
+                told.send_replace(bytes);
             }
+            Body::Ping => {}
+            body if lane > 0 => return Err(BadFrame::Shape(body.kind())),
             Body::Opened | Body::Committed(_) | Body::Refused(_) | Body::Resend(_) => self.hear_about(tag, body),
             Body::Abort { .. } => {
                 self.hear_about(tag, body);
-                self.outbox.tell(tag, Body::Aborted { quiesced: true });
+                self.tell(tag, Body::Aborted { quiesced: true });
             }
-            Body::Ping => {}
             body => return Err(BadFrame::Shape(body.kind())),
         }
         Ok(())

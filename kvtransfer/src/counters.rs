@@ -162,10 +162,12 @@ pub enum Fallback {
     DeviceNotShared,
     /// The other end's GPU cannot read this end's: another GPU without access to it, or another driver's.
     DeviceRefused,
+    /// A connection that the link was to have besides did not come about.
+    FewerLanes,
 }
 
 impl Fallback {
-    pub const ALL: [Fallback; 10] = [
+    pub const ALL: [Fallback; 11] = [
         Fallback::NotShared,
         Fallback::NotOffered,
         Fallback::Relayed,
@@ -176,6 +178,7 @@ impl Fallback {
         Fallback::NotOnDevice,
         Fallback::DeviceNotShared,
         Fallback::DeviceRefused,
+        Fallback::FewerLanes,
     ];
 
     pub fn as_str(self) -> &'static str {
@@ -190,6 +193,7 @@ impl Fallback {
             Fallback::NotOnDevice => "not_on_device",
             Fallback::DeviceNotShared => "device_not_shared",
             Fallback::DeviceRefused => "device_refused",
+            Fallback::FewerLanes => "fewer_lanes",
         }
     }
 }

@@ -113,9 +113,9 @@ impl Data {
         header.length = (self.bytes.len() - HEADER_BYTES + extents) as u32;
         header.payload_sum = xxh3_64(&self.bytes[HEADER_BYTES..]);
         if !by_reference {
-            let slice = arena.layout().slice_bytes();
+            let (halved, bytes) = (is_halved(arena), run_bytes(arena.layout(), is_halved(arena)));
             for (_, source) in blocks {
-                self.lent.extend(slices(arena, source.index, layer).map(|at| Lent { at, bytes: slice }));
+                self.lent.extend(runs(arena, source.index, layer, halved).map(|at| Lent { at, bytes }));
             }
         }
         header
@@ -175,20 +175,36 @@ impl Data {
     }
 }
 
-/// Where one layer of a block lies, by kv head.
-fn slices(arena: &Arena, block: u32, layer: usize) -> impl Iterator<Item = *const u8> {
-    let (layout, block) = (*arena.layout(), arena.block(block).cast_const());
-    assert!(layer < layout.layers as usize, "layer {layer} of {}", layout.layers);
-    (0..layout.kv_heads as usize).map(move |head| block.wrapping_add(layout.offset(head, layer, Half::Key)))
+/// Whether a head's keys do not lie beside its values.
+fn is_halved(arena: &Arena) -> bool {
+    arena.units() > 1
+}
+
+/// Where one layer of a block lies, by kv head: a run of keys and values, or `halved` a run of each.
+fn runs(arena: &Arena, block: u32, layer: usize, halved: bool) -> impl Iterator<Item = *const u8> {
+    let block = arena.block(block).cast_const();
+    assert!(layer < arena.layout().layers as usize, "layer {layer} of {}", arena.layout().layers);
+    let halves = if halved { &[Half::Key, Half::Value][..] } else { &[Half::Key] };
+    let heads = 0..arena.layout().kv_heads as usize;
+    heads.flat_map(move |head| halves.iter().map(move |half| block.wrapping_add(arena.offset(head, layer, *half))))
+}
+
+fn run_bytes(layout: &BlockLayout, halved: bool) -> usize {
+    if halved { layout.half_bytes() } else { layout.slice_bytes() }
+}
+
+fn parts(layout: &BlockLayout, halved: bool) -> Parts {
+    let bytes = run_bytes(layout, halved);
+    Parts::new(layout.layer_bytes() / bytes, bytes)
 }
 
 /// Checksum of an extent before it is bound. The caller holds the block as filled.
 pub(crate) fn content(arena: &Arena, block: u32, layer: usize) -> u64 {
-    let slice = arena.layout().slice_bytes();
-    let mut parts = Parts::new(arena.layout().kv_heads as usize, slice);
-    for from in slices(arena, block, layer) {
+    let halved = is_halved(arena);
+    let (mut parts, bytes) = (parts(arena.layout(), halved), run_bytes(arena.layout(), halved));
+    for from in runs(arena, block, layer, halved) {
         // SAFETY: inside the block; `Outgoing::send` asks its caller to hold it as filled.
-        unsafe { parts.add(from, slice) };
+        unsafe { parts.add(from, bytes) };
     }
     parts.finish()
 }
@@ -196,18 +212,26 @@ pub(crate) fn content(arena: &Arena, block: u32, layer: usize) -> u64 {
 /// An extent on its way into the block it is granted for, slice by slice.
 pub(crate) struct Landing {
     parts: Parts,
-    /// kv heads that have landed.
-    heads: usize,
+    halved: bool,
+    /// What has landed.
+    runs: usize,
 }
 
 impl Landing {
-    pub(crate) fn new(layout: &BlockLayout) -> Landing {
-        Landing { parts: Parts::new(layout.kv_heads as usize, layout.slice_bytes()), heads: 0 }
+    /// Into an arena like `arena`, blocks of `layout`.
+    pub(crate) fn new(arena: &Arena, layout: &BlockLayout) -> Landing {
+        Landing { parts: parts(layout, is_halved(arena)), halved: is_halved(arena), runs: 0 }
+    }
+
+    /// The same out of another arena.
+    pub(crate) fn between(source: &Arena, arena: &Arena) -> Landing {
+        let halved = is_halved(source) || is_halved(arena);
+        Landing { parts: parts(arena.layout(), halved), halved, runs: 0 }
     }
 
     /// Slices that are missing.
     pub(crate) fn left(&self, layout: &BlockLayout) -> usize {
-        layout.kv_heads as usize - self.heads
+        layout.kv_heads as usize - self.runs / if self.halved { 2 } else { 1 }
     }
 
     /// Copies the next slices, (kv_head, K|V, token, head_dim), out of a frame. The caller holds `block` as reserved:
@@ -215,33 +239,34 @@ impl Landing {
     /// after it has left that state under the same lock.
     pub(crate) fn copy(&mut self, arena: &Arena, block: BlockId, layer: u32, bytes: &[u8]) {
         arena.brought_here(block);
-        let slice = arena.layout().slice_bytes();
-        let targets = slices(arena, block.index, layer as usize).skip(self.heads);
-        for (from, to) in bytes.chunks_exact(slice).zip(targets) {
-            // SAFETY: `to` is inside the block, which the caller holds; `from` is a whole slice of the frame.
-            unsafe { self.parts.copy(from.as_ptr(), to.cast_mut(), slice) };
-            self.heads += 1;
+        let run = run_bytes(arena.layout(), self.halved);
+        let targets = runs(arena, block.index, layer as usize, self.halved).skip(self.runs);
+        for (from, to) in bytes.chunks_exact(run).zip(targets) {
+            // SAFETY: `to` is inside the block, which the caller holds; `from` is a whole run of the frame.
+            unsafe { self.parts.copy(from.as_ptr(), to.cast_mut(), run) };
+            self.runs += 1;
         }
     }
 
     /// Copies all slices out of block `index` of an arena with the same layout, of this process or mapped. `block` is
-    /// held as for `copy`.
+    /// held as for `copy`. It was made by `between`.
     pub(crate) fn fetch(&mut self, arena: &Arena, block: BlockId, layer: u32, source: &Arena, index: u32) {
         assert_eq!(source.layout(), arena.layout());
         arena.brought_here(block);
-        let slice = arena.layout().slice_bytes();
-        let targets = slices(arena, block.index, layer as usize);
-        for (from, to) in slices(source, index, layer as usize).zip(targets) {
+        let (run, halved) = (run_bytes(arena.layout(), self.halved), self.halved);
+        let targets = runs(arena, block.index, layer as usize, halved);
+        for (from, to) in runs(source, index, layer as usize, halved).zip(targets) {
             // SAFETY: both are inside their blocks, and the caller holds `to`'s. If the sender does not hold `from`'s as
             // filled, its bytes may change while they are read, and the checksum is then not the announced one.
-            unsafe { self.parts.copy(from, to.cast_mut(), slice) };
-            self.heads += 1;
+            unsafe { self.parts.copy(from, to.cast_mut(), run) };
+            self.runs += 1;
         }
     }
 
-    /// The bound checksum of what stands in the block now.
-    pub(crate) fn finish(self, grant: u128, layer: u32, position: u32) -> u64 {
-        bind(self.parts.finish(), grant, layer, position)
+    /// The checksum of what stands in the block now, and the same bound.
+    pub(crate) fn finish(self, grant: u128, layer: u32, position: u32) -> (u64, u64) {
+        let content = self.parts.finish();
+        (content, bind(content, grant, layer, position))
     }
 }
 

@@ -39,6 +39,7 @@ pub use grant::{Grant, HeadSlice};
 pub use links::{Links, Preferred, Ways};
 pub use outgoing::{Committed, Outgoing};
 pub use receiver::{Incoming, Partial, Receiver};
+pub use sums::Audited;
 pub use tls::{BadTls, Tls};
 pub use transfer::Received;
 #[cfg(target_os = "linux")]

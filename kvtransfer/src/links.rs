@@ -6,23 +6,28 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use baton_core::limits::{
-    HANDOFF_BACKOFF_MS, HANDOFF_BACKOFF_MS_MAX, HANDOFF_CONNECT_MS, HANDOFF_CONNECTS_MAX, HANDOFF_LINKS_MAX,
+    HANDOFF_BACKOFF_MS, HANDOFF_BACKOFF_MS_MAX, HANDOFF_CONNECT_MS, HANDOFF_CONNECTS_MAX, HANDOFF_LANES,
+    HANDOFF_LANES_MAX, HANDOFF_LINKS_MAX,
 };
-use baton_core::{Arena, BlockLayout, Net};
+use baton_core::{Arena, BlockId, BlockLayout, Net};
 use tokio::sync::{Notify, watch};
-use tokio::task::JoinHandle;
-use tokio::time::timeout;
+use tokio::task::{JoinHandle, JoinSet};
+use tokio::time::{Instant, timeout, timeout_at};
 
-use crate::connection::{By, Connection, Greeted, connect, greet, within};
+use crate::connection::{By, Connection, Greeted, Hello, connect, greet, within};
 use crate::counters::{Fallback, LinkCounters, LinkCounts};
 use crate::receiver::{Receiver, Shared};
-use crate::sums::Sums;
+use crate::sums::{Audited, Sums};
 use crate::tls::Tls;
-use crate::wire::{FEATURE_DEVICE, FEATURE_HEADS, FEATURE_RESEND, FEATURE_SHARED, FEATURE_TICKETS, FEATURE_UCX};
+use crate::wire::LinkKey;
+use crate::wire::{
+    FEATURE_DEVICE, FEATURE_HEADS, FEATURE_LANES, FEATURE_RESEND, FEATURE_SHARED, FEATURE_TICKETS, FEATURE_UCX,
+    FEATURE_UNITS,
+};
 use crate::{Grant, HeadSlice, Outgoing, TransferError, extent, wire};
 
 /// What a sender can do over any link.
-const FEATURES: u16 = FEATURE_RESEND | FEATURE_HEADS | FEATURE_TICKETS;
+const FEATURES: u16 = FEATURE_RESEND | FEATURE_HEADS | FEATURE_TICKETS | FEATURE_UNITS;
 
 /// Which link is made where two ends share several.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -37,11 +42,19 @@ pub enum Preferred {
 }
 
 /// How one end's links are made.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub struct Ways {
     pub preferred: Preferred,
     /// For links over the network, which are then made to nobody who has no certificate.
     pub tls: Option<Tls>,
+    /// Connections of a link over the network, 1 to `HANDOFF_LANES_MAX`; a sender's.
+    pub lanes: usize,
+}
+
+impl Default for Ways {
+    fn default() -> Ways {
+        Ways { preferred: Preferred::default(), tls: None, lanes: HANDOFF_LANES }
+    }
 }
 
 /// The links of one cache. Clones share them; they end with the last clone and the last transfer.
@@ -59,7 +72,7 @@ pub(crate) struct Source {
     is_part: bool,
     pub(crate) counts: Arc<LinkCounts>,
     /// Of the arena's blocks that do not change.
-    pub(crate) sums: Sums,
+    pub(crate) sums: Arc<Sums>,
     ways: Ways,
     links: Mutex<BTreeMap<String, Link>>,
     local: Mutex<BTreeMap<String, Arc<Shared>>>,
@@ -85,10 +98,34 @@ impl Links {
     fn make(net: Arc<dyn Net>, arena: Arc<Arena>, kv_heads: u32, model: &str, ways: Ways) -> Links {
         let compatibility = wire::compatibility(&BlockLayout { kv_heads, ..*arena.layout() }, model);
         let is_part = arena.layout().kv_heads != kv_heads;
-        let sums = Sums::new(arena.layout(), arena.blocks());
+        let sums = Arc::new(Sums::new(arena.layout(), arena.blocks()));
+        Links::over(net, arena, compatibility, is_part, sums, ways)
+    }
+
+    pub(crate) fn over(
+        net: Arc<dyn Net>,
+        arena: Arc<Arena>,
+        compatibility: String,
+        is_part: bool,
+        sums: Arc<Sums>,
+        ways: Ways,
+    ) -> Links {
         let (counts, links, local) = Default::default();
         let source = Source { net, arena, compatibility, is_part, counts, sums, ways, links, local };
         Links { source: Arc::new(source) }
+    }
+
+    /// Whether a full block still holds what was known of it when it came in or was sent; what is not known yet is noted. The caller
+    /// holds the block as filled. None: its bytes are on a device.
+    pub fn audit(&self, block: BlockId) -> Option<Audited> {
+        let arena = &self.source.arena;
+        let here = !arena.is_on_device(block);
+        here.then(|| self.source.sums.audit(block, |layer| extent::content(arena, block.index, layer)))
+    }
+
+    /// These blocks are not full: somebody goes on writing them, and what was known of them when they came in does not hold.
+    pub fn unsettle(&self, blocks: &[BlockId]) {
+        blocks.iter().for_each(|block| self.source.sums.forget(*block));
     }
 
     /// Makes a receiver of this process known: transfers to its address do without a connection.
@@ -254,7 +291,8 @@ impl Keeper {
             let error = match self.connect().await {
                 Ok(greeted) => {
                     failures = 0;
-                    self.serve(greeted).await
+                    let others = self.widen(&greeted).await;
+                    self.serve(greeted, others).await
                 }
                 Err(error) => {
                     self.counts.unconnected.add(1);
@@ -283,8 +321,9 @@ impl Keeper {
         let features = FEATURES
             | can(beside_tcp && is_shared(&self.arena), FEATURE_SHARED)
             | can(beside_tcp && self.arena.device().is_some(), FEATURE_DEVICE)
-            | can(asks_ucx, FEATURE_UCX);
-        let greeted = connect(&*self.net, self.ways.tls.as_ref(), &self.address, &self.compatibility, features).await?;
+            | can(asks_ucx, FEATURE_UCX)
+            | can(self.ways.lanes > 1, FEATURE_LANES);
+        let greeted = self.call(features, None).await?;
         if self.is_part && greeted.features & FEATURE_HEADS == 0 {
             let (ours, theirs) = (format!("{}, some heads", self.compatibility), self.compatibility.clone());
             return Err(TransferError::Incompatible { ours, theirs });
@@ -314,6 +353,35 @@ impl Keeper {
         }
         self.fell_back(&reasons);
         Ok(greeted)
+    }
+
+    async fn call(&self, features: u16, joins: Option<(LinkKey, u32)>) -> Result<Greeted, TransferError> {
+        let hello = Hello { text: &self.compatibility, features, joins };
+        connect(&*self.net, self.ways.tls.as_ref(), &self.address, hello).await
+    }
+
+    /// The further connections of a link over the network: as many as come about in time.
+    async fn widen(&self, greeted: &Greeted) -> Vec<Greeted> {
+        let over_network = matches!(greeted.by, By::Tcp | By::Tls);
+        let (Some(key), true) = (greeted.key, over_network) else { return Vec::new() };
+        // The first one has nobody who keeps it up meanwhile.
+        let until = Instant::now() + Duration::from_millis(HANDOFF_CONNECT_MS / 2);
+        let mut others = Vec::new();
+        for lane in 1..self.ways.lanes.min(HANDOFF_LANES_MAX) as u32 {
+            match timeout_at(until, self.call(FEATURES | FEATURE_LANES, Some((key, lane)))).await {
+                Ok(Ok(other)) if other.key == Some(key) => others.push(other),
+                failed => {
+                    self.counts.fall_back(Fallback::FewerLanes);
+                    let cause = failed.map_or("too late".to_string(), |made| match made {
+                        Ok(_) => "taken for another link's".to_string(),
+                        Err(error) => error.to_string(),
+                    });
+                    tracing::debug!(address = self.address, lane, cause, "a link with fewer connections");
+                    break;
+                }
+            }
+        }
+        others
     }
 
     fn fell_back(&self, reasons: &[(Fallback, String)]) {
@@ -356,7 +424,8 @@ impl Keeper {
         let late = |_| unreachable(std::io::ErrorKind::TimedOut.into());
         let stream = connecting.map_err(late)?.map_err(unreachable)?;
         let lanes = stream.lanes();
-        let greeting = greet(Box::new(stream), &self.address, &self.compatibility, FEATURES);
+        let hello = Hello { text: &self.compatibility, features: FEATURES, joins: None };
+        let greeting = greet(Box::new(stream), &self.address, hello);
         let mut over = within(&self.address, greeting).await.map_err(|error| (Fallback::Refused, error.to_string()))?;
         over.by = By::Ucx;
         // What it goes over is settled once something has gone over it.
@@ -379,6 +448,9 @@ impl Keeper {
             return Err((Fallback::NotShared, String::new()));
         }
         let Some(offer) = &greeted.offer else { return Err((Fallback::NotOffered, String::new())) };
+        if self.arena.units() > 1 && greeted.features & FEATURE_UNITS == 0 {
+            return Err((Fallback::NotOffered, "it knows blocks of one size only".to_string()));
+        }
         let (name, port) = offer.split_once(' ').unwrap_or((offer, ""));
         if self.address.rsplit(':').next() != Some(port) {
             return Err((Fallback::Relayed, format!("it listens on port {port}")));
@@ -387,7 +459,8 @@ impl Keeper {
         let stream = crate::shm::connect(name, &self.arena, on_device.as_ref()).await;
         let stream = stream.map_err(|error| (Fallback::Unreachable, error.to_string()))?;
         let device = if on_device.is_some() { FEATURE_DEVICE } else { 0 };
-        let greeting = greet(Box::new(stream), &self.address, &self.compatibility, FEATURES | device);
+        let hello = Hello { text: &self.compatibility, features: FEATURES | device, joins: None };
+        let greeting = greet(Box::new(stream), &self.address, hello);
         let shared = within(&self.address, greeting).await;
         let mut shared = shared.map_err(|error| (Fallback::Refused, error.to_string()))?;
         shared.by = By::Reference;
@@ -426,13 +499,23 @@ impl Keeper {
         Err((Fallback::NotShared, String::new()))
     }
 
-    /// One connection until it fails.
-    async fn serve(&self, greeted: Greeted) -> TransferError {
-        let connection = Arc::new(Connection::new(&self.address, greeted.by, greeted.features));
+    /// One link until one of its connections fails.
+    async fn serve(&self, greeted: Greeted, others: Vec<Greeted>) -> TransferError {
+        let lanes = 1 + others.len();
+        let connection = Arc::new(Connection::new(&self.address, greeted.by, greeted.features, lanes));
         self.counts.is_up(connection.kind());
         let live = Live { connection, counts: self.counts.clone() };
         self.state.send_replace(State::Up(live.connection.clone()));
-        let cause = live.connection.run(greeted).await;
+        // Tasks of their own, so that several cores write. They end with this function.
+        let mut running = JoinSet::new();
+        for (lane, other) in (1..).zip(others) {
+            let connection = live.connection.clone();
+            running.spawn(async move { connection.run(lane, other).await });
+        }
+        let cause = tokio::select! {
+            cause = live.connection.run(0, greeted) => cause,
+            Some(cause) = running.join_next() => cause.unwrap_or_else(|error| error.to_string()),
+        };
         live.connection.fail(&cause);
         TransferError::Lost { peer: self.address.clone(), cause }
     }

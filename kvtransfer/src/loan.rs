@@ -82,10 +82,10 @@ impl Borrowed {
         self.0.push(loan);
     }
 
-    /// Returns when everything is written. Frames of a link are written in order, so the last one tells.
+    /// Returns when everything is written, over whichever connections. To be waited for once.
     pub(crate) async fn written(&self) {
-        if let Some(last) = self.0.last() {
-            last.written.notified().await;
+        for loan in &self.0 {
+            loan.written.notified().await;
         }
     }
 }

@@ -71,6 +71,11 @@ impl Outbox {
         self.places.take(due).await.then_some(Place(self))
     }
 
+    /// How long the queue for a place is that the next frame joins; 0: there is a place.
+    pub(crate) fn waiting(&self) -> usize {
+        self.places.waiting()
+    }
+
     /// Queues a frame. Returns it, and the DATA payload bytes up to its end.
     pub(crate) fn push(&self, place: Place<'_>, mut header: Header, mut data: Data) -> (Arc<Loan>, u64) {
         std::mem::forget(place);

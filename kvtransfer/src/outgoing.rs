@@ -339,6 +339,9 @@ impl Outgoing {
     pub async fn commit(mut self) -> Result<Committed, TransferError> {
         self.flush().await?;
         loop {
+            if let Path::Connection(connection) = &self.path {
+                connection.tell_barrier();
+            }
             self.tell(Body::Commit(self.sent))?;
             let answer =
                 timeout_at(self.deadline, self.sending.answered()).await.map_err(|_| TransferError::Deadline)??;
@@ -386,7 +389,7 @@ impl Outgoing {
     fn tell(&self, body: Body) -> Result<(), TransferError> {
         let tag = self.grant.tag();
         match &self.path {
-            Path::Connection(connection) => self.sending.writing(|| connection.outbox.tell(tag, body)),
+            Path::Connection(connection) => self.sending.writing(|| connection.tell(tag, body)),
             Path::Local { receiver, link } => {
                 self.sending.writing(|| ())?;
                 let link = Link { id: *link, features: 0, source: None, device: None };
@@ -401,7 +404,7 @@ impl Outgoing {
         let abort = Body::Abort { reason, quiesced: true };
         if self.sending.fail(TransferError::Aborted(reason)) {
             match &self.path {
-                Path::Connection(connection) => connection.outbox.tell(self.grant.tag(), abort),
+                Path::Connection(connection) => connection.tell(self.grant.tag(), abort),
                 Path::Local { receiver, link } => {
                     let event = Event::Abort { reason, quiesced: true };
                     receiver.step(self.grant.transfer, *link, event);

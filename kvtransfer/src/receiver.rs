@@ -6,6 +6,7 @@
 mod flight;
 mod incoming;
 mod landing;
+mod lanes;
 mod serving;
 
 use std::any::Any;
@@ -25,14 +26,16 @@ use tokio::time::{Instant, timeout_at};
 
 use self::incoming::Waits;
 pub use self::incoming::{Incoming, Partial};
+use self::lanes::Lanes;
 pub(crate) use self::serving::serve;
 use crate::counters::{Counters, Counts, Dropped};
 use crate::link::{Link, LinkId, Peer};
 use crate::links::{Preferred, Ways};
+use crate::sums::Sums;
 use crate::ticket::Tickets;
 use crate::transfer::{Action, Event, Received, Transfer, refuse};
-use crate::wire::{self, BadFrame, Body, Entry, Message, Tag};
-use crate::{Grant, HeadSlice, TransferError, extent};
+use crate::wire::{self, BadFrame, Body, Entry, LinkKey, Message, Tag};
+use crate::{Grant, HeadSlice, Links, TransferError, extent};
 
 type Guard = Box<dyn Any + Send>;
 type Outcome = Result<(Guard, Received), TransferError>;
@@ -94,6 +97,7 @@ impl Receiver {
             address: listener.address(),
             compatibility: wire::compatibility(&BlockLayout { kv_heads, ..*arena.layout() }, model),
             is_part: arena.layout().kv_heads != kv_heads,
+            sums: Arc::new(Sums::new(arena.layout(), arena.blocks())),
             arena,
             registry: Mutex::default(),
             alarm_set: Notify::new(),
@@ -145,6 +149,12 @@ impl Receiver {
             Preferred::Ucx => Err(io::Error::other("UCX: Linux only")),
             Preferred::Best | Preferred::Tcp => Ok(()),
         }
+    }
+
+    /// Links that send out of the arena that blocks come into, by the same ways. They know the checksums of what has come in.
+    pub fn links(&self, net: Arc<dyn Net>) -> Links {
+        let Shared { arena, compatibility, is_part, sums, ways, .. } = &*self.shared;
+        Links::over(net, arena.clone(), compatibility.clone(), *is_part, sums.clone(), ways.clone())
     }
 
     /// Where senders find it.
@@ -243,6 +253,8 @@ pub(crate) struct Shared {
     /// The arena holds some of the model's heads.
     is_part: bool,
     arena: Arc<Arena>,
+    /// Of what has come in whole.
+    sums: Arc<Sums>,
     registry: Mutex<Registry>,
     alarm_set: Notify,
     closing: Notify,
@@ -261,6 +273,9 @@ pub(crate) struct Shared {
 struct Registry {
     transfers: BTreeMap<TransferId, Held>,
     links: BTreeMap<LinkId, Arc<dyn Peer>>,
+    /// Links that further connections may join.
+    lanes: BTreeMap<LinkKey, Arc<Lanes>>,
+    keys_made: u64,
     alarms: BTreeSet<(Instant, TransferId)>,
     transfers_granted: u64,
     links_joined: u64,
@@ -475,11 +490,20 @@ impl Shared {
 
     /// A new link, to the peer that `peer` makes for its number.
     pub(crate) fn join(&self, peer: impl FnOnce(LinkId) -> Arc<dyn Peer>) -> LinkId {
+        let link = self.new_link();
+        self.join_as(link, peer(link));
+        link
+    }
+
+    fn join_as(&self, link: LinkId, peer: Arc<dyn Peer>) {
+        self.registry().links.insert(link, peer);
+    }
+
+    /// A number for a link that is about to join.
+    fn new_link(&self) -> LinkId {
         let mut registry = self.registry();
         registry.links_joined += 1;
-        let link = LinkId(registry.links_joined);
-        registry.links.insert(link, peer(link));
-        link
+        LinkId(registry.links_joined)
     }
 
     /// The link is closed: nothing more comes over it.

@@ -17,8 +17,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
-use baton_core::Arena;
 use baton_core::limits::{HANDOFF_BACKOFF_MS, HANDOFF_CONNECT_MS, HANDOFF_LINKS_MAX};
+use baton_core::{Arena, BlockLayout};
 use tokio::io::Interest;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::task::{JoinHandle, JoinSet};
@@ -93,8 +93,8 @@ async fn welcome(shared: Arc<Shared>, stream: UnixStream) {
     let patience = Duration::from_millis(HANDOFF_CONNECT_MS);
     let mapped = async {
         same_user(&stream)?;
-        let (descriptor, on_device) = stream_receive(&stream).await?;
-        let arena = Arc::new(Arena::map(descriptor, shared.layout())?);
+        let (descriptor, on_device, units) = stream_receive(&stream).await?;
+        let arena = Arc::new(mapped(descriptor, shared.layout(), units.max(1))?);
         let device = on_device.and_then(|descriptor| {
             let mapped = shared.map_device(descriptor, arena.bytes());
             mapped.inspect_err(|error| tracing::warn!(%error, "a sender's GPU memory cannot be mapped")).ok()
@@ -108,6 +108,16 @@ async fn welcome(shared: Arc<Shared>, stream: UnixStream) {
     }
 }
 
+/// A sender's arena, each of whose blocks is so many of ours.
+fn mapped(descriptor: OwnedFd, layout: BlockLayout, units: u8) -> io::Result<Arena> {
+    let whole = BlockLayout { block_tokens: layout.block_tokens * u32::from(units), ..layout };
+    let arena = Arena::map(descriptor, whole)?;
+    match units {
+        1 => Ok(arena),
+        _ => Arc::new(arena).in_units(layout.block_tokens).ok_or_else(|| io::ErrorKind::InvalidData.into()),
+    }
+}
+
 /// Connects to the receiver that goes by `name` on this host, and gives it `arena` to read, and its blocks `on_device` if the
 /// receiver has said that it takes them.
 pub(crate) async fn connect(name: &str, arena: &Arena, on_device: Option<&OwnedFd>) -> io::Result<UnixStream> {
@@ -117,7 +127,8 @@ pub(crate) async fn connect(name: &str, arena: &Arena, on_device: Option<&OwnedF
     let stream = UnixStream::from_std(stream)?;
     same_user(&stream)?;
     let raw: Vec<RawFd> = [Some(&descriptor), on_device].into_iter().flatten().map(AsRawFd::as_raw_fd).collect();
-    let sent = stream.async_io(Interest::WRITABLE, || send(stream.as_raw_fd(), &raw));
+    let units = u8::try_from(arena.units()).map_err(|_| io::Error::other("blocks of too many units"))?;
+    let sent = stream.async_io(Interest::WRITABLE, || send(stream.as_raw_fd(), &raw, units));
     let late = |_| io::Error::new(io::ErrorKind::TimedOut, "the receiver does not take the arena");
     timeout(Duration::from_millis(HANDOFF_CONNECT_MS), sent).await.map_err(late)??;
     Ok(stream)
@@ -135,7 +146,7 @@ fn same_user(stream: &UnixStream) -> io::Result<()> {
     }
 }
 
-async fn stream_receive(stream: &UnixStream) -> io::Result<(OwnedFd, Option<OwnedFd>)> {
+async fn stream_receive(stream: &UnixStream) -> io::Result<(OwnedFd, Option<OwnedFd>, u8)> {
     stream.async_io(Interest::READABLE, || receive(stream.as_raw_fd())).await
 }
 
@@ -143,9 +154,9 @@ async fn stream_receive(stream: &UnixStream) -> io::Result<(OwnedFd, Option<Owne
 #[repr(C, align(8))]
 struct Ancillary([u8; 64]);
 
-/// Sends one byte with one or two descriptors.
-fn send(socket: RawFd, descriptors: &[RawFd]) -> io::Result<()> {
-    let mut byte = [0u8];
+/// Sends one byte, how many of the link's blocks are one of the arena's, with one or two descriptors.
+fn send(socket: RawFd, descriptors: &[RawFd], units: u8) -> io::Result<()> {
+    let mut byte = [units];
     let mut part = libc::iovec { iov_base: byte.as_mut_ptr().cast(), iov_len: 1 };
     let mut ancillary = Ancillary([0; 64]);
     let bytes = size_of_val(descriptors) as u32;
@@ -169,8 +180,8 @@ fn send(socket: RawFd, descriptors: &[RawFd]) -> io::Result<()> {
     }
 }
 
-/// Receives one byte and the one or two descriptors that come with it.
-fn receive(socket: RawFd) -> io::Result<(OwnedFd, Option<OwnedFd>)> {
+/// Receives one byte, 0 of an earlier release, and the one or two descriptors that come with it.
+fn receive(socket: RawFd) -> io::Result<(OwnedFd, Option<OwnedFd>, u8)> {
     let mut byte = [0u8];
     let mut part = libc::iovec { iov_base: byte.as_mut_ptr().cast(), iov_len: 1 };
     let mut ancillary = Ancillary([0; 64]);
@@ -192,8 +203,8 @@ fn receive(socket: RawFd) -> io::Result<(OwnedFd, Option<OwnedFd>)> {
         let bytes = if rights { (*control).cmsg_len as usize - libc::CMSG_LEN(0) as usize } else { 0 };
         let taken = |i: usize| OwnedFd::from_raw_fd(libc::CMSG_DATA(control).cast::<RawFd>().add(i).read_unaligned());
         match bytes / size_of::<RawFd>() {
-            1 => Ok((taken(0), None)),
-            2 => Ok((taken(0), Some(taken(1)))),
+            1 => Ok((taken(0), None, byte[0])),
+            2 => Ok((taken(0), Some(taken(1)), byte[0])),
             _ => Err(io::Error::new(io::ErrorKind::InvalidData, "no descriptor came with the first byte")),
         }
     }

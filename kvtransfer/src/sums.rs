@@ -1,5 +1,5 @@
-//! Checksums of blocks that will not change any more, kept from the first time they are sent. A prefix that goes to a second
-//! decode worker is then not read twice, and what has happened to its bytes in between shows at the other end.
+//! Checksums of blocks that will not change any more, kept from when they came in or were first sent. A prefix that goes to a second
+//! decode worker is then not read twice, and what has happened to its bytes in between shows at the other end, or in an audit.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -9,6 +9,18 @@ use baton_core::{BlockId, BlockLayout};
 pub(crate) struct Sums {
     layers: usize,
     blocks: Mutex<Vec<Known>>,
+}
+
+/// What an audit of a block has found.
+/// The worse is the greater.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Audited {
+    /// It holds what it held when it was written or sent.
+    Right,
+    /// Nothing was known of some of it, which is known now.
+    Noted,
+    /// It does not hold what it did.
+    Damaged,
 }
 
 #[derive(Clone, Default)]
@@ -64,6 +76,36 @@ impl Sums {
         Some(sums)
     }
 
+    /// Keeps the checksum of one layer of a block that has just been written.
+    pub(crate) fn keep(&self, layer: usize, block: BlockId, sum: u64) {
+        keep(&mut self.lock(), self.layers, layer, block, sum);
+    }
+
+    /// Knows nothing of a block any more: it is not full, and somebody goes on writing it.
+    pub(crate) fn forget(&self, block: BlockId) {
+        if let Some(known) = self.lock().get_mut(block.index as usize) {
+            *known = Known::default();
+        }
+    }
+
+    /// Whether a block holds what is known of it, by what `compute` finds in a layer of it now; what is not known yet is known from
+    /// here on.
+    pub(crate) fn audit(&self, block: BlockId, compute: impl Fn(usize) -> u64) -> Audited {
+        let mut audited = Audited::Right;
+        for layer in 0..self.layers {
+            let (now, known) = (compute(layer), find(&self.lock(), layer, block));
+            match known {
+                Some(known) if known != now => return Audited::Damaged,
+                Some(_) => {}
+                None => {
+                    audited = Audited::Noted;
+                    self.keep(layer, block, now);
+                }
+            }
+        }
+        audited
+    }
+
     fn lock(&self) -> MutexGuard<'_, Vec<Known>> {
         self.blocks.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -104,6 +146,24 @@ mod tests {
         assert_eq!(sums.of(0, second, || 20), 20);
         assert_eq!(sums.of(1, second, || 21), 21);
         assert_eq!(sums.of(0, BlockId { index: 9, generation: 1 }, || 30), 30, "a block of no arena is not kept");
+    }
+
+    /// An audit compares what is known and keeps what is not; of another generation it knows nothing.
+    #[test]
+    fn an_audit_finds_what_has_changed() {
+        let sums = Sums::new(&LAYOUT, 2);
+        let [block, later] = [7, 8].map(|generation| BlockId { index: 1, generation });
+        sums.keep(0, block, 10);
+        let now = |bytes: [u64; 2]| move |layer: usize| bytes[layer];
+        assert_eq!(sums.audit(block, now([10, 11])), Audited::Noted);
+        assert_eq!(sums.audit(block, now([10, 11])), Audited::Right);
+        assert_eq!(
+            (sums.audit(block, now([10, 12])), sums.audit(block, now([9, 11]))),
+            (Audited::Damaged, Audited::Damaged)
+        );
+        assert_eq!(sums.audit(later, now([1, 2])), Audited::Noted);
+        sums.forget(later);
+        assert_eq!(sums.audit(later, now([3, 4])), Audited::Noted);
     }
 
     /// Many at once are known and kept as one is; those that may change are neither.

@@ -30,6 +30,12 @@ impl Tickets {
         u128::from_le_bytes(*first) | 1
     }
 
+    /// The key of the `count`th link; nobody tells it from chance.
+    pub(crate) fn key(&self, count: u64) -> u128 {
+        let mac = blake3::Hasher::new_keyed(&self.secret).update(b"link").update(&count.to_le_bytes()).finalize();
+        u128::from_le_bytes(*mac.as_bytes().first_chunk().expect("a blake3 hash has 32 bytes"))
+    }
+
     /// Whether what came with an OPEN over `link` opens `grant`. A sender of an earlier release has none.
     pub(crate) fn admit(&self, link: &Link, grant: &Grant, shown: Option<u128>) -> bool {
         match shown {

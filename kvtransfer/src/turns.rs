@@ -62,6 +62,12 @@ impl Turns {
         state.free += 1;
     }
 
+    /// How long the queue is that the next one joins, himself included; 0: there is a place.
+    pub(crate) fn waiting(&self) -> usize {
+        let state = self.lock();
+        if state.free > 0 { 0 } else { state.waiting.len() + 1 }
+    }
+
     /// Everybody who waits or comes later gets false.
     pub(crate) fn close(&self) {
         let mut state = self.lock();

@@ -17,7 +17,7 @@
 //! The payload checksum of DATA covers the entries; the entries' checksums cover the extents, so that bytes are hashed
 //! once. `sequence` counts the DATA payload bytes of a link: in DATA those sent before it, in ACK those taken.
 
-use baton_core::limits::HANDOFF_FRAME_BYTES_MAX;
+use baton_core::limits::{HANDOFF_FRAME_BYTES_MAX, HANDOFF_LANES_MAX};
 use baton_core::planted::{self, Bug};
 use baton_core::{Aborted, BlockId, BlockLayout, Epoch, Refused, RequestId, TransferId};
 use xxhash_rust::xxh3::xxh3_64;
@@ -48,6 +48,11 @@ pub const FEATURE_TICKETS: u16 = 8;
 /// In HELLO: this end has its blocks on a device, whose memory can be shared with another process of the host or which can map
 /// such memory. Over the socket of the host a receiver says it if it has mapped the sender's.
 pub const FEATURE_DEVICE: u16 = 0x10;
+/// In HELLO: a link over the network may have several connections. The receiver's HELLO names the link (`LinkKey`), and so does that of
+/// each further connection, with its number.
+pub const FEATURE_LANES: u16 = 0x20;
+/// In HELLO: this end can read a shared arena whose blocks are several of those that the link moves.
+pub const FEATURE_UNITS: u16 = 0x40;
 /// In HELLO: this end has UCX and wants it; the receiver says in an OFFER of its own at which port.
 pub const FEATURE_UCX: u16 = 0x100;
 /// Extents one RESEND names at most: it has to fit the buffer of an end that reads small frames only.
@@ -103,12 +108,16 @@ pub enum Kind {
     Ping = 12,
     Resend = 13,
     Offer = 14,
+    Barrier = 15,
 }
 
 impl Kind {
-    const ALL: [Kind; 14] = {
+    pub const ALL: [Kind; 15] = {
         use Kind::*;
-        [Hello, Mismatch, Open, Opened, Refused, Data, Ack, Commit, Committed, Abort, Aborted, Ping, Resend, Offer]
+        [
+            Hello, Mismatch, Open, Opened, Refused, Data, Ack, Commit, Committed, Abort, Aborted, Ping, Resend, Offer,
+            Barrier,
+        ]
     };
 
     fn of(byte: u8) -> Result<Kind, BadFrame> {
@@ -122,6 +131,22 @@ pub struct Tag {
     pub transfer: TransferId,
     pub attempt: u32,
     pub epoch: Epoch,
+}
+
+/// Names a link to the connections that join it. It stands where other frames name a transfer, with the connection's number; that of
+/// the first one, which only asks, is zero.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct LinkKey(pub u128);
+
+impl LinkKey {
+    pub fn tag(self, lane: u32) -> Tag {
+        Tag { transfer: TransferId(self.0 as u64), epoch: Epoch((self.0 >> 64) as u64), attempt: lane }
+    }
+
+    /// The link, and the connection's number.
+    pub fn of(tag: Tag) -> (LinkKey, u32) {
+        (LinkKey(u128::from(tag.transfer.0) | u128::from(tag.epoch.0) << 64), tag.attempt)
+    }
 }
 
 /// A decoded header. Its own checksum has been verified; the payload's has not.
@@ -231,6 +256,8 @@ pub enum Body {
     /// After the receiver's HELLO, when both ends can share memory: the name of its socket on this host, a blank, and
     /// the port that it listens on, so that a sender knows whether it came straight to it.
     Offer(String),
+    /// What comes next is for when so many DATA payload bytes have been taken over other connections of the link: (connection, bytes).
+    Barrier(Vec<(u32, u64)>),
 }
 
 /// What one end believes has passed.
@@ -296,6 +323,10 @@ impl Body {
                 (Kind::Resend, fields.flat_map(u32::to_le_bytes).collect())
             }
             Body::Offer(name) => (Kind::Offer, clipped(name)),
+            Body::Barrier(lanes) => {
+                let fields = lanes.iter().flat_map(|(lane, bytes)| [u64::from(*lane), *bytes]);
+                (Kind::Barrier, fields.flat_map(u64::to_le_bytes).collect())
+            }
         }
     }
 
@@ -332,6 +363,15 @@ impl Body {
                 named.then(|| Body::Resend(extents.iter().map(extent).collect()))
             }
             Kind::Offer => Some(Body::Offer(text()?.to_string())),
+            Kind::Barrier => {
+                let (lanes, rest) = payload.as_chunks::<16>();
+                let named = rest.is_empty() && (1..HANDOFF_LANES_MAX).contains(&lanes.len());
+                let lane = |bytes: &[u8; 16]| {
+                    let mut fields = Fields(bytes);
+                    Some((u32::try_from(fields.u64()).ok()?, fields.u64()))
+                };
+                Some(Body::Barrier(lanes.iter().map(lane).collect::<Option<_>>().filter(|_| named)?))
+            }
             Kind::Data => None,
         }
     }

@@ -3,13 +3,13 @@
 use std::time::Duration;
 
 use baton_core::planted::{self, Bug};
-use baton_core::{Aborted, BlockId, Refused, SampledToken};
+use baton_core::{Aborted, Refused, SampledToken};
 use baton_engine::{Blocks, Event, Goal, Work};
 use baton_kvtransfer::{Grant, Outgoing};
 use baton_proto::convert::{prompt_logprobs, refusal};
 use baton_proto::v1::{FirstToken, Prefilled};
 use baton_worker::outlet::{Export, Inlet, Note, Phases, outlet};
-use baton_worker::{Assigned, Shell, Submission, metrics};
+use baton_worker::{Assigned, Shell, Submission, Units, metrics};
 use tokio::time::Instant;
 
 use crate::service::Failure;
@@ -31,23 +31,28 @@ pub(crate) async fn run(
     grant: Grant,
     skip_blocks: usize,
 ) -> Result<Prefilled, Failure> {
-    let blocks = assigned.shared_tokens().len().div_ceil(shell.spec.layout.block_tokens as usize);
-    if skip_blocks + grant.blocks.len() != blocks {
-        let detail = format!("{skip_blocks} blocks skipped and {} granted, of {blocks}", grant.blocks.len());
+    let (tokens, units) = (assigned.shared_tokens().len(), shell.units);
+    let moved = tokens.div_ceil(units.tokens());
+    if skip_blocks + grant.blocks.len() != moved {
+        let detail = format!("{skip_blocks} blocks skipped and {} granted, of {moved}", grant.blocks.len());
         return Err(Failure::Refused(refusal(Refused::Incompatible, detail)));
     }
-    let mut sending = Sending { outgoing: shell.links().open_from_device(grant).await?, skip_blocks, began: None };
-    let full = assigned.shared_tokens().len() / shell.spec.layout.block_tokens as usize;
+    let outgoing = shell.links().open_from_device(grant).await?;
+    let mut sending = Sending { outgoing, units, skip_blocks, end: moved, began: None };
+    // Only what the engine does not write any more, and so whole blocks of its own.
+    let full = tokens / shell.spec.layout.block_tokens as usize * units.each();
     sending.outgoing.settle(full.saturating_sub(skip_blocks));
     // Each layer announces each block once, so that so many messages can never be too many: the engine never waits
     // for a slow link, and what waits is bounded by the request itself.
     let layers = shell.spec.layout.layers as usize;
+    let blocks = tokens.div_ceil(shell.spec.layout.block_tokens as usize);
     let on_device = sending.outgoing.is_from_device();
     let (outlet, inlet) = outlet(layers * blocks + 4);
-    let moved = assigned.is_moved();
+    let is_moved = assigned.is_moved();
     drop(bring(shell, &assigned).await);
     let Assigned { request, choices, started, .. } = assigned;
-    let work = Work { request, choices, goal: Goal::Prefill { skip_blocks, on_device }, filled: None, moved };
+    let goal = Goal::Prefill { skip_blocks: skip_blocks / units.each(), on_device };
+    let work = Work { request, choices, goal, filled: None, moved: is_moved };
     let submission = Submission { work, outlet, tag: 0, phases: Phases::default(), started };
     // Dropped at the end of this function, however it ends.
     let admission = shell.engine.submit(submission).map_err(refused)?;
@@ -91,7 +96,10 @@ fn refused(reason: Refused) -> Failure {
 /// The transfer while the engine computes.
 struct Sending {
     outgoing: Outgoing,
+    units: Units,
+    /// Of the sequence's units, those that the decode worker has, and those that there are.
     skip_blocks: usize,
+    end: usize,
     /// When the engine began with the request.
     began: Option<Instant>,
 }
@@ -120,8 +128,7 @@ impl Sending {
     async fn send(&mut self, layer: usize, export: &Export) -> Result<(), Failure> {
         self.began.get_or_insert(export.began);
         // The grant's blocks follow those that decode already holds.
-        let at = |(index, block): &(usize, BlockId)| (index - self.skip_blocks, *block);
-        let mut blocks: Vec<(usize, BlockId)> = export.blocks.iter().map(at).collect();
+        let mut blocks = self.units.placed(&export.blocks, self.skip_blocks, self.end);
         if planted::is(Bug::ForeignBlock)
             && let [.., (_, last), _] = export.blocks[..]
             && let Some((_, block)) = blocks.last_mut()

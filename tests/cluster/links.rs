@@ -101,6 +101,23 @@ async fn every_link_brings_the_same_bytes() {
     }
 }
 
+/// Goal: workers whose blocks have different sizes pair, hand off, and answer the same bytes. Method: the same prompts with blocks of 16
+/// and of 32 tokens, in both directions, over shared memory and over tcp.
+#[tokio::test]
+async fn blocks_of_other_sizes_bring_the_same_bytes() {
+    let alike = Fleet::start(&shape(&[])).await;
+    let expected = ask(&alike).await;
+    drop(alike);
+    for (prefill, decode, link) in [("16", "32", "shm"), ("32", "16", "tcp")] {
+        let way = if link == "tcp" { "--kv-link tcp " } else { "" };
+        let of = |tokens: &str| flags(&format!("{way}--kv-block-tokens {tokens}"));
+        let shape = Shape { worker_flags: of(decode), prefill_flags: Some(of(prefill)), ..Shape::default() };
+        let fleet = Fleet::start(&shape).await;
+        assert_eq!(ask(&fleet).await, expected, "{prefill} to {decode}");
+        assert!(handoffs(&fleet, link).await >= PROMPTS as f64, "{prefill} to {decode} over {link}");
+    }
+}
+
 /// Goal: a worker whose certificate is no good, or that has none, moves no block, costs no answer, and shows why. Method: the
 /// decode worker has a good certificate, the prefill worker each time another one.
 #[tokio::test]

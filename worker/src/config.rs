@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use baton_core::limits::{AUTONOMY_GRACE_MS, DRAIN_MS, KV_DISK_BYTES};
+use baton_core::limits::{AUTONOMY_GRACE_MS, DRAIN_MS, KV_AUDIT, KV_DISK_BYTES};
 use baton_core::{Role, WorkerId};
 use baton_engine::EngineConfig;
 use baton_kvtransfer::{BadTls, Preferred, Tls, Ways};
@@ -54,6 +54,13 @@ pub struct Config {
     /// Whether blocks that another worker holds are fetched from it when that takes less time than computing them.
     #[serde(default = "kv_pull")]
     pub kv_pull: bool,
+    /// Tokens in a KV block, 1, 2, 4 or 8 times as many as the model's blocks have; handoffs take place between workers with blocks of
+    /// any size. Unset: as many.
+    #[serde(default)]
+    pub kv_block_tokens: Option<u32>,
+    /// Of so many blocks that are used again one is compared with what is known of it; 1: each, 0: none.
+    #[serde(default = "kv_audit")]
+    pub kv_audit: u32,
     /// Bytes of host memory for blocks that the cache has no room for any more; 0: none.
     #[serde(default)]
     pub kv_host_bytes: u64,
@@ -69,6 +76,10 @@ pub struct Config {
 
 fn kv_pull() -> bool {
     true
+}
+
+fn kv_audit() -> u32 {
+    KV_AUDIT
 }
 
 fn kv_disk_bytes() -> u64 {
@@ -135,7 +146,7 @@ impl Config {
                 problem: "is ucx, which does not encrypt: not beside TLS",
             });
         }
-        Ok(Ways { preferred, tls })
+        Ok(Ways { preferred, tls, ..Ways::default() })
     }
 
     /// The address others use for a listener bound to `bound`.

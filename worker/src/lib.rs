@@ -11,6 +11,7 @@ pub mod outlet;
 pub mod testing;
 
 mod assigned;
+mod audit;
 mod config;
 mod engine;
 mod error;
@@ -26,6 +27,7 @@ mod shell;
 mod standing;
 mod steps;
 mod tiers;
+mod units;
 mod worth;
 
 pub use assigned::Assigned;
@@ -39,3 +41,4 @@ pub use peers::count_move;
 pub use running::{Left, Running};
 pub use shell::{Joined, Lease, Opened, Shell, open};
 pub use standing::Ending;
+pub use units::Units;

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use baton_core::{Aborted, Refused, Role};
 use baton_engine::{CacheStats, EngineConfig, Event, Load, ModelSpec};
-use baton_kvtransfer::{Counters, Dropped, Fallback, LinkCounters, LinkKind, Untrusted};
+use baton_kvtransfer::{Audited, Counters, Dropped, Fallback, LinkCounters, LinkKind, Untrusted};
 use metrics::{Counter, Gauge, Histogram, Label, counter, gauge, histogram};
 
 use crate::peers::Pull;
@@ -122,6 +122,16 @@ pub(crate) fn count_pull(how: Pull, blocks: usize) {
     if how == Pull::Fetched {
         count_tier_hits("peer", blocks);
     }
+}
+
+/// A block that is used again was compared with what is known of it.
+pub(crate) fn count_audit(found: Audited) {
+    let result = match found {
+        Audited::Right => "right",
+        Audited::Noted => "noted",
+        Audited::Damaged => "damaged",
+    };
+    counter!("baton_worker_audited_blocks_total", "result" => result).increment(1);
 }
 
 /// Another worker asked for blocks.

@@ -109,7 +109,8 @@ impl Peers {
         let room = shell.engine.cache().reserve(names.len()).map_err(|_| Pull::NoRoom)?;
         let began = Instant::now();
         let patience = assigned.left().min(Duration::from_millis(PULL_MS));
-        let fetched = timeout(patience, self.fetch(assigned, &holder.place, names, room, patience)).await;
+        let ids = shell.units.of(&room.ids());
+        let fetched = timeout(patience, self.fetch(assigned, &holder.place, names, (ids, room), patience)).await;
         let room = fetched.unwrap_or(Err(Pull::Failed))?;
         lock(&self.speed).add(bytes, began.elapsed());
         Ok(room.fill(names))
@@ -121,10 +122,10 @@ impl Peers {
         assigned: &Assigned,
         from: &Place,
         names: &[BlockHash],
-        room: Reserved,
+        (ids, room): (Vec<BlockId>, Reserved),
         patience: Duration,
     ) -> Result<Reserved, Pull> {
-        let (request, epoch, ids) = (assigned.request.id, assigned.assignment.epoch, room.ids());
+        let (request, epoch) = (assigned.request.id, assigned.assignment.epoch);
         let (mut grant, incoming) = self.receiver.open(request, epoch, ids, patience, room);
         grant.address.clone_from(&self.kv_address);
         let ask = LendRequest {
@@ -233,7 +234,8 @@ impl Shell {
             return Err(denied(Refused::Stale, "meant for another life of this worker"));
         }
         let count = ask.blocks.len();
-        if count == 0 || count > self.config.blocks || grant.blocks.len() != count || grant.request != request {
+        let units = count * self.units.each();
+        if count == 0 || count > self.config.blocks || grant.blocks.len() != units || grant.request != request {
             return Err(denied(Refused::Incompatible, "the grant does not fit the blocks"));
         }
         let names = ask.blocks.iter().map(|name| block_hash(name)).collect::<Result<Vec<_>, _>>()?;
@@ -245,7 +247,7 @@ impl Shell {
         if held.len() < count || !(on_device || held.are_present()) {
             return Err(denied(Refused::Unavailable, "it does not have them all any more"));
         }
-        let blocks: Vec<(usize, BlockId)> = held.ids().iter().copied().enumerate().collect();
+        let blocks: Vec<(usize, BlockId)> = self.units.of(held.ids()).into_iter().enumerate().collect();
         let links = &self.peers.links;
         let mut outgoing = if on_device { links.open_from_device(grant).await? } else { links.open(grant).await? };
         if on_device && !outgoing.is_from_device() {

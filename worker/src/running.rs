@@ -148,7 +148,10 @@ impl Running {
         }
         metrics::undescribe(self.role, &self.shell.spec);
         tracing::info!(%worker, ?ending, took_ms = since.elapsed().as_millis() as u64, "this life has ended");
-        let model = LoadedModel { spec: self.shell.spec.clone(), backend, card: self.card.clone() };
+        let mut spec = self.shell.spec.clone();
+        // The next life cuts them anew.
+        spec.layout.block_tokens = self.shell.units.tokens() as u32;
+        let model = LoadedModel { spec, backend, card: self.card.clone() };
         Ok(Left { model, coordinators, cluster: self.cluster.clone() })
     }
 

@@ -7,9 +7,11 @@ use std::time::Duration;
 
 use baton_core::net::Listener;
 use baton_core::planted::{self, Bug};
-use baton_core::{Arena, BlockHash, Env, Epoch, Incarnation, Net, Place, Refused, RequestId, Role, TokenId, WorkerId};
+use baton_core::{
+    Arena, BlockHash, BlockLayout, Env, Epoch, Incarnation, Net, Place, Refused, RequestId, Role, TokenId, WorkerId,
+};
 use baton_engine::{Backend, Blocks, Cache, Engine, EngineConfig, ModelSpec};
-use baton_kvtransfer::{Links, Receiver, Ways};
+use baton_kvtransfer::Receiver;
 use baton_proto::convert::refusal;
 use baton_proto::v1::worker_server::{Worker, WorkerServer};
 use baton_proto::v1::{CardRequest, LendReply, LendRequest, Member, ModelCard, ModelSummary, Refusal};
@@ -17,6 +19,7 @@ use tokio::sync::{oneshot, watch};
 use tonic::service::Routes;
 
 use crate::assigned::Assigned;
+use crate::audit::Audit;
 use crate::canary;
 use crate::card::LoadedModel;
 use crate::channels::Channels;
@@ -30,6 +33,7 @@ use crate::peers::Peers;
 use crate::running::{Parts, Running};
 use crate::standing::Standing;
 use crate::tiers::{TierSizes, Tiers};
+use crate::units::Units;
 use crate::worth;
 
 /// A worker that listens and has its memory, and that nobody knows yet.
@@ -37,10 +41,10 @@ pub struct Opened {
     pub config: Config,
     pub net: Arc<dyn Net>,
     pub spec: ModelSpec,
+    units: Units,
     engine: EngineThread,
     tiers: Option<Arc<Tiers>>,
     receiver: Receiver,
-    ways: Ways,
     listener: Box<dyn Listener>,
     card: ModelCard,
     role: Role,
@@ -62,9 +66,12 @@ pub struct Shell {
     cluster: String,
     pub incarnation: Incarnation,
     pub spec: ModelSpec,
+    /// How its blocks are cut for links.
+    pub units: Units,
     pub engine: EngineHandle,
     pub config: EngineConfig,
     tiers: Option<Arc<Tiers>>,
+    audit: Audit,
     pub(crate) peers: Peers,
     pub(crate) standing: Arc<Standing>,
     epochs: Mutex<Epochs>,
@@ -80,7 +87,9 @@ pub struct Shell {
 pub async fn open(role: Role, config: Config, model: LoadedModel, env: Env) -> Result<Opened, StartError> {
     check(role, &config)?;
     let Env { net, rng, process, .. } = env;
-    let LoadedModel { spec, backend, card } = model;
+    let LoadedModel { mut spec, backend, card } = model;
+    let units = units(&config, &spec, &*backend)?;
+    spec.layout.block_tokens = (units.tokens() * units.each()) as u32;
     let listen = net.listen(&config.listen).await;
     let listener = listen.map_err(|source| StartError::Listen { address: config.listen.clone(), source })?;
     let (golden, mut backend) = golden(&spec, backend).await?;
@@ -90,8 +99,13 @@ pub async fn open(role: Role, config: Config, model: LoadedModel, env: Env) -> R
         cache.computes_elsewhere();
     }
     let tiers = tiers(&cache, &spec, &config)?;
-    let (arena, ways) = (cache.arena().clone(), config.ways()?);
-    let receiver = Receiver::with(net.clone(), &config.kv_listen, arena, &spec.numerics.0, ways.clone()).await;
+    let whole = cache.arena().clone();
+    let arena = match units.each() {
+        1 => whole,
+        _ => Arc::new(whole.in_units(units.tokens() as u32).expect("blocks are made of units")),
+    };
+    let ways = config.ways()?;
+    let receiver = Receiver::with(net.clone(), &config.kv_listen, arena, &spec.numerics.0, ways).await;
     let receiver = receiver.map_err(|source| StartError::Listen { address: config.kv_listen.clone(), source })?;
     receiver.issue_tickets(rng.secret(), config.kv_tickets_required);
     backend.prepare(cache.arena());
@@ -102,7 +116,18 @@ pub async fn open(role: Role, config: Config, model: LoadedModel, env: Env) -> R
     let engine = Engine::over(cache, spec.clone(), config.engine);
     let engine = EngineThread::start(engine, backend).map_err(StartError::Thread)?;
     let pid = process.id;
-    Ok(Opened { config, net, spec, engine, tiers, receiver, ways, listener, card, role, rng, pid, golden })
+    Ok(Opened { config, net, spec, units, engine, tiers, receiver, listener, card, role, rng, pid, golden })
+}
+
+fn units(config: &Config, spec: &ModelSpec, backend: &dyn Backend) -> Result<Units, StartError> {
+    let (key, tokens) = ("kv_block_tokens", spec.layout.block_tokens);
+    let units = Units::new(tokens, config.kv_block_tokens.unwrap_or(tokens));
+    let units =
+        units.ok_or(StartError::Config { key, problem: "is not 1, 2, 4 or 8 times what the model's blocks have" })?;
+    match units.each() == 1 || backend.fills_arena() {
+        true => Ok(units),
+        false => Err(StartError::Config { key, problem: "is for workers that compute on the CPU" }),
+    }
 }
 
 fn tiers(cache: &Cache, spec: &ModelSpec, config: &Config) -> Result<Option<Arc<Tiers>>, StartError> {
@@ -183,7 +208,7 @@ impl Opened {
         let cluster = Some(registered.cluster).filter(|name| !name.is_empty()).unwrap_or(self.config.cluster.clone());
         let (engine, standing) = (self.engine.handle().clone(), Arc::new(Standing::new(coordinators)));
         let (net, told) = (self.net.clone(), standing.clone());
-        let links = Links::with(net.clone(), engine.cache().arena().clone(), &self.spec.numerics.0, self.ways.clone());
+        let links = self.receiver.links(net.clone());
         let (every, handle) = (registered.heartbeat_ms, engine.clone());
         let place = membership::Place { member, role: self.role, cluster: cluster.clone() };
         let membership = Membership::start(net, place, every, told, handle, links.clone());
@@ -197,9 +222,11 @@ impl Opened {
             cluster: cluster.clone(),
             incarnation: Incarnation(registered.incarnation),
             spec: self.spec,
+            units: self.units,
             engine,
             config: self.config.engine,
             tiers: self.tiers.clone(),
+            audit: Audit::new(self.config.kv_audit),
             peers,
             standing,
             epochs: Mutex::default(),
@@ -234,7 +261,8 @@ impl Opened {
                 numerics: spec.numerics.0.clone(),
                 block_tokens: spec.layout.block_tokens,
                 positions_max: spec.positions_max as u64,
-                layout: spec.layout.describe(),
+                // Blocks pass between workers as these.
+                layout: BlockLayout { block_tokens: self.units.tokens() as u32, ..spec.layout }.describe(),
                 blocks_total: self.config.engine.blocks as u64,
                 block_bytes: spec.layout.block_bytes() as u64,
                 canary_tokens: self.golden.clone(),
@@ -263,7 +291,7 @@ impl Shell {
     /// time than it takes to compute.
     pub async fn recall(&self, names: &[BlockHash]) -> Blocks {
         let cache = self.engine.cache();
-        let mut held = cache.lookup(names);
+        let mut held = self.look_up(names);
         metrics::count_tier_hits("cache", held.len());
         while let Some(tiers) = &self.tiers {
             let rest = &names[held.len()..];
@@ -278,9 +306,15 @@ impl Shell {
             if !all {
                 break;
             }
-            held.append(cache.lookup(&names[held.len()..]));
+            held.append(self.look_up(&names[held.len()..]));
         }
         held
+    }
+
+    /// What the cache has of these names, as far as an audit finds nothing wrong with it.
+    fn look_up(&self, names: &[BlockHash]) -> Blocks {
+        let cache = self.engine.cache();
+        self.audit.pass(cache, &self.peers.links, self.units, cache.lookup(names))
     }
 
     /// The check at the door, before anything is held: is the request meant for this life of this worker, under the

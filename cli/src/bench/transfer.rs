@@ -33,7 +33,8 @@ const LAYERS: u32 = 4;
 /// are measured in turn in every round: figures are medians over the rounds, ratios are medians of each round's ratio,
 /// spread is the distance from the slowest round to the fastest over the median. "streaming" goes through 256 MiB that
 /// no cache holds, "resident" through 1 MiB again and again. "shm" sends blocks for the first time, "shm again" full blocks
-/// that were sent before, whose checksums the sender has kept; "ucx" is there where the library is, "tls" with --tls.
+/// that were sent before, whose checksums the sender has kept; "tcp" has as many connections as a worker's links, "tcp, one lane" has
+/// one; "ucx" is there where the library is, "tls" with --tls.
 ///
 /// "ranks 4 to 2" hands 64 MiB of a model's blocks from four arenas with a quarter of the heads each to two with half of them; "equal"
 /// compares that with the better of two equal groups. "exposed" is what is left of a handoff when its last layer is there, in
@@ -193,6 +194,7 @@ fn ratios(kib: usize) -> Vec<(&'static str, &'static str, Option<f64>)> {
     let large = |target: f64| (kib == 1024).then_some(target);
     vec![
         ("tcp", "socket", large(0.9)),
+        ("tcp, one lane", "socket", None),
         ("tls", "tcp", None),
         ("ucx", "socket", None),
         ("local", "memcpy", None),

@@ -33,7 +33,7 @@ const SEQUENCES_MAX: usize = 256;
 ///
 /// Keys of the TOML file, as the flags of these names: id, listen, kv_listen, kv_advertise, kv_tickets_required, kv_link,
 /// advertise_host, coordinators (a list), model, threads, tp, device, profile, quantize, kv_dtype, metrics, kv_bytes, kv_pull (whether blocks that another
-/// worker holds are fetched, true), kv_host_bytes, kv_disk, kv_disk_bytes, drain_ms, autonomy_ms. In the table [kv_tls]: ca, cert, key. In the table [engine]: blocks
+/// worker holds are fetched, true), kv_block_tokens, kv_audit, kv_host_bytes, kv_disk, kv_disk_bytes, drain_ms, autonomy_ms. In the table [kv_tls]: ca, cert, key. In the table [engine]: blocks
 /// (--kv-blocks), batch_tokens_max (--batch-tokens),
 /// sequences_max (sequences worked on at a time, 256), queue_max (requests that wait before more are refused, 256),
 /// prefix_cache (whether finished blocks are kept and found by content, true).
@@ -99,12 +99,20 @@ pub(crate) struct WorkerFlags {
     /// between workers that agree [default: bf16]
     #[arg(long, value_name = "DTYPE")]
     kv_dtype: Option<String>,
-    /// KV blocks (of 16 tokens) [default: 4096, or as many as --kv-bytes hold]
+    /// KV blocks [default: as many as hold 65536 tokens, or as --kv-bytes hold]
     #[arg(long, value_name = "N")]
     kv_blocks: Option<u32>,
     /// Bytes of memory KV blocks take at most when --kv-blocks is not given [default: a quarter of the free memory]
     #[arg(long, value_name = "N")]
     kv_bytes: Option<i64>,
+    /// Tokens in a KV block: 16, 32, 64 or 128. Workers whose blocks differ hand off to one another, but do not find each other's
+    /// prefixes; not for GPUs [default: 16]
+    #[arg(long, value_name = "N")]
+    kv_block_tokens: Option<u32>,
+    /// Of so many cached blocks that are used again one is compared with what it was when it was written; 1: each, 0: none
+    /// [default: 64]
+    #[arg(long, value_name = "N")]
+    kv_audit: Option<u32>,
     /// Bytes of host memory for blocks that the cache has no room for any more: what a GPU's cache spills to. A cache on
     /// the CPU is in host memory already; give that to --kv-bytes instead [default: 0]
     #[arg(long, value_name = "N")]
@@ -151,6 +159,7 @@ struct Own {
     quantize: Option<Quantize>,
     kv_dtype: KvDtype,
     kv_bytes: u64,
+    block_tokens: Option<u32>,
     metrics: String,
 }
 
@@ -271,6 +280,9 @@ fn settings(flags: WorkerFlags, role: Role) -> Result<(Own, Settings), Failure> 
     settings.flag("kv_tls.key", path(flags.kv_tls_key)?);
     settings.flag("advertise_host", flags.advertise_host);
     settings.flag("coordinators", texts(&flags.coordinators));
+    let block_tokens: Option<u32> = flags.kv_block_tokens.or(settings.take("kv_block_tokens")?);
+    settings.flag("kv_block_tokens", block_tokens);
+    settings.flag("kv_audit", flags.kv_audit);
     settings.flag("kv_host_bytes", flags.kv_host_bytes);
     settings.flag("kv_disk", path(flags.kv_disk)?);
     settings.flag("kv_disk_bytes", flags.kv_disk_bytes);
@@ -302,6 +314,7 @@ fn settings(flags: WorkerFlags, role: Role) -> Result<(Own, Settings), Failure> 
         quantize: crate::bench::engine::quantize(flags.quantize.or(settings.take("quantize")?).as_deref())?,
         kv_dtype: crate::bench::engine::kv_dtype(flags.kv_dtype.or(settings.take("kv_dtype")?).as_deref())?,
         kv_bytes: kv_bytes(flags.kv_bytes.or(settings.take("kv_bytes")?))?,
+        block_tokens,
         metrics: flags.metrics.or(settings.take("metrics")?).unwrap_or_else(|| "127.0.0.1:0".to_string()),
     };
     Ok((own, settings))
@@ -345,7 +358,9 @@ async fn load(own: &Own, mut settings: Settings, voice: Voice) -> Result<(Loaded
         blocks,
         "loaded"
     );
-    settings.fallback("engine.blocks", blocks as i64);
+    // Larger ones are fewer.
+    let units = own.block_tokens.map_or(1, |tokens| u64::from(tokens) / BLOCK_TOKENS as u64);
+    settings.fallback("engine.blocks", (blocks / units.max(1)).max(1) as i64);
     Ok((model, settings))
 }
 

@@ -37,6 +37,8 @@ pub(crate) struct Cluster {
     pub(crate) net: Arc<dyn Net>,
     /// Where decode workers listen for blocks, and what they say about it.
     kv: (&'static str, Option<&'static str>),
+    /// Tokens in a block, if not the model's, of prefill and of decode workers.
+    block_tokens: [Option<u32>; 2],
     pub(crate) coordinator: FakeCoordinator,
     pub(crate) prefills: Vec<Worker>,
     pub(crate) decodes: Vec<Worker>,
@@ -64,6 +66,12 @@ impl Cluster {
         Cluster::over(Arc::new(TcpNet), ("127.0.0.1:0", None), prefills, decodes, sizes, model).await
     }
 
+    /// One worker of each kind, with blocks of so many tokens.
+    pub(crate) async fn unlike(block_tokens: [u32; 2]) -> Cluster {
+        let (net, kv, counts) = (Arc::new(TcpNet), ("127.0.0.1:0", None), (1, 1));
+        Cluster::make(net, kv, block_tokens.map(Some), counts, SIZES, hash_model).await
+    }
+
     pub(crate) async fn over(
         net: Arc<dyn Net>,
         kv: (&'static str, Option<&'static str>),
@@ -72,8 +80,19 @@ impl Cluster {
         sizes: EngineConfig,
         model: impl Fn() -> LoadedModel,
     ) -> Cluster {
+        Cluster::make(net, kv, [None; 2], (prefills, decodes), sizes, model).await
+    }
+
+    async fn make(
+        net: Arc<dyn Net>,
+        kv: (&'static str, Option<&'static str>),
+        block_tokens: [Option<u32>; 2],
+        (prefills, decodes): (usize, usize),
+        sizes: EngineConfig,
+        model: impl Fn() -> LoadedModel,
+    ) -> Cluster {
         let coordinator = FakeCoordinator::start(&net).await.unwrap();
-        let mut cluster = Cluster { net, kv, coordinator, prefills: Vec::new(), decodes: Vec::new() };
+        let mut cluster = Cluster { net, kv, block_tokens, coordinator, prefills: Vec::new(), decodes: Vec::new() };
         for n in 0..prefills {
             let worker = cluster.worker(Role::Prefill, &format!("prefill-{n}"), sizes, model()).await;
             cluster.prefills.push(worker);
@@ -101,6 +120,8 @@ impl Cluster {
             drain_ms: DRAIN_MS,
             autonomy_ms: AUTONOMY_GRACE_MS,
             kv_pull: true,
+            kv_block_tokens: self.block_tokens[usize::from(role == Role::Decode)],
+            kv_audit: 1,
             kv_host_bytes: 0,
             kv_disk: None,
             kv_disk_bytes: 0,

@@ -51,6 +51,39 @@ async fn prefilled_elsewhere_or_here() {
     cluster.is_clean().await;
 }
 
+/// Blocks of different sizes at the two ends, in both directions, or larger ones at both: prompts that fill them and that do not, and
+/// prompts of which the decode worker holds the beginning.
+#[tokio::test]
+async fn with_blocks_of_other_sizes() {
+    let mut id = 0;
+    for block_tokens in [[4, 8], [8, 4], [8, 8], [4, 16], [32, 4]] {
+        let cluster = Cluster::unlike(block_tokens).await;
+        let (prefill, decode) = (&cluster.prefills[0], &cluster.decodes[0]);
+        assert_eq!(decode.running.shell().spec.layout.block_tokens, block_tokens[1]);
+        let mut gateway = Gateway::connect(&cluster, decode).await;
+        for len in [1, 3, 4, 5, 8, 9, 12, 31, 32, 33, 100] {
+            id += 1;
+            let order = Order::new(request(id, &prompt(id as u32, len), 12), decode, Some(prefill));
+            let told = gateway.run(&order).await;
+            check(&order, &told);
+            assert!(!told.admitted.unwrap().local_prefill);
+        }
+        let long = prompt(99, 180);
+        for len in [50, 100, 180] {
+            id += 1;
+            let order = Order::new(request(id, &long[..len], 6), decode, Some(prefill));
+            let told = gateway.run(&order).await;
+            check(&order, &told);
+            let cached = told.admitted.unwrap().cached_tokens;
+            assert_eq!(cached > 0, len > 50, "{block_tokens:?}: {cached} of {len} were there");
+        }
+        let sent = prefill.running.shell().links().counters();
+        assert!(sent.shm == 14 && sent.failed == 0, "{}", sent.describe());
+        assert_eq!(decode.running.shell().receiver().counters().dropped_total(), 0);
+        cluster.is_clean().await;
+    }
+}
+
 #[tokio::test]
 async fn thirty_two_at_once() {
     let cluster = Cluster::of(1, 1, EngineConfig { blocks: 2048, ..SIZES }, hash_model).await;

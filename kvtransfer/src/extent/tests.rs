@@ -50,9 +50,9 @@ fn accepted(bytes: &[u8], grant: &Grant) -> Vec<(u32, Vec<u8>)> {
     let Ok(entries) = wire::entries(&header, lines) else { return Vec::new() };
     let (target, layer) = (Arena::new(LAYOUT, 1), header.layer as u32);
     let good = entries.zip(extents.chunks_exact(layer_bytes)).filter(|(entry, bytes)| {
-        let mut landing = Landing::new(&LAYOUT);
+        let mut landing = Landing::new(&target, &LAYOUT);
         landing.copy(&target, BlockId { index: 0, generation: 0 }, layer, bytes);
-        landing.finish(grant.digest(), layer, entry.position) == entry.sum
+        landing.finish(grant.digest(), layer, entry.position).1 == entry.sum
     });
     good.map(|(entry, bytes)| (entry.position, bytes.to_vec())).collect()
 }

@@ -8,7 +8,7 @@ use baton_core::{Arena, BlockLayout};
 use tokio::io::AsyncRead;
 
 use super::flight::Flight;
-use super::{Shared, lock};
+use super::{Pending, Shared, lock};
 use crate::HeadSlice;
 use crate::connection::{Frame, Sent};
 use crate::counters::Dropped;
@@ -90,11 +90,11 @@ impl Shared {
                 spoiled.push(entry.position);
                 continue;
             }
-            let mut landing = Landing::new(pending.arena.layout());
+            let mut landing = Landing::between(source, &pending.arena);
             landing.fetch(&pending.arena, entry.block, layer, source, entry.source);
-            let whole = landing.finish(digest, layer, entry.position) == entry.sum;
-            match whole || planted::is(Bug::SkipChecksum) {
-                true => pending.arrived(&self.counts, layer, entry),
+            let (content, sum) = landing.finish(digest, layer, entry.position);
+            match sum == entry.sum || planted::is(Bug::SkipChecksum) {
+                true => self.arrived(&mut pending, layer, entry, content),
                 false => spoiled.push(entry.position),
             }
         }
@@ -111,7 +111,7 @@ impl Shared {
         layout: &BlockLayout,
         frames: &mut Frames<R>,
     ) -> Result<(), ReadError> {
-        let mut landing = Landing::new(layout);
+        let mut landing = Landing::new(&self.arena, layout);
         while landing.left(layout) > 0 {
             let left = landing.left(layout);
             let bytes = frames.pieces(layout.slice_bytes(), left).await?;
@@ -155,15 +155,23 @@ impl Shared {
         {
             let mut pending = lock(&pending);
             let digest = pending.transfer.digest();
-            let whole = landing.finish(digest, layer, entry.position) == entry.sum;
-            if whole || planted::is(Bug::SkipChecksum) {
+            let (content, sum) = landing.finish(digest, layer, entry.position);
+            if sum == entry.sum || planted::is(Bug::SkipChecksum) {
                 if pending.transfer.admit(link.id, header).is_ok() {
-                    pending.arrived(&self.counts, layer, entry);
+                    self.arrived(&mut pending, layer, entry, content);
                 }
                 return;
             }
         }
         self.spoil(link.id, header, entry.position);
+    }
+
+    /// Counts an extent that is in its place, and keeps its checksum for audits, unless it is of some heads only.
+    fn arrived(&self, pending: &mut Pending, layer: u32, entry: &Entry, content: u64) {
+        pending.arrived(&self.counts, layer, entry);
+        if pending.transfer.grant.slice.is_none() {
+            self.sums.keep(layer as usize, entry.block, content);
+        }
     }
 
     /// Something of a frame was not what was announced.
@@ -205,10 +213,11 @@ impl Shared {
                 self.counts.drop(reason);
                 continue;
             }
-            let mut landing = Landing::new(pending.arena.layout());
+            let mut landing = Landing::between(frame.arena, &pending.arena);
             landing.fetch(&pending.arena, block, layer, frame.arena, source.index);
-            entry.sum = landing.finish(frame.digest, layer, at);
-            pending.arrived(&self.counts, layer, &entry);
+            let (content, sum) = landing.finish(frame.digest, layer, at);
+            entry.sum = sum;
+            self.arrived(&mut pending, layer, &entry, content);
             sent.push(Sent { position: at, source: *source, sum: entry.sum });
         }
         sent

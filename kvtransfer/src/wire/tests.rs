@@ -37,6 +37,7 @@ fn body() -> impl Strategy<Value = Body> {
         (aborted, any::<bool>()).prop_map(|(reason, quiesced)| Body::Abort { reason, quiesced }),
         any::<bool>().prop_map(|quiesced| Body::Aborted { quiesced }),
         Just(Body::Ping),
+        prop::collection::vec(any::<(u32, u64)>(), 1..HANDOFF_LANES_MAX).prop_map(Body::Barrier),
     ]
 }
 

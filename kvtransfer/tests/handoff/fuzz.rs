@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use baton_core::{Aborted, BlockId, Epoch, Net, Refused, RequestId, Rng, TransferId};
-use baton_kvtransfer::wire::{Body, FEATURE_RESEND, Header, Kind, Message, Summary, Tag};
+use baton_kvtransfer::wire::{Body, FEATURE_LANES, FEATURE_RESEND, Header, Kind, Message, Summary, Tag};
 use baton_kvtransfer::{Dropped, Grant};
 use tokio::io::AsyncWriteExt;
 use xxhash_rust::xxh3::xxh3_64;
@@ -19,10 +19,7 @@ fn rounds_per_kind() -> u64 {
     rounds(60, 5_000)
 }
 
-const KINDS: [Kind; 14] = {
-    use Kind::*;
-    [Hello, Mismatch, Open, Opened, Refused, Data, Ack, Commit, Committed, Abort, Aborted, Ping, Resend, Offer]
-};
+const KINDS: [Kind; 15] = Kind::ALL;
 
 fn pick<T: Copy>(rng: &mut Rng, items: &[T]) -> T {
     items[rng.below(items.len() as u64) as usize]
@@ -74,6 +71,10 @@ fn body(rng: &mut Rng, kind: Kind, grant: &Grant) -> Body {
             Body::Resend((0..count).map(|_| (number(rng, 2) as u32, number(rng, 3) as u32)).collect())
         }
         Kind::Offer => Body::Offer(text(rng)),
+        Kind::Barrier => {
+            let count = 1 + rng.below(3);
+            Body::Barrier((0..count).map(|_| (number(rng, 2) as u32, number(rng, 1000))).collect())
+        }
         Kind::Ping | Kind::Data => Body::Ping,
     }
 }
@@ -136,7 +137,7 @@ async fn a_receiver_survives_any_message() {
     for round in 0..rounds_per_kind() * KINDS.len() as u64 {
         let kind = KINDS[round as usize % KINDS.len()];
         let (grant, incoming) = world.grant_first(4);
-        let features = pick(&mut rng, &[0, FEATURE_RESEND]);
+        let features = pick(&mut rng, &[0, FEATURE_RESEND, FEATURE_RESEND | FEATURE_LANES]);
         let mut raw = Raw::greeted_with(&net, &grant.address, features).await;
         if rng.below(4) > 0 {
             assert_eq!(raw.open(&grant).await, Body::Opened);

@@ -6,6 +6,7 @@ mod aborts;
 mod device;
 mod fuzz;
 mod happy;
+mod lanes;
 mod lessons;
 mod links;
 mod memory;

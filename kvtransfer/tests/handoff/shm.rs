@@ -200,7 +200,8 @@ async fn other_process() {
         source.attach(Arc::new(crate::device::Device::filled(LAYOUTS[1], 64)));
     }
     let preferred = if link == "ucx" { Preferred::Ucx } else { Preferred::Best };
-    let links = Links::with(Arc::new(Loopback), Arc::new(source), MODEL, Ways { preferred, tls: None });
+    let links =
+        Links::with(Arc::new(Loopback), Arc::new(source), MODEL, Ways { preferred, tls: None, ..Ways::default() });
     let (transfer, blocks) = (TransferId(transfer.parse().unwrap()), ids(0..blocks.parse().unwrap()));
     let (address, layout, deadline_ms) = (address.to_string(), LAYOUTS[1], 60_000);
     let grant = Grant {

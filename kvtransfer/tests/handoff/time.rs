@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use baton_core::limits::{HANDOFF_CREDIT_BYTES, HANDOFF_IDLE_MS, HANDOFF_QUIESCE_MS};
 use baton_core::{Arena, BlockId, BlockLayout, KvDtype, Listener, Net};
-use baton_kvtransfer::wire::{Body, Kind, Message, Tag};
+use baton_kvtransfer::wire::{Body, FEATURE_LANES, Kind, Message, Tag};
 use baton_kvtransfer::{Grant, Links, TransferError};
 use tokio::time::{Instant, sleep};
 
@@ -79,11 +79,12 @@ async fn a_writer_that_does_not_quiesce_loses_its_link() {
 /// Blocks whose layers take 64 KiB, so that four make a frame.
 const WIDE: BlockLayout = BlockLayout { layers: 2, kv_heads: 8, head_dim: 128, block_tokens: 16, dtype: KvDtype::Bf16 };
 
-/// A receiver by hand: greets with the same text and opens whatever it is asked to.
+/// A receiver by hand, on one connection: greets with the same text and opens whatever it is asked to.
 async fn receiver_by_hand(mut listener: Box<dyn Listener>) -> Raw {
     let mut raw = Raw::new(listener.accept().await.unwrap());
     let hello = raw.hear().await.unwrap();
-    raw.say(hello.tag, hello.body).await;
+    let Body::Hello { text, features } = hello.body else { panic!("not greeted") };
+    raw.say(hello.tag, Body::Hello { text, features: features & !FEATURE_LANES }).await;
     let open = raw.hear().await.unwrap();
     assert!(matches!(open.body, Body::Open { .. }));
     raw.say(open.tag, Body::Opened).await;

@@ -110,7 +110,7 @@ async fn ucx_that_cannot_be_is_an_error() {
         "127.0.0.1:0",
         Arc::new(Arena::new(LAYOUTS[0], 4)),
         MODEL,
-        Ways { preferred: Preferred::Ucx, tls: Some(Authority::new().worker()) },
+        Ways { preferred: Preferred::Ucx, tls: Some(Authority::new().worker()), ..Ways::default() },
     );
     let error = made.await.err().expect("refused").to_string();
     assert!(error.contains("encrypt"), "{error}");

@@ -85,9 +85,10 @@ impl World {
         fill(&source, &mut Rng::new(1));
         let [to, from] = preferred;
         let [of_receiver, of_sender] = tls;
-        let to = Ways { preferred: to, tls: of_receiver };
+        let to = Ways { preferred: to, tls: of_receiver, ..Ways::default() };
         let receiver = Receiver::with(net.clone(), "127.0.0.1:0", target.clone(), MODEL, to).await.unwrap();
-        let links = Links::with(net, source.clone(), MODEL, Ways { preferred: from, tls: of_sender });
+        let links =
+            Links::with(net, source.clone(), MODEL, Ways { preferred: from, tls: of_sender, ..Ways::default() });
         World { source, target, receiver, links, held: Held::default() }
     }
 

@@ -91,6 +91,8 @@ fn config(world: &World, host: &str, role: Role) -> Config {
         drain_ms: DRAIN.as_millis() as u64,
         autonomy_ms: baton_core::limits::AUTONOMY_GRACE_MS,
         kv_pull: true,
+        kv_block_tokens: None,
+        kv_audit: baton_core::limits::KV_AUDIT,
         kv_host_bytes: 0,
         kv_disk: None,
         kv_disk_bytes: 0,

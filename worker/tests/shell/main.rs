@@ -6,7 +6,7 @@ mod membership;
 use std::sync::Arc;
 use std::time::Duration;
 
-use baton_core::limits::{AUTONOMY_GRACE_MS, DRAIN_MS};
+use baton_core::limits::{AUTONOMY_GRACE_MS, DRAIN_MS, KV_AUDIT};
 use baton_core::{Env, Net, Process, Rng, Role, SystemClock, WorkerId};
 use baton_engine::EngineConfig;
 use baton_proto::TcpNet;
@@ -34,6 +34,8 @@ fn config(coordinators: &[&FakeCoordinator]) -> Config {
         drain_ms: DRAIN_MS,
         autonomy_ms: AUTONOMY_GRACE_MS,
         kv_pull: true,
+        kv_block_tokens: None,
+        kv_audit: KV_AUDIT,
         kv_host_bytes: 0,
         kv_disk: None,
         kv_disk_bytes: 0,

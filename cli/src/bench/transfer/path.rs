@@ -20,6 +20,8 @@ const SHM: &str = "shm";
 /// Full blocks that were sent before: the sender knows their checksums.
 const SHM_AGAIN: &str = "shm again";
 const TLS: &str = "tls";
+/// Over one connection, where `tcp` has as many as a worker's links have.
+const ONE_LANE: &str = "tcp, one lane";
 
 pub(super) struct Paths {
     plain: Plain,
@@ -45,23 +47,24 @@ impl Paths {
         let net = Arc::new(TcpNet);
         let ucx = has_ucx();
         let preferred = if ucx { Preferred::Ucx } else { Preferred::Best };
-        let ways = Ways { preferred, tls: None };
+        let ways = Ways { preferred, tls: None, ..Ways::default() };
         let receiver = Receiver::with(net.clone(), "127.0.0.1:0", target.clone(), MODEL, ways).await?;
         let tcp = Links::new(net.clone(), source.clone(), MODEL);
+        let one_lane = Links::with(net.clone(), source.clone(), MODEL, Ways { lanes: 1, ..Ways::default() });
         let local = Links::new(net.clone(), source.clone(), MODEL);
         local.add_local(&receiver);
         let shared =
             shared.map(|shared| [SHM, SHM_AGAIN].map(|name| (name, Links::new(net.clone(), shared.clone(), MODEL))));
         let plain = Plain::new(layout.layer_bytes(), blocks * layout.block_bytes())?;
-        let ways = Ways { preferred: Preferred::Ucx, tls: None };
+        let ways = Ways { preferred: Preferred::Ucx, tls: None, ..Ways::default() };
         let ucx = ucx.then(|| ("ucx", Links::with(net.clone(), source.clone(), MODEL, ways)));
-        let ways = Ways { preferred: Preferred::Tcp, tls };
+        let ways = Ways { preferred: Preferred::Tcp, tls, ..Ways::default() };
         let secured = match ways.tls {
             None => None,
             Some(_) => Some(Receiver::with(net.clone(), "127.0.0.1:0", target, MODEL, ways.clone()).await?),
         };
         let tls = secured.is_some().then(|| (TLS, Links::with(net.clone(), source, MODEL, ways)));
-        let links = [("tcp", tcp), ("local", local)].into_iter().chain(tls);
+        let links = [("tcp", tcp), (ONE_LANE, one_lane), ("local", local)].into_iter().chain(tls);
         let links = links.chain(shared.into_iter().flatten()).chain(ucx).collect();
         Ok(Paths { plain, links, receiver, secured, blocks, layers: layout.layers as usize, passes })
     }
@@ -112,7 +115,11 @@ impl Paths {
     /// Whether every transfer has taken the link that it is reported under.
     pub(super) fn are_what_they_say(&self) -> bool {
         self.links.iter().all(|(name, links)| {
-            let link = if *name == SHM_AGAIN { SHM } else { *name };
+            let link = match *name {
+                SHM_AGAIN => SHM,
+                ONE_LANE => "tcp",
+                name => name,
+            };
             links.counters().begun().into_iter().all(|(other, count)| (count > 0) == (other == link))
         })
     }
