@@ -103,6 +103,7 @@ mod tests {
             ("baton decode-worker --kv-link shm", false),
             ("baton bench transfer --tls a b c", true),
             ("baton bench transfer --tls a b", false),
+            ("baton bench handoff --prompt 64 --prompt 512 --rounds 3 --json", true),
             ("baton up --device cuda:1", true),
             ("baton up --device cuda:0,1", true),
             ("baton decode-worker --device cuda:0,1", false),

@@ -3,6 +3,7 @@
 pub(crate) mod coordinator;
 pub(crate) mod engine;
 pub(crate) mod figure;
+pub(crate) mod handoff;
 pub(crate) mod percentile;
 pub(crate) mod serve;
 pub(crate) mod transfer;
@@ -20,6 +21,8 @@ pub(crate) enum Bench {
     Engine(engine::EngineFlags),
     /// Measure how fast KV blocks move over each link, beside memcpy and a plain socket
     Transfer(transfer::TransferFlags),
+    /// Measure what a request loses between its prefill worker and its decode worker
+    Handoff(handoff::HandoffFlags),
     /// Measure how fast coordinators assign and write, with fsync on
     Coordinator(coordinator::CoordinatorFlags),
 }
@@ -29,6 +32,7 @@ pub(crate) fn run(bench: Bench) -> Result<(), Failure> {
         Bench::Serve(flags) => serve::run(flags),
         Bench::Engine(flags) => engine::run(flags),
         Bench::Transfer(flags) => transfer::run(flags),
+        Bench::Handoff(flags) => handoff::run(flags),
         Bench::Coordinator(flags) => coordinator::run(flags),
     }
 }

@@ -1,4 +1,4 @@
-//! What tests of workers stand on: a coordinator that says yes, and a model without weights. Nothing in a running
+//! What tests and benchmarks of workers stand on: a coordinator that says yes, and a model without weights. Nothing in a running
 //! worker uses it.
 
 use std::collections::{BTreeMap, BTreeSet};
