@@ -26,6 +26,7 @@ pub async fn run(world: World, host: String, node: u64) -> turmoil::Result {
         advertise: String::new(),
         cluster: None,
         policy: Default::default(),
+        entries: baton_coordinator::state::VERSION,
     };
     let (disk, env) = (Arc::new(world.disks[&host].clone()), world.env(&host));
     let started = match join {
