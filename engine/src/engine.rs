@@ -8,6 +8,7 @@ use std::sync::Arc;
 use baton_core::planted::{self, Bug};
 use baton_core::{Aborted, Refused, RequestId, SampledToken, TokenId};
 
+use crate::beside::PromptsBeside;
 use crate::cache::Cache;
 use crate::sequence::{Branch, Rank, Sequence};
 use crate::spec::{EngineConfig, ModelSpec};
@@ -33,10 +34,10 @@ pub struct Engine {
     pub(crate) stepping: bool,
     pub(crate) totals: Load,
     pub(crate) nothing_banned: Arc<[TokenId]>,
-    /// Rows of prompts in a step that also decodes.
-    pub(crate) prompts_beside: usize,
-    /// Rows that the step being planned may have.
-    pub(crate) rows_max: usize,
+    /// What prompts may cost in a step that also decodes.
+    pub(crate) prompts_beside: PromptsBeside,
+    /// What is left of that in the step being planned.
+    pub(crate) room: PromptsBeside,
     arrivals: u64,
 }
 
@@ -69,8 +70,8 @@ impl Engine {
             stepping: false,
             totals: Load::default(),
             nothing_banned: Arc::new([]),
-            prompts_beside: usize::MAX,
-            rows_max: 0,
+            prompts_beside: PromptsBeside::ALL,
+            room: PromptsBeside::ALL,
             arrivals: 0,
         }
     }
@@ -83,10 +84,10 @@ impl Engine {
         &self.spec
     }
 
-    /// Steps that decode have so many rows of fresh prompts at most from now on: how long a step takes is known outside. Without a
-    /// word, as many as fit.
-    pub fn prompts_beside_decodes(&mut self, rows: usize) {
-        self.prompts_beside = rows.max(1);
+    /// Fresh prompts cost no more than this in steps that decode from now on: how long a step takes is known outside. Without a
+    /// word, as many rows as fit.
+    pub fn prompts_beside_decodes(&mut self, most: PromptsBeside) {
+        self.prompts_beside = PromptsBeside { rows: most.rows.max(1), ..most };
     }
 
     /// Takes work in, or refuses it and holds nothing of it. Every admitted request ends with `Finished` for each of its

@@ -4,6 +4,7 @@
 pub mod backend;
 pub mod batch;
 pub mod bench;
+mod beside;
 pub mod cache;
 mod commit;
 #[cfg(feature = "cuda")]
@@ -25,6 +26,7 @@ pub mod work;
 
 pub use backend::{Backend, HashBackend};
 pub use batch::{Batch, Draw, DrawKind, Export, Next, Output};
+pub use beside::PromptsBeside;
 pub use cache::{Blocks, Cache, CacheStats, Hits, Reserved, Saving};
 pub use engine::Engine;
 pub use journal::{Changes, Mark};

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use baton_core::{BlockHash, Lane, Refused, TokenId};
 
 use crate::batch::{Batch, Draw, DrawKind, Next, Span};
+use crate::beside::PromptsBeside;
 use crate::cache::Hits;
 use crate::draft;
 use crate::engine::Engine;
@@ -28,7 +29,7 @@ impl Engine {
     pub fn plan(&mut self) -> Option<Batch> {
         assert!(!self.stepping, "the last batch must be committed before the next is planned");
         let mut batch = Batch::new(self.cache.clone());
-        self.rows_max = self.config.batch_tokens_max;
+        self.room = PromptsBeside::ALL;
         self.make_way();
         self.plan_decodes(&mut batch);
         // Somebody waits in the middle of a text: nothing fresh makes that step longer.
@@ -37,7 +38,7 @@ impl Engine {
         self.plan_urgent(&mut batch);
         if batch.tokens.len() == decodes {
             if decodes > 0 {
-                self.rows_max = self.rows_max.min(decodes.saturating_add(self.prompts_beside));
+                self.room = self.prompts_beside;
             }
             self.plan_prefills(&mut batch, |_| true);
             self.plan_admissions(&mut batch, |_| true);
@@ -89,7 +90,7 @@ impl Engine {
         let prefilling = self.running.values().filter(|sequence| !sequence.is_decoding());
         let ranks: Vec<Rank> = prefilling.map(|sequence| sequence.rank).filter(of).collect();
         for rank in ranks {
-            if self.budget(batch) > 0 {
+            if self.has_room(batch) {
                 self.add_span(batch, rank);
             }
         }
@@ -97,7 +98,7 @@ impl Engine {
 
     /// Lets those that wait begin, up to the first that is not one `of` those to plan.
     fn plan_admissions(&mut self, batch: &mut Batch, of: impl Fn(&Rank) -> bool) {
-        while self.budget(batch) > 0 {
+        while self.has_room(batch) {
             let Some(head) = self.waiting.first_entry().filter(|head| of(&head.key().1)) else { return };
             let (key, mut sequence) = head.remove_entry();
             let placed = self.slots_free() >= sequence.width() && self.place(&mut sequence, batch).is_ok();
@@ -156,7 +157,12 @@ impl Engine {
 
     /// Token rows the step still has room for.
     fn budget(&self, batch: &Batch) -> usize {
-        self.rows_max - batch.tokens.len()
+        self.config.batch_tokens_max - batch.tokens.len()
+    }
+
+    /// Whether the step has room for rows of another prompt.
+    fn has_room(&self, batch: &Batch) -> bool {
+        self.budget(batch) > 0 && self.room.rows > 0
     }
 
     fn slots_free(&self) -> usize {
@@ -282,17 +288,20 @@ impl Engine {
         true
     }
 
-    /// Adds as many rows of a running sequence as the budget allows.
+    /// Adds as many rows of a running sequence as there is room for.
     fn add_span(&mut self, batch: &mut Batch, rank: Rank) {
         self.add_rows(batch, rank, &[]);
+        if let Some(span) = batch.spans.last() {
+            self.room = self.room.less(span.rows, span.position);
+        }
     }
 
     /// Adds rows of a running sequence, and behind its last one those of a draft.
     fn add_rows(&mut self, batch: &mut Batch, rank: Rank, draft: &[TokenId]) {
-        let rows_max = self.budget(batch);
+        let (budget, room) = (self.budget(batch), self.room);
         let block_tokens = self.block_tokens();
         let Some(sequence) = self.running.get_mut(&rank) else { return };
-        let rows = sequence.pending().min(rows_max);
+        let rows = sequence.pending().min(budget).min(room.rows_from(sequence.computed));
         let (position, end) = (sequence.computed, sequence.computed + rows);
         let (row, draws, table) = (batch.tokens.len(), batch.draws.len(), batch.tables.len());
         batch.tokens.extend(sequence.tokens[position..end].iter().chain(draft));

@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use crate::inbox::{Admit, Command, Key};
 use crate::metrics::StepMetrics;
 use crate::outlet::{Broken, Export, Note, Notes, Outlet};
-use crate::pace::Pace;
+use crate::pace::{Pace, Rows};
 use crate::pulse::Pulse;
 
 /// The newest load, for heartbeats and metrics.
@@ -111,13 +111,13 @@ impl Steps {
     }
 
     fn compute(&mut self, batch: Batch, began: Instant) {
-        let (decodes, prompts) = rows(&batch);
+        let rows = Rows::of(&batch);
         let output = self.run(&batch, began);
         self.engine.commit(batch, output, &mut self.events);
         let took = began.elapsed();
-        self.pace.add(decodes, prompts, took);
-        self.engine.prompts_beside_decodes(self.pace.prompt_tokens_beside());
-        self.metrics.step(decodes + prompts, took);
+        self.pace.add(rows, took);
+        self.engine.prompts_beside_decodes(self.pace.prompts_beside());
+        self.metrics.step(rows.decodes + rows.prompts, took);
         self.deliver();
         self.flush();
         self.publish();
@@ -278,13 +278,6 @@ fn request_of(event: &Event) -> RequestId {
         | Event::Prefilled { request, .. }
         | Event::Aborted { request, .. } => *request,
     }
-}
-
-/// Rows that decode, drafts among them, and rows of prompts.
-fn rows(batch: &Batch) -> (usize, usize) {
-    let prompts = batch.spans.iter().filter(|span| span.rows - span.drafted > 1);
-    let prompts = prompts.map(|span| span.rows).sum();
-    (batch.tokens.len() - prompts, prompts)
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 
 use baton_core::{Finish, Lane, Refused, Request, RequestId, TokenId};
 use baton_engine::testing::{drain, request, step, work};
-use baton_engine::{Backend, Choice, Engine, EngineConfig, Event, Goal, HashBackend, Work};
+use baton_engine::{Backend, Choice, Engine, EngineConfig, Event, Goal, HashBackend, PromptsBeside, Work};
 use proptest::prelude::*;
 
 use crate::common::{CONFIG, Choices, carry, hash_engine, prefill, prompt};
@@ -64,7 +64,7 @@ fn crowded_requests_equal_lone_ones() {
 #[test]
 fn prompts_beside_decodes_are_bounded() {
     let mut engine = hash_engine(EngineConfig { blocks: 256, batch_tokens_max: 40, ..CONFIG });
-    engine.prompts_beside_decodes(5);
+    engine.prompts_beside_decodes(PromptsBeside { rows: 5, doubling: usize::MAX });
     engine.admit(work(&request(1, &prompt(1, 10, 1000), 6))).expect("room");
     let mut events = Vec::new();
     assert!(step(&mut engine, &mut backend(), &mut events));
@@ -81,6 +81,38 @@ fn prompts_beside_decodes_are_bounded() {
         [choices.ids(1, 0), choices.ids(2, 0)],
         [alone(&prompt(1, 10, 1000), 6), alone(&prompt(2, 200, 1000), 2)]
     );
+}
+
+/// The further into a prompt, the fewer of its rows a step has beside one that decodes, and two prompts share the room.
+#[test]
+fn rows_far_into_a_prompt_count_more() {
+    let mut engine = hash_engine(EngineConfig { blocks: 256, batch_tokens_max: 90, ..CONFIG });
+    engine.prompts_beside_decodes(PromptsBeside { rows: 40, doubling: 50 });
+    engine.admit(work(&request(1, &prompt(1, 10, 1000), 40))).expect("room");
+    let mut events = Vec::new();
+    assert!(step(&mut engine, &mut backend(), &mut events));
+    engine.admit(work(&request(2, &prompt(2, 150, 1000), 1))).expect("room");
+    engine.admit(work(&request(3, &prompt(3, 20, 1000), 1))).expect("room");
+    let mut sizes = Vec::new();
+    while let Some(batch) = engine.plan() {
+        sizes.push(batch.spans[1..].iter().map(|span| (span.position, span.rows)).collect::<Vec<_>>());
+        let output = backend().run(&batch, &mut |_| {});
+        engine.commit(batch, output, &mut events);
+    }
+    let expected = [
+        vec![(0, 30), (0, 2)],
+        vec![(30, 22), (2, 1)],
+        vec![(52, 18), (3, 1)],
+        vec![(70, 16)],
+        vec![(86, 16)],
+        vec![(102, 16)],
+        vec![(118, 16)],
+        vec![(134, 16)],
+        vec![(4, 16)],
+        vec![],
+    ];
+    assert_eq!(sizes[..10], expected);
+    assert!(sizes[10..].iter().all(Vec::is_empty), "{sizes:?}");
 }
 
 /// The second of two equal requests computes its last block only.
