@@ -5,6 +5,7 @@ pub mod checkpoint;
 pub mod config;
 pub mod error;
 pub mod gguf;
+mod int8;
 
 use std::ops::Range;
 use std::path::Path;

@@ -3,6 +3,7 @@
 
 mod eights;
 mod faulty_rank;
+mod integers;
 mod zero_block;
 
 use std::io::{self, Write};
@@ -28,6 +29,7 @@ pub fn layer_of(arena: &Arena, index: u32, layer: usize) -> Vec<u8> {
 
 pub use eights::Scaling;
 pub use faulty_rank::{Fault, faulty_group};
+pub use integers::Integers;
 pub use zero_block::ZeroBlock;
 
 /// A small model: what differs between families, and the sizes.

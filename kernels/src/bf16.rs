@@ -37,7 +37,7 @@ pub(crate) fn widen_f16(x: u16) -> f32 {
 }
 
 /// Nearest IEEE half, ties to even, of a number that is not NaN.
-pub(crate) fn round_f16(x: f32) -> u16 {
+pub fn round_f16(x: f32) -> u16 {
     let sign = (x.to_bits() >> 16 & 0x8000) as u16;
     let x = x.abs();
     // Below 2^-14 halves are multiples of 2^-24; f32 rounds to those when 0.5, whose unit that is, is added.

@@ -27,6 +27,7 @@ mod route;
 mod segments;
 
 pub use attention::{Attention, HEAD_DIM_MAX, Heads, KvHeads, RopeStore, Span};
+pub use bf16::round_f16;
 pub use collective::{Broken, Collective};
 pub use cpu::Cpu;
 pub use f8::F8Matrix;

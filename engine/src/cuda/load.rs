@@ -172,6 +172,10 @@ impl Loader<'_> {
     fn matrix(&mut self, parts: &[(String, usize)], cols: usize) -> Result<GpuMatrix, LoadError> {
         let tensors = parts.iter().map(|(name, rows)| self.checkpoint.kept(name, &[*rows, cols]));
         let mut tensors = tensors.collect::<Result<Vec<Tensor>, LoadError>>()?;
+        if let Some(tensor) = tensors.iter().find(|tensor| !tensor.dtype.is_float()) {
+            let name = &tensor.name;
+            return Err(LoadError::Device(format!("{name} is of 8-bit integers, which are for --device cpu")));
+        }
         tensors.iter().try_for_each(|tensor| self.inspect(tensor))?;
         let eights: Option<Vec<F8Matrix>> = tensors.iter().map(Tensor::eights).collect();
         let matrix = match eights.filter(|parts| GpuMatrix::keeps(parts)) {

@@ -17,6 +17,7 @@ use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
 use crate::load::error::LoadError;
 use crate::load::gguf::{self, Header};
+use crate::load::int8::{self, Packing};
 
 /// Bytes hashed and checked as one piece of work.
 const PIECE_BYTES: usize = 4 << 20;
@@ -35,8 +36,8 @@ pub struct Checkpoint {
     whole: PathBuf,
 }
 
-struct File {
-    path: PathBuf,
+pub(super) struct File {
+    pub(super) path: PathBuf,
     map: Mmap,
     tensors: BTreeMap<String, gguf::Tensor>,
 }
@@ -59,6 +60,14 @@ struct Eights<'a> {
     bytes: &'a [u8],
     scales: Vec<f32>,
     block: (usize, usize),
+}
+
+/// What the numbers of a matrix are multiplied with.
+pub(super) struct Scales {
+    /// Row by row, one for each block.
+    pub(super) values: Vec<f32>,
+    /// Outputs and inputs that share one.
+    pub(super) block: (usize, usize),
 }
 
 #[derive(Deserialize)]
@@ -129,6 +138,9 @@ impl Checkpoint {
     pub fn kept_bytes(&self) -> u64 {
         let matrices =
             self.files.iter().flat_map(|file| file.tensors.values()).filter(|tensor| tensor.shape.len() == 2);
+        if self.integers(name).is_some() {
+            return Some(Dtype::Q8_0);
+        }
         let sizes = matrices.map(|tensor| (tensor.shape.iter().product::<usize>() as u64, is_eights(tensor)));
         let (sum, largest) = sizes.fold((0, 0), |(sum, largest), (elements, eights)| match eights {
             true => (sum + elements, elements.max(largest)),
@@ -152,6 +164,37 @@ impl Checkpoint {
 
     /// The named tensor, which must have this shape; 8 bits become bf16.
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor<'_>, LoadError> {
+    /// The named matrix of 8-bit integers, and how they lie there.
+    fn integers(&self, name: &str) -> Option<(&File, &gguf::Tensor, Packing)> {
+        let plain = || self.found(name).map(|found| (found, false));
+        let ((file, found), packed) = plain().or_else(|| Some((self.found(&format!("{name}_packed"))?, true)))?;
+        Packing::of(found, packed).map(|packing| (file, found, packing))
+    }
+
+    /// A matrix of 8-bit integers as one of Q8_0.
+    fn in_q8_0<'a>(
+        &'a self,
+        name: &str,
+        (rows, cols): (usize, usize),
+        (file, found, packing): (&'a File, &gguf::Tensor, Packing),
+    ) -> Result<Tensor<'a>, LoadError> {
+        let expected = packing.shape(rows, cols);
+        if found.shape != expected {
+            let (file, tensor, found) = (file.path.clone(), name.to_string(), found.shape.clone());
+            return Err(LoadError::Shape { file, tensor, found, expected });
+        }
+        if let Some((file, zeros)) = self.found(&format!("{name}_zero_point"))
+            && file.map[zeros.bytes.clone()].iter().any(|byte| *byte != 0)
+        {
+            let reason = "zero points; expected symmetric integers".to_string();
+            return Err(LoadError::Integers { file: file.path.clone(), tensor: name.to_string(), reason });
+        }
+        let scales = self.scales(name, (rows, cols))?;
+        let bytes = int8::to_q8_0(file, name, (rows, cols), packing, &file.map[found.bytes.clone()], &scales)?;
+        let (name, shape, place) = (name.to_string(), vec![rows, cols], found.bytes.clone());
+        Ok(Tensor { file, name, dtype: Dtype::Q8_0, shape, bytes: Cow::Owned(bytes), place, eights: None })
+    }
+
         let mut tensor = self.kept(name, shape)?;
         tensor.widen();
         Ok(tensor)
@@ -169,10 +212,13 @@ impl Checkpoint {
                 tensor: name.to_string(),
                 found: found.shape.clone(),
                 expected: shape.to_vec(),
+        if let ([rows, cols], Some(found)) = (shape, self.integers(name)) {
+            return self.in_q8_0(name, (*rows, *cols), found);
+        }
             });
         }
         if is_eights(found) && shape.len() == 2 {
-            let (scales, block) = self.scales(name, (shape[0], shape[1]))?;
+            let Scales { values: scales, block } = self.scales(name, (shape[0], shape[1]))?;
             let eights = Some(Eights { bytes: &file.map[found.bytes.clone()], scales, block });
             let (name, shape, place) = (name.to_string(), shape.to_vec(), found.bytes.clone());
             return Ok(Tensor { file, name, dtype: Dtype::Bf16, shape, bytes: Cow::Borrowed(&[]), place, eights });
@@ -190,9 +236,9 @@ impl Checkpoint {
         Ok(Tensor { file, name, dtype, shape, bytes, place, eights: None })
     }
 
-    /// Scales of a matrix of 8 bits, and the outputs and inputs that share one: `X_scale` (compressed-tensors: one, or one for
-    /// each output) or `X_scale_inv` (one for 128 by 128). A weight is multiplied by either.
-    fn scales(&self, name: &str, (rows, cols): (usize, usize)) -> Result<(Vec<f32>, (usize, usize)), LoadError> {
+    /// Scales of a matrix of 8 bits: `X_scale` (compressed-tensors: one, one for each output, or for each output one for so
+    /// many inputs) or `X_scale_inv` (one for 128 by 128). A weight is multiplied by either.
+    fn scales(&self, name: &str, (rows, cols): (usize, usize)) -> Result<Scales, LoadError> {
         let blocks = [rows.div_ceil(SCALE_BLOCK), cols.div_ceil(SCALE_BLOCK)];
         let named = [format!("{name}_scale_inv"), format!("{name}_scale")];
         let found = named.into_iter().find_map(|name| self.found(&name).map(|(_, found)| (name, found.shape.clone())));
@@ -214,8 +260,9 @@ impl Checkpoint {
         if let Some(index) = scales.iter().position(|scale| !(0.0..SCALE_BOUND).contains(scale)) {
             let (file, value) = (tensor.file.path.clone(), scales[index]);
             return Err(LoadError::Scale { file, tensor: scale, index, value, bound: SCALE_BOUND });
+            [down, across] if down == rows && across > 0 && cols.is_multiple_of(across) => (1, cols / across),
         }
-        Ok((scales, block))
+        Ok(Scales { values: scales, block })
     }
 }
 

@@ -253,9 +253,28 @@ impl Checker<'_> {
 }
 
 /// Quantized weights that are understood.
-const EIGHTS: &str = "none (weights in F32, F16 or BF16) or 8-bit floating-point weights: quant_method fp8 with fmt e4m3 and \
+const EIGHTS: &str = "none (weights in F32, F16 or BF16), 8-bit integers: quant_method compressed-tensors with format \
+                      int-quantized or pack-quantized and symmetric weights of 8 bits, or 8-bit floating-point weights: \
+                      quant_method fp8 with fmt e4m3 and \
                       weight_block_size [128, 128] or none, or quant_method compressed-tensors with format float-quantized and \
                       weights of 8 bits, symmetric, of the strategy tensor, channel or block [128, 128]";
+
+/// Whether `quantization_config` says that weights are 8-bit integers with scales that the checkpoint has. What it says of
+/// activations is left aside: they become integers in the kernels' own way, 32 at a time.
+fn is_integers(found: &Value) -> bool {
+    let groups = found["config_groups"].as_object();
+    let understood = |group: &Value| {
+        let weights = &group["weights"];
+        weights["num_bits"] == 8
+            && weights["type"] == "int"
+            && weights["symmetric"] != false
+            && weights["actorder"].is_null()
+            && matches!(weights["strategy"].as_str(), Some("tensor" | "channel" | "group"))
+    };
+    found["quant_method"] == "compressed-tensors"
+        && matches!(found["format"].as_str(), Some("int-quantized" | "pack-quantized"))
+        && groups.is_some_and(|groups| !groups.is_empty() && groups.values().all(understood))
+}
 
 /// Whether `quantization_config` says that weights are e4m3 with scales that the checkpoint has. What it says of activations
 /// is left aside: they stay bf16, which is nearer to the model that was quantized.
@@ -282,7 +301,8 @@ fn is_eights(found: &Value) -> bool {
 
 fn check(file: &Path, family: Family, raw: Raw) -> Result<ModelConfig, LoadError> {
     let checker = Checker { file };
-    if let Some(found) = raw.quantization_config.as_ref().filter(|found| !is_eights(found)) {
+    let unknown = |found: &&Value| !is_eights(found) && !is_integers(found);
+    if let Some(found) = raw.quantization_config.as_ref().filter(unknown) {
         return Err(checker.wrong("quantization_config", found, EIGHTS));
     }
     if let Some(act) = raw.hidden_act.as_deref().filter(|act| *act != "silu") {

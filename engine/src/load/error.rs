@@ -20,12 +20,14 @@ pub enum LoadError {
     MissingTensor { file: PathBuf, tensor: String, expected: Vec<usize> },
     #[error("{}: tensor {tensor} has shape {found:?}; expected {expected:?} by config.json", file.display())]
     Shape { file: PathBuf, tensor: String, found: Vec<usize>, expected: Vec<usize> },
-    #[error("{}: tensor {tensor} holds {found}; expected F32, F16 or BF16, in a matrix F8_E4M3 with scales, or in one of a GGUF file Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K or Q6_K", file.display())]
+    #[error("{}: tensor {tensor} holds {found}; expected F32, F16 or BF16, in a matrix F8_E4M3 or I8 with scales, or in one of a GGUF file Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K or Q6_K", file.display())]
     Dtype { file: PathBuf, tensor: String, found: String },
     #[error("{}: tensor {tensor} holds {value} at element {index}; expected finite numbers", file.display())]
     NotFinite { file: PathBuf, tensor: String, index: usize, value: f32 },
     #[error("{}: tensor {tensor} holds the scale {value} at element {index}; expected numbers from 0 to less than {bound}", file.display())]
     Scale { file: PathBuf, tensor: String, index: usize, value: f32, bound: f32 },
+    #[error("{}: tensor {tensor} of 8-bit integers has {reason}", file.display())]
+    Integers { file: PathBuf, tensor: String, reason: String },
     #[error("{}: truncated or overlong: {found} bytes; its header describes {expected}; copy the file again", file.display())]
     Truncated { file: PathBuf, found: u64, expected: u64 },
     #[error("{}: not a safetensors header: {reason}", file.display())]

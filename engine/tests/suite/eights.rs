@@ -84,7 +84,7 @@ fn refused(name: &str, scaling: Scaling, spoil: impl FnOnce(&Path), expected: &[
 }
 
 /// Writes over the bytes of a tensor, or what its header says of it.
-fn rewrite(dir: &Path, tensor: &str, change: impl FnOnce(&mut Value, &mut [u8])) {
+pub(crate) fn rewrite(dir: &Path, tensor: &str, change: impl FnOnce(&mut Value, &mut [u8])) {
     let file = dir.join("model.safetensors");
     let mut bytes = std::fs::read(&file).expect("read");
     let data = 8 + u64::from_le_bytes(bytes[..8].try_into().expect("8 bytes")) as usize;

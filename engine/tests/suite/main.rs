@@ -10,6 +10,7 @@ mod gguf;
 mod gpu;
 mod kv_dtypes;
 mod models;
+mod integers;
 mod quantized;
 mod references;
 mod scheduler;
