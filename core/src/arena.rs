@@ -18,12 +18,15 @@ use std::io;
 use std::ops::Range;
 #[cfg(target_os = "linux")]
 use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, OnceLock};
 
 use serde::{Deserialize, Serialize};
 
 use crate::BlockId;
+#[cfg(target_os = "linux")]
+use crate::shared::Mapping;
 
 pub use device::{Arriving, DeviceBlocks, DeviceSource, Extents};
 
@@ -177,7 +180,7 @@ enum Memory {
     },
     /// Other processes of the host can map it.
     #[cfg(target_os = "linux")]
-    Shared(shared::Mapping),
+    Shared(Mapping),
 }
 
 // SAFETY: the arena is plain memory; exclusive access to a block's bytes is the callers' duty (see `block`).
@@ -224,7 +227,7 @@ impl Arena {
         assert!(bytes > 0, "an arena holds at least one block");
         #[cfg(target_os = "linux")]
         {
-            let mapping = shared::Mapping::new(bytes)?;
+            let mapping = Mapping::new(c"baton arena", bytes)?;
             Ok(Arena::over(mapping, layout, blocks))
         }
         #[cfg(not(target_os = "linux"))]
@@ -238,7 +241,26 @@ impl Arena {
     /// When the descriptor is not of memory that holds at least one block and cannot shrink.
     #[cfg(target_os = "linux")]
     pub fn map(descriptor: OwnedFd, layout: BlockLayout) -> io::Result<Arena> {
-        let mapping = shared::Mapping::of(descriptor)?;
+        Arena::filling(Mapping::of(descriptor)?, layout)
+    }
+
+    /// A `shared` arena of another process of this worker, at the path that it gave: for reading and writing, as there.
+    ///
+    /// # Errors
+    /// When the path is not of memory that holds at least one block and cannot shrink.
+    #[cfg(target_os = "linux")]
+    pub fn join(path: &Path, layout: BlockLayout) -> io::Result<Arena> {
+        Arena::filling(Mapping::join(path)?, layout)
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    pub fn join(_: &Path, _: BlockLayout) -> io::Result<Arena> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// As many blocks as the memory has room for.
+    #[cfg(target_os = "linux")]
+    fn filling(mapping: Mapping, layout: BlockLayout) -> io::Result<Arena> {
         match mapping.bytes() / layout.block_bytes().max(1) {
             0 => Err(io::Error::new(io::ErrorKind::InvalidData, "the memory holds no block")),
             blocks => Ok(Arena::over(mapping, layout, blocks)),
@@ -246,7 +268,7 @@ impl Arena {
     }
 
     #[cfg(target_os = "linux")]
-    fn over(mapping: shared::Mapping, layout: BlockLayout, blocks: usize) -> Arena {
+    fn over(mapping: Mapping, layout: BlockLayout, blocks: usize) -> Arena {
         let (base, stride, beside) = (mapping.start(), layout.block_bytes(), OnceLock::new());
         Arena { base, memory: Memory::Shared(mapping), layout, blocks, stride, units: 1, beside }
     }
@@ -363,6 +385,15 @@ impl Arena {
         }
     }
 
+    /// Where other processes of this worker `join` this arena; None if it is not a `shared` one.
+    pub fn path(&self) -> Option<PathBuf> {
+        match &self.memory {
+            #[cfg(target_os = "linux")]
+            Memory::Shared(mapping) => Some(mapping.path()),
+            _ => None,
+        }
+    }
+
     pub fn layout(&self) -> &BlockLayout {
         &self.layout
     }
@@ -448,8 +479,6 @@ fn there_of(block: BlockId) -> u64 {
 }
 
 mod device;
-#[cfg(target_os = "linux")]
-mod shared;
 
 #[cfg(test)]
 mod tests {
@@ -563,6 +592,26 @@ mod tests {
         let file = std::fs::File::from(arena.descriptor().expect("shared").expect("opened"));
         assert!(std::io::Write::write(&mut &file, &[1]).is_err(), "the descriptor does not write");
         assert!(file.set_len(1).is_err(), "the memory does not shrink under a reader");
+    }
+
+    /// What either of two processes of one worker writes the other reads.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_shared_arena_can_be_joined_and_written() {
+        let arena = Arena::shared(LAYOUT, 3).expect("shared memory");
+        let joined = Arena::join(&arena.path().expect("shared"), LAYOUT).expect("joined");
+        let bytes: Vec<u8> = (0..LAYOUT.layer_bytes()).map(|i| i as u8 | 1).collect();
+        let mut back = vec![0; bytes.len()];
+        for (from, to, block) in [(&arena, &joined, 1), (&joined, &arena, 2)] {
+            // SAFETY: this test is the only user of both.
+            unsafe {
+                from.write_layer(block, 1, &bytes);
+                to.read_layer(block, 1, &mut back);
+            }
+            assert_eq!(back, bytes);
+        }
+        assert!(Arena::new(LAYOUT, 1).path().is_none());
+        assert!(Arena::join(Path::new("/dev/null"), LAYOUT).is_err());
     }
 
     /// Memory that could shrink would kill its reader, so it is not mapped; nor is a file, nor what holds no block.

@@ -15,6 +15,11 @@ pub mod planted;
 pub mod reason;
 pub mod request;
 pub mod rng;
+#[cfg(target_os = "linux")]
+pub mod shared;
+#[cfg(not(target_os = "linux"))]
+#[path = "elsewhere.rs"]
+pub mod shared;
 pub mod token;
 
 pub use arena::{Arena, BlockLayout, KvDtype};

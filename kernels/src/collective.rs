@@ -9,12 +9,15 @@
 //!
 //! A half is written again two exchanges later, so behind a barrier that nobody passes before having read it. No wait is
 //! without end: a rank that aborts, or is dropped, ends everybody's waiting at once, and one that does not come ends it
-//! at the deadline. A group that is broken stays so.
+//! at the deadline. A process that is killed says nothing: whoever sees its end aborts for it. A group that is broken
+//! stays so.
 
 mod region;
 mod wait;
 
 use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -70,6 +73,29 @@ impl Collective {
         assert!((1..=RANKS_MAX).contains(&world) && words > 0, "{world} ranks with {words} words");
         let region = Arc::new(Region::heap(world, words));
         (0..world).map(|rank| Collective::member(rank, region.clone(), patience)).collect()
+    }
+
+    /// A group of `world` processes of this host, as `threads`: rank 0, and where the others `join`.
+    ///
+    /// # Errors
+    /// When the system has no memory that processes can share.
+    pub fn processes(world: usize, words: usize, patience: Duration) -> io::Result<(Collective, PathBuf)> {
+        assert!((1..=RANKS_MAX).contains(&world) && words > 0, "{world} ranks with {words} words");
+        let (region, path) = Region::shared(world, words)?;
+        Ok((Collective::member(0, Arc::new(region), patience), path))
+    }
+
+    /// A further rank of a group of processes. No two have the same number.
+    ///
+    /// # Errors
+    /// When the path is not that of a group with such a rank.
+    pub fn join(path: &Path, rank: usize, patience: Duration) -> io::Result<Collective> {
+        let region = Region::join(path)?;
+        if rank >= region.world() {
+            let reason = format!("there is no rank {rank} of {}", region.world());
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, reason));
+        }
+        Ok(Collective::member(rank, Arc::new(region), patience))
     }
 
     #[allow(clippy::disallowed_methods, reason = "bounds a wait; no result depends on it")]

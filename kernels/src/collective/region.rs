@@ -1,7 +1,11 @@
 //! The memory that the ranks of a group map: a header with the barrier, then two halves of everybody's part.
 
+use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
+
+use baton_core::shared::Mapping;
 
 use super::wait::{wait, wake};
 use super::{Broken, RANKS_MAX};
@@ -22,6 +26,9 @@ struct Header {
     sleeping: Word,
     /// The barrier each rank has come to last: who is missing when one does not come.
     at: [Word; RANKS_MAX],
+    /// Ranks, and f32 per part, for those that join; 0 in memory of a process's own.
+    world: Word,
+    words: Word,
 }
 
 /// A cache line of its own.
@@ -44,6 +51,8 @@ struct Line([u8; LINE]);
 
 enum Memory {
     Heap(*mut [Line]),
+    /// Other processes have it too.
+    Shared(Mapping),
 }
 
 // SAFETY: the header is atomic; who may touch which part when is the collective's duty.
@@ -57,14 +66,42 @@ impl Region {
         Region { memory: Memory::Heap(Box::into_raw(lines)), world, words }
     }
 
+    /// A region that others `join` at the path.
+    pub(super) fn shared(world: usize, words: usize) -> io::Result<(Region, PathBuf)> {
+        let mapping = Mapping::new(c"baton ranks", Region::bytes(world, words))?;
+        let path = mapping.path();
+        let region = Region { memory: Memory::Shared(mapping), world, words };
+        region.header().world.0.store(world as u32, Ordering::SeqCst);
+        region.header().words.0.store(words as u32, Ordering::SeqCst);
+        Ok((region, path))
+    }
+
+    /// The region of another process.
+    pub(super) fn join(path: &Path) -> io::Result<Region> {
+        let wrong = || io::Error::new(io::ErrorKind::InvalidData, "not the memory of a group of ranks");
+        let mapping = Mapping::join(path)?;
+        if mapping.bytes() < HEADER {
+            return Err(wrong());
+        }
+        let bytes = mapping.bytes();
+        let region = Region { memory: Memory::Shared(mapping), world: 0, words: 0 };
+        let [world, words] = [&region.header().world, &region.header().words].map(|word| word.0.load(Ordering::SeqCst));
+        let (world, words) = (world as usize, words as usize);
+        if !(1..=RANKS_MAX).contains(&world) || words == 0 || Region::bytes(world, words) != bytes {
+            return Err(wrong());
+        }
+        Ok(Region { world, words, ..region })
+    }
+
     /// Size of a region.
     fn bytes(world: usize, words: usize) -> usize {
         HEADER + 2 * world * stride(words)
     }
 
     fn base(&self) -> *mut u8 {
-        match self.memory {
+        match &self.memory {
             Memory::Heap(lines) => lines.cast(),
+            Memory::Shared(mapping) => mapping.start(),
         }
     }
 
@@ -92,7 +129,7 @@ impl Region {
 
     /// Notes that a rank has come to a barrier, and returns when all have. `waited` is how long to wait for them.
     pub(super) fn meet(&self, rank: usize, barrier: u32, limit: Duration) -> Result<(), Broken> {
-        let Header { state: Word(state), arrived: Word(arrived), sleeping: Word(sleeping), at } = self.header();
+        let Header { state: Word(state), arrived: Word(arrived), sleeping: Word(sleeping), at, .. } = self.header();
         let before = state.load(Ordering::Acquire);
         if before & ABORTED != 0 {
             return Err(Broken::Aborted);
@@ -136,11 +173,12 @@ fn stride(words: usize) -> usize {
     (words * size_of::<f32>()).next_multiple_of(LINE)
 }
 
-impl Drop for Region {
+impl Drop for Memory {
     fn drop(&mut self) {
-        match self.memory {
+        match self {
             // SAFETY: made by `Box::into_raw` in `heap`.
-            Memory::Heap(lines) => drop(unsafe { Box::from_raw(lines) }),
+            Memory::Heap(lines) => drop(unsafe { Box::from_raw(*lines) }),
+            Memory::Shared(_) => {}
         }
     }
 }

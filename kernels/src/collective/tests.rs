@@ -1,4 +1,5 @@
-//! Groups of threads: sums are one tree at every number of ranks, and nobody waits for ever.
+//! Groups of threads, and of memory that processes share: sums are one tree at every number of ranks, and nobody waits for
+//! ever.
 
 use std::thread;
 
@@ -77,11 +78,19 @@ proptest! {
     }
 }
 
+/// A group as processes have it: each rank with a mapping of its own.
+fn joined(world: usize, words: usize) -> Vec<Collective> {
+    let (first, path) = Collective::processes(world, words, PATIENCE).expect("shared memory");
+    let others = (1..world).map(|rank| Collective::join(&path, rank, PATIENCE).expect("the first is there"));
+    std::iter::once(first).chain(others).collect()
+}
+
 /// Thousands of exchanges in a row: no rank ever reads what another one wrote too early or too late.
 #[test]
 fn exchanges_do_not_overtake_one_another() {
-    for world in [2, 4] {
-        let wrong = together(Collective::threads(world, 64, PATIENCE), |rank| {
+    for (world, shared) in [(2, false), (4, false), (2, true), (4, true)] {
+        let group = if shared { joined(world, 64) } else { Collective::threads(world, 64, PATIENCE) };
+        let wrong = together(group, |rank| {
             let mut wrong = 0;
             for round in 0..3000usize {
                 let len = 1 + round % 64;
@@ -102,8 +111,9 @@ fn exchanges_do_not_overtake_one_another() {
 /// An abort from anywhere, or a rank that goes, ends everybody's waiting at once, and all later waiting.
 #[test]
 fn nobody_waits_for_a_group_that_is_broken() {
-    for dropped in [false, true] {
-        let ends = together(Collective::threads(4, 8, PATIENCE), |rank| {
+    for (dropped, shared) in [(false, false), (true, false), (false, true), (true, true)] {
+        let group = if shared { joined(4, 8) } else { Collective::threads(4, 8, PATIENCE) };
+        let ends = together(group, |rank| {
             rank.barrier().expect("all come to the first");
             if rank.rank() == 2 {
                 if !dropped {
@@ -125,6 +135,17 @@ fn nobody_waits_for_a_group_that_is_broken() {
         waiting.join().expect("no panic")
     });
     assert_eq!(waiting, Err(Broken::Aborted));
+}
+
+/// Only the memory of a group is joined, and only by ranks that it has.
+#[test]
+fn what_is_no_group_is_not_joined() {
+    let (first, path) = Collective::processes(2, 8, PATIENCE).expect("shared memory");
+    let refused = |path: &Path, rank| Collective::join(path, rank, PATIENCE).err().expect("refused").to_string();
+    assert!(refused(&path, 2).contains("no rank 2 of 2"));
+    let other = baton_core::shared::Mapping::new(c"other", 4096).expect("shared memory");
+    assert!(refused(&other.path(), 0).contains("not the memory of a group"));
+    drop(first);
 }
 
 /// A rank that does not come ends the waiting at the deadline, by name.
