@@ -4,11 +4,12 @@ pub mod hash;
 
 pub use hash::HashBackend;
 
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use baton_core::Arena;
 use baton_core::arena::DeviceBlocks;
+use baton_core::{Arena, BlockLayout};
 
 use crate::batch::{Batch, Output};
 
@@ -16,6 +17,23 @@ use crate::batch::{Batch, Output};
 pub trait Backend: Send {
     /// Told once, before the first batch over it, of the arena whose blocks batches will name.
     fn prepare(&mut self, _arena: &Arc<Arena>) {}
+
+    /// Whether arenas have to be memory that other processes can map, because they compute too.
+    fn shares_arena(&self) -> bool {
+        false
+    }
+
+    /// An arena that it can compute in.
+    ///
+    /// # Errors
+    /// When it has to be shared memory and there is none.
+    fn arena(&self, layout: BlockLayout, blocks: usize) -> io::Result<Arena> {
+        if self.shares_arena() { Arena::shared(layout, blocks) } else { Ok(Arena::new(layout, blocks)) }
+    }
+
+    /// Calls `tell` when what it computes with has broken for good, also while it computes nothing; who was named before is not
+    /// called any more. Steps then panic.
+    fn on_broken(&mut self, _tell: Box<dyn Fn() + Send>) {}
 
     /// The blocks of the arena it was prepared for in the memory of its device, which links may read and write instead of the
     /// arena's. What lands there counts as brought by `Batch::arrived` and is not in the arena.

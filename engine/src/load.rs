@@ -6,9 +6,11 @@ pub mod config;
 pub mod error;
 pub mod gguf;
 mod int8;
+mod kept;
 
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,7 +23,9 @@ use crate::experts::{Expert, Experts};
 use crate::load::checkpoint::{Checkpoint, Tensor};
 use crate::load::config::{Mixture, ModelConfig};
 use crate::load::error::LoadError;
+use crate::load::kept::{About, Kept, Place, Reader};
 use crate::model::{CpuModel, Dense, Layer, Mlp, Weights};
+use crate::ranks::process::{RankOptions, Starting, Watch};
 use crate::shard::{Shard, Steps};
 use crate::spec::ModelSpec;
 
@@ -76,7 +80,17 @@ pub struct Loaded {
 
 /// Loads the model in a directory or a GGUF file, or says which file and tensor is wrong and what was expected.
 pub fn load(path: &Path, options: LoadOptions, progress: &mut dyn FnMut(Progress)) -> Result<Loaded, LoadError> {
-    let (mut ranks, spec) = load_ranks(path, options, progress)?;
+    load_kept(path, options, None, progress)
+}
+
+/// As `load`; packed weights are kept in files of a directory, which later loads map, in other processes as well.
+pub fn load_kept(
+    path: &Path,
+    options: LoadOptions,
+    kept: Option<&Path>,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<Loaded, LoadError> {
+    let (mut ranks, spec) = load_all(path, options, kept, progress)?;
     let others = ranks.split_off(1).into_iter().map(CpuModel::compute).collect();
     let model = CpuModel::group(ranks.remove(0), others).map_err(|error| LoadError::Threads(options.ranks, error))?;
     Ok(Loaded { model, spec })
@@ -88,61 +102,234 @@ pub fn load_ranks(
     options: LoadOptions,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<(Vec<CpuModel>, ModelSpec), LoadError> {
+    load_all(path, options, None, progress)
+}
+
+fn load_all(
+    path: &Path,
+    options: LoadOptions,
+    kept: Option<&Path>,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<(Vec<CpuModel>, ModelSpec), LoadError> {
     progress(Progress { phase: Phase::Open, bytes_done: 0, bytes_total: 0 });
-    let (config, checkpoint) = open(path)?;
-    let shards = shards(&config, &checkpoint, options)?;
-    if options.kv_dtype == KvDtype::Int8 && config.heads.head_dim > HEAD_DIM_MAX {
-        return Err(LoadError::TooWide { found: config.heads.head_dim, most: HEAD_DIM_MAX });
+    let source = Source::open(path, options, kept)?;
+    let cpu = source.cpu()?;
+    let (first, spec) = source.first(&cpu, progress)?;
+    let mut weights = vec![first];
+    for rank in 1..options.ranks {
+        weights.push(source.weights(rank, &cpu, &mut |_| {})?.0);
     }
-    let profile = options.profile.unwrap_or_else(Profile::best);
-    let threads = options.threads / options.ranks;
-    let device = || Cpu::new(threads, profile).map_err(|unsupported| LoadError::Profile(unsupported.to_string()));
-    let total = checkpoint.bytes();
-    let whole = device()?;
-    let mut loader = Loader {
-        checkpoint: &checkpoint,
-        cpu: &whole,
-        quantize: options.quantize,
-        shard: shards[0].clone(),
-        progress,
-        done: 0,
-        total,
-        parameters: 0,
-        digests: Vec::new(),
-    };
-    let mut weights = vec![loader.weights(&config)?];
-    let (parameters, weights_hash) = (loader.parameters, loader.hash(&config));
-    for shard in &shards[1..] {
-        loader.shard = shard.clone();
-        weights.push(loader.weights(&config)?);
-    }
-    progress(Progress { phase: Phase::Ready, bytes_done: total, bytes_total: total });
-    let layout = BlockLayout {
-        layers: config.layers as u32,
-        kv_heads: config.heads.kv_heads as u32,
-        head_dim: config.heads.head_dim as u32,
-        block_tokens: BLOCK_TOKENS as u32,
-        dtype: options.kv_dtype,
-    };
-    let spec = ModelSpec {
-        name: name(path),
-        layout,
-        vocab: config.vocab,
-        positions_max: config.positions_max,
-        eos: config.eos.clone(),
-        numerics: NumericsClass::new(&weights_hash, &arithmetic(profile, options.quantize), layout.dtype.as_str()),
-        weights_hash,
-        parameters,
-    };
+    progress(source.ready());
     let collectives = match options.ranks {
         1 => vec![Collective::alone()],
         ranks => Collective::threads(ranks, EXCHANGE, PATIENCE),
     };
-    let rank = |((weights, collective), shard): ((Weights, Collective), Shard)| {
-        Ok(CpuModel::rank(device()?, config.clone(), weights, shard, collective))
-    };
-    let ranks = weights.into_iter().zip(collectives).zip(shards).map(rank).collect::<Result<_, LoadError>>()?;
+    let rank = |(weights, collective): (Weights, Collective)| source.model(source.cpu()?, weights, collective);
+    let ranks = weights.into_iter().zip(collectives).map(rank).collect::<Result<_, LoadError>>()?;
     Ok((ranks, spec))
+}
+
+/// As `load`, with each rank but the first in a process of its own: `command` is to run `ranks::process::serve` with these
+/// options and this path. They load while this one does.
+pub fn load_apart(
+    path: &Path,
+    options: LoadOptions,
+    kept: Option<&Path>,
+    command: &dyn Fn(&RankOptions) -> Command,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<Loaded, LoadError> {
+    progress(Progress { phase: Phase::Open, bytes_done: 0, bytes_total: 0 });
+    let source = Source::open(path, options, kept)?;
+    let ranks = options.ranks;
+    let (collective, memory) = Collective::processes(ranks, EXCHANGE, PATIENCE).map_err(LoadError::Meeting)?;
+    let watch = Watch::new(collective.aborter());
+    let start = |rank: usize| {
+        let (memory, threads, profile) = (memory.clone(), source.threads(), source.profile);
+        let (quantize, kept) = (options.quantize, kept.map(Path::to_path_buf));
+        let options = RankOptions { rank, ranks, memory, threads, profile, quantize, kept };
+        let started = Starting::new(rank, command(&options), watch.clone());
+        started.map_err(|error| LoadError::Rank { rank, reason: error.to_string() })
+    };
+    let others = (1..ranks).map(start).collect::<Result<Vec<_>, _>>()?;
+    let cpu = source.cpu()?;
+    let (weights, spec) = source.first(&cpu, progress)?;
+    let others = others.into_iter().map(Starting::ready).collect::<Result<Vec<_>, _>>()?;
+    progress(source.ready());
+    let first = source.model(cpu, weights, collective)?;
+    let model = CpuModel::apart(first, others, watch).map_err(|error| LoadError::Threads(ranks, error))?;
+    Ok(Loaded { model, spec })
+}
+
+/// The part of one rank that is a process of its own. Rank 0 checks the weights of all.
+pub(crate) fn load_rank(path: &Path, options: &RankOptions) -> Result<CpuModel, LoadError> {
+    let RankOptions { rank, ranks, ref memory, threads, profile, quantize, ref kept } = *options;
+    // What its cache is of, the group's memory says.
+    let all = LoadOptions { threads: threads * ranks, profile: Some(profile), ranks, quantize, ..LoadOptions::default() };
+    let source = Source::open(path, all, kept.as_deref())?;
+    let collective = Collective::join(memory, rank, PATIENCE).map_err(LoadError::Meeting)?;
+    let cpu = source.cpu()?;
+    let (weights, _) = source.weights(rank, &cpu, &mut |_| {})?;
+    source.model(cpu, weights, collective)
+}
+
+/// An opened model, and how it is to be loaded.
+struct Source {
+    path: PathBuf,
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    shards: Vec<Shard>,
+    profile: Profile,
+    options: LoadOptions,
+    /// Where packed weights are kept.
+    kept: Option<PathBuf>,
+}
+
+impl Source {
+    fn open(path: &Path, options: LoadOptions, kept: Option<&Path>) -> Result<Source, LoadError> {
+        let (config, checkpoint) = open(path)?;
+        let shards = shards(&config, &checkpoint, options)?;
+        if options.kv_dtype == KvDtype::Int8 && config.heads.head_dim > HEAD_DIM_MAX {
+            return Err(LoadError::TooWide { found: config.heads.head_dim, most: HEAD_DIM_MAX });
+        }
+        let profile = options.profile.unwrap_or_else(Profile::best);
+        let (path, kept) = (path.to_path_buf(), kept.map(Path::to_path_buf));
+        Ok(Source { path, config, checkpoint, shards, profile, options, kept })
+    }
+
+    /// Of each rank.
+    fn threads(&self) -> usize {
+        self.options.threads / self.options.ranks
+    }
+
+    /// A rank's device.
+    fn cpu(&self) -> Result<Cpu, LoadError> {
+        Cpu::new(self.threads(), self.profile).map_err(|unsupported| LoadError::Profile(unsupported.to_string()))
+    }
+
+    fn ready(&self) -> Progress {
+        let total = self.checkpoint.bytes();
+        Progress { phase: Phase::Ready, bytes_done: total, bytes_total: total }
+    }
+
+    fn loader<'a>(
+        &'a self,
+        rank: usize,
+        cpu: &'a Cpu,
+        progress: &'a mut dyn FnMut(Progress),
+        kept: Kept,
+    ) -> Loader<'a> {
+        Loader {
+            kept,
+            checkpoint: &self.checkpoint,
+            cpu,
+            quantize: self.options.quantize,
+            shard: self.shards[rank].clone(),
+            progress,
+            done: 0,
+            total: self.checkpoint.bytes(),
+            parameters: 0,
+            digests: Vec::new(),
+        }
+    }
+
+    /// Rank 0's weights, and what the model is.
+    fn first(&self, cpu: &Cpu, progress: &mut dyn FnMut(Progress)) -> Result<(Weights, ModelSpec), LoadError> {
+        let Source { path, config, profile, options, .. } = self;
+        let (weights, About { weights_hash, parameters }) = self.weights(0, cpu, progress)?;
+        let layout = BlockLayout {
+            layers: config.layers as u32,
+            kv_heads: config.heads.kv_heads as u32,
+            head_dim: config.heads.head_dim as u32,
+            block_tokens: BLOCK_TOKENS as u32,
+            dtype: options.kv_dtype,
+        };
+        let spec = ModelSpec {
+            name: name(path),
+            layout,
+            vocab: config.vocab,
+            positions_max: config.positions_max,
+            eos: config.eos.clone(),
+            numerics: NumericsClass::new(&weights_hash, &arithmetic(*profile, options.quantize), layout.dtype.as_str()),
+            weights_hash,
+            parameters,
+        };
+        Ok((weights, spec))
+    }
+
+    /// A rank's weights: mapped if they are kept, else packed, and then kept if they are to be.
+    fn weights(
+        &self,
+        rank: usize,
+        cpu: &Cpu,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<(Weights, About), LoadError> {
+        let Some(place) = self.place(rank)? else { return self.pack(rank, cpu, progress, Kept::No) };
+        if let Some(reader) = place.open() {
+            return self.read(rank, cpu, reader);
+        }
+        let unkept = |error: &dyn std::fmt::Display| tracing::warn!(%error, "packed weights cannot be kept");
+        let _lock = match place.lock() {
+            Ok(lock) => lock,
+            Err(error) => {
+                unkept(&error);
+                return self.pack(rank, cpu, progress, Kept::No);
+            }
+        };
+        // Somebody else may have written it meanwhile.
+        if let Some(reader) = place.open() {
+            return self.read(rank, cpu, reader);
+        }
+        let kept = place.write().map(Kept::Write).unwrap_or_else(|error| {
+            unkept(&error);
+            Kept::No
+        });
+        let packed = self.pack(rank, cpu, progress, kept)?;
+        match place.open() {
+            Some(reader) => {
+                drop(packed);
+                self.read(rank, cpu, reader)
+            }
+            None => Ok(packed),
+        }
+    }
+
+    fn place(&self, rank: usize) -> Result<Option<Place>, LoadError> {
+        let Some(dir) = &self.kept else { return Ok(None) };
+        let LoadOptions { ranks, quantize, .. } = self.options;
+        let of = format!("rank {rank} of {ranks} {quantize:?}");
+        let identity = format!("{}\n{}", self.config.describe(), self.checkpoint.identity()?);
+        Ok(Some(Place::new(dir, &self.path, &of, &identity, self.threads())))
+    }
+
+    /// Rank 0 checks and hashes all weights, those of other ranks too.
+    fn pack(
+        &self,
+        rank: usize,
+        cpu: &Cpu,
+        progress: &mut dyn FnMut(Progress),
+        kept: Kept,
+    ) -> Result<(Weights, About), LoadError> {
+        let mut loader = self.loader(rank, cpu, progress, kept);
+        let weights = loader.weights(&self.config)?;
+        let about = About { parameters: loader.parameters, weights_hash: loader.hash(&self.config) };
+        if let Kept::Write(writer) = loader.kept
+            && let Err(error) = writer.finish(about.clone())
+        {
+            tracing::warn!(%error, "packed weights cannot be kept");
+        }
+        Ok((weights, about))
+    }
+
+    fn read(&self, rank: usize, cpu: &Cpu, reader: Reader) -> Result<(Weights, About), LoadError> {
+        let about = reader.about().clone();
+        let weights = self.loader(rank, cpu, &mut |_| {}, Kept::Read(reader)).weights(&self.config)?;
+        Ok((weights, about))
+    }
+
+    fn model(&self, cpu: Cpu, weights: Weights, collective: Collective) -> Result<CpuModel, LoadError> {
+        let shard = self.shards[collective.rank()].clone();
+        Ok(CpuModel::rank(cpu, self.config.clone(), weights, shard, collective))
+    }
 }
 
 /// The kernel profile, and what weights are turned into: both decide bits.
@@ -223,6 +410,7 @@ fn rows_of(whole: Matrix<'_>, range: Range<usize>) -> Matrix<'_> {
 }
 
 struct Loader<'a> {
+    kept: Kept,
     checkpoint: &'a Checkpoint,
     cpu: &'a Cpu,
     /// What is loaded of each tensor; rank 0 checks and hashes all of it.
@@ -327,12 +515,17 @@ impl Loader<'_> {
 
     /// Some rows of each of the named tensors, one below the other.
     fn matrix(&mut self, parts: &[Rows], cols: usize) -> Result<Packed, LoadError> {
+        let name = parts.iter().map(|part| part.tensor.as_str()).collect::<Vec<_>>().join(" ");
+        if let Kept::Read(reader) = &self.kept {
+            return reader.matrix(&name, parts.iter().map(|part| part.range.len()).sum(), cols);
+        }
         let tensors = parts.iter().map(|part| self.checkpoint.tensor(&part.tensor, &[part.of, cols]));
         let tensors = tensors.collect::<Result<Vec<Tensor>, LoadError>>()?;
         tensors.iter().try_for_each(|tensor| self.inspect(tensor))?;
         let whole = tensors.iter().map(Tensor::matrix);
         let matrices: Vec<_> = whole.zip(parts).map(|(whole, part)| rows_of(whole, part.range.clone())).collect();
         let packed = self.cpu.pack_as(&matrices, self.quantize);
+        self.kept.write(|writer| writer.matrix(&name, &packed));
         tensors.iter().for_each(Tensor::give_pages_back);
         Ok(packed)
     }
@@ -342,6 +535,9 @@ impl Loader<'_> {
         if own == (0..cols) {
             return self.matrix(std::slice::from_ref(part), cols);
         }
+        if let Kept::Read(reader) = &self.kept {
+            return reader.matrix(&part.tensor, part.of, own.len());
+        }
         let tensor = self.checkpoint.tensor(&part.tensor, &[part.of, cols])?;
         self.inspect(&tensor)?;
         let whole = tensor.matrix();
@@ -350,14 +546,20 @@ impl Loader<'_> {
         let cut = |row: &[u8]| row[bytes(own.start)..bytes(own.end)].to_vec();
         let kept: Vec<u8> = whole.bytes.chunks_exact(bytes(cols)).flat_map(cut).collect();
         let packed = self.cpu.pack_as(&[Matrix { bytes: &kept, cols: own.len(), ..whole }], self.quantize);
+        self.kept.write(|writer| writer.matrix(&part.tensor, &packed));
         tensor.give_pages_back();
         Ok(packed)
     }
 
     fn vector(&mut self, name: &str, len: usize) -> Result<Vec<f32>, LoadError> {
+        if let Kept::Read(reader) = &self.kept {
+            return reader.vector(name, len);
+        }
         let tensor = self.checkpoint.tensor(name, &[len])?;
         self.inspect(&tensor)?;
-        tensor.values()
+        let values = tensor.values()?;
+        self.kept.write(|writer| writer.vector(name, &values));
+        Ok(values)
     }
 
     fn norm(&mut self, present: bool, name: &str, len: usize) -> Result<Option<Vec<f32>>, LoadError> {

@@ -13,6 +13,7 @@ use crate::backend::Backend;
 use crate::batch::{Batch, Draw, Output};
 use crate::experts::{self, Experts, Place};
 use crate::load::config::ModelConfig;
+use crate::ranks::process::{RankProcess, Watch};
 use crate::ranks::{Compute, Ranks, Rows, Step};
 use crate::sampling;
 use crate::shard::Shard;
@@ -28,6 +29,9 @@ pub struct CpuModel {
     weights: Weights,
     rope: RopeTable,
     scratch: Scratch,
+    /// Those of the others that are processes.
+    pids: Vec<u32>,
+    watch: Option<Arc<Watch>>,
 }
 
 /// What computes, and its place in the group.
@@ -142,7 +146,8 @@ impl CpuModel {
         assert!((collective.rank(), collective.world()) == (shard.rank, shard.world), "the collective of another rank");
         let rope = RopeTable::new(&config.inv_freq, config.positions_max);
         let rank = Rank { cpu, config, shard, collective };
-        CpuModel { rank, others: Ranks::default(), weights, rope, scratch: Scratch::default() }
+        let (others, scratch) = (Ranks::default(), Scratch::default());
+        CpuModel { rank, others, weights, rope, scratch, pids: Vec::new(), watch: None }
     }
 
     /// Makes one model of rank 0 and the others, which compute on threads of their own from now on.
@@ -153,6 +158,23 @@ impl CpuModel {
         assert!(first.rank.shard.rank == 0 && first.rank.shard.world == others.len() + 1, "all ranks in order");
         first.others = Ranks::start(others)?;
         Ok(first)
+    }
+
+    /// Makes one model of rank 0 and the others, which are processes of their own. `watch` is told when one of them ends.
+    pub(crate) fn apart(first: CpuModel, others: Vec<RankProcess>, watch: Arc<Watch>) -> io::Result<CpuModel> {
+        let pids = others.iter().map(RankProcess::pid).collect();
+        let model = CpuModel::group(first, others.into_iter().map(RankProcess::compute).collect())?;
+        Ok(CpuModel { pids, watch: Some(watch), ..model })
+    }
+
+    /// Something that ends the group from elsewhere.
+    pub(crate) fn aborter(&self) -> impl Fn() + Send + Sync + 'static {
+        self.rank.collective.aborter()
+    }
+
+    /// Processes of the ranks 1, 2, ...; empty when they are threads of this one.
+    pub fn pids(&self) -> &[u32] {
+        &self.pids
     }
 
     /// What this rank does with each step, for `group`.
@@ -379,6 +401,16 @@ fn mix(rank: &mut Rank, layer: &Layer, next: &[f32], rows: usize, scratch: &mut 
 }
 
 impl Backend for CpuModel {
+    fn shares_arena(&self) -> bool {
+        !self.pids.is_empty()
+    }
+
+    fn on_broken(&mut self, tell: Box<dyn Fn() + Send>) {
+        if let Some(watch) = &self.watch {
+            watch.tell(tell);
+        }
+    }
+
     /// # Panics
     /// If another rank of the group has ended or does not come: what the group has is lost then, and its worker with it.
     fn run(&mut self, batch: &Batch, layers: &mut dyn FnMut(usize)) -> Output {

@@ -1,7 +1,12 @@
-//! The other ranks of a group: threads that compute their part of every step that rank 0 hands them. They end with it; a
-//! rank that panics breaks the group's collective, so that rank 0 hears of it in the middle of the step.
+//! The other ranks of a group: threads that compute their part of every step that rank 0 hands them, or pass it to processes
+//! that do. They end with it; a rank that ends breaks the group's collective, so that rank 0 hears of it in the middle of
+//! the step.
+
+pub mod process;
+mod wire;
 
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::thread;
@@ -19,10 +24,25 @@ const JOIN: Duration = Duration::from_millis(500);
 /// reads.
 pub struct Step {
     arena: Arc<Arena>,
+    rows: StepRows,
+}
+
+/// A step's rows, without the memory that they write.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct StepRows {
     tokens: Vec<TokenId>,
-    spans: Vec<crate::batch::Span>,
+    spans: Vec<StepSpan>,
     tables: Vec<u32>,
     drawn: Vec<usize>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+struct StepSpan {
+    row: usize,
+    rows: usize,
+    position: usize,
+    /// In the tables.
+    table: Range<usize>,
 }
 
 /// A step's rows as kernels see them.
@@ -46,30 +66,36 @@ pub(crate) struct Ranks {
 
 impl Step {
     pub(crate) fn of(batch: &Batch) -> Step {
-        Step {
-            arena: batch.arena().clone(),
-            tokens: batch.tokens.clone(),
-            spans: batch.spans.clone(),
-            tables: batch.tables.clone(),
-            drawn: drawn(batch),
-        }
+        let span = |span: &crate::batch::Span| StepSpan {
+            row: span.row,
+            rows: span.rows,
+            position: span.position,
+            table: span.table.clone(),
+        };
+        let spans = batch.spans.iter().map(span).collect();
+        let (tokens, tables) = (batch.tokens.clone(), batch.tables.clone());
+        Step { arena: batch.arena().clone(), rows: StepRows { tokens, spans, tables, drawn: drawn(batch) } }
     }
 
     pub(crate) fn rows(&self) -> Rows<'_> {
-        let spans = self.spans.iter().map(|span| kernel_span(span, &self.tables)).collect();
-        Rows { arena: &self.arena, tokens: &self.tokens, spans, drawn: self.drawn.clone() }
+        let StepRows { tokens, spans, tables, drawn } = &self.rows;
+        let span = |span: &StepSpan| {
+            let blocks = &tables[span.table.clone()];
+            Span { row: span.row, rows: span.rows, position: span.position, blocks }
+        };
+        Rows { arena: &self.arena, tokens, spans: spans.iter().map(span).collect(), drawn: drawn.clone() }
     }
 }
 
 impl<'a> Rows<'a> {
     pub(crate) fn of(batch: &'a Batch) -> Rows<'a> {
-        let spans = batch.spans.iter().map(|span| kernel_span(span, &batch.tables)).collect();
+        let span = |span: &crate::batch::Span| {
+            let blocks = &batch.tables[span.table.clone()];
+            Span { row: span.row, rows: span.rows, position: span.position, blocks }
+        };
+        let spans = batch.spans.iter().map(span).collect();
         Rows { arena: batch.arena(), tokens: &batch.tokens, spans, drawn: drawn(batch) }
     }
-}
-
-fn kernel_span<'a>(span: &crate::batch::Span, tables: &'a [u32]) -> Span<'a> {
-    Span { row: span.row, rows: span.rows, position: span.position, blocks: &tables[span.table.clone()] }
 }
 
 /// The different rows of a batch's draws, which are sorted by row.
@@ -116,8 +142,13 @@ impl Drop for Ranks {
     }
 }
 
-/// Until rank 0 or the group is gone. `_end` is dropped last.
-fn serve(mut compute: Compute, steps: &Receiver<Arc<Step>>, _end: SyncSender<()>) {
+/// As `serve_steps`. `_end` is dropped last.
+fn serve(compute: Compute, steps: &Receiver<Arc<Step>>, _end: SyncSender<()>) {
+    serve_steps(compute, steps);
+}
+
+/// Until rank 0 or the group is gone.
+fn serve_steps(mut compute: Compute, steps: &Receiver<Arc<Step>>) {
     while let Ok(step) = steps.recv() {
         if compute(&step).is_err() {
             return;

@@ -1,21 +1,35 @@
-//! Memory for weights: one allocation, aligned to 2 MiB and backed by huge pages where the system gives them.
+//! Memory for weights: an allocation of its own, aligned to 2 MiB and backed by huge pages where the system gives them, or a
+//! part of a mapped file that other processes may have too.
 
 use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
+use std::ops::Range;
+
+use crate::packed::file::Mapped;
 
 const HUGE: usize = 2 << 20;
 
-/// Uninitialised bytes; whoever packs writes all of them before anyone reads.
 pub(crate) struct Memory {
     base: *mut u8,
-    layout: Layout,
+    bytes: usize,
+    held: Held,
 }
 
-// SAFETY: plain memory, owned; shared use is governed by the holders' borrows.
+enum Held {
+    Allocated(Layout),
+    /// Only read.
+    Mapped {
+        _file: Mapped,
+    },
+}
+
+// SAFETY: plain memory, owned or of a mapping that is owned; shared use is governed by the holders' borrows.
 unsafe impl Send for Memory {}
 // SAFETY: as above.
 unsafe impl Sync for Memory {}
 
 impl Memory {
+    /// Uninitialised bytes; whoever packs writes all of them before anyone reads.
+    ///
     /// # Panics
     /// If the size overflows.
     pub(crate) fn new(bytes: usize) -> Memory {
@@ -29,7 +43,17 @@ impl Memory {
         if bytes >= HUGE {
             advise(base, bytes);
         }
-        Memory { base, layout }
+        Memory { base, bytes: layout.size(), held: Held::Allocated(layout) }
+    }
+
+    /// A part of a file.
+    ///
+    /// # Panics
+    /// If the file has no such part.
+    pub(crate) fn of(file: Mapped, part: Range<usize>) -> Memory {
+        let bytes = &(*file).as_ref()[part];
+        let (base, bytes) = (bytes.as_ptr().cast_mut(), bytes.len());
+        Memory { base, bytes, held: Held::Mapped { _file: file } }
     }
 
     pub(crate) fn base(&self) -> *mut u8 {
@@ -37,14 +61,16 @@ impl Memory {
     }
 
     pub(crate) fn bytes(&self) -> usize {
-        self.layout.size()
+        self.bytes
     }
 }
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        // SAFETY: allocated in `new` with this layout.
-        unsafe { dealloc(self.base, self.layout) }
+        if let Held::Allocated(layout) = self.held {
+            // SAFETY: allocated in `new` with this layout.
+            unsafe { dealloc(self.base, layout) }
+        }
     }
 }
 

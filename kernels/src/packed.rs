@@ -15,6 +15,8 @@
 //! ahead of every 8 blocks: q4_k and q5_k 64 f16 scales and 64 f16 scales of minima, q6_k 64 f16 scales
 //! ```
 
+pub(crate) mod file;
+
 use crate::bf16;
 use crate::memory::Memory;
 use crate::quant::{self, BLOCK_LEN, Block, SUPER};

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use baton_core::canary::{self, CANARY_OUTPUT_TOKENS};
 use baton_core::{RequestId, TokenId};
-use baton_engine::{Backend, Choice, Engine, EngineConfig, Event, Goal, ModelSpec, Output, Work};
+use baton_engine::{Backend, Cache, Choice, Engine, EngineConfig, Event, Goal, ModelSpec, Output, Work};
 
 /// The backend has not answered the canary.
 #[derive(Debug, thiserror::Error)]
@@ -14,6 +14,8 @@ pub enum CanaryError {
     NoRoom { positions_max: usize },
     #[error("the engine refuses it: {0}")]
     Refused(baton_core::Refused),
+    #[error("no memory that its ranks can share: {0}")]
+    Memory(std::io::Error),
     #[error("it ended after {tokens} of {CANARY_OUTPUT_TOKENS} tokens")]
     Short { tokens: usize },
 }
@@ -34,7 +36,8 @@ pub(crate) fn golden(spec: &ModelSpec, backend: &mut dyn Backend) -> Result<Vec<
         prefix_cache: false,
         draft_tokens_max: 0,
     };
-    let mut engine = Engine::new(spec.clone(), sizes);
+    let cache = backend.arena(spec.layout, blocks).map(Cache::of).map_err(CanaryError::Memory)?;
+    let mut engine = Engine::over(cache, spec.clone(), sizes);
     let request = canary::request(RequestId(0), &spec.name, prompt, String::new(), u64::MAX);
     let choices = vec![Choice::default()];
     let work = Work { request: Arc::new(request), choices, goal: Goal::Generate, filled: None, moved: false };

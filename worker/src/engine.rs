@@ -147,7 +147,7 @@ pub(crate) struct EngineThread {
 }
 
 impl EngineThread {
-    pub(crate) fn start(engine: Engine, backend: Box<dyn Backend>) -> io::Result<EngineThread> {
+    pub(crate) fn start(engine: Engine, mut backend: Box<dyn Backend>) -> io::Result<EngineThread> {
         let (inbox, published) = (Arc::new(Inbox::default()), Arc::new(Published::default()));
         let handle = EngineHandle {
             inbox: inbox.clone(),
@@ -166,6 +166,13 @@ impl EngineThread {
                 freed.send_replace(());
             }
         });
+        // An engine that computes nothing hears of it as well, so that its worker ends before somebody asks in vain.
+        let breaking = Arc::downgrade(&inbox);
+        backend.on_broken(Box::new(move || {
+            if let Some(inbox) = breaking.upgrade() {
+                inbox.push(Command::Break);
+            }
+        }));
         let (alive, died) = oneshot::channel();
         let alive = Alive { inbox: inbox.clone(), _end: alive };
         let inline = backend.inline_delay(0).is_some();

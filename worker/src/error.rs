@@ -15,6 +15,8 @@ pub enum StartError {
     Disk { path: String, source: io::Error },
     #[error("TLS on the handoff's address: {0}")]
     Tls(String),
+    #[error("no memory for the cache that its ranks can share: {0}")]
+    Memory(io::Error),
     #[error("start the engine thread: {0}")]
     Thread(io::Error),
     #[error(

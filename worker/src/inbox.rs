@@ -24,6 +24,8 @@ pub(crate) enum Command {
     CancelChoices(Key, Vec<u32>),
     /// Ends the work and says why.
     Abort(Key, Aborted),
+    /// What the engine computes with is broken for good.
+    Break,
 }
 
 /// Work on its way into the engine.

@@ -94,7 +94,7 @@ pub async fn open(role: Role, config: Config, model: LoadedModel, env: Env) -> R
     let listener = listen.map_err(|source| StartError::Listen { address: config.listen.clone(), source })?;
     let (golden, mut backend) = golden(&spec, backend).await?;
     metrics::describe(role, &spec, &config.engine);
-    let cache = cache(role, &*net, &spec, &config.engine);
+    let cache = cache(role, &*net, &spec, &*backend, &config.engine)?;
     if !backend.fills_arena() {
         cache.computes_elsewhere();
     }
@@ -142,14 +142,20 @@ fn tiers(cache: &Cache, spec: &ModelSpec, config: &Config) -> Result<Option<Arc<
 
 /// The cache. A prefill worker's is in memory that decode workers of its host can read, where there is such memory;
 /// without it they take the blocks over the network, which the links count.
-fn cache(role: Role, net: &dyn Net, spec: &ModelSpec, config: &EngineConfig) -> Cache {
-    if role == Role::Prefill && net.shares_memory() {
+fn cache(
+    role: Role,
+    net: &dyn Net,
+    spec: &ModelSpec,
+    backend: &dyn Backend,
+    config: &EngineConfig,
+) -> Result<Cache, StartError> {
+    if role == Role::Prefill && net.shares_memory() && !backend.shares_arena() {
         match Arena::shared(spec.layout, config.blocks) {
-            Ok(arena) => return Cache::of(arena),
+            Ok(arena) => return Ok(Cache::of(arena)),
             Err(error) => tracing::warn!(%error, "no shared memory for the cache: handoffs on this host go by tcp"),
         }
     }
-    Cache::new(spec.layout, config.blocks)
+    backend.arena(spec.layout, config.blocks).map(Cache::of).map_err(StartError::Memory)
 }
 
 /// The golden tokens, computed beside the runtime where that takes long.

@@ -82,6 +82,7 @@ impl Steps {
                 Command::Cancel(key) => self.cancel(key),
                 Command::CancelChoices(key, choices) => self.cancel_choices(key, &choices),
                 Command::Abort(key, reason) => self.abort(key, reason),
+                Command::Break => panic!("the backend is broken: a rank of the group has ended"),
             }
         }
         self.deliver_ready();

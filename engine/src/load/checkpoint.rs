@@ -121,6 +121,16 @@ impl Checkpoint {
         Ok(Checkpoint { files, index, whole })
     }
 
+    /// Text that changes when one of the files does: where it is, its size, and when it was written.
+    pub fn identity(&self) -> Result<String, LoadError> {
+        let of = |file: &File| {
+            let known = std::fs::metadata(&file.path).and_then(|known| Ok((known.len(), known.modified()?)));
+            let known = known.map_err(|error| LoadError::Unreadable { file: file.path.clone(), error })?;
+            Ok(format!("{} {known:?}", file.path.display()))
+        };
+        Ok(self.files.iter().map(of).collect::<Result<Vec<_>, _>>()?.join("\n"))
+    }
+
     /// Size of all files.
     pub fn bytes(&self) -> u64 {
         self.files.iter().map(|file| file.map.len() as u64).sum()
@@ -128,6 +138,9 @@ impl Checkpoint {
 
     /// Element type that the named tensor is loaded as, if there is one and it is known.
     pub fn dtype(&self, name: &str) -> Option<Dtype> {
+        if self.integers(name).is_some() {
+            return Some(Dtype::Q8_0);
+        }
         match &self.found(name)?.1.dtype {
             Ok(dtype) => Some(*dtype),
             Err(found) => (found == EIGHTS).then_some(Dtype::Bf16),
@@ -138,9 +151,6 @@ impl Checkpoint {
     pub fn kept_bytes(&self) -> u64 {
         let matrices =
             self.files.iter().flat_map(|file| file.tensors.values()).filter(|tensor| tensor.shape.len() == 2);
-        if self.integers(name).is_some() {
-            return Some(Dtype::Q8_0);
-        }
         let sizes = matrices.map(|tensor| (tensor.shape.iter().product::<usize>() as u64, is_eights(tensor)));
         let (sum, largest) = sizes.fold((0, 0), |(sum, largest), (elements, eights)| match eights {
             true => (sum + elements, elements.max(largest)),
@@ -154,16 +164,6 @@ impl Checkpoint {
         file.tensors.get(name).map(|tensor| (file, tensor))
     }
 
-    /// The named tensor if there is one; it must have this shape.
-    pub fn optional(&self, name: &str, shape: &[usize]) -> Result<Option<Tensor<'_>>, LoadError> {
-        match self.index.contains_key(name) {
-            true => self.tensor(name, shape).map(Some),
-            false => Ok(None),
-        }
-    }
-
-    /// The named tensor, which must have this shape; 8 bits become bf16.
-    pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor<'_>, LoadError> {
     /// The named matrix of 8-bit integers, and how they lie there.
     fn integers(&self, name: &str) -> Option<(&File, &gguf::Tensor, Packing)> {
         let plain = || self.found(name).map(|found| (found, false));
@@ -195,6 +195,16 @@ impl Checkpoint {
         Ok(Tensor { file, name, dtype: Dtype::Q8_0, shape, bytes: Cow::Owned(bytes), place, eights: None })
     }
 
+    /// The named tensor if there is one; it must have this shape.
+    pub fn optional(&self, name: &str, shape: &[usize]) -> Result<Option<Tensor<'_>>, LoadError> {
+        match self.index.contains_key(name) {
+            true => self.tensor(name, shape).map(Some),
+            false => Ok(None),
+        }
+    }
+
+    /// The named tensor, which must have this shape; 8 bits become bf16.
+    pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor<'_>, LoadError> {
         let mut tensor = self.kept(name, shape)?;
         tensor.widen();
         Ok(tensor)
@@ -202,6 +212,9 @@ impl Checkpoint {
 
     /// As `tensor`, with 8 bits left as they are: `Tensor::eights` has them.
     pub fn kept(&self, name: &str, shape: &[usize]) -> Result<Tensor<'_>, LoadError> {
+        if let ([rows, cols], Some(found)) = (shape, self.integers(name)) {
+            return self.in_q8_0(name, (*rows, *cols), found);
+        }
         let Some((file, found)) = self.found(name) else {
             let file = self.index.get(name).map_or(&self.whole, |at| &self.files[*at].path).clone();
             return Err(LoadError::MissingTensor { file, tensor: name.to_string(), expected: shape.to_vec() });
@@ -212,9 +225,6 @@ impl Checkpoint {
                 tensor: name.to_string(),
                 found: found.shape.clone(),
                 expected: shape.to_vec(),
-        if let ([rows, cols], Some(found)) = (shape, self.integers(name)) {
-            return self.in_q8_0(name, (*rows, *cols), found);
-        }
             });
         }
         if is_eights(found) && shape.len() == 2 {
@@ -250,6 +260,7 @@ impl Checkpoint {
             [] | [1] | [1, 1] => (rows, cols),
             [len] | [len, 1] if len == rows => (1, cols),
             [down, across] if [down, across] == blocks => (SCALE_BLOCK, SCALE_BLOCK),
+            [down, across] if down == rows && across > 0 && cols.is_multiple_of(across) => (1, cols / across),
             _ => {
                 let file = self.whole.clone();
                 return Err(LoadError::Shape { file, tensor: scale, found: shape, expected: blocks.to_vec() });
@@ -260,7 +271,6 @@ impl Checkpoint {
         if let Some(index) = scales.iter().position(|scale| !(0.0..SCALE_BOUND).contains(scale)) {
             let (file, value) = (tensor.file.path.clone(), scales[index]);
             return Err(LoadError::Scale { file, tensor: scale, index, value, bound: SCALE_BOUND });
-            [down, across] if down == rows && across > 0 && cols.is_multiple_of(across) => (1, cols / across),
         }
         Ok(Scales { values: scales, block })
     }

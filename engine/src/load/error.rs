@@ -28,6 +28,8 @@ pub enum LoadError {
     Scale { file: PathBuf, tensor: String, index: usize, value: f32, bound: f32 },
     #[error("{}: tensor {tensor} of 8-bit integers has {reason}", file.display())]
     Integers { file: PathBuf, tensor: String, reason: String },
+    #[error("{}: {what} is not in it as this model has it; remove the file", file.display())]
+    Kept { file: PathBuf, what: String },
     #[error("{}: truncated or overlong: {found} bytes; its header describes {expected}; copy the file again", file.display())]
     Truncated { file: PathBuf, found: u64, expected: u64 },
     #[error("{}: not a safetensors header: {reason}", file.display())]
@@ -40,6 +42,10 @@ pub enum LoadError {
     Ranks { ranks: usize, reason: String },
     #[error("the threads of {0} ranks cannot be started: {1}")]
     Threads(usize, std::io::Error),
+    #[error("the memory that ranks meet in cannot be had: {0}")]
+    Meeting(std::io::Error),
+    #[error("the process of rank {rank} cannot be started: {reason}")]
+    Rank { rank: usize, reason: String },
     #[error("this machine cannot run the kernel profile asked for: {0}")]
     Profile(String),
     #[error("keys of {found} elements cannot be kept in int8, only of up to {most}; choose another --kv-dtype")]

@@ -1,6 +1,7 @@
 //! The engine's bigger tests: the scheduler over a backend without a model, and models over random weights.
 
 mod anywhere;
+mod apart;
 mod bad_models;
 mod cache;
 mod common;
@@ -8,9 +9,10 @@ mod eights;
 mod gguf;
 #[cfg(feature = "cuda")]
 mod gpu;
+mod integers;
+mod kept;
 mod kv_dtypes;
 mod models;
-mod integers;
 mod quantized;
 mod references;
 mod scheduler;

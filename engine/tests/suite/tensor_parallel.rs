@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use baton_core::{Request, SampledToken};
 use baton_engine::testing::{Fault, TinyModel, drain, faulty_group, request, step, work};
-use baton_engine::{EngineConfig, Goal, LoadOptions, Loaded, Work, load, load_ranks};
+use baton_engine::{CpuModel, Engine, EngineConfig, Goal, LoadOptions, Loaded, ModelSpec, Work, load, load_ranks};
 use serde_json::json;
 
 use crate::common::{Bits, CONFIG, Choices, bits, carry, dir, load_tiny_as, model_engine, prefill, prompt};
@@ -51,10 +51,14 @@ fn name(test: &str, index: usize, ranks: usize) -> String {
 /// Everything a group says about a few requests together: each choice's tokens and bits, and the prompts'.
 pub(crate) fn said(loaded: &mut Loaded, config: EngineConfig) -> Vec<(Vec<Bits>, Vec<Bits>)> {
     let Loaded { model, spec } = loaded;
-    let mut engine = model_engine(spec, config);
+    answers(&mut model_engine(spec, config), model, spec)
+}
+
+/// The same over an engine that is there.
+pub(crate) fn answers(engine: &mut Engine, model: &mut CpuModel, spec: &ModelSpec) -> Vec<(Vec<Bits>, Vec<Bits>)> {
     let requests: Vec<Request> = (0..5).map(|id| asking(id, 9 + 17 * id as usize, spec.vocab)).collect();
     requests.iter().for_each(|request| engine.admit(work(request)).expect("room"));
-    let choices = Choices::of(drain(&mut engine, model));
+    let choices = Choices::of(drain(engine, model));
     let of = |request: &Request| {
         let given = choices.prompts.get(&request.id).into_iter().flatten().flatten();
         (bits(choices.sampled(request.id.0, 0)), bits(&given.cloned().collect::<Vec<SampledToken>>()))

@@ -1,0 +1,172 @@
+//! Packed matrices as bytes of a file, and out of the mapping of one: processes that map the same file have the weights once.
+//!
+//! ```text
+//! matrix   rows, cols, runs; of each run its format, first row, rows, bytes         u64 each
+//!          padding to a page | panels of the first run | padding to a page | ...
+//! ```
+
+use std::io::{self, Write};
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::{Format, Packed, Run};
+use crate::memory::Memory;
+
+/// Where panels begin in a file: a multiple of what memory is mapped in.
+pub const PAGE: usize = 4096;
+const WORD: usize = 8;
+const RUN_WORDS: usize = 4;
+
+/// The mapping of a whole file that begins at a page.
+pub type Mapped = Arc<dyn AsRef<[u8]> + Send + Sync>;
+
+/// Formats by their number in files.
+const FORMATS: [Format; 9] = [
+    Format::Bf16,
+    Format::Q8_0,
+    Format::Q4_0,
+    Format::Q4_1,
+    Format::Q5_0,
+    Format::Q5_1,
+    Format::Q4K,
+    Format::Q5K,
+    Format::Q6K,
+];
+
+impl Packed {
+    /// Writes the matrix where a page of the file begins; returns how many bytes that were.
+    pub fn write(&self, to: &mut impl Write) -> io::Result<usize> {
+        let mut words = vec![self.rows, self.cols, self.runs.len()];
+        for run in &self.runs {
+            let format = FORMATS.iter().position(|format| *format == run.format).unwrap_or(0);
+            words.extend([format, run.first, run.rows, run.panel_bytes()]);
+        }
+        let mut written = words.len() * WORD;
+        words.iter().try_for_each(|word| to.write_all(&(*word as u64).to_le_bytes()))?;
+        for run in &self.runs {
+            let padding = written.next_multiple_of(PAGE) - written;
+            to.write_all(&[0; PAGE][..padding])?;
+            // SAFETY: `pack` has written all panels, and nobody writes them again.
+            to.write_all(unsafe { std::slice::from_raw_parts(run.memory.base(), run.panel_bytes()) })?;
+            written += padding + run.panel_bytes();
+        }
+        Ok(written)
+    }
+
+    /// The matrix that `write` has put into these bytes of the file, which begin at a page. None: they are none.
+    pub fn map(file: &Mapped, place: Range<usize>) -> Option<Packed> {
+        let bytes = (**file).as_ref().get(place.clone())?;
+        if !place.start.is_multiple_of(PAGE) || !bytes.as_ptr().addr().is_multiple_of(PAGE) {
+            return None;
+        }
+        let word = |at: usize| {
+            let bytes = bytes.get(at * WORD..(at + 1) * WORD)?.first_chunk()?;
+            usize::try_from(u64::from_le_bytes(*bytes)).ok()
+        };
+        let (rows, cols, count) = (word(0)?, word(1)?, word(2)?);
+        let mut at = (3 + count.checked_mul(RUN_WORDS)?).checked_mul(WORD).filter(|at| *at <= bytes.len())?;
+        let (mut runs, mut next) = (Vec::new(), 0usize);
+        for run in 0..count {
+            let [format, first, run_rows, size] = std::array::from_fn(|i| word(3 + run * RUN_WORDS + i));
+            let (format, first, run_rows, size) = (*FORMATS.get(format?)?, first?, run_rows?, size?);
+            at = at.next_multiple_of(PAGE);
+            let end = at.checked_add(size).filter(|end| *end <= bytes.len())?;
+            let memory = Memory::of(file.clone(), place.start + at..place.start + end);
+            let run = Run { memory, format, first, rows: run_rows, cols };
+            if first != next || run_rows == 0 || run.panel_bytes_checked() != Some(size) {
+                return None;
+            }
+            next = first.checked_add(run_rows)?;
+            runs.push(run);
+            at = end;
+        }
+        (next == rows && cols > 0 && at == bytes.len()).then_some(Packed { runs, rows, cols })
+    }
+}
+
+impl Run {
+    fn panel_bytes(&self) -> usize {
+        self.panels() * self.format.panel_bytes(self.cols)
+    }
+
+    /// The same of numbers that a file holds.
+    fn panel_bytes_checked(&self) -> Option<usize> {
+        // No more columns than bytes that would hold a bit of each.
+        let sane = self.cols < usize::MAX / (4 * super::STEP);
+        sane.then(|| self.format.panel_bytes(self.cols).checked_mul(self.panels())).flatten()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Cpu, Dtype, Matrix, Profile, Quantize};
+
+    /// Bytes that begin at a page.
+    #[repr(C, align(4096))]
+    #[derive(Clone, Copy)]
+    struct Page([u8; PAGE]);
+
+    struct Pages(Vec<Page>, usize);
+
+    impl Pages {
+        fn of(bytes: &[u8]) -> Mapped {
+            let mut pages = vec![Page([0; PAGE]); bytes.len().div_ceil(PAGE)];
+            pages
+                .iter_mut()
+                .zip(bytes.chunks(PAGE))
+                .for_each(|(page, part)| page.0[..part.len()].copy_from_slice(part));
+            Arc::new(Pages(pages, bytes.len()))
+        }
+    }
+
+    impl AsRef<[u8]> for Pages {
+        fn as_ref(&self) -> &[u8] {
+            // SAFETY: pages are plain bytes, one behind the other, and there are at least as many.
+            unsafe { std::slice::from_raw_parts(self.0.as_ptr().cast(), self.1) }
+        }
+    }
+
+    fn written(quantize: Option<Quantize>) -> (Packed, Vec<u8>) {
+        let numbers: Vec<u8> = (0..(70 + 3) * 64).flat_map(|i| (i as f32 / 97.0 - 20.0).to_le_bytes()).collect();
+        let (first, second) = numbers.split_at(70 * 64 * 4);
+        let part = |bytes, rows| Matrix { dtype: Dtype::F32, bytes, rows, cols: 64 };
+        let cpu = Cpu::new(1, Profile::F32Acc).unwrap();
+        let packed = cpu.pack_as(&[part(first, 70), part(second, 3)], quantize);
+        let mut bytes = Vec::new();
+        assert_eq!(packed.write(&mut bytes).unwrap(), bytes.len());
+        (packed, bytes)
+    }
+
+    #[test]
+    fn what_is_written_is_mapped() {
+        for quantize in [None, Some(Quantize::Q8_0), Some(Quantize::Q4_0)] {
+            let (packed, bytes) = written(quantize);
+            let file = Pages::of(&[vec![1; PAGE], bytes.clone()].concat());
+            let mapped = Packed::map(&file, PAGE..PAGE + bytes.len()).expect("a matrix");
+            assert_eq!((mapped.rows(), mapped.cols()), (packed.rows(), packed.cols()));
+            let values = |matrix: &Packed| (0..73).map(|row| matrix.value(row, row % 64).to_bits()).collect::<Vec<_>>();
+            assert_eq!(values(&mapped), values(&packed));
+        }
+    }
+
+    /// Bytes that are cut or changed in what describes them are a matrix within them, or none.
+    #[test]
+    fn anything_else_is_none_or_fits() {
+        let (_, bytes) = written(Some(Quantize::Q8_0));
+        for len in (0..bytes.len()).step_by(61) {
+            assert!(Packed::map(&Pages::of(&bytes[..len]), 0..len).is_none(), "{len} bytes");
+        }
+        for at in 0..7 * WORD {
+            for byte in [0, 1, 0x80, 0xff] {
+                let mut bytes = bytes.clone();
+                bytes[at] = byte;
+                if let Some(found) = Packed::map(&Pages::of(&bytes), 0..bytes.len()) {
+                    assert!(found.bytes() <= bytes.len());
+                    assert_eq!((0..found.rows()).map(|row| found.value(row, 0)).count(), found.rows());
+                }
+            }
+        }
+        assert!(Packed::map(&Pages::of(&bytes), 8..bytes.len()).is_none());
+    }
+}
