@@ -59,15 +59,17 @@ pub(crate) enum Command {
     DecodeWorker(crate::role::worker::WorkerFlags),
     /// Run one gateway
     Gateway(crate::role::gateway::GatewayFlags),
+    #[command(hide = true)]
+    Rank(crate::role::rank::RankFlags),
 }
 
 impl Command {
     /// Whether this is one process of a cluster.
     pub(crate) fn is_role(&self) -> bool {
-        use Command::{Coordinator, DecodeWorker, Gateway, PrefillWorker};
+        use Command::{Coordinator, DecodeWorker, Gateway, PrefillWorker, Rank};
         match self {
             Coordinator(flags) => flags.is_role(),
-            PrefillWorker(_) | DecodeWorker(_) | Gateway(_) => true,
+            PrefillWorker(_) | DecodeWorker(_) | Gateway(_) | Rank(_) => true,
             _ => false,
         }
     }
@@ -99,6 +101,8 @@ mod tests {
             ("baton up --tp 2 --prefill-tp 1 --decode-tp 4", true),
             ("baton up --tp 0", false),
             ("baton decode-worker --tp 2", true),
+            ("baton decode-worker --tp 2 --ranks processes", true),
+            ("baton up --tp 2 --ranks machines", false),
             ("baton decode-worker --kv-link ucx --kv-tls-ca a --kv-tls-cert b --kv-tls-key c", true),
             ("baton decode-worker --kv-link shm", false),
             ("baton bench transfer --tls a b c", true),

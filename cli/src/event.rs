@@ -12,7 +12,15 @@ pub(crate) enum Event {
     /// So much of the model has been read.
     Loading { done: u64, total: u64 },
     /// The process serves.
-    Ready { role: Role, id: String, address: String, metrics: Option<String> },
+    Ready {
+        role: Role,
+        id: String,
+        address: String,
+        metrics: Option<String>,
+        /// Process ids of the ranks 1, 2, ... of a worker whose ranks are processes.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        ranks: Vec<u32>,
+    },
     /// A life of a worker ends: `drained` ends the process for good, after any other one the process serves again.
     LifeEnds { how: String },
     /// The process is about to end because of this.
@@ -64,6 +72,7 @@ mod tests {
             id: "decode-0".into(),
             address: "127.0.0.1:5".into(),
             metrics: Some("127.0.0.1:6".into()),
+            ranks: Vec::new(),
         };
         let line =
             r#"{"event":"ready","role":"decode","id":"decode-0","address":"127.0.0.1:5","metrics":"127.0.0.1:6"}"#;

@@ -64,5 +64,6 @@ fn run(Arguments { log, command }: Arguments) -> Result<(), Failure> {
         Command::PrefillWorker(flags) => role::worker::run(flags, baton_core::Role::Prefill),
         Command::DecodeWorker(flags) => role::worker::run(flags, baton_core::Role::Decode),
         Command::Gateway(flags) => role::gateway::run(flags),
+        Command::Rank(flags) => role::rank::run(flags),
     }
 }

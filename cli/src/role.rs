@@ -3,6 +3,7 @@
 pub(crate) mod coordinator;
 pub(crate) mod gateway;
 pub(crate) mod metrics;
+pub(crate) mod rank;
 pub(crate) mod settings;
 pub(crate) mod worker;
 
@@ -174,7 +175,7 @@ pub(crate) async fn serve(
     let mut asked = Asked::new()?;
     let address = running.address();
     tracing::info!(%role, id, address, "ready");
-    voice.say(&Event::Ready { role, id: id.clone(), address, metrics });
+    voice.say(&Event::Ready { role, id: id.clone(), address, metrics, ranks: Vec::new() });
     tokio::select! {
         ended = running.stopped() => return match ended {
             Ok(why) => {

@@ -194,7 +194,7 @@ struct ProcessRow {
     pid: u32,
     address: String,
     metrics: Option<String>,
-    /// starting, ready or down; for processes seen only by the coordinator: live or silent.
+    /// starting, ready or down; for ranks what their worker is; for processes seen only by the coordinator: live or silent.
     state: String,
     restarts: u32,
     resident_bytes: Option<u64>,
@@ -319,8 +319,20 @@ impl WorkerRow {
 }
 
 impl ProcessRow {
-    fn of_file(process: Process) -> ProcessRow {
-        ProcessRow {
+    /// The process itself, then those of its further ranks, which serve at its address.
+    fn of_file(process: Process) -> Vec<ProcessRow> {
+        let rank = |(index, pid): (usize, &u32)| ProcessRow {
+            role: "rank".into(),
+            id: format!("{}/rank-{}", process.id, index + 1),
+            pid: *pid,
+            address: process.address.clone(),
+            metrics: None,
+            state: process.state.clone(),
+            restarts: process.restarts,
+            resident_bytes: crate::surroundings::resident(*pid),
+        };
+        let ranks: Vec<ProcessRow> = process.ranks.iter().enumerate().map(rank).collect();
+        let own = ProcessRow {
             role: process.role.to_string(),
             resident_bytes: crate::surroundings::resident(process.pid),
             id: process.id,
@@ -329,7 +341,8 @@ impl ProcessRow {
             metrics: process.metrics,
             state: process.state,
             restarts: process.restarts,
-        }
+        };
+        std::iter::once(own).chain(ranks).collect()
     }
 
     fn of_member(view: &MemberView) -> Option<ProcessRow> {
@@ -347,7 +360,7 @@ impl Status {
     fn new(file: Option<ClusterFile>, view: ClusterView) -> Status {
         let (url, model) = (file.as_ref().map(|f| f.url.clone()), file.as_ref().map(|f| f.model.clone()));
         let processes = match file {
-            Some(file) => file.processes.into_iter().map(ProcessRow::of_file).collect(),
+            Some(file) => file.processes.into_iter().flat_map(ProcessRow::of_file).collect(),
             None => seen_by_coordinator(&view),
         };
         let workers: Vec<_> = view.members.iter().filter_map(WorkerRow::of).collect();

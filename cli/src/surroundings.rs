@@ -44,6 +44,17 @@ pub(crate) fn resident(pid: u32) -> Option<u64> {
     meminfo(&std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?, "VmRSS")
 }
 
+/// Weights of fewer bytes are packed sooner than a file of them would be of use, and multiplied sooner than threads wake.
+pub(crate) const LARGE_MODEL_BYTES: u64 = 64 << 20;
+
+/// Bytes of a model's weights: of the GGUF file, or of the safetensors files in the directory; 0 where there are none.
+pub(crate) fn model_bytes(model: &std::path::Path) -> u64 {
+    let size = |path: &std::path::Path| std::fs::metadata(path).map_or(0, |known| known.len());
+    let Ok(files) = std::fs::read_dir(model) else { return size(model) };
+    let paths = files.filter_map(|file| Some(file.ok()?.path()));
+    paths.filter(|path| path.extension().is_some_and(|kind| kind == "safetensors")).map(|path| size(&path)).sum()
+}
+
 fn meminfo(text: &str, name: &str) -> Option<u64> {
     let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
     line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib * 1024)

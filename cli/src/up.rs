@@ -65,7 +65,7 @@ pub(crate) struct UpFlags {
     /// Directory for ledger, logs and the unpacked model; one cluster at a time uses it [default: $HOME/.baton]
     #[arg(long, value_name = "DIR")]
     data: Option<PathBuf>,
-    /// Threads of each worker [default: cores / workers, rounded up]
+    /// Threads of each worker [default: cores / workers of its pool, of a model under 64 MiB cores / all workers, rounded up]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1024))]
     threads: Option<u64>,
     /// Tensor-parallel ranks of each worker, which share its threads: 1, 2, 4 or 8; no number changes a byte of an answer
@@ -77,6 +77,9 @@ pub(crate) struct UpFlags {
     /// Tensor-parallel ranks of each decode worker [default: --tp]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=8))]
     decode_tp: Option<u64>,
+    /// What the ranks of a worker are: threads of its process, or processes of their own that share memory
+    #[arg(long, value_name = "KIND", default_value = "threads", value_parser = ["threads", "processes"])]
+    ranks: String,
     /// What the workers compute on: cpu, cuda, or GPUs they take in turn, as cuda:0,1 (a build with the feature cuda)
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     device: Devices,
@@ -107,6 +110,10 @@ pub(crate) struct UpFlags {
     /// nearly twice the tokens in the same memory [default: bf16]
     #[arg(long, value_name = "DTYPE", value_parser = ["bf16", "f32", "int8", "fp8"])]
     kv_dtype: Option<String>,
+    /// Directory for weights as they lie in memory, of models over 64 MiB: later starts map them, and the workers have them in
+    /// memory once; none keeps none [default: weights in --data]
+    #[arg(long, value_name = "DIR|none")]
+    weights_cache: Option<PathBuf>,
     /// Fixes every random choice of the cluster's processes [default: from the operating system]
     #[arg(long)]
     seed: Option<u64>,
@@ -186,7 +193,14 @@ fn topology(
 ) -> Result<Topology, Failure> {
     let workers = (flags.prefill + flags.decode) as usize;
     let nodes = if flags.coordinators == "3" { 3 } else { 1 };
-    let default_threads = surroundings::threads_each(surroundings::cores(), workers);
+    // Mostly one pool or the other has more to do, and idle threads take nothing. Steps of a small model are shorter than what
+    // it takes to wake threads whose core is another worker's at the moment.
+    let small = surroundings::model_bytes(&model) < surroundings::LARGE_MODEL_BYTES;
+    let threads = |pool: u64| match flags.threads {
+        Some(threads) => threads as usize,
+        None => surroundings::threads_each(surroundings::cores(), if small { workers } else { pool as usize }),
+    };
+    let (prefill_threads, decode_threads) = (threads(flags.prefill), threads(flags.decode));
     let memory = surroundings::memory_available().unwrap_or(4 << 30);
     Ok(Topology {
         coordinators: coordinator_addresses(&data, nodes, gateway.port(), rng)?,
@@ -195,11 +209,18 @@ fn topology(
         decode: flags.decode as usize,
         gateway,
         open: flags.open,
+        weights_cache: match &flags.weights_cache {
+            None => Some(data.join("weights")),
+            Some(none) if none.as_os_str() == "none" => None,
+            Some(dir) => Some(std::path::absolute(dir)?),
+        },
         data,
         devices: flags.device.clone(),
-        threads: flags.threads.map_or(default_threads, |threads| threads as usize),
+        prefill_threads,
+        decode_threads,
         prefill_tp: flags.prefill_tp.unwrap_or(flags.tp) as usize,
         decode_tp: flags.decode_tp.unwrap_or(flags.tp) as usize,
+        ranks: flags.ranks.clone(),
         kv_blocks: flags.kv_blocks,
         kv_host_bytes: flags.kv_host_bytes,
         kv_disk: flags.kv_disk.clone().map(std::path::absolute).transpose()?,

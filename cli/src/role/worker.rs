@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::Context;
 use baton_core::limits::{BLOCK_TOKENS, WORKER_QUEUE_MAX};
 use baton_core::{Env, KvDtype, Rng, Role};
-use baton_engine::{Backend, LoadOptions, Loaded, ModelSpec, Progress};
+use baton_engine::{Backend, LoadOptions, Loaded, ModelSpec, Progress, RankOptions};
 use baton_kernels::{Profile, Quantize};
 use baton_worker::{Config, Ending, Error, Left, LoadedModel, Running, StartError};
 use clap::Args;
@@ -32,7 +32,7 @@ const SEQUENCES_MAX: usize = 256;
 /// up for its silence drops what it had and registers anew.
 ///
 /// Keys of the TOML file, as the flags of these names: id, listen, kv_listen, kv_advertise, kv_tickets_required, kv_link,
-/// advertise_host, coordinators (a list), model, threads, tp, device, profile, quantize, kv_dtype, metrics, kv_bytes, kv_pull (whether blocks that another
+/// advertise_host, coordinators (a list), model, threads, tp, ranks, device, profile, quantize, kv_dtype, weights_cache, metrics, kv_bytes, kv_pull (whether blocks that another
 /// worker holds are fetched, true), kv_block_tokens, kv_audit, kv_host_bytes, kv_disk, kv_disk_bytes, drain_ms, autonomy_ms. In the table [kv_tls]: ca, cert, key. In the table [engine]: blocks
 /// (--kv-blocks), batch_tokens_max (--batch-tokens),
 /// sequences_max (sequences worked on at a time, 256), queue_max (requests that wait before more are refused, 256),
@@ -86,6 +86,10 @@ pub(crate) struct WorkerFlags {
     /// Tensor-parallel ranks that share the model, each with its part of --threads: 1, 2, 4 or 8 [default: 1]
     #[arg(long, value_name = "N")]
     tp: Option<u32>,
+    /// What those ranks are: threads of this process, or processes of their own on this host that share memory; one of them
+    /// that ends takes the worker along [default: threads]
+    #[arg(long, value_name = "KIND", value_parser = ["threads", "processes"])]
+    ranks: Option<String>,
     /// What to compute on: cpu, cuda or cuda:INDEX (a build with the feature cuda) [default: cpu]
     #[arg(long, value_name = "DEVICE")]
     device: Option<Device>,
@@ -99,6 +103,10 @@ pub(crate) struct WorkerFlags {
     /// between workers that agree [default: bf16]
     #[arg(long, value_name = "DTYPE")]
     kv_dtype: Option<String>,
+    /// Directory for weights as they lie in memory: later starts map them, and all workers of a host that share it have them in
+    /// memory once. Models over 64 MiB on CPUs [default: none]
+    #[arg(long, value_name = "DIR")]
+    weights_cache: Option<PathBuf>,
     /// KV blocks [default: as many as hold 65536 tokens, or as --kv-bytes hold]
     #[arg(long, value_name = "N")]
     kv_blocks: Option<u32>,
@@ -154,6 +162,9 @@ struct Own {
     model: PathBuf,
     threads: usize,
     tp: usize,
+    /// The worker's name, when its ranks are processes.
+    apart: Option<String>,
+    weights_cache: Option<PathBuf>,
     device: Device,
     profile: Option<Profile>,
     quantize: Option<Quantize>,
@@ -175,11 +186,11 @@ async fn serve(flags: WorkerFlags, role: Role) -> Result<(), Failure> {
     let env = flags.role.env()?;
     let (own, settings) = settings(flags, role)?;
     let handle = metrics::install()?;
-    let (model, settings) = load(&own, settings, voice).await?;
+    let (Read { model, ranks, .. }, settings) = load(&own, settings, voice).await?;
     let config: Config = settings.finish()?;
     let metrics = metrics::serve(env.net.clone(), &own.metrics, handle).await.map_err(Failure::refused)?;
     let (id, configured) = (config.id.to_string(), config.coordinators.clone());
-    let mut lives = Lives { id, configured, metrics, voice, asked: Asked::new()? };
+    let mut lives = Lives { id, configured, metrics, ranks, voice, asked: Asked::new()? };
     lives.live(role, config, model, env).await
 }
 
@@ -188,6 +199,8 @@ struct Lives {
     id: String,
     configured: Vec<String>,
     metrics: String,
+    /// Processes of the ranks other than this one.
+    ranks: Vec<u32>,
     voice: Voice,
     asked: Asked,
 }
@@ -228,7 +241,8 @@ impl Lives {
         let (id, address) = (self.id.clone(), running.address());
         let idle_ms = before.map(|before| before.elapsed().as_millis() as u64);
         tracing::info!(%role, id, address, idle_ms, "ready");
-        self.voice.say(&Event::Ready { role, id, address, metrics: Some(self.metrics.clone()) });
+        let (metrics, ranks) = (Some(self.metrics.clone()), self.ranks.clone());
+        self.voice.say(&Event::Ready { role, id, address, metrics, ranks });
     }
 
     /// How a life ended and what is left of it; None when the process was asked to end.
@@ -302,7 +316,15 @@ fn settings(flags: WorkerFlags, role: Role) -> Result<(Own, Settings), Failure> 
     settings.fallback("engine.queue_max", WORKER_QUEUE_MAX as i64);
     settings.fallback("engine.prefix_cache", true);
 
+    let kind: Option<String> = flags.ranks.or(settings.take("ranks")?);
+    let apart = match kind.as_deref() {
+        None | Some("threads") => None,
+        Some("processes") => Some(settings.get("id").trim_matches('"').to_string()),
+        Some(other) => return Err(Failure::refuse(format!("ranks is {other:?}; threads and processes are possible"))),
+    };
     let own = Own {
+        apart,
+        weights_cache: flags.weights_cache.or(settings.take("weights_cache")?),
         model: flags
             .model
             .or(settings.take("model")?)
@@ -342,16 +364,20 @@ fn kv_bytes(asked: Option<i64>) -> Result<u64, Failure> {
 }
 
 /// Loads on a thread of its own, so that signals and the supervisor's pipe stay served, and fills in what depends on the model.
-async fn load(own: &Own, mut settings: Settings, voice: Voice) -> Result<(LoadedModel, Settings), Failure> {
+async fn load(own: &Own, mut settings: Settings, voice: Voice) -> Result<(Read, Settings), Failure> {
     let (directory, device, options) = (own.model.clone(), own.device, own.options());
     device.check(&directory, options.quantize, options.kv_dtype).map_err(Failure::refuse)?;
     let room = Room { blocks: settings.count("engine.blocks"), kv_bytes: own.kv_bytes };
-    let loading = tokio::task::spawn_blocking(move || read(directory, device, options, room, voice));
-    let (model, blocks) = loading.await.context("the loading thread failed")?.map_err(Failure::refused)?;
+    let kept =
+        own.weights_cache.clone().filter(|_| surroundings::model_bytes(&directory) >= surroundings::LARGE_MODEL_BYTES);
+    let asked = ToRead { directory, device, options, apart: own.apart.clone(), kept, room };
+    let loading = tokio::task::spawn_blocking(move || read(asked, voice));
+    let read = loading.await.context("the loading thread failed")?.map_err(Failure::refused)?;
+    let (spec, blocks) = (&read.model.spec, read.blocks);
     tracing::info!(
-        model = model.spec.name,
-        parameters = model.spec.parameters,
-        numerics = %model.spec.numerics,
+        model = spec.name,
+        parameters = spec.parameters,
+        numerics = %spec.numerics,
         threads = own.threads,
         tp = own.tp,
         device = %own.device,
@@ -361,17 +387,32 @@ async fn load(own: &Own, mut settings: Settings, voice: Voice) -> Result<(Loaded
     // Larger ones are fewer.
     let units = own.block_tokens.map_or(1, |tokens| u64::from(tokens) / BLOCK_TOKENS as u64);
     settings.fallback("engine.blocks", (blocks / units.max(1)).max(1) as i64);
-    Ok((model, settings))
+    Ok((read, settings))
 }
 
-/// The model, and how many blocks it has unless told otherwise; a GPU has made room for them.
-fn read(
+/// Which model to read, and what for.
+struct ToRead {
     directory: PathBuf,
     device: Device,
     options: LoadOptions,
+    /// The worker's name, when its ranks are processes.
+    apart: Option<String>,
+    /// Where its packed weights are kept.
+    kept: Option<PathBuf>,
     room: Room,
-    voice: Voice,
-) -> anyhow::Result<(LoadedModel, u64)> {
+}
+
+/// A model that has been read.
+struct Read {
+    model: LoadedModel,
+    /// How many it has unless told otherwise; a GPU has made room for them.
+    blocks: u64,
+    /// Processes of the ranks other than this one.
+    ranks: Vec<u32>,
+}
+
+fn read(asked: ToRead, voice: Voice) -> anyhow::Result<Read> {
+    let ToRead { directory, device, options, apart, kept, room } = asked;
     let mut said = 0;
     let mut progress = |now: Progress| {
         // A line for every percent at most.
@@ -381,9 +422,17 @@ fn read(
             voice.say(&Event::Loading { done: now.bytes_done, total: now.bytes_total });
         }
     };
+    let mut ranks = Vec::new();
     let (backend, spec, blocks): (Box<dyn Backend>, _, _) = match device {
         Device::Cpu => {
-            let Loaded { model, spec } = baton_engine::load(&directory, options, &mut progress)?;
+            let Loaded { model, spec } = match &apart {
+                None => baton_engine::load_kept(&directory, options, kept.as_deref(), &mut progress)?,
+                Some(id) => {
+                    let command = |rank: &RankOptions| super::rank::command(id, &directory, rank);
+                    baton_engine::load_apart(&directory, options, kept.as_deref(), &command, &mut progress)?
+                }
+            };
+            ranks.extend(model.pids());
             let blocks = room.blocks(&spec);
             (Box::new(model), spec, blocks)
         }
@@ -393,7 +442,7 @@ fn read(
         Device::Cuda(index) => crate::device::read(&directory, index, options.threads, room, &mut progress)?,
     };
     let card = baton_worker::card::read(&directory, &spec)?;
-    Ok((LoadedModel { spec, backend, card }, blocks))
+    Ok(Read { model: LoadedModel { spec, backend, card }, blocks, ranks })
 }
 
 /// How much room KV blocks may take.

@@ -62,6 +62,8 @@ pub(crate) struct Child {
     pub(crate) pid: u32,
     pub(crate) address: String,
     metrics: Option<String>,
+    /// Processes of its further ranks.
+    ranks: Vec<u32>,
     /// (done, total) of the model.
     pub(crate) loaded: (u64, u64),
     /// The reason it gave before it ended.
@@ -88,6 +90,7 @@ impl Child {
             pid: 0,
             address: String::new(),
             metrics: None,
+            ranks: Vec::new(),
             loaded: (0, 0),
             failure: None,
             served: false,
@@ -118,11 +121,12 @@ impl Child {
         Ok(())
     }
 
-    pub(crate) fn serves(&mut self, address: String, metrics: Option<String>) {
+    pub(crate) fn serves(&mut self, address: String, metrics: Option<String>, ranks: Vec<u32>) {
         self.state = State::Ready;
         self.served = true;
         self.address = address;
         self.metrics = metrics;
+        self.ranks = ranks;
         self.ready_at = Some(Instant::now());
     }
 
@@ -149,6 +153,7 @@ impl Child {
         self.pid = 0;
         self.address.clear();
         self.metrics = None;
+        self.ranks.clear();
         self.orders = None;
     }
 
@@ -171,6 +176,7 @@ impl Child {
             pid: self.pid,
             address: self.address.clone(),
             metrics: self.metrics.clone(),
+            ranks: self.ranks.clone(),
             state: self.state.as_str().to_string(),
             restarts: self.restarts,
         }

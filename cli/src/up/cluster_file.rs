@@ -31,6 +31,9 @@ pub(crate) struct Process {
     /// Empty until it serves.
     pub(crate) address: String,
     pub(crate) metrics: Option<String>,
+    /// Processes of the ranks 1, 2, ... of a worker whose ranks are processes.
+    #[serde(default)]
+    pub(crate) ranks: Vec<u32>,
     /// starting, ready or down
     pub(crate) state: String,
     pub(crate) restarts: u32,
@@ -87,6 +90,7 @@ mod tests {
             pid: 1,
             address: address.into(),
             metrics: None,
+            ranks: vec![2, 3],
             state: "ready".into(),
             restarts: 0,
         };

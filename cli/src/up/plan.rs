@@ -22,10 +22,15 @@ pub(crate) struct Topology {
     pub(crate) open: bool,
     pub(crate) data: PathBuf,
     /// Per worker.
-    pub(crate) threads: usize,
+    pub(crate) prefill_threads: usize,
+    pub(crate) decode_threads: usize,
     /// Tensor-parallel ranks per worker.
     pub(crate) prefill_tp: usize,
     pub(crate) decode_tp: usize,
+    /// What those are: threads or processes.
+    pub(crate) ranks: String,
+    /// Where packed weights are kept.
+    pub(crate) weights_cache: Option<PathBuf>,
     pub(crate) devices: Devices,
     /// Per worker; None lets it choose within `kv_bytes`.
     pub(crate) kv_blocks: Option<u64>,
@@ -118,9 +123,14 @@ impl Topology {
         let mut arguments = vec![format!("{role}-worker")];
         arguments.extend(flag("--id", &id));
         arguments.extend(flag("--model", self.model.display()));
-        arguments.extend(flag("--threads", self.threads));
-        let tp = if role == Role::Prefill { self.prefill_tp } else { self.decode_tp };
+        let (threads, tp) = match role {
+            Role::Prefill => (self.prefill_threads, self.prefill_tp),
+            _ => (self.decode_threads, self.decode_tp),
+        };
+        arguments.extend(flag("--threads", threads));
         arguments.extend(flag("--tp", tp));
+        arguments.extend(flag("--ranks", &self.ranks));
+        arguments.extend(self.weights_cache.iter().flat_map(|dir| flag("--weights-cache", dir.display())));
         arguments.extend(flag("--device", self.devices.of(role, n)));
         arguments.extend(flag("--kv-bytes", self.kv_bytes));
         arguments.extend(self.kv_blocks.iter().flat_map(|blocks| flag("--kv-blocks", blocks)));
@@ -169,9 +179,12 @@ mod tests {
             gateway: SocketAddr::from(([127, 0, 0, 1], 8000)),
             open: true,
             data: "/d".into(),
-            threads: 2,
+            prefill_threads: 1,
+            decode_threads: 2,
             prefill_tp: 1,
             decode_tp: 2,
+            ranks: "processes".into(),
+            weights_cache: Some("/d/weights".into()),
             devices: "cuda:0,1".parse().expect("two GPUs"),
             kv_blocks: Some(64),
             kv_bytes: 1 << 30,

@@ -284,12 +284,12 @@ impl Supervisor {
                 let sums = self.children.values().fold((0, 0), |sum, c| (sum.0 + c.loaded.0, sum.1 + c.loaded.1));
                 self.screen.loading(sums.0, sums.1);
             }
-            Event::Ready { role, address, metrics, .. } => {
+            Event::Ready { role, address, metrics, ranks, .. } => {
                 if role != child.plan.role {
                     self.screen.note(&format!("{} (pid {}) serves as {role} now", child.plan.id, child.pid));
                     child.plan.take_role(role);
                 }
-                child.serves(address, metrics);
+                child.serves(address, metrics, ranks);
                 if let Some(scaling) = &mut self.scaling {
                     scaling.serves(index, &child.plan.id, &child.address);
                 }
