@@ -309,7 +309,7 @@ mod tests {
     #[tokio::test]
     async fn a_stamp_behind_takes_no_time_back() {
         let recorder = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder();
-        let machine = Machine::open(Arc::new(MemoryDisk::new(Duration::ZERO))).unwrap();
+        let machine = Machine::open(Arc::new(MemoryDisk::new(Duration::ZERO)), state::VERSION).unwrap();
         let apply = |index, time_ms| {
             let commands = vec![Command::Found { cluster: "c".into() }];
             let proposal = Proposal(encode_batch(&Batch { time_ms, commands }).into());
