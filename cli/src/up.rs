@@ -106,14 +106,14 @@ pub(crate) struct UpFlags {
     /// Keep floating-point weights as q8_0 or q4_0: 8 or 4 bits and a scale per 32 weights [default: bf16]
     #[arg(long, value_name = "FORMAT", value_parser = ["q8_0", "q4_0"])]
     quantize: Option<String>,
-    /// What keys and values are kept as: bf16, f32, or 8 bits with a scale for each token and head (int8, fp8), which hold
-    /// nearly twice the tokens in the same memory [default: bf16]
-    #[arg(long, value_name = "DTYPE", value_parser = ["bf16", "f32", "int8", "fp8"])]
-    kv_dtype: Option<String>,
     /// Directory for weights as they lie in memory, of models over 64 MiB: later starts map them, and the workers have them in
     /// memory once; none keeps none [default: weights in --data]
     #[arg(long, value_name = "DIR|none")]
     weights_cache: Option<PathBuf>,
+    /// What keys and values are kept as: bf16, f32, or 8 bits with a scale for each token and head (int8, fp8), which hold
+    /// nearly twice the tokens in the same memory [default: bf16]
+    #[arg(long, value_name = "DTYPE", value_parser = ["bf16", "f32", "int8", "fp8"])]
+    kv_dtype: Option<String>,
     /// Fixes every random choice of the cluster's processes [default: from the operating system]
     #[arg(long)]
     seed: Option<u64>,

@@ -164,7 +164,8 @@ pub fn load_apart(
 pub(crate) fn load_rank(path: &Path, options: &RankOptions) -> Result<CpuModel, LoadError> {
     let RankOptions { rank, ranks, ref memory, threads, profile, quantize, ref kept } = *options;
     // What its cache is of, the group's memory says.
-    let all = LoadOptions { threads: threads * ranks, profile: Some(profile), ranks, quantize, ..LoadOptions::default() };
+    let all =
+        LoadOptions { threads: threads * ranks, profile: Some(profile), ranks, quantize, ..LoadOptions::default() };
     let source = Source::open(path, all, kept.as_deref())?;
     let collective = Collective::join(memory, rank, PATIENCE).map_err(LoadError::Meeting)?;
     let cpu = source.cpu()?;

@@ -32,7 +32,7 @@ const SEQUENCES_MAX: usize = 256;
 /// up for its silence drops what it had and registers anew.
 ///
 /// Keys of the TOML file, as the flags of these names: id, listen, kv_listen, kv_advertise, kv_tickets_required, kv_link,
-/// advertise_host, coordinators (a list), model, threads, tp, ranks, device, profile, quantize, kv_dtype, weights_cache, metrics, kv_bytes, kv_pull (whether blocks that another
+/// advertise_host, coordinators (a list), model, threads, tp, ranks, device, profile, quantize, weights_cache, kv_dtype, metrics, kv_bytes, kv_pull (whether blocks that another
 /// worker holds are fetched, true), kv_block_tokens, kv_audit, kv_host_bytes, kv_disk, kv_disk_bytes, drain_ms, autonomy_ms. In the table [kv_tls]: ca, cert, key. In the table [engine]: blocks
 /// (--kv-blocks), batch_tokens_max (--batch-tokens),
 /// sequences_max (sequences worked on at a time, 256), queue_max (requests that wait before more are refused, 256),
@@ -99,14 +99,14 @@ pub(crate) struct WorkerFlags {
     /// Keep floating-point weights as q8_0 or q4_0; workers of one cluster should agree [default: bf16]
     #[arg(long, value_name = "FORMAT")]
     quantize: Option<String>,
-    /// What keys and values are kept as: bf16, f32, int8 or fp8 (8 bits, with a scale for each token and head); blocks pass only
-    /// between workers that agree [default: bf16]
-    #[arg(long, value_name = "DTYPE")]
-    kv_dtype: Option<String>,
     /// Directory for weights as they lie in memory: later starts map them, and all workers of a host that share it have them in
     /// memory once. Models over 64 MiB on CPUs [default: none]
     #[arg(long, value_name = "DIR")]
     weights_cache: Option<PathBuf>,
+    /// What keys and values are kept as: bf16, f32, int8 or fp8 (8 bits, with a scale for each token and head); blocks pass only
+    /// between workers that agree [default: bf16]
+    #[arg(long, value_name = "DTYPE")]
+    kv_dtype: Option<String>,
     /// KV blocks [default: as many as hold 65536 tokens, or as --kv-bytes hold]
     #[arg(long, value_name = "N")]
     kv_blocks: Option<u32>,

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use baton_kernels::{Mapped, PAGE, Packed};
+use baton_kernels::{ALIGNMENT, Mapped, Packed};
 use memmap2::Mmap;
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::{Xxh3, xxh3_128};
@@ -159,9 +159,9 @@ impl Writer {
     }
 
     fn pad(&mut self) -> io::Result<()> {
-        let padding = self.at.next_multiple_of(PAGE) - self.at;
+        let padding = self.at.next_multiple_of(ALIGNMENT) - self.at;
         self.at += padding;
-        self.to.write_all(&[0; PAGE][..padding])
+        self.to.write_all(&[0; ALIGNMENT][..padding])
     }
 
     fn add(&mut self, name: &str, bytes: usize) {

@@ -13,7 +13,7 @@ use super::{Format, Packed, Run};
 use crate::memory::Memory;
 
 /// Where panels begin in a file: a multiple of what memory is mapped in.
-pub const PAGE: usize = 4096;
+pub const ALIGNMENT: usize = 4096;
 const WORD: usize = 8;
 const RUN_WORDS: usize = 4;
 
@@ -44,8 +44,8 @@ impl Packed {
         let mut written = words.len() * WORD;
         words.iter().try_for_each(|word| to.write_all(&(*word as u64).to_le_bytes()))?;
         for run in &self.runs {
-            let padding = written.next_multiple_of(PAGE) - written;
-            to.write_all(&[0; PAGE][..padding])?;
+            let padding = written.next_multiple_of(ALIGNMENT) - written;
+            to.write_all(&[0; ALIGNMENT][..padding])?;
             // SAFETY: `pack` has written all panels, and nobody writes them again.
             to.write_all(unsafe { std::slice::from_raw_parts(run.memory.base(), run.panel_bytes()) })?;
             written += padding + run.panel_bytes();
@@ -56,7 +56,7 @@ impl Packed {
     /// The matrix that `write` has put into these bytes of the file, which begin at a page. None: they are none.
     pub fn map(file: &Mapped, place: Range<usize>) -> Option<Packed> {
         let bytes = (**file).as_ref().get(place.clone())?;
-        if !place.start.is_multiple_of(PAGE) || !bytes.as_ptr().addr().is_multiple_of(PAGE) {
+        if !place.start.is_multiple_of(ALIGNMENT) || !bytes.as_ptr().addr().is_multiple_of(ALIGNMENT) {
             return None;
         }
         let word = |at: usize| {
@@ -69,7 +69,7 @@ impl Packed {
         for run in 0..count {
             let [format, first, run_rows, size] = std::array::from_fn(|i| word(3 + run * RUN_WORDS + i));
             let (format, first, run_rows, size) = (*FORMATS.get(format?)?, first?, run_rows?, size?);
-            at = at.next_multiple_of(PAGE);
+            at = at.next_multiple_of(ALIGNMENT);
             let end = at.checked_add(size).filter(|end| *end <= bytes.len())?;
             let memory = Memory::of(file.clone(), place.start + at..place.start + end);
             let run = Run { memory, format, first, rows: run_rows, cols };
@@ -105,22 +105,22 @@ mod tests {
     /// Bytes that begin at a page.
     #[repr(C, align(4096))]
     #[derive(Clone, Copy)]
-    struct Page([u8; PAGE]);
+    struct Aligned([u8; ALIGNMENT]);
 
-    struct Pages(Vec<Page>, usize);
+    struct Copied(Vec<Aligned>, usize);
 
-    impl Pages {
+    impl Copied {
         fn of(bytes: &[u8]) -> Mapped {
-            let mut pages = vec![Page([0; PAGE]); bytes.len().div_ceil(PAGE)];
-            pages
+            let mut parts = vec![Aligned([0; ALIGNMENT]); bytes.len().div_ceil(ALIGNMENT)];
+            parts
                 .iter_mut()
-                .zip(bytes.chunks(PAGE))
-                .for_each(|(page, part)| page.0[..part.len()].copy_from_slice(part));
-            Arc::new(Pages(pages, bytes.len()))
+                .zip(bytes.chunks(ALIGNMENT))
+                .for_each(|(to, part)| to.0[..part.len()].copy_from_slice(part));
+            Arc::new(Copied(parts, bytes.len()))
         }
     }
 
-    impl AsRef<[u8]> for Pages {
+    impl AsRef<[u8]> for Copied {
         fn as_ref(&self) -> &[u8] {
             // SAFETY: pages are plain bytes, one behind the other, and there are at least as many.
             unsafe { std::slice::from_raw_parts(self.0.as_ptr().cast(), self.1) }
@@ -142,8 +142,8 @@ mod tests {
     fn what_is_written_is_mapped() {
         for quantize in [None, Some(Quantize::Q8_0), Some(Quantize::Q4_0)] {
             let (packed, bytes) = written(quantize);
-            let file = Pages::of(&[vec![1; PAGE], bytes.clone()].concat());
-            let mapped = Packed::map(&file, PAGE..PAGE + bytes.len()).expect("a matrix");
+            let file = Copied::of(&[vec![1; ALIGNMENT], bytes.clone()].concat());
+            let mapped = Packed::map(&file, ALIGNMENT..ALIGNMENT + bytes.len()).expect("a matrix");
             assert_eq!((mapped.rows(), mapped.cols()), (packed.rows(), packed.cols()));
             let values = |matrix: &Packed| (0..73).map(|row| matrix.value(row, row % 64).to_bits()).collect::<Vec<_>>();
             assert_eq!(values(&mapped), values(&packed));
@@ -155,18 +155,18 @@ mod tests {
     fn anything_else_is_none_or_fits() {
         let (_, bytes) = written(Some(Quantize::Q8_0));
         for len in (0..bytes.len()).step_by(61) {
-            assert!(Packed::map(&Pages::of(&bytes[..len]), 0..len).is_none(), "{len} bytes");
+            assert!(Packed::map(&Copied::of(&bytes[..len]), 0..len).is_none(), "{len} bytes");
         }
         for at in 0..7 * WORD {
             for byte in [0, 1, 0x80, 0xff] {
                 let mut bytes = bytes.clone();
                 bytes[at] = byte;
-                if let Some(found) = Packed::map(&Pages::of(&bytes), 0..bytes.len()) {
+                if let Some(found) = Packed::map(&Copied::of(&bytes), 0..bytes.len()) {
                     assert!(found.bytes() <= bytes.len());
                     assert_eq!((0..found.rows()).map(|row| found.value(row, 0)).count(), found.rows());
                 }
             }
         }
-        assert!(Packed::map(&Pages::of(&bytes), 8..bytes.len()).is_none());
+        assert!(Packed::map(&Copied::of(&bytes), 8..bytes.len()).is_none());
     }
 }
