@@ -16,6 +16,7 @@ use baton_sim::{Plan, Profile, Report, Violation, planted as hunting, scenario};
 use clap::{Args, Subcommand};
 use tokio::time::{Duration, Instant};
 
+use crate::allocator;
 use crate::bench::figure::{self, Figure};
 use crate::exit::Failure;
 use crate::surroundings;
@@ -137,7 +138,7 @@ pub(crate) struct ShrinkFlags {
     save: Option<PathBuf>,
 }
 
-/// Print what happened in a run: requests, lives of hosts, leaders, faults.
+/// Print what happened in a run: requests, assignments and their epochs, blocks on their way, lives of hosts, leaders, faults.
 #[derive(Args, Debug)]
 pub(crate) struct ShowFlags {
     #[command(flatten)]
@@ -197,6 +198,7 @@ impl FromStr for Seeds {
 }
 
 pub(crate) fn run(sim: Sim) -> Result<(), Failure> {
+    allocator::expect_many_small_pieces();
     match sim {
         Sim::Faults(flags) => faults(flags),
         Sim::Meta(flags) => meta(flags),
@@ -427,7 +429,8 @@ fn shrink(flags: ShrinkFlags) -> Result<(), Failure> {
 
 fn show(flags: ShowFlags) -> Result<(), Failure> {
     flags.run.bug.plant()?;
-    let report = baton_sim::run_with(&flags.run.plan()?, flags.network);
+    let detail = if flags.network { baton_sim::Detail::Network } else { baton_sim::Detail::Story };
+    let report = baton_sim::run_with(&flags.run.plan()?, detail);
     print!("{}", baton_sim::show::text(&report));
     if let Some(path) = &flags.html {
         std::fs::write(path, baton_sim::show::html(&report)).with_context(|| format!("write {}", path.display()))?;

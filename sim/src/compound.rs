@@ -52,6 +52,7 @@ pub(crate) fn draw(rng: &mut Rng, topology: &Topology, chosen: Weight, at_ms: u6
             vec![Fault { at_ms: early(rng, LEAVE_MS), for_ms: LEAVE_MS, what }]
         }
         Weight::Rolling => rolling(rng, topology),
+        Weight::Update => update(rng, topology),
         Weight::Grow => grow(rng, topology, at_ms),
         Weight::Rebirth => rebirth(rng, topology, at_ms),
         _ => return None,
@@ -116,6 +117,24 @@ fn rolling(rng: &mut Rng, topology: &Topology) -> Vec<Fault> {
         };
         faults.push(Fault { at_ms, for_ms, what });
         at_ms += ROLLING_MS;
+    }
+    faults
+}
+
+/// Every process begins as one of the release before, and is updated as an operator does it: coordinators first, then workers,
+/// then gateways. In half of the cases somebody hands leadership over before the last coordinator's turn.
+fn update(rng: &mut Rng, topology: &Topology) -> Vec<Fault> {
+    let mut until_ms = between(rng, FAULTS_FROM_MS, FAULTS_FROM_MS + 1_000);
+    let every_ms = between(rng, 300, ROLLING_MS);
+    let mut faults = Vec::new();
+    let last = topology.coordinators;
+    for (number, host) in topology.servers().into_iter().enumerate() {
+        if number + 1 == last && last > 1 && chance(rng, 50) {
+            let to = topology.coordinator_names().swap_remove(0);
+            faults.push(Fault { at_ms: until_ms - every_ms / 2, for_ms: 1, what: What::HandOver { to } });
+        }
+        faults.push(Fault { at_ms: 0, for_ms: until_ms, what: What::Earlier { host } });
+        until_ms += every_ms;
     }
     faults
 }

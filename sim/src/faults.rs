@@ -1,8 +1,10 @@
 //! The faults of a plan over time: each begins, perhaps strikes later at its moment, and ends.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use baton_coordinator::Observer;
 use baton_core::Role;
 use baton_engine::Reserved;
 use baton_proto::v1;
@@ -12,9 +14,10 @@ use turmoil::Sim;
 use crate::host::World;
 use crate::host::operator::Order;
 use crate::members;
+use crate::net::Damage;
 use crate::network::Network;
 use crate::plan::{Fault, Plan, What};
-use crate::topology::{Topology, kind};
+use crate::topology::{CLIENTS, Topology, kind};
 
 /// Ends a host's process as `kill -9` does.
 pub(crate) fn stop(sim: &mut Sim, world: &World, host: &str) {
@@ -50,6 +53,8 @@ pub(crate) struct Faults {
     expecting: BTreeMap<usize, u64>,
     /// The leader that a fault has struck.
     leaders: BTreeMap<usize, String>,
+    /// What the leader that nobody hears had committed when it was heard last.
+    committed: BTreeMap<usize, u64>,
     network: Network,
     coordinators: Vec<String>,
     servers: Vec<String>,
@@ -73,6 +78,7 @@ impl Faults {
             starved: BTreeMap::new(),
             expecting: BTreeMap::new(),
             leaders: BTreeMap::new(),
+            committed: BTreeMap::new(),
             network: Network::default(),
             coordinators,
             servers,
@@ -125,8 +131,9 @@ impl Faults {
                 self.end_one(sim, world, number);
             }
             if self.begun[number] && !self.over[number] && !self.struck[number] {
+                let leaders = self.leaders.len();
                 self.struck[number] = self.strike(sim, world, number, now);
-                changed |= self.struck[number];
+                changed |= self.struck[number] || self.leaders.len() != leaders;
             }
         }
         if changed {
@@ -143,6 +150,11 @@ impl Faults {
             return vec![What::Hold { a: from.clone(), b: host.clone() }];
         }
         let Some(leader) = self.leaders.get(&number) else { return vec![what] };
+        if matches!(what, What::Unheard { .. }) {
+            let others = self.servers.iter().filter(|other| !self.coordinators.contains(other)).cloned();
+            let others = others.chain([CLIENTS.to_string()]);
+            return others.map(|to| What::OneWay { from: leader.clone(), to }).collect();
+        }
         let others = self.coordinators.iter().filter(|other| *other != leader);
         others.map(|other| What::Partition { a: leader.clone(), b: other.clone() }).collect()
     }
@@ -165,6 +177,10 @@ impl Faults {
             }
             What::Upgrade { host } => {
                 world.seen().upgraded.insert(host.clone());
+                self.start_anew(sim, world, host);
+            }
+            What::Earlier { host } => {
+                world.seen().earlier.insert(host.clone());
                 self.start_anew(sim, world, host);
             }
             What::Latency { a, b, ms } => {
@@ -191,14 +207,21 @@ impl Faults {
                 self.order(Order::Worker(host.clone(), other));
             }
             What::HandOver { to } => self.order(Order::Lead(to.clone())),
-            What::Flips { host, count } => world.flips[host].arm(*count),
+            What::Flips { host, count } => world.flips[host].arm(Damage::Bit, *count),
+            What::Doubles { host, count } => world.flips[host].arm(Damage::Twice, *count),
+            What::Swaps { host, count } => world.flips[host].arm(Damage::Swapped, *count),
+            What::SlowClients { ms } => world.slow_ms.store(*ms, Ordering::Relaxed),
+            What::Drift { host, thousandths } => drop(world.drifts[host].send_replace(*thousandths)),
+            What::WallClock { host, ahead_ms } => world.ahead_ms[host].store(*ahead_ms, Ordering::Relaxed),
             What::Partition { .. }
             | What::OneWay { .. }
             | What::Hold { .. }
             | What::Isolate { .. }
             | What::CutLeader {}
+            | What::Unheard { .. }
             | What::Leave { .. }
             | What::Replace { .. }
+            | What::Rot { .. }
             | What::Shrink { .. }
             | What::CrashAmid { .. } => {}
             What::Grow { host } => {
@@ -228,7 +251,9 @@ impl Faults {
                 what,
                 What::CrashAmid { .. }
                     | What::CutLeader {}
+                    | What::Unheard { .. }
                     | What::Leave { .. }
+                    | What::Rot { .. }
                     | What::Stall { .. }
                     | What::Replace { .. }
                     | What::Shrink { .. }
@@ -252,6 +277,7 @@ impl Faults {
                 self.leaders.extend(leader.map(|leader| (number, leader)));
                 found
             }
+            What::Unheard { kept } => self.dies_unheard(sim, world, number, kept),
             What::Leave { host, after_ms, .. } => {
                 let since = match self.expects_blocks(world, &host) {
                     true => *self.expecting.entry(number).or_insert(now_ms),
@@ -270,6 +296,7 @@ impl Faults {
                 true
             }
             What::Replace { host } if !self.is_down(&host) => members::lose(sim, world, &host),
+            What::Rot { host, part } if !self.is_down(&host) => members::rot(sim, world, &host, part),
             What::Shrink { host } if members::may_go(world, &host) => {
                 members::ordered(world, &host);
                 self.order(Order::Remove(host));
@@ -281,6 +308,25 @@ impl Faults {
             }
             _ => false,
         }
+    }
+
+    /// Finds who leads, and then ends it as soon as it has committed more than it had.
+    fn dies_unheard(&mut self, sim: &mut Sim, world: &World, number: usize, kept: usize) -> bool {
+        let committed = |host: &String| world.seen().coordinators.get(host).and_then(Observer::index);
+        let Some(host) = self.leaders.get(&number).cloned() else {
+            if let Some(host) = leader(world) {
+                world.record.note(&host, "leads, and is not heard any more");
+                self.committed.extend(committed(&host).map(|index| (number, index)));
+                self.leaders.insert(number, host);
+            }
+            return false;
+        };
+        if self.is_down(&host) || committed(&host) <= self.committed.get(&number).copied() {
+            return false;
+        }
+        world.record.note(&host, "has committed something, and dies before anybody hears of it");
+        self.crash(sim, world, &host, kept);
+        true
     }
 
     /// Whether a coordinator has written what is not synced yet, or a worker waits for blocks or computes.
@@ -316,24 +362,37 @@ impl Faults {
         }
     }
 
+    /// One fault less keeps the host down.
+    fn up(&mut self, sim: &mut Sim, world: &World, host: &str) {
+        if let Some(faults) = self.down.get_mut(host) {
+            *faults -= 1;
+        }
+        if !self.is_down(host) && !sim.is_host_running(host) {
+            world.record.note(host, "is started again");
+            sim.bounce(host);
+        }
+    }
+
     fn end_one(&mut self, sim: &mut Sim, world: &World, number: usize) {
         let what = &self.faults[number].what.clone();
         self.starved.remove(&number);
-        self.leaders.remove(&number);
+        let leader = self.leaders.remove(&number);
         match what {
-            What::CrashAmid { .. } if !self.struck[number] => {}
-            What::CrashAmid { host, .. } | What::Crash { host, .. } | What::Drain { host } => {
-                if let Some(faults) = self.down.get_mut(host) {
-                    *faults -= 1;
-                }
-                if !self.is_down(host) && !sim.is_host_running(host.as_str()) {
-                    world.record.note(host, "is started again");
-                    sim.bounce(host.as_str());
-                }
-            }
+            What::CrashAmid { .. } | What::Unheard { .. } if !self.struck[number] => {}
+            What::CrashAmid { host, .. } | What::Crash { host, .. } | What::Drain { host } => self.up(sim, world, host),
+            What::Unheard { .. } => leader.iter().for_each(|host| self.up(sim, world, host)),
+            What::SlowClients { .. } => world.slow_ms.store(0, Ordering::Relaxed),
+            What::Drift { host, .. } => drop(world.drifts[host].send_replace(0)),
+            What::WallClock { host, .. } => world.ahead_ms[host].store(0, Ordering::Relaxed),
             What::Upgrade { host } if !self.any_other(what) => {
                 world.seen().upgraded.remove(host);
                 self.start_anew(sim, world, host);
+            }
+            What::Earlier { host } if !self.any_other(what) => {
+                let was_earlier = world.seen().earlier.remove(host);
+                if was_earlier {
+                    self.start_anew(sim, world, host);
+                }
             }
             What::Limit { .. } if !self.any_other(what) => {
                 self.order(Order::Limit { requests_open: 0, requests_per_minute: 0 });
@@ -343,7 +402,9 @@ impl Faults {
             }
             What::DiskFull { host } if !self.any_other(what) => world.disks[host].limit(None),
             What::DiskSlow { host, .. } if !self.any_other(what) => world.disks[host].slow(world.topology.fsync),
-            What::Flips { host, .. } => world.flips[host].arm(0),
+            What::Flips { host, .. } => world.flips[host].arm(Damage::Bit, 0),
+            What::Doubles { host, .. } => world.flips[host].arm(Damage::Twice, 0),
+            What::Swaps { host, .. } => world.flips[host].arm(Damage::Swapped, 0),
             What::Stall { from, to, .. } if !self.any_other(what) => world.stalls[from].end(to),
             What::Grow { host } if !self.any_other(what) && world.seen().joins.contains_key(host) => {
                 members::ordered(world, host);

@@ -21,13 +21,16 @@ pub mod run;
 pub mod scenario;
 pub mod show;
 pub mod shrink;
+mod skew;
 pub mod stalls;
+mod story;
 pub mod topology;
 pub mod workload;
 
 pub use net::TurmoilNet;
 pub use plan::{Plan, PlanError};
 pub use profile::{Profile, UnknownProfile};
+pub use record::Detail;
 pub use run::{Report, Violation, run, run_with};
 
 #[cfg(not(tokio_unstable))]

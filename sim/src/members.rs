@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 
 use baton_coordinator::Group;
+use baton_coordinator::log::Disk;
 use turmoil::Sim;
 
 use crate::faults::stop;
@@ -18,6 +19,8 @@ pub(crate) enum Ending {
     Removed,
     /// Its directory is empty, and it has taken part before.
     Lost,
+    /// What is on its disk is not what it wrote.
+    Damaged,
 }
 
 impl Ending {
@@ -26,6 +29,8 @@ impl Ending {
             Some(Ending::Removed)
         } else if why.contains("baton coordinator replace") {
             Some(Ending::Lost)
+        } else if why.contains("is damaged at byte") {
+            Some(Ending::Damaged)
         } else {
             None
         }
@@ -94,6 +99,35 @@ pub(crate) fn lose(sim: &mut Sim, world: &World, host: &str) -> bool {
     true
 }
 
+/// A log of fewer bytes has too few frames for damage to lie before others.
+const ROTTEN_BYTES_MIN: usize = 1_000;
+
+/// Flips a bit in the first half of the coordinator's largest file, `part` thousandths into it, and starts it again; false
+/// where the group could not do without, or there is no such file. What lies in the last frame of a log cannot be told from
+/// what a loss of power leaves of it.
+pub(crate) fn rot(sim: &mut Sim, world: &World, host: &str, part: u32) -> bool {
+    let disk = &world.disks[host];
+    let names = disk.list().unwrap_or_default();
+    let sizes = names.into_iter().filter_map(|name| Some((disk.read(&name).ok()?.len(), name)));
+    let Some((bytes, name)) = sizes.max().filter(|(bytes, _)| *bytes >= ROTTEN_BYTES_MIN) else { return false };
+    if !may_go(world, host) {
+        return false;
+    }
+    let at = bytes / 2 * part as usize / 1_000;
+    world.record.note(host, format!("a bit in byte {at} of {name} flips"));
+    stop(sim, world, host);
+    disk.edit(&name, |bytes| bytes[at] ^= 1 << (part % 8));
+    {
+        let mut seen = world.seen();
+        let number = seen.numbers[host];
+        seen.lost.insert(host.to_string(), number);
+        seen.rotten.insert(host.to_string());
+    }
+    world.record.note(host, "is started again");
+    sim.bounce(host);
+    true
+}
+
 /// A coordinator that has ended for this reason joins with an empty disk; false: it stays away for good.
 pub(crate) fn back(world: &World, host: &str, ending: &Ending) -> bool {
     world.wipe(host);
@@ -110,7 +144,10 @@ pub(crate) fn back(world: &World, host: &str, ending: &Ending) -> bool {
             seen.numbers.remove(host);
             None
         }
-        Ending::Lost => number,
+        Ending::Lost | Ending::Damaged => {
+            seen.rotten.remove(host);
+            number
+        }
     };
     let join = world.join(host, replaces);
     seen.joins.insert(host.to_string(), join);

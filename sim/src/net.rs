@@ -1,10 +1,11 @@
 //! The network seam over turmoil: the same `core::Net` that production has over the operating system's TCP. A host's
 //! network also feeds the record, and can damage what goes out to a handoff's receiver.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Waker, ready};
 
 use baton_core::Rng;
 use baton_core::net::{BoxFuture, Listener, Net, Stream};
@@ -12,8 +13,9 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use turmoil::net::{TcpListener, TcpStream};
 
 use crate::record::Record;
+use crate::skew;
 use crate::stalls::{Lane, Stalls};
-use crate::topology::KV_PORT;
+use crate::topology::{KV_PORT, kind};
 
 /// TCP between turmoil's hosts. Only usable from inside a simulated host.
 #[derive(Clone, Copy, Debug, Default)]
@@ -54,6 +56,8 @@ pub struct HostNet {
     pub record: Record,
     pub flips: Flips,
     pub stalls: Stalls,
+    /// Whether its process is one of the release before.
+    pub earlier: bool,
 }
 
 impl Net for HostNet {
@@ -61,26 +65,37 @@ impl Net for HostNet {
         Box::pin(async move {
             let connected = TurmoilNet.connect(address).await;
             self.record.network(&self.host, if connected.is_ok() { b'c' } else { b'x' }, address.len());
-            let flips = address.ends_with(&format!(":{KV_PORT}")).then(|| self.flips.clone());
             let stream = Box::new(Lane::new(connected?, self.stalls.connected(address)));
-            let (host, record) = (self.host.clone(), self.record.clone());
-            Ok(Box::new(Watched { stream, host, record, flips }) as Stream)
+            let flips = carries_kv(address).then(|| self.flips.clone());
+            let mut watched = Watched::new(stream, &self.host, &self.record, !carries_kv(address));
+            watched.flips = flips;
+            Ok(match self.earlier && !carries_kv(address) {
+                true => skew::connected(Box::new(watched)),
+                false => Box::new(watched),
+            })
         })
     }
 
     fn listen<'a>(&'a self, address: &'a str) -> BoxFuture<'a, io::Result<Box<dyn Listener>>> {
         Box::pin(async move {
             let inner = TurmoilNet.listen(address).await?;
-            let (host, record) = (self.host.clone(), self.record.clone());
-            Ok(Box::new(WatchedListener { inner, host, record }) as Box<dyn Listener>)
+            let (host, record, gathers) = (self.host.clone(), self.record.clone(), !carries_kv(address));
+            let earlier = self.earlier && gathers && kind(&self.host) != "gateway";
+            Ok(Box::new(WatchedListener { inner, host, record, gathers, earlier }) as Box<dyn Listener>)
         })
     }
+}
+
+fn carries_kv(address: &str) -> bool {
+    address.rsplit_once(':').is_some_and(|(_, port)| port.parse() == Ok(KV_PORT))
 }
 
 struct WatchedListener {
     inner: Box<dyn Listener>,
     host: String,
     record: Record,
+    gathers: bool,
+    earlier: bool,
 }
 
 impl Listener for WatchedListener {
@@ -88,8 +103,8 @@ impl Listener for WatchedListener {
         Box::pin(async move {
             let stream = self.inner.accept().await?;
             self.record.network(&self.host, b'a', 0);
-            Ok(Box::new(Watched { stream, host: self.host.clone(), record: self.record.clone(), flips: None })
-                as Stream)
+            let watched = Box::new(Watched::new(stream, &self.host, &self.record, self.gathers));
+            Ok(if self.earlier { skew::accepted(watched) } else { watched })
         })
     }
 
@@ -98,12 +113,24 @@ impl Listener for WatchedListener {
     }
 }
 
+/// What becomes of a piece of KV on the wire.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Damage {
+    /// One of its bits flips.
+    Bit,
+    /// It is there twice.
+    Twice,
+    /// Its second half comes first.
+    Swapped,
+}
+
 /// Damage that waits for the next bytes of KV on their way out of a host. Clones are the same host's.
 #[derive(Clone)]
 pub struct Flips(Arc<Mutex<Armed>>);
 
 struct Armed {
-    count: u64,
+    /// How many pieces it is still to strike.
+    counts: BTreeMap<Damage, u64>,
     rng: Rng,
 }
 
@@ -112,37 +139,73 @@ const KV_BYTES_MIN: usize = 48;
 
 impl Flips {
     pub fn new(rng: Rng) -> Flips {
-        Flips(Arc::new(Mutex::new(Armed { count: 0, rng })))
+        Flips(Arc::new(Mutex::new(Armed { counts: BTreeMap::new(), rng })))
     }
 
-    /// One bit in each of `count` writes, of the next few.
-    pub fn arm(&self, count: u64) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).count = count;
+    /// Damages `count` writes, of the next few.
+    pub fn arm(&self, damage: Damage, count: u64) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).counts.insert(damage, count);
     }
 
-    fn damage(&self, bytes: &[u8]) -> Option<Vec<u8>> {
+    fn damage(&self, bytes: &[u8]) -> Option<(Damage, Vec<u8>)> {
         let mut armed = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if armed.count == 0 || bytes.len() < KV_BYTES_MIN {
+        let damage = armed.counts.iter().find(|(_, count)| **count > 0).map(|(damage, _)| *damage)?;
+        if bytes.len() < KV_BYTES_MIN {
             return None;
         }
         // Not each one: what carries KV follows messages that carry none, and those end the link.
         if armed.rng.below(3) > 0 {
             return None;
         }
-        armed.count -= 1;
-        let bit = armed.rng.below(bytes.len() as u64 * 8) as usize;
+        armed.counts.entry(damage).and_modify(|count| *count -= 1);
         let mut damaged = bytes.to_vec();
-        damaged[bit / 8] ^= 1 << (bit % 8);
-        Some(damaged)
+        match damage {
+            Damage::Bit => {
+                let bit = armed.rng.below(bytes.len() as u64 * 8) as usize;
+                damaged[bit / 8] ^= 1 << (bit % 8);
+            }
+            Damage::Twice => damaged.extend_from_slice(bytes),
+            Damage::Swapped => damaged.rotate_left(bytes.len() / 2),
+        }
+        Some((damage, damaged))
     }
 }
 
-/// A stream that tells the record what passes.
+/// What is gathered at most before it is sent.
+const GATHERED_MAX: usize = 1 << 16;
+
+/// A stream that tells the record what passes. What is written to it in one moment leaves as one segment, as it does from a
+/// kernel that has not sent the last one yet: HTTP/2 writes a request's head and body one after the other, and a run costs as
+/// much as there are segments.
 struct Watched {
     stream: Stream,
     host: String,
     record: Record,
     flips: Option<Flips>,
+    /// False where nobody flushes.
+    gathers: bool,
+    /// Written, and not sent yet.
+    gathered: Vec<u8>,
+    /// Whether the writer has been let wait for what else there is in this moment.
+    waited: bool,
+}
+
+impl Watched {
+    fn new(stream: Stream, host: &str, record: &Record, gathers: bool) -> Watched {
+        let (host, record, gathered) = (host.to_string(), record.clone(), Vec::new());
+        Watched { stream, host, record, flips: None, gathers, gathered, waited: false }
+    }
+
+    /// Sends what is gathered.
+    fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while !self.gathered.is_empty() {
+            let count = ready!(Pin::new(&mut self.stream).poll_write(cx, &self.gathered))?;
+            self.record.network(&self.host, b'w', count);
+            self.gathered.drain(..count);
+        }
+        self.waited = false;
+        Poll::Ready(Ok(()))
+    }
 }
 
 impl AsyncRead for Watched {
@@ -158,22 +221,54 @@ impl AsyncRead for Watched {
 
 impl AsyncWrite for Watched {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        if self.gathers {
+            if self.gathered.len() + bytes.len() > GATHERED_MAX {
+                ready!(self.poll_send(cx))?;
+            }
+            self.gathered.extend_from_slice(bytes);
+            return Poll::Ready(Ok(bytes.len()));
+        }
         let damaged = self.flips.as_ref().and_then(|flips| flips.damage(bytes));
-        if damaged.is_some() {
-            self.record.note(&self.host, "a bit of KV on the wire flips");
-        }
-        let written = Pin::new(&mut self.stream).poll_write(cx, damaged.as_deref().unwrap_or(bytes));
-        if let Poll::Ready(Ok(count)) = written {
-            self.record.network(&self.host, b'w', count);
-        }
-        written
+        let Some((damage, damaged)) = damaged else {
+            let written = Pin::new(&mut self.stream).poll_write(cx, bytes);
+            if let Poll::Ready(Ok(count)) = written {
+                self.record.network(&self.host, b'w', count);
+            }
+            return written;
+        };
+        let what = match damage {
+            Damage::Bit => "a bit of KV on the wire flips",
+            Damage::Twice => "a piece of KV is on the wire twice",
+            Damage::Swapped => "two pieces of KV on the wire change places",
+        };
+        self.record.note(&self.host, what);
+        let count = ready!(Pin::new(&mut self.stream).poll_write(cx, &damaged))?;
+        self.record.network(&self.host, b'w', count);
+        Poll::Ready(Ok(bytes.len()))
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if !self.gathered.is_empty() && !self.waited {
+            self.waited = true;
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        ready!(self.poll_send(cx))?;
         Pin::new(&mut self.stream).poll_flush(cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(self.poll_send(cx))?;
         Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+impl Drop for Watched {
+    /// A kernel sends what was written before the connection was given up; what a process that dies has not handed over is
+    /// lost with it.
+    fn drop(&mut self) {
+        if turmoil::sim_elapsed().is_some() && !std::thread::panicking() {
+            let _ = self.poll_send(&mut Context::from_waker(Waker::noop()));
+        }
     }
 }

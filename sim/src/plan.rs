@@ -72,6 +72,25 @@ pub enum What {
     Drain { host: String },
     /// The worker is another version, whose arithmetic differs and says so; at the beginning and the end it starts anew.
     Upgrade { host: String },
+    /// The process is one of the release before, which knows neither words nor ledger entries of this one; at the beginning
+    /// and the end it starts anew.
+    Earlier { host: String },
+    /// Whoever leads is not heard by workers, gateways and clients any more, and dies as soon as it has committed something that
+    /// it has told nobody; of what its disk was not told to sync the first `kept` bytes survive.
+    Unheard { kept: usize },
+    /// The host's clock is too fast by so many thousandths.
+    Drift { host: String, thousandths: u64 },
+    /// The host's wall clock is wrong by so much.
+    WallClock { host: String, ahead_ms: i64 },
+    /// A bit in the first half of the coordinator's largest file flips, `part` thousandths into it, once the group can do
+    /// without it; it is started again, has to find out, and takes its own place as a new node with an empty disk.
+    Rot { host: String, part: u32 },
+    /// Each of the next so many pieces of KV that the host sends is sent twice.
+    Doubles { host: String, count: u64 },
+    /// Of each of the next so many pieces of KV that the host sends the second half comes first.
+    Swaps { host: String, count: u64 },
+    /// Clients pause so long before they read on.
+    SlowClients { ms: u64 },
     /// The coordinator saves its ledger, as it does when its log has become long.
     Save { host: String },
     /// Whoever leads now cannot reach the other coordinators; workers and gateways reach all of them.
@@ -154,7 +173,9 @@ impl Plan {
             let spare = |host: &String| *host == topology.spare();
             let wrong = match &fault.what {
                 What::Grow { host } => !spare(host),
-                What::Replace { host } | What::Shrink { host } => spare(host) || kind(host) != "coordinator",
+                What::Replace { host } | What::Shrink { host } | What::Rot { host, .. } => {
+                    spare(host) || kind(host) != "coordinator"
+                }
                 _ => false,
             };
             if wrong {
@@ -186,6 +207,12 @@ impl What {
             | What::Flips { host, .. }
             | What::Drain { host }
             | What::Upgrade { host }
+            | What::Drift { host, .. }
+            | What::WallClock { host, .. }
+            | What::Rot { host, .. }
+            | What::Doubles { host, .. }
+            | What::Swaps { host, .. }
+            | What::Earlier { host }
             | What::Starve { host, .. }
             | What::Flip { host }
             | What::HandOver { to: host }
@@ -196,7 +223,7 @@ impl What {
             What::Partition { a, b } | What::Hold { a, b } | What::Latency { a, b, .. } => vec![a, b],
             What::OneWay { from, to } | What::Stall { from, to, .. } => vec![from, to],
             What::Leave { host, from, .. } => vec![host, from],
-            What::Limit { .. } | What::CutLeader {} => vec![],
+            What::Limit { .. } | What::CutLeader {} | What::Unheard { .. } | What::SlowClients { .. } => vec![],
         }
     }
 }
@@ -265,9 +292,30 @@ fn single(rng: &mut baton_core::Rng, topology: &Topology, chosen: Weight) -> Opt
         Weight::DiskFull => What::DiskFull { host: one(rng, &["coordinator"])? },
         Weight::DiskSlow => What::DiskSlow { host: one(rng, &["coordinator"])?, ms: between(rng, 20, 300) },
         Weight::Hang => What::Hang { host: one(rng, WORKERS)? },
-        Weight::Flips => What::Flips { host: one(rng, WORKERS)?, count: between(rng, 1, 6) },
+        Weight::Flips => {
+            let (host, count) = (one(rng, WORKERS)?, between(rng, 1, 6));
+            match rng.below(10) {
+                0..2 => What::Doubles { host, count },
+                2..4 => What::Swaps { host, count },
+                _ => What::Flips { host, count },
+            }
+        }
+        Weight::Unheard => What::Unheard { kept: rng.below(200) as usize },
+        Weight::Clock => {
+            let host = one(rng, ANY)?;
+            match chance(rng, 60) {
+                true => What::Drift { host, thousandths: between(rng, 5, 50) },
+                false => What::WallClock { host, ahead_ms: between(rng, 0, 7_200_000) as i64 - 3_600_000 },
+            }
+        }
+        Weight::SlowClients => What::SlowClients { ms: between(rng, 20, 400) },
+        Weight::Rot if topology.coordinators > 1 => {
+            What::Rot { host: one(rng, &["coordinator"])?, part: between(rng, 0, 999) as u32 }
+        }
         Weight::Drain => What::Drain { host: one(rng, WORKERS)? },
         Weight::Upgrade => What::Upgrade { host: one(rng, &["prefill"])? },
+        // A coordinator has no way back once an entry of this release is in the log.
+        Weight::Skew => What::Earlier { host: one(rng, &["prefill", "decode", "gateway"])? },
         Weight::Save => What::Save { host: one(rng, &["coordinator"])? },
         Weight::Starve => What::Starve { host: one(rng, WORKERS)?, left: between(rng, 0, 24) },
         Weight::Flip => What::Flip { host: one(rng, WORKERS)? },
@@ -275,12 +323,13 @@ fn single(rng: &mut baton_core::Rng, topology: &Topology, chosen: Weight) -> Opt
         Weight::Limit => What::Limit { requests_open: between(rng, 0, 4), requests_per_minute: between(rng, 1, 12) },
         Weight::Replace if topology.coordinators > 1 => What::Replace { host: one(rng, &["coordinator"])? },
         Weight::Shrink if topology.coordinators > 1 => What::Shrink { host: one(rng, &["coordinator"])? },
-        Weight::Replace | Weight::Shrink => return None,
+        Weight::Replace | Weight::Shrink | Weight::Rot => return None,
         Weight::LosePool
         | Weight::Depose
         | Weight::Stall
         | Weight::Leave
         | Weight::Rolling
+        | Weight::Update
         | Weight::Grow
         | Weight::Rebirth => {
             return None;

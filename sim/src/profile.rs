@@ -22,6 +22,15 @@ pub enum Weight {
     Flips,
     Drain,
     Upgrade,
+    /// A leader dies between committing and answering.
+    Unheard,
+    /// Clocks that run fast, and wall clocks that are wrong.
+    Clock,
+    /// A bit on a coordinator's disk flips.
+    Rot,
+    SlowClients,
+    /// A worker or gateway of the release before.
+    Skew,
     Save,
     Limit,
     Starve,
@@ -35,6 +44,8 @@ pub enum Weight {
     Leave,
     /// Every process is started again, one after the other.
     Rolling,
+    /// Every process is of the release before, and is updated, one after the other.
+    Update,
     /// A worker that is started again while what is sent to it is held.
     Rebirth,
     /// A coordinator's disk is lost.
@@ -46,9 +57,9 @@ pub enum Weight {
 }
 
 use Weight::{
-    CrashAmid, CrashCoordinator, CrashGateway, CrashWorker, Depose, DiskFull, DiskSlow, Drain, Flip, Flips, Grow,
-    HandOver, Hang, Hold, Isolate, Latency, Leave, Limit, LosePool, Partition, Rebirth, Replace, Rolling, Save, Shrink,
-    Stall, Starve, Upgrade,
+    Clock, CrashAmid, CrashCoordinator, CrashGateway, CrashWorker, Depose, DiskFull, DiskSlow, Drain, Flip, Flips,
+    Grow, HandOver, Hang, Hold, Isolate, Latency, Leave, Limit, LosePool, Partition, Rebirth, Replace, Rolling, Rot,
+    Save, Shrink, Skew, SlowClients, Stall, Starve, Unheard, Update, Upgrade,
 };
 
 /// How faults are drawn.
@@ -99,20 +110,36 @@ const PROFILES: &[Profile] = &[
             (Stall, 1),
             (Leave, 1),
             (Rolling, 1),
+            (Update, 1),
+            (Skew, 1),
             (Replace, 1),
             (Shrink, 1),
             (Grow, 1),
             (Rebirth, 2),
+            (Unheard, 1),
+            (Clock, 2),
+            (Rot, 1),
+            (SlowClients, 1),
         ],
         left_out: 40,
     },
     Profile { name: "calm", about: "no faults", faults_min: 0, faults_max: 0, weights: &[], left_out: 0 },
     Profile {
         name: "network",
-        about: "partitions of all shapes, held messages and latency",
+        about: "partitions of all shapes, held messages, latency, slow clients and fast clocks",
         faults_min: 2,
         faults_max: 10,
-        weights: &[(Partition, 4), (Isolate, 2), (Hold, 3), (Latency, 2), (Stall, 4), (Depose, 1)],
+        weights: &[
+            (Partition, 4),
+            (Isolate, 2),
+            (Hold, 3),
+            (Latency, 2),
+            (Stall, 4),
+            (Depose, 1),
+            (Unheard, 1),
+            (Clock, 2),
+            (SlowClients, 1),
+        ],
         left_out: 0,
     },
     Profile {
@@ -128,12 +155,13 @@ const PROFILES: &[Profile] = &[
             (Drain, 1),
             (LosePool, 2),
             (Rebirth, 4),
+            (Unheard, 2),
         ],
         left_out: 0,
     },
     Profile {
         name: "disk",
-        about: "coordinators' disks are slow, full, and lose what was not synced",
+        about: "coordinators' disks are slow, full, lose what was not synced, and rot",
         faults_min: 2,
         faults_max: 8,
         weights: &[
@@ -144,6 +172,8 @@ const PROFILES: &[Profile] = &[
             (Isolate, 2),
             (Save, 2),
             (Depose, 3),
+            (Rot, 2),
+            (Unheard, 1),
         ],
         left_out: 0,
     },
@@ -157,6 +187,8 @@ const PROFILES: &[Profile] = &[
             (Flip, 3),
             (HandOver, 2),
             (Rolling, 1),
+            (Update, 2),
+            (Skew, 2),
             (Upgrade, 2),
             (Limit, 4),
             (Save, 2),
@@ -184,6 +216,7 @@ const PROFILES: &[Profile] = &[
             (DiskSlow, 1),
             (Save, 2),
             (Depose, 1),
+            (Rot, 1),
         ],
         left_out: 20,
     },

@@ -24,14 +24,29 @@ struct Kept {
     digest: Xxh3,
     lines: Vec<Line>,
     network_events: u64,
-    /// Whether what the network does becomes lines too.
-    traced: bool,
+    detail: Detail,
+}
+
+/// How much of a run becomes lines; the digest is the same.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Detail {
+    /// Lives, requests, leaders, faults.
+    #[default]
+    Outline,
+    /// Besides: assignments and their epochs, what workers let in, blocks on their way.
+    Story,
+    /// And all that the network does.
+    Network,
 }
 
 impl Record {
-    /// Makes lines of all that the network does from now on.
-    pub fn trace(&self) {
-        self.lock().traced = true;
+    /// Makes lines of so much from now on.
+    pub fn tell(&self, detail: Detail) {
+        self.lock().detail = detail;
+    }
+
+    pub fn tells(&self, detail: Detail) -> bool {
+        self.lock().detail >= detail
     }
 
     /// Tells the virtual time to what is noted from outside of any host.
@@ -53,16 +68,27 @@ impl Record {
         kept.lines.push(line);
     }
 
+    /// Adds a line for the reader of a story, which the digest knows nothing of.
+    pub fn detail(&self, host: &str, text: String) {
+        let line = Line { at_us: self.now().as_micros() as u64, host: host.to_string(), text };
+        let mut kept = self.lock();
+        if kept.detail >= Detail::Story {
+            kept.lines.push(line);
+        }
+    }
+
     /// Adds what the network did to the digest: who, what, how many bytes, when.
     pub fn network(&self, host: &str, what: u8, bytes: usize) {
         let now = self.now().as_micros() as u64;
         let mut kept = self.lock();
         kept.network_events += 1;
-        kept.digest.update(&now.to_le_bytes());
+        let mut event = [0; 17];
+        event[..8].copy_from_slice(&now.to_le_bytes());
+        event[8..16].copy_from_slice(&(bytes as u64).to_le_bytes());
+        event[16] = what;
+        kept.digest.update(&event);
         kept.digest.update(host.as_bytes());
-        kept.digest.update(&[what]);
-        kept.digest.update(&(bytes as u64).to_le_bytes());
-        if kept.traced {
+        if kept.detail == Detail::Network {
             let text = format!("{} {bytes}", what as char);
             kept.lines.push(Line { at_us: now, host: host.to_string(), text });
         }

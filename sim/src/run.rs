@@ -22,7 +22,8 @@ use crate::host::{World, client, coordinator, gateway, worker};
 use crate::invariant::{self, Invariant, Look};
 use crate::members::{self, Ending};
 use crate::plan::Plan;
-use crate::record::Line;
+use crate::record::{Detail, Line};
+use crate::story::Story;
 use crate::topology::{CLIENTS, Topology, kind};
 use crate::workload;
 
@@ -94,18 +95,16 @@ pub struct Requests {
 
 /// Runs a plan to its end or to the first violation.
 pub fn run(plan: &Plan) -> Report {
-    run_with(plan, false)
+    run_with(plan, Detail::Outline)
 }
 
-/// The same; `traced`: with a line for all that the network does.
-pub fn run_with(plan: &Plan, traced: bool) -> Report {
+/// The same, told in detail.
+pub fn run_with(plan: &Plan, detail: Detail) -> Report {
     let topology = Topology::ticking(plan.seed, plan.tick_ms);
     let hosts = topology.servers().len() + 1;
     let asks = workload::draw(plan.seed, &topology);
     let (world, notes) = (World::new(plan.seed, topology), Notes::new(&asks));
-    if traced {
-        world.record.trace();
-    }
+    world.record.tell(detail);
     let violation = caught(|| drive(plan, &world, &notes)).unwrap_or_else(|what| {
         let at_ms = world.record.now().as_millis() as u64;
         Some(Violation { invariant: "P1 no panic".to_string(), at_ms, what })
@@ -165,6 +164,7 @@ fn drive(plan: &Plan, world: &World, notes: &Notes) -> Option<Violation> {
         healed_at: None,
         looked: Duration::ZERO,
         looks: 0,
+        story: world.record.tells(Detail::Story).then(Story::default),
     };
     let result = drive.until_rest(heal);
     world.record.set_now(drive.sim.elapsed());
@@ -204,6 +204,8 @@ struct Drive<'a> {
     /// When the invariants looked last.
     looked: Duration,
     looks: u64,
+    /// For whoever reads the run.
+    story: Option<Story>,
 }
 
 impl Drive<'_> {
@@ -247,6 +249,9 @@ impl Drive<'_> {
         self.world.record.set_now(self.sim.elapsed());
         if ended || self.sim.elapsed() >= self.looked + LOOK_EVERY {
             self.looked = self.sim.elapsed();
+            if let Some(story) = &mut self.story {
+                story.go_on(self.world);
+            }
             self.look(|invariant, look| invariant.step(look))?;
         }
         Ok(ended)

@@ -109,6 +109,16 @@ pub const ALL: &[Scenario] = &[
         "found here: a coordinator that was taken out before it had learned of its group went on for ever, and asked nobody"
     ),
     scenario!(
+        "a_node_that_was_removed_after_a_restart_ends",
+        None,
+        "found here: the same, where it had been started again meanwhile, and no longer knew who had taken it in"
+    ),
+    scenario!(
+        "what_was_asked_twice_and_refused_is_ended",
+        None,
+        "found here: a request that was refused when it was asked for again stayed open, because the first question was granted"
+    ),
+    scenario!(
         "a_quota_holds_in_a_burst",
         Some(Bug::QuotaUnchecked),
         "requests that are looked at together pass a limit that each alone would keep"

@@ -14,8 +14,8 @@ pub const GATEWAY_PORT: u16 = 8000;
 /// The host of all clients.
 pub const CLIENTS: &str = "clients";
 
-/// Ticks that runs draw from: most are coarse, because a run costs as much as it has ticks.
-const TICKS_MS: [u64; 20] = [1, 2, 5, 5, 5, 10, 10, 10, 10, 10, 10, 10, 10, 10, 10, 10, 10, 10, 10, 10];
+/// Ticks, and how many of 100 runs have them: most are coarse, because a run costs as much as it has ticks.
+const TICKS_MS: [(u64, u64); 4] = [(1, 2), (2, 4), (5, 10), (10, 84)];
 /// Up to this tick latencies are what was drawn.
 const FINE_MS: u64 = 5;
 
@@ -67,7 +67,7 @@ impl Topology {
             fsync: Duration::from_millis(between(&mut rng, 1, 4)),
             tick: Duration::ZERO,
         };
-        let drawn_ms = TICKS_MS[rng.below(TICKS_MS.len() as u64) as usize];
+        let drawn_ms = tick_ms_of(rng.below(100));
         let mut topology = topology.with_tick(tick_ms.unwrap_or(drawn_ms));
         if chance(&mut rng, 25) {
             topology.engine.draft_tokens_max = between(&mut rng, 1, 4) as usize;
@@ -119,6 +119,17 @@ impl Topology {
     pub fn coordinator_addresses(&self) -> Vec<String> {
         self.coordinator_names().iter().map(|name| format!("{name}:{COORDINATOR_PORT}")).collect()
     }
+}
+
+/// `part`: below 100.
+fn tick_ms_of(mut part: u64) -> u64 {
+    for (tick_ms, share) in TICKS_MS {
+        match part.checked_sub(share) {
+            None => return tick_ms,
+            Some(left) => part = left,
+        }
+    }
+    unreachable!("the shares are 100 together")
 }
 
 fn names(kind: &str, count: usize) -> Vec<String> {

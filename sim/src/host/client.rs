@@ -131,7 +131,7 @@ pub async fn run(
                 },
                 None => drop(healed.wait_for(|healed| *healed).await),
             }
-            Client { world, notes, ask, last_event: None, stream: None }.live().await;
+            Client { world, notes, ask, last_event: None, stream: None, name: String::new() }.live().await;
         });
     }
     while clients.join_next().await.is_some() {}
@@ -145,6 +145,8 @@ struct Client {
     last_event: Option<String>,
     /// Name under which a stream can be taken up again.
     stream: Option<String>,
+    /// Id of the answer.
+    name: String,
 }
 
 /// How one try ended.
@@ -309,6 +311,10 @@ impl Client {
     async fn read_stream(&mut self, mut body: Incoming) -> End {
         let mut unread = Vec::new();
         loop {
+            let slow_ms = self.world.slow_ms.load(Ordering::Relaxed);
+            if slow_ms > 0 {
+                sleep(Duration::from_millis(slow_ms)).await;
+            }
             let frame = match timeout(PATIENCE, body.frame()).await {
                 Ok(Some(Ok(frame))) => frame,
                 Ok(Some(Err(error))) => return End::Broken(error.to_string()),
@@ -347,6 +353,11 @@ impl Client {
 
     /// Takes the tokens of an object in.
     fn take(&mut self, object: &Value) {
+        let name = object["id"].as_str().unwrap_or_default();
+        if self.name != name {
+            self.name = name.to_string();
+            self.world.record.detail(CLIENTS, format!("request {} is {name}", self.ask.number));
+        }
         for choice in object["choices"].as_array().into_iter().flatten() {
             let index = choice["index"].as_u64().unwrap_or(u64::MAX) as usize;
             let tokens = choice["token_ids"].as_array().into_iter().flatten();

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use baton_coordinator::Config;
+use baton_coordinator::state::{VERSION, VERSION_MIN};
 use baton_core::NodeId;
 
 use super::World;
@@ -18,6 +19,8 @@ pub async fn run(world: World, host: String, node: u64) -> turmoil::Result {
     }
     let peers = world.topology.coordinator_names().into_iter().zip(1u64..);
     let peers = peers.map(|(name, node)| (NodeId(node), format!("{name}:{COORDINATOR_PORT}"))).collect();
+    // The binary of the release before cannot do more.
+    let entries = if world.seen().earlier.contains(&host) { VERSION_MIN } else { VERSION };
     let config = Config {
         node: NodeId(node),
         listen: format!("0.0.0.0:{COORDINATOR_PORT}"),
@@ -26,7 +29,7 @@ pub async fn run(world: World, host: String, node: u64) -> turmoil::Result {
         advertise: String::new(),
         cluster: None,
         policy: Default::default(),
-        entries: baton_coordinator::state::VERSION,
+        entries,
     };
     let (disk, env) = (Arc::new(world.disks[&host].clone()), world.env(&host));
     let started = match join {
@@ -42,6 +45,9 @@ pub async fn run(world: World, host: String, node: u64) -> turmoil::Result {
     };
     let number = running.node().0;
     world.record.note(&host, format!("serves as node {number}"));
+    if world.seen().rotten.contains(&host) {
+        world.seen().rotten_serves = Some(host.clone());
+    }
     world.seen().numbers.insert(host.clone(), number);
     world.seen().coordinators.insert(host.clone(), running.observer());
     let why = match running.stopped().await {

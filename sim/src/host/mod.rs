@@ -9,7 +9,7 @@ pub mod operator;
 pub mod worker;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use baton_coordinator::log::MemoryDisk;
@@ -17,6 +17,7 @@ use baton_coordinator::{Join, Observer};
 use baton_core::{Clock, Env, NodeId, Process, Rng, Role};
 use baton_worker::Shell;
 use tokio::sync::watch;
+use tokio::time::Duration;
 
 use self::askers::Asked;
 use crate::draw::{Purpose, rng};
@@ -41,6 +42,12 @@ pub struct World {
     pub stalls: Arc<BTreeMap<String, Stalls>>,
     /// How often the crowd of clients has been moved: those that wait go away, those that are to come come now.
     pub crowd: watch::Sender<u64>,
+    /// How long clients pause before they read on.
+    pub slow_ms: Arc<AtomicU64>,
+    /// Of each host: how many thousandths its clock is too fast.
+    pub drifts: Arc<BTreeMap<String, watch::Sender<u64>>>,
+    /// Of each host: milliseconds that its wall clock is ahead.
+    pub ahead_ms: Arc<BTreeMap<String, AtomicI64>>,
     pub seen: Arc<Mutex<Seen>>,
     history: Arc<Mutex<Vec<Asked>>>,
     lives: Arc<AtomicU64>,
@@ -86,7 +93,16 @@ pub struct Seen {
     pub held_at_end: Vec<(String, usize)>,
     /// Workers that start as the other version.
     pub upgraded: BTreeSet<String>,
+    /// Hosts whose process is one of the release before.
+    pub earlier: BTreeSet<String>,
+    /// Coordinators on whose disk a bit has flipped.
+    pub rotten: BTreeSet<String>,
+    /// One of them that serves all the same.
+    pub rotten_serves: Option<String>,
 }
+
+/// Part of what a coordinator of the release before says when the others go on as one of this release does.
+const MUST_BE_UPDATED: &str = "is newer than this coordinator takes";
 
 impl Seen {
     /// The process of this host has ended by itself.
@@ -94,6 +110,9 @@ impl Seen {
         let wanted = match Ending::of(&why) {
             Some(Ending::Removed) => self.leaving.contains(host),
             Some(Ending::Lost) => self.lost.contains_key(host),
+            Some(Ending::Damaged) => self.rotten.contains(host),
+            // Its operator updates it at once.
+            None if why.contains(MUST_BE_UPDATED) => self.earlier.remove(host),
             None => self.joins.contains_key(host) && why.contains("join: no leader"),
         };
         self.endings.push(Ended { host: host.to_string(), why: why.clone(), wanted });
@@ -107,6 +126,8 @@ impl World {
         let mut servers = topology.servers();
         servers.push(topology.spare());
         let disks = servers.iter().filter(|name| kind(name) == "coordinator").cloned().map(disk).collect();
+        let drifts = servers.iter().map(|name| (name.clone(), watch::Sender::new(0))).collect();
+        let ahead_ms = servers.iter().map(|name| (name.clone(), AtomicI64::new(0))).collect();
         let stalls = servers.iter().map(|name| (name.clone(), Stalls::default())).collect();
         let flips = servers.into_iter().enumerate();
         let flips = flips.map(|(n, name)| (name, Flips::new(rng(seed, Purpose::Link, n as u64)))).collect();
@@ -118,20 +139,29 @@ impl World {
             flips: Arc::new(flips),
             stalls: Arc::new(stalls),
             crowd: watch::Sender::new(0),
+            slow_ms: Arc::default(),
+            drifts: Arc::new(drifts),
+            ahead_ms: Arc::new(ahead_ms),
             seen: Arc::default(),
             history: Arc::default(),
             lives: Arc::default(),
         }
     }
 
-    /// The surroundings of a process that starts now.
+    /// The surroundings of a process that starts now, in its host.
     pub fn env(&self, host: &str) -> Env {
+        tokio::spawn(drift(self.drifts[host].subscribe()));
         let life = self.lives.fetch_add(1, Ordering::Relaxed);
         let (record, flips, stalls) = (self.record.clone(), self.flips[host].clone(), self.stalls[host].clone());
-        let net = HostNet { host: host.to_string(), record, flips, stalls };
+        let earlier = self.seen().earlier.contains(host);
+        let net = HostNet { host: host.to_string(), record, flips, stalls, earlier };
         Env {
             net: Arc::new(net),
-            clock: Arc::new(VirtualClock(self.record.clone())),
+            clock: Arc::new(VirtualClock {
+                host: host.to_string(),
+                record: self.record.clone(),
+                ahead_ms: self.ahead_ms.clone(),
+            }),
             rng: Rng::new(rng(self.seed, Purpose::Host, life).u64()),
             process: Process { id: 1000 + life as u32, threads: false },
         }
@@ -183,11 +213,28 @@ impl World {
     }
 }
 
-/// Wall time of a run: a fixed day, and the virtual time since the start.
-struct VirtualClock(Record);
+/// Wall time of a run: a fixed day, the virtual time since the start, and what the host is ahead.
+struct VirtualClock {
+    host: String,
+    record: Record,
+    ahead_ms: Arc<BTreeMap<String, AtomicI64>>,
+}
 
 impl Clock for VirtualClock {
     fn unix_ms(&self) -> u64 {
-        1_700_000_000_000 + self.0.now().as_millis() as u64
+        let ahead_ms = self.ahead_ms[&self.host].load(Ordering::Relaxed);
+        (1_700_000_000_000 + self.record.now().as_millis() as u64).saturating_add_signed(ahead_ms)
+    }
+}
+
+/// How often a clock that is too fast jumps ahead.
+const JUMP_EVERY: Duration = Duration::from_millis(50);
+
+/// Makes the clock of this host, by which all waits in it go, too fast by as many thousandths as it is told.
+async fn drift(mut thousandths: watch::Receiver<u64>) {
+    while thousandths.wait_for(|drift| *drift > 0).await.is_ok() {
+        tokio::time::sleep(JUMP_EVERY).await;
+        let drift = *thousandths.borrow();
+        tokio::time::advance(JUMP_EVERY * drift as u32 / 1_000).await;
     }
 }

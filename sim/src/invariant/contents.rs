@@ -6,7 +6,7 @@ use baton_core::BlockHash;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::{Invariant, Look};
-use crate::memory::read_layer;
+use crate::memory::read_layer_into;
 use crate::model::spec;
 
 /// Reading all blocks takes a while.
@@ -26,8 +26,12 @@ impl Contents {
                 continue;
             }
             let (cache, layers) = (shell.engine.cache(), shell.spec.layout.layers as usize);
+            let mut bytes = vec![0; shell.spec.layout.layer_bytes()];
             for (name, index) in cache.named() {
-                let of_layer = |hash, layer| xxh3_64_with_seed(&read_layer(cache.arena(), index, layer), hash);
+                let of_layer = |hash, layer| {
+                    read_layer_into(cache.arena(), index, layer, &mut bytes);
+                    xxh3_64_with_seed(&bytes, hash)
+                };
                 let hash = (0..layers).fold(0, of_layer);
                 let (first, whose) = self.bytes.entry(name).or_insert_with(|| (hash, host.clone()));
                 if *first != hash {

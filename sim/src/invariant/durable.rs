@@ -48,7 +48,8 @@ impl OnDisks {
                 return Err(format!("the disk of node {number} has the vote {:?} after {before:?}", disk.vote));
             }
         }
-        let Some(group) = most.filter(|group| !group.in_change) else { return Ok(()) };
+        // One that has just been taken in has learned of no group yet.
+        let Some(group) = most.filter(|group| !group.in_change && !group.voters.is_empty()) else { return Ok(()) };
         let have = of(&group, &|disk| disk.index >= group.index);
         match have <= group.voters.len() / 2 {
             true => {
