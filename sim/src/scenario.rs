@@ -114,6 +114,11 @@ pub const ALL: &[Scenario] = &[
         "found here: the same, where it had been started again meanwhile, and no longer knew who had taken it in"
     ),
     scenario!(
+        "a_lost_node_whose_peers_were_all_replaced_ends",
+        None,
+        "found here: a coordinator without its data waited for ever, because those at its peers' addresses had other numbers by now"
+    ),
+    scenario!(
         "what_was_asked_twice_and_refused_is_ended",
         None,
         "found here: a request that was refused when it was asked for again stayed open, because the first question was granted"

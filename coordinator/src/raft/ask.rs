@@ -68,7 +68,8 @@ pub(crate) fn judge(answers: &[Option<Known>]) -> Verdict {
     if all_fresh || known().any(|known| known.leads) { Verdict::Begin } else { Verdict::Wait }
 }
 
-/// Asks the nodes at these addresses after `node`, all at once, and waits so long for each.
+/// Asks whoever is at these addresses after `node`, all at once, and waits so long for each: a node that has replaced the one
+/// that was there knows as well.
 pub(crate) async fn ask(
     net: &Arc<dyn Net>,
     envelope: &Envelope,
@@ -76,10 +77,10 @@ pub(crate) async fn ask(
     node: u64,
     patience: Duration,
 ) -> Vec<Option<Known>> {
-    let asked = addresses.iter().map(|(to, address)| async move {
+    let asked = addresses.values().map(|address| async move {
         let channel = baton_proto::channel(net.clone(), address).ok()?;
         let mut client = RaftClient::new(channel);
-        let blob = envelope.seal(*to, &Question { node });
+        let blob = envelope.seal(0, &Question { node });
         let reply = tokio::time::timeout(patience, client.ask(blob)).await.ok()?.ok()?;
         decode(&reply.into_inner().data).ok()
     });
