@@ -96,7 +96,7 @@ mod tests {
             assert_eq!(round((low + high) / 2.0), even, "{low} {high}");
             assert_eq!(round(low + (high - low) * 0.49), byte);
             assert_eq!(round(low + (high - low) * 0.51), byte + 1);
-            assert_eq!(round(-(low + (high - low) * 0.51)), byte + 1 | 0x80);
+            assert_eq!(round(-(low + (high - low) * 0.51)), (byte + 1) | 0x80);
         }
         assert_eq!((round(463.0), round(1e-30)), (0x7e, 0));
     }

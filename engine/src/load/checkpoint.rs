@@ -123,7 +123,7 @@ impl Checkpoint {
 
     /// Text that changes when one of the files does: where it is, its size, and when it was written.
     pub fn identity(&self) -> Result<String, LoadError> {
-        let of = |file: &File| {
+        let of = |file: &File| -> Result<String, LoadError> {
             let known = std::fs::metadata(&file.path).and_then(|known| Ok((known.len(), known.modified()?)));
             let known = known.map_err(|error| LoadError::Unreadable { file: file.path.clone(), error })?;
             Ok(format!("{} {known:?}", file.path.display()))
