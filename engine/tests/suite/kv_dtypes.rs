@@ -5,9 +5,10 @@ use std::path::Path;
 
 use baton_core::{BlockLayout, KvDtype, Request, SampledToken, TokenId};
 use baton_engine::testing::{TinyModel, drain, request, work};
-use baton_engine::{CpuModel, EngineConfig, LoadOptions, Loaded, ModelSpec, load};
+use baton_engine::{EngineConfig, LoadOptions, Loaded, load};
 
 use crate::common::{CONFIG, Choices, bits, dir, in_company, load_tiny_as, model_engine, prompt};
+use crate::quantized::{alone, asking};
 use crate::references::{check_as, log_probabilities_as, relative_error};
 use crate::tensor_parallel::{ROOMY, said};
 
@@ -17,19 +18,6 @@ fn options(kv_dtype: KvDtype) -> LoadOptions {
 
 fn loaded(name: &str, tiny: &TinyModel, options: LoadOptions) -> Loaded {
     load_tiny_as(&format!("kv-{name}-{}-{}", options.kv_dtype.as_str(), options.ranks), tiny, options)
-}
-
-fn asking(id: u128, tokens: &[TokenId]) -> Request {
-    let mut asked = Request { logprobs: Some(3), ignore_eos: true, ..request(id, tokens, 24) };
-    asked.sampling.temperature = 0.8;
-    asked.sampling.seed = id as u64;
-    asked
-}
-
-fn alone(model: &mut CpuModel, spec: &ModelSpec, request: &Request) -> Vec<SampledToken> {
-    let mut engine = model_engine(spec, ROOMY);
-    engine.admit(work(request)).expect("room");
-    Choices::of(drain(&mut engine, model)).sampled(request.id.0, 0).to_vec()
 }
 
 /// The same bits alone and among 15 others, in one chunk and in many, preempted or not, with drafts or without, on one thread

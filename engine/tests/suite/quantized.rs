@@ -10,14 +10,16 @@ use crate::common::{CONFIG, Choices, bits, dir, in_company, load_quantized, load
 use crate::references::check_as;
 use crate::tensor_parallel::{ROOMY, said};
 
-fn asking(id: u128, tokens: &[u32]) -> Request {
+/// A sampled request with log-probabilities.
+pub(crate) fn asking(id: u128, tokens: &[u32]) -> Request {
     let mut asked = Request { logprobs: Some(3), ignore_eos: true, ..request(id, tokens, 24) };
     asked.sampling.temperature = 0.8;
     asked.sampling.seed = id as u64;
     asked
 }
 
-fn alone(model: &mut CpuModel, spec: &ModelSpec, request: &Request) -> Vec<SampledToken> {
+/// What a request that has the engine to itself gets.
+pub(crate) fn alone(model: &mut CpuModel, spec: &ModelSpec, request: &Request) -> Vec<SampledToken> {
     let mut engine = model_engine(spec, ROOMY);
     engine.admit(work(request)).expect("room");
     Choices::of(drain(&mut engine, model)).sampled(request.id.0, 0).to_vec()
