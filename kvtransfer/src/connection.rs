@@ -13,7 +13,7 @@ use tokio::time::{Instant, timeout};
 
 use crate::TransferError;
 use crate::counters::LinkKind;
-use crate::extent::{self, Data};
+use crate::extent::{self, Data, Sent};
 use crate::frames::{Frames, ReadError};
 use crate::loan::Borrowed;
 use crate::outbox::{Outbox, PLACES, write_all};
@@ -177,13 +177,6 @@ pub(crate) struct Flight {
     end: u64,
 }
 
-/// An extent in a frame.
-pub(crate) struct Sent {
-    pub(crate) position: u32,
-    pub(crate) source: BlockId,
-    pub(crate) sum: u64,
-}
-
 impl Connection {
     /// Of so many connections.
     pub(crate) fn new(peer: &str, by: By, features: u16, lanes: usize) -> Connection {
@@ -281,18 +274,19 @@ impl Connection {
     }
 
     /// Sends one frame once there are a place and credit for it; of several transfers the one that is `due` first. Its source blocks
-    /// are read until the flight has `landed` or is dropped.
+    /// are read until the flight has `landed` or is dropped. What it has is added to `sent`.
     pub(crate) async fn send(
         &self,
         sending: &Sending,
         due: Instant,
         frame: Frame<'_>,
         flight: &mut Flight,
-    ) -> Result<Vec<Sent>, TransferError> {
+        sent: &mut Vec<Sent>,
+    ) -> Result<(), TransferError> {
         tokio::select! {
             biased;
             error = sending.failed() => Err(error),
-            sent = self.send_when_possible(sending, due, frame, flight) => sent,
+            pushed = self.send_when_possible(sending, due, frame, flight, sent) => pushed,
         }
     }
 
@@ -303,7 +297,8 @@ impl Connection {
         due: Instant,
         frame: Frame<'_>,
         flight: &mut Flight,
-    ) -> Result<Vec<Sent>, TransferError> {
+        sent: &mut Vec<Sent>,
+    ) -> Result<(), TransferError> {
         let layer_bytes = if self.by_reference() { 0 } else { frame.arena.layout().layer_bytes() };
         let bytes = frame.blocks.len() * (ENTRY_BYTES + layer_bytes);
         // The first that has a place; while none has, the one for which fewest wait.
@@ -313,9 +308,7 @@ impl Connection {
             return Err(self.lost("closed"));
         };
         let mut data = Data::default();
-        let header = frame.gather(&mut data, self.by_reference());
-        let sources = frame.blocks.iter().map(|(_, source)| *source);
-        let sent = data.sums().zip(sources).map(|((position, sum), source)| Sent { position, source, sum }).collect();
+        let header = frame.gather(&mut data, self.by_reference(), sent);
         let pushed = sending.writing(|| {
             credit.forget();
             lane.outbox.push(place, header, data)
@@ -323,7 +316,7 @@ impl Connection {
         let (loan, end) = pushed?;
         flight.borrowed.push(loan);
         flight.end = end;
-        Ok(sent)
+        Ok(())
     }
 
     /// Returns when the source blocks of a flight are not read any more: written, or by reference copied.
@@ -411,7 +404,7 @@ pub(crate) struct Frame<'a> {
 }
 
 impl Frame<'_> {
-    fn gather(&self, data: &mut Data, by_reference: bool) -> Header {
+    fn gather(&self, data: &mut Data, by_reference: bool, sent: &mut Vec<Sent>) -> Header {
         let Frame { arena, grant, digest, layer, blocks, .. } = *self;
         let contents = |position: usize, block: BlockId| {
             let compute = || extent::content(arena, block.index, layer);
@@ -422,9 +415,9 @@ impl Frame<'_> {
             Some(known) => {
                 let mut known = known.iter();
                 let next = |_, _| *known.next().expect("a checksum for each block");
-                data.enter(&from, BY_REFERENCE | ON_DEVICE, next)
+                data.enter(&from, BY_REFERENCE | ON_DEVICE, next, sent)
             }
-            None => data.enter(&from, if by_reference { BY_REFERENCE } else { 0 }, contents),
+            None => data.enter(&from, if by_reference { BY_REFERENCE } else { 0 }, contents, sent),
         }
     }
 }

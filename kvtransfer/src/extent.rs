@@ -6,10 +6,9 @@ use std::io::{self, IoSlice};
 use baton_core::arena::{Arriving, DeviceSource, Half};
 use baton_core::limits::HANDOFF_FRAME_BYTES_MAX;
 use baton_core::{Arena, BlockId, BlockLayout};
-use xxhash_rust::xxh3::xxh3_64;
 
 use crate::Grant;
-use crate::hash::Parts;
+use crate::hash::{self, Parts};
 use crate::wire::{BY_REFERENCE, ENTRY_BYTES, Entry, FRAME_BLOCKS_MAX, HEADER_BYTES, Header, Kind};
 
 /// Bytes a frame of several small extents aims at: enough to amortise a write, little enough to stay in L2.
@@ -17,12 +16,8 @@ const GROUP_BYTES: usize = 256 << 10;
 
 /// Checksum of an extent bound to its place: the same bytes for another grant, layer or position have another sum.
 pub(crate) fn bind(content: u64, grant: u128, layer: u32, position: u32) -> u64 {
-    let mut place = [0; 32];
-    place[0..8].copy_from_slice(&content.to_le_bytes());
-    place[8..24].copy_from_slice(&grant.to_le_bytes());
-    place[24..28].copy_from_slice(&layer.to_le_bytes());
-    place[28..32].copy_from_slice(&position.to_le_bytes());
-    xxh3_64(&place)
+    let place = u64::from(position) << 32 | u64::from(layer);
+    hash::of_words([content, grant as u64, (grant >> 64) as u64, place])
 }
 
 /// Extents of this size that go into one frame.
@@ -71,6 +66,13 @@ pub(crate) struct Layer<'a> {
     pub(crate) blocks: &'a [(usize, BlockId)],
 }
 
+/// An extent in a frame.
+pub(crate) struct Sent {
+    pub(crate) position: u32,
+    pub(crate) source: BlockId,
+    pub(crate) sum: u64,
+}
+
 impl Data {
     /// One layer of `blocks` (position in the grant, source block) of `arena`, and the header. The caller holds the
     /// blocks as filled until the frame is written, owned or dropped.
@@ -83,35 +85,40 @@ impl Data {
         blocks: &[(usize, BlockId)],
     ) -> Header {
         let contents = |_, block: BlockId| content(arena, block.index, layer);
-        self.enter(&Layer { arena, grant, digest, layer, blocks }, 0, contents)
+        self.enter(&Layer { arena, grant, digest, layer, blocks }, 0, contents, &mut Vec::new())
     }
 
     /// The same with `contents`: the unbound checksum of each (position, block), asked for in their order. With the flag
-    /// BY_REFERENCE the receiver fetches the extents out of the arena, with ON_DEVICE out of its memory there.
+    /// BY_REFERENCE the receiver fetches the extents out of the arena, with ON_DEVICE out of its memory there. What the frame
+    /// has is added to `sent`.
     pub(crate) fn enter(
         &mut self,
         from: &Layer<'_>,
         flags: u16,
         mut contents: impl FnMut(usize, BlockId) -> u64,
+        sent: &mut Vec<Sent>,
     ) -> Header {
         let Layer { arena, grant, digest, layer, blocks } = *from;
         let by_reference = flags & BY_REFERENCE != 0;
         (self.written, self.digest) = (0, 0);
         self.lent.clear();
         self.bytes.clear();
+        self.bytes.reserve(HEADER_BYTES + blocks.len() * ENTRY_BYTES);
         self.bytes.resize(HEADER_BYTES, 0);
         for (position, block) in blocks {
-            let sum = bind(contents(*position, *block), digest, layer as u32, *position as u32);
+            let at = *position as u32;
+            let sum = bind(contents(*position, *block), digest, layer as u32, at);
             let source = if by_reference { block.index } else { 0 };
-            let entry = Entry { position: *position as u32, block: grant.blocks[*position], source, sum };
+            let entry = Entry { position: at, block: grant.blocks[*position], source, sum };
             self.bytes.extend_from_slice(&entry.encode());
             self.digest = self.digest.wrapping_add(sum);
+            sent.push(Sent { position: at, source: *block, sum });
         }
         let mut header = Header::new(Kind::Data, grant.tag());
         let extents = if by_reference { 0 } else { blocks.len() * arena.layout().layer_bytes() };
         (header.layer, header.layers, header.blocks, header.flags) = (layer as u16, 1, blocks.len() as u32, flags);
         header.length = (self.bytes.len() - HEADER_BYTES + extents) as u32;
-        header.payload_sum = xxh3_64(&self.bytes[HEADER_BYTES..]);
+        header.payload_sum = hash::of_bytes(&self.bytes[HEADER_BYTES..]);
         if !by_reference {
             let (halved, bytes) = (is_halved(arena), run_bytes(arena.layout(), is_halved(arena)));
             for (_, source) in blocks {
@@ -119,12 +126,6 @@ impl Data {
             }
         }
         header
-    }
-
-    /// Positions in the grant with the extents' checksums.
-    pub(crate) fn sums(&self) -> impl Iterator<Item = (u32, u64)> {
-        let (entries, _) = self.bytes[HEADER_BYTES..].as_chunks::<ENTRY_BYTES>();
-        entries.iter().map(Entry::decode).map(|entry| (entry.position, entry.sum))
     }
 
     pub(crate) fn label(&mut self, header: &Header) {
@@ -270,7 +271,7 @@ impl Landing {
     }
 }
 
-/// Begins to copy one layer of blocks (source, target) out of a sender's device into ours. `source` says where they lie. The
+/// Begins to copy one layer of blocks out of a sender's device into ours, as entries name them. `source` says where they lie. The
 /// caller holds the targets as `Landing::copy` asks, and keeps them from being let go until what is returned has been waited for
 /// or dropped.
 pub(crate) fn take_off(
@@ -278,11 +279,14 @@ pub(crate) fn take_off(
     source: &Arena,
     arena: &Arena,
     layer: u32,
-    blocks: &[(u32, BlockId)],
+    entries: &[Entry],
 ) -> io::Result<Box<dyn Arriving>> {
     assert_eq!(source.layout(), arena.layout());
-    blocks.iter().for_each(|(_, block)| arena.left_on_device(*block));
-    let pairs: Vec<(u32, u32)> = blocks.iter().map(|(from, to)| (*from, to.index)).collect();
+    let leave = |entry: &Entry| {
+        arena.left_on_device(entry.block);
+        (entry.source, entry.block.index)
+    };
+    let pairs: Vec<(u32, u32)> = entries.iter().map(leave).collect();
     // SAFETY: the caller's. If the sender writes its blocks meanwhile, the checksums are not the announced ones.
     unsafe { device.fetch(&source.extents(layer as usize), &arena.extents(layer as usize), &pairs) }
 }

@@ -1,5 +1,6 @@
 //! The prefill side of one transfer.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,8 +11,8 @@ use baton_core::{Aborted, Arena, BlockId};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout, timeout_at};
 
-use crate::connection::{By, Connection, Flight, Frame, Sent};
-use crate::extent;
+use crate::connection::{By, Connection, Flight, Frame};
+use crate::extent::{self, Sent};
 use crate::link::{Link, LinkId, Peer};
 use crate::links::Source;
 use crate::receiver::Shared;
@@ -42,19 +43,13 @@ pub struct Outgoing {
     settled: usize,
     /// What is sent lies in the arena's memory on a device.
     on_device: bool,
-    /// By (layer, position); empty before the first `send`.
-    extents: Vec<Option<Extent>>,
+    /// What was sent and whence, should some be asked for again, in its order, and where each layer's piece of it ends.
+    extents: Vec<Sent>,
+    pieces: Vec<(usize, usize)>,
     /// Layers out of a device that leave with the next ones, and their bytes.
     gathered: Vec<Gathered>,
     gathered_bytes: usize,
     committed: bool,
-}
-
-/// What was sent, and whence.
-#[derive(Clone, Copy)]
-struct Extent {
-    source: BlockId,
-    sum: u64,
 }
 
 /// How frames get to the receiver.
@@ -120,7 +115,8 @@ impl Outgoing {
         };
         count.add(1);
         let deadline = Instant::now() + Duration::from_millis(grant.deadline_ms.min(REQUEST_DEADLINE_MS));
-        let (sent, settled, extents) = Default::default();
+        let (sent, settled, pieces) = Default::default();
+        let extents = Vec::with_capacity(grant.layout.layers as usize * grant.blocks.len());
         let (gathered, gathered_bytes, committed) = (Vec::new(), 0, false);
         Outgoing {
             source,
@@ -134,6 +130,7 @@ impl Outgoing {
             settled,
             on_device,
             extents,
+            pieces,
             gathered,
             gathered_bytes,
             committed,
@@ -180,8 +177,11 @@ impl Outgoing {
     /// If the layer or an index is not one of the grant's.
     pub async fn send(&mut self, layer: usize, blocks: &[(usize, BlockId)]) -> Result<(), TransferError> {
         assert!(layer < self.grant.layout.layers as usize, "layer {layer} of {}", self.grant.layout.layers);
-        let sent = self.transmit(layer, blocks, self.settled).await?;
-        self.enter(layer, &sent);
+        let mut extents = std::mem::take(&mut self.extents);
+        let transmitted = self.transmit(layer, blocks, self.settled, &mut extents).await;
+        self.extents = extents;
+        transmitted?;
+        self.enter(layer, blocks.len());
         Ok(())
     }
 
@@ -216,46 +216,39 @@ impl Outgoing {
     async fn flush(&mut self) -> Result<(), TransferError> {
         self.gathered_bytes = 0;
         let gathered = std::mem::take(&mut self.gathered);
-        if gathered.is_empty() {
-            return Ok(());
-        }
         let layers: Vec<(usize, usize)> = gathered.iter().map(|layer| (layer.layer, layer.blocks.len())).collect();
-        let sent = self.leave(gathered).await?;
-        let mut rest = &sent[..];
-        for (layer, extents) in layers {
-            let (of_layer, after) = rest.split_at(extents);
-            self.enter(layer, of_layer);
-            rest = after;
-        }
+        let mut extents = std::mem::take(&mut self.extents);
+        let left = self.leave(gathered, &mut extents).await;
+        self.extents = extents;
+        left?;
+        layers.into_iter().for_each(|(layer, extents)| self.enter(layer, extents));
         Ok(())
     }
 
-    /// Keeps in mind what was sent of a layer.
-    fn enter(&mut self, layer: usize, sent: &[Sent]) {
-        let blocks = self.grant.blocks.len();
-        if self.extents.is_empty() {
-            self.extents = vec![None; self.grant.layout.layers as usize * blocks];
-        }
-        for Sent { position, source, sum } in sent {
-            self.extents[layer * blocks + *position as usize] = Some(Extent { source: *source, sum: *sum });
-            self.sent.digest = self.sent.digest.wrapping_add(*sum);
-        }
+    /// Counts the next extents that were sent, at most so many, as those of a layer.
+    fn enter(&mut self, layer: usize, extents: usize) {
+        let from = self.pieces.last().map_or(0, |(_, end)| *end);
+        let sent = &self.extents[from..];
+        let sent = &sent[..extents.min(sent.len())];
+        self.sent.digest = sent.iter().fold(self.sent.digest, |digest, extent| digest.wrapping_add(extent.sum));
         self.sent.extents += sent.len() as u64;
         self.sent.bytes += (sent.len() * self.grant.layout.layer_bytes()) as u64;
+        self.pieces.push((layer, from + sent.len()));
     }
 
-    /// Returns once the receiver can do without the source blocks, or out of a device as soon as it knows of them.
+    /// Returns once the receiver can do without the source blocks, or out of a device as soon as it knows of them. What was sent is
+    /// added to `extents`.
     async fn transmit(
         &mut self,
         layer: usize,
         blocks: &[(usize, BlockId)],
         settled: usize,
-    ) -> Result<Vec<Sent>, TransferError> {
+        extents: &mut Vec<Sent>,
+    ) -> Result<(), TransferError> {
         if self.on_device {
             let gathered = self.gather(layer, blocks, settled)?;
-            return self.leave(vec![gathered]).await;
+            return self.leave(vec![gathered], extents).await;
         }
-        let mut sent = Vec::with_capacity(blocks.len());
         let mut flight = Flight::default();
         for blocks in blocks.chunks(extent::extents_per_frame(&self.grant.layout)) {
             let (arena, sums, on_device) = (&self.arena, &self.source.sums, None);
@@ -263,8 +256,8 @@ impl Outgoing {
                 Frame { arena, grant: &self.grant, digest: self.digest, layer, blocks, sums, settled, on_device };
             match &mut self.path {
                 Path::Connection(connection) => {
-                    let sending = connection.send(&self.sending, self.deadline, frame, &mut flight);
-                    sent.extend(timeout_at(self.deadline, sending).await.map_err(|_| TransferError::Deadline)??);
+                    let sending = connection.send(&self.sending, self.deadline, frame, &mut flight, extents);
+                    timeout_at(self.deadline, sending).await.map_err(|_| TransferError::Deadline)??;
                     if connection.by_reference() {
                         // The frame leaves at once, so that the receiver copies while the next one is hashed.
                         tokio::task::yield_now().await;
@@ -272,7 +265,7 @@ impl Outgoing {
                 }
                 Path::Local { receiver, link } => {
                     self.sending.writing(|| ())?;
-                    sent.extend(receiver.fetch(*link, &frame));
+                    extents.extend(receiver.fetch(*link, &frame));
                     tokio::task::yield_now().await;
                 }
             }
@@ -281,7 +274,7 @@ impl Outgoing {
             let landed = connection.landed(&self.sending, &flight);
             timeout_at(self.deadline, landed).await.map_err(|_| TransferError::Deadline)??;
         }
-        Ok(sent)
+        Ok(())
     }
 
     /// Has the device begin with those checksums of a layer's blocks that are not known.
@@ -303,8 +296,7 @@ impl Outgoing {
     }
 
     /// Sends frames of layers out of the device, each as soon as its checksums are there.
-    async fn leave(&mut self, mut layers: Vec<Gathered>) -> Result<Vec<Sent>, TransferError> {
-        let mut sent = Vec::with_capacity(layers.iter().map(|layer| layer.blocks.len()).sum());
+    async fn leave(&mut self, mut layers: Vec<Gathered>, extents: &mut Vec<Sent>) -> Result<(), TransferError> {
         let mut flight = Flight::default();
         let mut computed = await_all(layers.iter_mut().flat_map(Gathered::take_arriving).collect());
         for Gathered { layer, blocks, settled, known, arriving } in layers {
@@ -325,13 +317,13 @@ impl Outgoing {
                 let Path::Connection(connection) = &self.path else {
                     return Err(TransferError::Aborted(Aborted::Internal));
                 };
-                let sending = connection.send(&self.sending, self.deadline, frame, &mut flight);
-                sent.extend(timeout_at(self.deadline, sending).await.map_err(|_| TransferError::Deadline)??);
+                let sending = connection.send(&self.sending, self.deadline, frame, &mut flight, extents);
+                timeout_at(self.deadline, sending).await.map_err(|_| TransferError::Deadline)??;
                 // The frame leaves at once, so that the receiver copies while the next one is made.
                 tokio::task::yield_now().await;
             }
         }
-        Ok(sent)
+        Ok(())
     }
 
     /// Says that everything has been sent, and waits until the receiver has confirmed exactly that. The caller holds
@@ -361,20 +353,23 @@ impl Outgoing {
         self.source.counts.resent.add(asked.len() as u64);
         for of_layer in asked.chunk_by(|a, b| a.0 == b.0) {
             let layer = of_layer[0].0 as usize;
-            let known = |(_, position): &(u32, u32)| {
-                let position = *position as usize;
-                let inside = layer < self.grant.layout.layers as usize && position < self.grant.blocks.len();
-                let extent = self.extents.get(layer * self.grant.blocks.len() + position).filter(|_| inside);
-                extent.copied().flatten().map(|extent| (position, extent))
-            };
-            let Some(extents) = of_layer.iter().map(known).collect::<Option<Vec<_>>>() else {
+            let asked: BTreeSet<u32> = of_layer.iter().map(|(_, position)| *position).collect();
+            let starts = std::iter::once(0).chain(self.pieces.iter().map(|(_, end)| *end));
+            let pieces = self.pieces.iter().zip(starts).filter(|((of, _), _)| *of == layer);
+            let sent = pieces.flat_map(|((_, end), start)| &self.extents[start..*end]);
+            let sent: BTreeMap<u32, (BlockId, u64)> = sent
+                .filter(|extent| asked.contains(&extent.position))
+                .map(|extent| (extent.position, (extent.source, extent.sum)))
+                .collect();
+            if sent.len() < asked.len() {
                 return Err(TransferError::Aborted(Aborted::Internal)); // Asked for what was never sent.
-            };
-            let blocks: Vec<_> = extents.iter().map(|(position, extent)| (*position, extent.source)).collect();
+            }
+            let blocks: Vec<_> = sent.iter().map(|(position, (source, _))| (*position as usize, *source)).collect();
             // Whatever was known before: what lies there now.
-            let sent = self.transmit(layer, &blocks, 0).await?;
-            let changed = sent.iter().zip(&extents).find(|(sent, (_, extent))| sent.sum != extent.sum);
-            if let Some((&Sent { position, .. }, _)) = changed {
+            let mut again = Vec::with_capacity(blocks.len());
+            self.transmit(layer, &blocks, 0, &mut again).await?;
+            let is_another = |extent: &&Sent| sent.get(&extent.position).is_none_or(|(_, sum)| *sum != extent.sum);
+            if let Some(&Sent { position, .. }) = again.iter().find(is_another) {
                 return Err(TransferError::Corrupt { layer: layer as u32, position });
             }
         }

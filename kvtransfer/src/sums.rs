@@ -5,10 +5,13 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use baton_core::{BlockId, BlockLayout};
 
-/// By block of one arena; what it knows of a block ends with the block's generation.
+/// By layer and block of one arena; what it knows of a block ends with the block's generation.
 pub(crate) struct Sums {
     layers: usize,
-    blocks: Mutex<Vec<Known>>,
+    blocks: usize,
+    /// Of one layer after the other, for a transfer asks for many blocks of one layer at a time: whose checksum it is
+    /// (`owner`), and the checksum.
+    known: Mutex<Vec<(u64, u64)>>,
 }
 
 /// What an audit of a block has found.
@@ -23,33 +26,28 @@ pub enum Audited {
     Damaged,
 }
 
-#[derive(Clone, Default)]
-struct Known {
-    generation: u32,
-    /// By layer; empty before the first is known.
-    contents: Vec<Option<u64>>,
-}
-
 impl Sums {
     pub(crate) fn new(layout: &BlockLayout, blocks: usize) -> Sums {
-        Sums { layers: layout.layers as usize, blocks: Mutex::new(vec![Known::default(); blocks]) }
+        let layers = layout.layers as usize;
+        Sums { layers, blocks, known: Mutex::new(vec![(0, 0); layers * blocks]) }
     }
 
     /// The checksum of one layer of `block` before it is bound, computed once for each generation.
     pub(crate) fn of(&self, layer: usize, block: BlockId, compute: impl FnOnce() -> u64) -> u64 {
-        let known = find(&self.lock(), layer, block);
+        let known = self.find(&self.lock(), layer, block);
         if let Some(sum) = known {
             return sum;
         }
         let sum = compute();
-        keep(&mut self.lock(), self.layers, layer, block, sum);
+        self.keep(layer, block, sum);
         sum
     }
 
     /// What is known of each of some blocks, (position, block), of which those before the position `settled` do not change.
     pub(crate) fn known_of(&self, layer: usize, blocks: &[(usize, BlockId)], settled: usize) -> Vec<Option<u64>> {
         let all = self.lock();
-        let known = |(position, block): &(usize, BlockId)| find(&all, layer, *block).filter(|_| *position < settled);
+        let known =
+            |(position, block): &(usize, BlockId)| self.find(&all, layer, *block).filter(|_| *position < settled);
         blocks.iter().map(known).collect()
     }
 
@@ -69,7 +67,7 @@ impl Sums {
         for ((position, block), known) in blocks.iter().zip(known) {
             let sum = known.or_else(|| computed.next().copied())?;
             if let Some(all) = all.as_mut().filter(|_| known.is_none() && *position < settled) {
-                keep(all, self.layers, layer, *block, sum);
+                self.enter(all, layer, *block, sum);
             }
             sums.push(sum);
         }
@@ -78,13 +76,14 @@ impl Sums {
 
     /// Keeps the checksum of one layer of a block that has just been written.
     pub(crate) fn keep(&self, layer: usize, block: BlockId, sum: u64) {
-        keep(&mut self.lock(), self.layers, layer, block, sum);
+        self.enter(&mut self.lock(), layer, block, sum);
     }
 
     /// Knows nothing of a block any more: it is not full, and somebody goes on writing it.
     pub(crate) fn forget(&self, block: BlockId) {
-        if let Some(known) = self.lock().get_mut(block.index as usize) {
-            *known = Known::default();
+        let mut all = self.lock();
+        for at in (0..self.layers).filter_map(|layer| self.at(layer, block)) {
+            all[at] = (0, 0);
         }
     }
 
@@ -93,7 +92,7 @@ impl Sums {
     pub(crate) fn audit(&self, block: BlockId, compute: impl Fn(usize) -> u64) -> Audited {
         let mut audited = Audited::Right;
         for layer in 0..self.layers {
-            let (now, known) = (compute(layer), find(&self.lock(), layer, block));
+            let (now, known) = (compute(layer), self.find(&self.lock(), layer, block));
             match known {
                 Some(known) if known != now => return Audited::Damaged,
                 Some(_) => {}
@@ -106,23 +105,32 @@ impl Sums {
         audited
     }
 
-    fn lock(&self) -> MutexGuard<'_, Vec<Known>> {
-        self.blocks.lock().unwrap_or_else(PoisonError::into_inner)
+    #[inline]
+    fn find(&self, all: &[(u64, u64)], layer: usize, block: BlockId) -> Option<u64> {
+        let (of, sum) = all[self.at(layer, block)?];
+        (of == owner(block)).then_some(sum)
     }
-}
 
-fn find(all: &[Known], layer: usize, block: BlockId) -> Option<u64> {
-    let known = all.get(block.index as usize).filter(|known| known.generation == block.generation)?;
-    known.contents.get(layer).copied().flatten()
-}
-
-fn keep(all: &mut [Known], layers: usize, layer: usize, block: BlockId, sum: u64) {
-    if let Some(known) = all.get_mut(block.index as usize) {
-        if known.generation != block.generation || known.contents.is_empty() {
-            *known = Known { generation: block.generation, contents: vec![None; layers] };
+    fn enter(&self, all: &mut [(u64, u64)], layer: usize, block: BlockId, sum: u64) {
+        if let Some(at) = self.at(layer, block) {
+            all[at] = (owner(block), sum);
         }
-        known.contents[layer] = Some(sum);
     }
+
+    /// Where one layer of a block stands; None: the arena has no such.
+    fn at(&self, layer: usize, block: BlockId) -> Option<usize> {
+        let index = block.index as usize;
+        (layer < self.layers && index < self.blocks).then_some(layer * self.blocks + index)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<(u64, u64)>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A block's generation as that of a checksum; 0 is nobody's.
+fn owner(block: BlockId) -> u64 {
+    1 << 32 | u64::from(block.generation)
 }
 
 #[cfg(test)]

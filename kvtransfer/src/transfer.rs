@@ -300,6 +300,7 @@ impl Transfer {
     }
 
     /// Whether an extent may be written where its entry says.
+    #[inline]
     pub(crate) fn expects(&self, layer: u32, entry: &Entry) -> Result<(), Dropped> {
         let Some(granted) = self.grant.blocks.get(entry.position as usize) else {
             return Err(Dropped::OutOfRange);
@@ -322,6 +323,7 @@ impl Transfer {
     }
 
     /// Counts an extent that `expects` allowed and that has been written and found to be the announced one.
+    #[inline]
     pub(crate) fn arrived(&mut self, layer: u32, entry: &Entry, bytes: usize) {
         let bit = self.bit(layer, entry);
         self.arrived[bit / 64] |= 1 << (bit % 64);

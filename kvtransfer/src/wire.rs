@@ -22,6 +22,8 @@ use baton_core::planted::{self, Bug};
 use baton_core::{Aborted, BlockId, BlockLayout, Epoch, Refused, RequestId, TransferId};
 use xxhash_rust::xxh3::xxh3_64;
 
+use crate::hash;
+
 pub const HEADER_BYTES: usize = 64;
 pub const ENTRY_BYTES: usize = 24;
 /// Version of this format; the first thing two ends compare.
@@ -402,6 +404,7 @@ pub struct Entry {
 }
 
 impl Entry {
+    #[inline]
     pub fn encode(&self) -> [u8; ENTRY_BYTES] {
         let mut out = [0; ENTRY_BYTES];
         out[0..4].copy_from_slice(&self.position.to_le_bytes());
@@ -412,6 +415,7 @@ impl Entry {
         out
     }
 
+    #[inline]
     pub(crate) fn decode(bytes: &[u8; ENTRY_BYTES]) -> Entry {
         let mut fields = Fields(bytes);
         let position = fields.u32();
@@ -433,7 +437,7 @@ pub fn entries_bytes(header: &Header, layer_bytes: usize) -> Result<usize, BadFr
 
 /// The entries of a DATA frame out of the `entries_bytes` that follow its header, once their checksum is verified.
 pub fn entries<'a>(header: &Header, bytes: &'a [u8]) -> Result<impl Iterator<Item = Entry> + use<'a>, BadFrame> {
-    if xxh3_64(bytes) != header.payload_sum {
+    if hash::of_bytes(bytes) != header.payload_sum {
         return Err(BadFrame::PayloadChecksum);
     }
     let (entries, _) = bytes.as_chunks::<ENTRY_BYTES>();

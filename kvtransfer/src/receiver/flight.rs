@@ -39,7 +39,7 @@ impl Shared {
         self: &Arc<Self>,
         link: &Link,
         header: &Header,
-        entries: &[Entry],
+        mut entries: Vec<Entry>,
         source: &Arena,
     ) -> Result<Option<Flight>, ReadError> {
         let Some(device) = &link.device else { return Err(BadFrame::Shape(Kind::Data).into()) };
@@ -48,23 +48,26 @@ impl Shared {
             return Ok(None);
         };
         let layer = u32::from(header.layer);
-        let (mut taken, mut outside) = (Vec::with_capacity(entries.len()), None);
+        let mut outside = None;
         let digest;
         let arriving = {
             let mut pending = lock(&pending);
             let transfer = &pending.transfer;
             digest = transfer.digest();
             let admitted = transfer.admit(link.id, header);
-            for entry in entries {
-                match admitted.and_then(|()| transfer.expects(layer, entry)) {
-                    Ok(()) if (entry.source as usize) < source.blocks() => taken.push(*entry),
-                    Ok(()) => outside = Some(entry.position),
-                    Err(reason) => self.counts.drop(reason),
+            entries.retain(|entry| match admitted.and_then(|()| transfer.expects(layer, entry)) {
+                Ok(()) if (entry.source as usize) < source.blocks() => true,
+                Ok(()) => {
+                    outside = Some(entry.position);
+                    false
                 }
-            }
-            let blocks: Vec<_> = taken.iter().map(|entry| (entry.source, entry.block)).collect();
-            let begin = || extent::take_off(&**device, source, &pending.arena, layer, &blocks);
-            let arriving = (!blocks.is_empty()).then(begin).transpose();
+                Err(reason) => {
+                    self.counts.drop(reason);
+                    false
+                }
+            });
+            let begin = || extent::take_off(&**device, source, &pending.arena, layer, &entries);
+            let arriving = (!entries.is_empty()).then(begin).transpose();
             if let Ok(Some(_)) = &arriving {
                 pending.flying += 1;
             }
@@ -75,7 +78,7 @@ impl Shared {
         }
         let Some(arriving) = arriving? else { return Ok(None) };
         let (shared, arriving) = (self.clone(), Some(arriving));
-        Ok(Some(Flight { shared, link: link.id, header: header.clone(), pending, entries: taken, digest, arriving }))
+        Ok(Some(Flight { shared, link: link.id, header: header.clone(), pending, entries, digest, arriving }))
     }
 }
 

@@ -10,9 +10,9 @@ use tokio::io::AsyncRead;
 use super::flight::Flight;
 use super::{Pending, Shared, lock};
 use crate::HeadSlice;
-use crate::connection::{Frame, Sent};
+use crate::connection::Frame;
 use crate::counters::Dropped;
-use crate::extent::Landing;
+use crate::extent::{Landing, Sent};
 use crate::frames::{Frames, ReadError};
 use crate::link::{Link, LinkId};
 use crate::wire::{self, BY_REFERENCE, BadFrame, Entry, Header, Kind, ON_DEVICE};
@@ -60,7 +60,7 @@ impl Shared {
             }
         };
         if header.flags & ON_DEVICE != 0 {
-            return self.take_off(link, header, &entries, source);
+            return self.take_off(link, header, entries, source);
         }
         for entries in entries.chunks((LOCKED_BYTES / layout.layer_bytes()).max(1)) {
             for position in self.fetch_mapped(link, header, entries, source) {
