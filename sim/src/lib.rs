@@ -10,6 +10,7 @@ pub mod invariant;
 mod members;
 pub mod memory;
 pub mod model;
+mod moment;
 pub mod net;
 mod network;
 pub mod oracle;

@@ -5,13 +5,14 @@ use std::collections::BTreeMap;
 use std::io;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll, Waker, ready};
+use std::task::{Context, Poll, ready};
 
 use baton_core::Rng;
 use baton_core::net::{BoxFuture, Listener, Net, Stream};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use turmoil::net::{TcpListener, TcpStream};
 
+use crate::moment::Moment;
 use crate::record::Record;
 use crate::skew;
 use crate::stalls::{Lane, Stalls};
@@ -50,14 +51,25 @@ impl Listener for SimListener {
     }
 }
 
-/// The network of one host.
+/// The network of one process.
 pub struct HostNet {
-    pub host: String,
-    pub record: Record,
-    pub flips: Flips,
-    pub stalls: Stalls,
-    /// Whether its process is one of the release before.
-    pub earlier: bool,
+    host: String,
+    record: Record,
+    flips: Flips,
+    stalls: Stalls,
+    moment: Moment,
+    /// Whether the process is one of the release before.
+    earlier: bool,
+}
+
+impl HostNet {
+    /// Of a process that starts now, in its host.
+    pub fn new(host: &str, record: &Record, flips: &Flips, stalls: &Stalls, earlier: bool) -> HostNet {
+        let moment = Moment::default();
+        tokio::spawn(moment.clone().end_each());
+        let (host, record, flips, stalls) = (host.to_string(), record.clone(), flips.clone(), stalls.clone());
+        HostNet { host, record, flips, stalls, moment, earlier }
+    }
 }
 
 impl Net for HostNet {
@@ -66,22 +78,24 @@ impl Net for HostNet {
             let connected = TurmoilNet.connect(address).await;
             self.record.network(&self.host, if connected.is_ok() { b'c' } else { b'x' }, address.len());
             let stream = Box::new(Lane::new(connected?, self.stalls.connected(address)));
-            let flips = carries_kv(address).then(|| self.flips.clone());
-            let mut watched = Watched::new(stream, &self.host, &self.record, !carries_kv(address));
-            watched.flips = flips;
-            Ok(match self.earlier && !carries_kv(address) {
-                true => skew::connected(Box::new(watched)),
-                false => Box::new(watched),
-            })
+            let kv = carries_kv(address);
+            let (host, record, flips) = (self.host.clone(), self.record.clone(), kv.then(|| self.flips.clone()));
+            let watched = Box::new(Watched { stream, host, record, flips });
+            if kv {
+                return Ok(watched as Stream);
+            }
+            let gathering = self.moment.connection(watched);
+            Ok(if self.earlier { skew::connected(gathering) } else { gathering })
         })
     }
 
     fn listen<'a>(&'a self, address: &'a str) -> BoxFuture<'a, io::Result<Box<dyn Listener>>> {
         Box::pin(async move {
             let inner = TurmoilNet.listen(address).await?;
-            let (host, record, gathers) = (self.host.clone(), self.record.clone(), !carries_kv(address));
-            let earlier = self.earlier && gathers && kind(&self.host) != "gateway";
-            Ok(Box::new(WatchedListener { inner, host, record, gathers, earlier }) as Box<dyn Listener>)
+            let moment = (!carries_kv(address)).then(|| self.moment.clone());
+            let earlier = self.earlier && moment.is_some() && kind(&self.host) != "gateway";
+            let (host, record) = (self.host.clone(), self.record.clone());
+            Ok(Box::new(WatchedListener { inner, host, record, moment, earlier }) as Box<dyn Listener>)
         })
     }
 }
@@ -94,7 +108,8 @@ struct WatchedListener {
     inner: Box<dyn Listener>,
     host: String,
     record: Record,
-    gathers: bool,
+    /// None where nobody flushes.
+    moment: Option<Moment>,
     earlier: bool,
 }
 
@@ -103,8 +118,11 @@ impl Listener for WatchedListener {
         Box::pin(async move {
             let stream = self.inner.accept().await?;
             self.record.network(&self.host, b'a', 0);
-            let watched = Box::new(Watched::new(stream, &self.host, &self.record, self.gathers));
-            Ok(if self.earlier { skew::accepted(watched) } else { watched })
+            let (host, record) = (self.host.clone(), self.record.clone());
+            let watched = Box::new(Watched { stream, host, record, flips: None });
+            let Some(moment) = &self.moment else { return Ok(watched as Stream) };
+            let gathering = moment.connection(watched);
+            Ok(if self.earlier { skew::accepted(gathering) } else { gathering })
         })
     }
 
@@ -171,41 +189,12 @@ impl Flips {
     }
 }
 
-/// What is gathered at most before it is sent.
-const GATHERED_MAX: usize = 1 << 16;
-
-/// A stream that tells the record what passes. What is written to it in one moment leaves as one segment, as it does from a
-/// kernel that has not sent the last one yet: HTTP/2 writes a request's head and body one after the other, and a run costs as
-/// much as there are segments.
+/// A stream that tells the record what passes.
 struct Watched {
     stream: Stream,
     host: String,
     record: Record,
     flips: Option<Flips>,
-    /// False where nobody flushes.
-    gathers: bool,
-    /// Written, and not sent yet.
-    gathered: Vec<u8>,
-    /// Whether the writer has been let wait for what else there is in this moment.
-    waited: bool,
-}
-
-impl Watched {
-    fn new(stream: Stream, host: &str, record: &Record, gathers: bool) -> Watched {
-        let (host, record, gathered) = (host.to_string(), record.clone(), Vec::new());
-        Watched { stream, host, record, flips: None, gathers, gathered, waited: false }
-    }
-
-    /// Sends what is gathered.
-    fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        while !self.gathered.is_empty() {
-            let count = ready!(Pin::new(&mut self.stream).poll_write(cx, &self.gathered))?;
-            self.record.network(&self.host, b'w', count);
-            self.gathered.drain(..count);
-        }
-        self.waited = false;
-        Poll::Ready(Ok(()))
-    }
 }
 
 impl AsyncRead for Watched {
@@ -221,13 +210,6 @@ impl AsyncRead for Watched {
 
 impl AsyncWrite for Watched {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        if self.gathers {
-            if self.gathered.len() + bytes.len() > GATHERED_MAX {
-                ready!(self.poll_send(cx))?;
-            }
-            self.gathered.extend_from_slice(bytes);
-            return Poll::Ready(Ok(bytes.len()));
-        }
         let damaged = self.flips.as_ref().and_then(|flips| flips.damage(bytes));
         let Some((damage, damaged)) = damaged else {
             let written = Pin::new(&mut self.stream).poll_write(cx, bytes);
@@ -248,27 +230,10 @@ impl AsyncWrite for Watched {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if !self.gathered.is_empty() && !self.waited {
-            self.waited = true;
-            cx.waker().wake_by_ref();
-            return Poll::Pending;
-        }
-        ready!(self.poll_send(cx))?;
         Pin::new(&mut self.stream).poll_flush(cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        ready!(self.poll_send(cx))?;
         Pin::new(&mut self.stream).poll_shutdown(cx)
-    }
-}
-
-impl Drop for Watched {
-    /// A kernel sends what was written before the connection was given up; what a process that dies has not handed over is
-    /// lost with it.
-    fn drop(&mut self) {
-        if turmoil::sim_elapsed().is_some() && !std::thread::panicking() {
-            let _ = self.poll_send(&mut Context::from_waker(Waker::noop()));
-        }
     }
 }

@@ -16,7 +16,7 @@ use super::assign::Placed;
 use super::{Refusal, Shared, stopped, unavailable};
 use crate::state::Ledger;
 
-/// How often those that wait are looked at when nothing else has made room.
+/// How often those that wait are looked at, while there are any, when nothing else has made room.
 const ROUND: Duration = Duration::from_millis(10);
 /// Turns given in one look, under one lock.
 const TURNS_MAX: usize = 256;
@@ -114,6 +114,10 @@ impl Admission {
             Ok(ticket) => {
                 line.parked.insert(ticket, Desk { ask, entered: Instant::now(), tell });
                 self.count.store(line.parked.len(), Ordering::Relaxed);
+                if line.parked.len() == 1 {
+                    // Nobody looks at an empty queue.
+                    self.room.notify_one();
+                }
                 Ok(Parked { ticket, admission: self.clone(), told })
             }
             Err(long) => {
@@ -156,6 +160,13 @@ impl Admission {
         self.line().queue.ended(self.now_ms(), model, count);
     }
 
+    fn record_length(&self) {
+        let line = self.line();
+        for (lane, word) in [(Lane::Interactive, "interactive"), (Lane::Batch, "batch")] {
+            metrics::gauge!("baton_coordinator_queued", "lane" => word).set(line.queue.len(lane) as f64);
+        }
+    }
+
     /// Answers all that wait.
     fn send_away(&self, refused: &Refusal) {
         let mut line = self.line();
@@ -182,19 +193,15 @@ impl Desk {
 pub(super) async fn attend(shared: Arc<Shared>) {
     let mut stopping = shared.stopping.subscribe();
     loop {
+        shared.admission.record_length();
         tokio::select! {
             biased;
             () = stopped(&mut stopping) => break,
             () = shared.admission.room.notified() => {}
-            () = tokio::time::sleep(ROUND) => {}
+            () = tokio::time::sleep(ROUND), if shared.admission.waiting() > 0 => {}
         }
         if shared.admission.waiting() > 0 {
             shared.give_turns();
-        }
-        let line = shared.admission.line();
-        for lane in [Lane::Interactive, Lane::Batch] {
-            let word = if lane == Lane::Interactive { "interactive" } else { "batch" };
-            metrics::gauge!("baton_coordinator_queued", "lane" => word).set(line.queue.len(lane) as f64);
         }
     }
     shared.admission.send_away(&unavailable("the coordinator is stopping"));

@@ -152,9 +152,8 @@ impl World {
     pub fn env(&self, host: &str) -> Env {
         tokio::spawn(drift(self.drifts[host].subscribe()));
         let life = self.lives.fetch_add(1, Ordering::Relaxed);
-        let (record, flips, stalls) = (self.record.clone(), self.flips[host].clone(), self.stalls[host].clone());
         let earlier = self.seen().earlier.contains(host);
-        let net = HostNet { host: host.to_string(), record, flips, stalls, earlier };
+        let net = HostNet::new(host, &self.record, &self.flips[host], &self.stalls[host], earlier);
         Env {
             net: Arc::new(net),
             clock: Arc::new(VirtualClock {

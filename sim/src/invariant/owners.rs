@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use baton_coordinator::state::Ledger;
-use baton_core::{Epoch, Incarnation, RequestId};
+use baton_core::{Epoch, Incarnation, Place, RequestId};
 
 use super::{Invariant, Look};
 
@@ -18,7 +18,7 @@ pub(super) struct Owners {
     /// Who serves a request under an epoch: the decode worker, and the prefill worker where there is one.
     assigned: BTreeMap<(RequestId, Epoch), (Life, Option<Life>)>,
     attempts: BTreeMap<(RequestId, u32), Epoch>,
-    let_in: BTreeMap<(Life, RequestId), Epoch>,
+    let_in: BTreeMap<Life, BTreeMap<RequestId, Epoch>>,
 }
 
 impl Owners {
@@ -29,31 +29,48 @@ impl Owners {
                 let attempt = open.attempt;
                 return Err(format!("attempt {attempt} of {request} has the epochs {epoch} and {}", open.epoch));
             }
-            let life = |place: &baton_core::Place| (place.worker.to_string(), place.incarnation);
-            let lives = (life(&open.decode), open.prefill.as_ref().map(life));
-            let first = self.assigned.entry((*request, epoch)).or_insert_with(|| lives.clone());
-            if *first != lives {
-                return Err(format!("{request} is assigned to {first:?} and to {lives:?} under epoch {epoch}"));
+            let life = |place: &Place| (place.worker.to_string(), place.incarnation);
+            let lives = || (life(&open.decode), open.prefill.as_ref().map(life));
+            let (decode, prefill) = self.assigned.entry((*request, epoch)).or_insert_with(lives);
+            let prefills = prefill.as_ref().zip(open.prefill.as_ref());
+            let same =
+                prefill.is_some() == open.prefill.is_some() && prefills.is_none_or(|(life, place)| is(life, place));
+            if !same || !is(decode, &open.decode) {
+                let (first, now) = ((decode, prefill), lives());
+                return Err(format!("{request} is assigned to {first:?} and to {now:?} under epoch {epoch}"));
             }
         }
         Ok(())
     }
 
-    fn check(&mut self, life: &Life, request: RequestId, epoch: Epoch) -> Result<(), String> {
-        let before = self.let_in.insert((life.clone(), request), epoch);
-        if before.is_some_and(|before| before > epoch) {
-            return Err(format!("{life:?} has let {request} in under epoch {epoch} after a newer one"));
+    fn check(&mut self, life: &Life, let_in: &[(RequestId, Epoch)]) -> Result<(), String> {
+        if !self.let_in.contains_key(life) {
+            self.let_in.insert(life.clone(), BTreeMap::new());
         }
-        if before == Some(epoch) {
-            return Ok(());
+        let known = self.let_in.get_mut(life).expect("was inserted");
+        for (request, epoch) in let_in {
+            let before = known.insert(*request, *epoch);
+            if before.is_some_and(|before| before > *epoch) {
+                return Err(format!("{life:?} has let {request} in under epoch {epoch} after a newer one"));
+            }
+            if before == Some(*epoch) {
+                continue;
+            }
+            match self.assigned.get(&(*request, *epoch)) {
+                Some((decode, prefill)) if decode != life && prefill.as_ref() != Some(life) => {
+                    return Err(format!(
+                        "{life:?} has let {request} in under epoch {epoch}, which is {decode:?}'s and {prefill:?}'s"
+                    ));
+                }
+                _ => {}
+            }
         }
-        match self.assigned.get(&(request, epoch)) {
-            Some((decode, prefill)) if decode != life && prefill.as_ref() != Some(life) => Err(format!(
-                "{life:?} has let {request} in under epoch {epoch}, which is {decode:?}'s and {prefill:?}'s"
-            )),
-            _ => Ok(()),
-        }
+        Ok(())
     }
+}
+
+fn is(life: &Life, place: &Place) -> bool {
+    life.1 == place.incarnation && *life.0 == *place.worker.0
 }
 
 impl Invariant for Owners {
@@ -74,10 +91,7 @@ impl Invariant for Owners {
             return Ok(());
         }
         for (host, shell) in &seen.workers {
-            let life = (host.clone(), shell.incarnation);
-            for (request, epoch) in shell.let_in() {
-                self.check(&life, request, epoch)?;
-            }
+            self.check(&(host.clone(), shell.incarnation), &shell.let_in())?;
         }
         Ok(())
     }
