@@ -406,8 +406,10 @@ pub(crate) struct Frame<'a> {
 impl Frame<'_> {
     fn gather(&self, data: &mut Data, by_reference: bool, sent: &mut Vec<Sent>) -> Header {
         let Frame { arena, grant, digest, layer, blocks, .. } = *self;
+        let mut after = blocks.iter().skip(1).map(|(_, block)| block.index);
         let contents = |position: usize, block: BlockId| {
-            let compute = || extent::content(arena, block.index, layer);
+            let next = after.next();
+            let compute = || extent::content(arena, block.index, layer, next);
             if position < self.settled { self.sums.of(layer, block, compute) } else { compute() }
         };
         let from = extent::Layer { arena, grant, digest, layer, blocks };

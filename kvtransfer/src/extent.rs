@@ -84,7 +84,7 @@ impl Data {
         layer: usize,
         blocks: &[(usize, BlockId)],
     ) -> Header {
-        let contents = |_, block: BlockId| content(arena, block.index, layer);
+        let contents = |_, block: BlockId| content(arena, block.index, layer, None);
         self.enter(&Layer { arena, grant, digest, layer, blocks }, 0, contents, &mut Vec::new())
     }
 
@@ -190,6 +190,19 @@ fn runs(arena: &Arena, block: u32, layer: usize, halved: bool) -> impl Iterator<
     heads.flat_map(move |head| halves.iter().map(move |half| block.wrapping_add(arena.offset(head, layer, *half))))
 }
 
+/// Runs of a block, each with the one that is read after it, in the end that of the `next` block.
+fn with_next(
+    arena: &Arena,
+    block: u32,
+    layer: usize,
+    halved: bool,
+    next: Option<u32>,
+) -> impl Iterator<Item = (*const u8, Option<*const u8>)> {
+    let of_next = next.and_then(|next| runs(arena, next, layer, halved).next());
+    let after = runs(arena, block, layer, halved).skip(1).map(Some).chain([of_next]);
+    runs(arena, block, layer, halved).zip(after)
+}
+
 fn run_bytes(layout: &BlockLayout, halved: bool) -> usize {
     if halved { layout.half_bytes() } else { layout.slice_bytes() }
 }
@@ -199,13 +212,13 @@ fn parts(layout: &BlockLayout, halved: bool) -> Parts {
     Parts::new(layout.layer_bytes() / bytes, bytes)
 }
 
-/// Checksum of an extent before it is bound. The caller holds the block as filled.
-pub(crate) fn content(arena: &Arena, block: u32, layer: usize) -> u64 {
+/// Checksum of an extent before it is bound. The caller holds the block as filled. `next` is the block that is read after it.
+pub(crate) fn content(arena: &Arena, block: u32, layer: usize, next: Option<u32>) -> u64 {
     let halved = is_halved(arena);
     let (mut parts, bytes) = (parts(arena.layout(), halved), run_bytes(arena.layout(), halved));
-    for from in runs(arena, block, layer, halved) {
+    for (from, next) in with_next(arena, block, layer, halved, next) {
         // SAFETY: inside the block; `Outgoing::send` asks its caller to hold it as filled.
-        unsafe { parts.add(from, bytes) };
+        unsafe { parts.add(from, bytes, next) };
     }
     parts.finish()
 }
@@ -244,22 +257,29 @@ impl Landing {
         let targets = runs(arena, block.index, layer as usize, self.halved).skip(self.runs);
         for (from, to) in bytes.chunks_exact(run).zip(targets) {
             // SAFETY: `to` is inside the block, which the caller holds; `from` is a whole run of the frame.
-            unsafe { self.parts.copy(from.as_ptr(), to.cast_mut(), run) };
+            unsafe { self.parts.copy(from.as_ptr(), to.cast_mut(), run, None) };
             self.runs += 1;
         }
     }
 
-    /// Copies all slices out of block `index` of an arena with the same layout, of this process or mapped. `block` is
-    /// held as for `copy`. It was made by `between`.
-    pub(crate) fn fetch(&mut self, arena: &Arena, block: BlockId, layer: u32, source: &Arena, index: u32) {
+    /// Copies all slices out of the first of `sources`, blocks of an arena with the same layout, of this process or mapped; the
+    /// second is the one that comes after it. `block` is held as for `copy`. It was made by `between`.
+    pub(crate) fn fetch(
+        &mut self,
+        arena: &Arena,
+        block: BlockId,
+        layer: u32,
+        source: &Arena,
+        (index, next): (u32, Option<u32>),
+    ) {
         assert_eq!(source.layout(), arena.layout());
         arena.brought_here(block);
         let (run, halved) = (run_bytes(arena.layout(), self.halved), self.halved);
         let targets = runs(arena, block.index, layer as usize, halved);
-        for (from, to) in runs(source, index, layer as usize, halved).zip(targets) {
+        for ((from, next), to) in with_next(source, index, layer as usize, halved, next).zip(targets) {
             // SAFETY: both are inside their blocks, and the caller holds `to`'s. If the sender does not hold `from`'s as
             // filled, its bytes may change while they are read, and the checksum is then not the announced one.
-            unsafe { self.parts.copy(from, to.cast_mut(), run) };
+            unsafe { self.parts.copy(from, to.cast_mut(), run, next) };
             self.runs += 1;
         }
     }

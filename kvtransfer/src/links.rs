@@ -120,7 +120,7 @@ impl Links {
     pub fn audit(&self, block: BlockId) -> Option<Audited> {
         let arena = &self.source.arena;
         let here = !arena.is_on_device(block);
-        here.then(|| self.source.sums.audit(block, |layer| extent::content(arena, block.index, layer)))
+        here.then(|| self.source.sums.audit(block, |layer| extent::content(arena, block.index, layer, None)))
     }
 
     /// These blocks are not full: somebody goes on writing them, and what was known of them when they came in does not hold.

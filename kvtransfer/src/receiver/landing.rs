@@ -80,7 +80,8 @@ impl Shared {
         let mut pending = lock(&pending);
         let (digest, layer) = (pending.transfer.digest(), header.layer as u32);
         let mut spoiled = Vec::new();
-        for entry in entries {
+        let known = |entry: &Entry| Some(entry.source).filter(|index| (*index as usize) < source.blocks());
+        for (entry, next) in entries.iter().zip(entries.iter().skip(1).map(known).chain([None])) {
             let transfer = &pending.transfer;
             if let Err(reason) = transfer.admit(link.id, header).and_then(|()| transfer.expects(layer, entry)) {
                 self.counts.drop(reason);
@@ -91,7 +92,7 @@ impl Shared {
                 continue;
             }
             let mut landing = Landing::between(source, &pending.arena);
-            landing.fetch(&pending.arena, entry.block, layer, source, entry.source);
+            landing.fetch(&pending.arena, entry.block, layer, source, (entry.source, next));
             let (content, sum) = landing.finish(digest, layer, entry.position);
             match sum == entry.sum || planted::is(Bug::SkipChecksum) {
                 true => self.arrived(&mut pending, layer, entry, content),
@@ -206,7 +207,8 @@ impl Shared {
         }
         let layer = frame.layer as u32;
         let mut sent = Vec::with_capacity(frame.blocks.len());
-        for (position, source) in frame.blocks {
+        let after = frame.blocks.iter().skip(1).map(|(_, source)| Some(source.index)).chain([None]);
+        for ((position, source), next) in frame.blocks.iter().zip(after) {
             let (block, at) = (frame.grant.blocks[*position], *position as u32);
             let mut entry = Entry { position: at, block, source: source.index, sum: 0 };
             if let Err(reason) = pending.transfer.expects(layer, &entry) {
@@ -214,7 +216,7 @@ impl Shared {
                 continue;
             }
             let mut landing = Landing::between(frame.arena, &pending.arena);
-            landing.fetch(&pending.arena, block, layer, frame.arena, source.index);
+            landing.fetch(&pending.arena, block, layer, frame.arena, (source.index, next));
             let (content, sum) = landing.finish(frame.digest, layer, at);
             entry.sum = sum;
             self.arrived(&mut pending, layer, &entry, content);
