@@ -177,8 +177,8 @@ impl Long {
             // SAFETY: the last stripe of `bytes`.
             unsafe {
                 let to = to.map(|to| to.wrapping_add(at));
-                let last = from.wrapping_add(at);
-                self.accumulate(last, to, 1, SECRET.len() - STRIPE - 7, last);
+                let from = from.wrapping_add(at);
+                self.accumulate(from, to, 1, SECRET.len() - STRIPE - 7, from);
             }
         }
     }
