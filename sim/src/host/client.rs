@@ -265,6 +265,8 @@ impl Client {
     async fn send(&mut self, host: &str, request: Request<Full<Bytes>>) -> Tried {
         let address = format!("{host}:{GATEWAY_PORT}");
         let unreached = || Tried::Again(Duration::from_millis(200), End::Unreached);
+        // Whose answer it is: by the time that it is here, another life may have begun.
+        let life = self.world.seen().gateways.get(host).copied().unwrap_or_default();
         let Ok(Ok(stream)) = timeout(CONNECT, TurmoilNet.connect(&address)).await else { return unreached() };
         let Ok((mut sender, connection)) = http1::handshake(TokioIo::new(stream)).await else { return unreached() };
         // Ends with this function, and the connection with it.
@@ -281,7 +283,6 @@ impl Client {
             return refused(response).await;
         }
         let now = self.world.record.now();
-        let life = self.world.seen().gateways.get(host).copied().unwrap_or_default();
         self.world.record.note(CLIENTS, format!("request {} is accepted by {host}", self.ask.number));
         self.told(|told| {
             told.accepted.get_or_insert(now);
