@@ -119,6 +119,11 @@ pub const ALL: &[Scenario] = &[
         "found here: a coordinator without its data waited for ever, because those at its peers' addresses had other numbers by now"
     ),
     scenario!(
+        "a_lone_leader_that_comes_back_is_elected_anew",
+        None,
+        "found here: a coordinator alone whose disk was full led on in the same term, with another entry where a joining node had one"
+    ),
+    scenario!(
         "what_was_asked_twice_and_refused_is_ended",
         None,
         "found here: a request that was refused when it was asked for again stayed open, because the first question was granted"

@@ -8,14 +8,11 @@ use baton_core::NodeId;
 use openraft::alias::StoredMembershipOf;
 use openraft::async_runtime::watch::WatchReceiver;
 use openraft::errors::{ClientWriteError, RaftError};
-use openraft::storage::RaftStateMachine;
-use openraft::{BasicNode, ChangeMembers, EntryPayload, Instant, RaftLogReader};
+use openraft::{BasicNode, ChangeMembers, Instant};
 
 use super::ask::Known;
-use super::machine::Machine;
-use super::store::Store;
 use super::types::{Raft, Types, scoped};
-use super::{Node, NodeError, QUORUM_SILENCE_MAX, Standing};
+use super::{Node, QUORUM_SILENCE_MAX, Standing};
 use crate::state::Ledger;
 
 /// A change of the group takes two entries and, for a new voter, its answer.
@@ -123,23 +120,6 @@ pub(crate) enum ChangeError {
     NotLeader,
     #[error("the group was not changed: {0}")]
     Failed(String),
-}
-
-/// Voters of the group by the node's own disk; by the configuration while there is none.
-pub(super) async fn voters_on_disk(
-    store: &mut Store,
-    machine: &mut Machine,
-    configured: &BTreeMap<u64, String>,
-) -> Result<usize, NodeError> {
-    let failed = |error: std::io::Error| NodeError::Raft(error.to_string());
-    let entries = store.try_get_log_entries(..).await.map_err(failed)?;
-    let in_log = entries.iter().rev().find_map(|entry| match &entry.payload {
-        EntryPayload::Membership(membership) => Some(membership.voter_ids().count()),
-        _ => None,
-    });
-    let (_, applied) = machine.applied_state().await.map_err(failed)?;
-    let in_snapshot = applied.log_id().map(|_| applied.membership().voter_ids().count());
-    Ok(in_log.or(in_snapshot).unwrap_or(configured.len()))
 }
 
 /// What this node can say about another one.

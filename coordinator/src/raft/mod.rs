@@ -133,13 +133,13 @@ impl Node {
     pub(crate) async fn start(parts: Parts) -> Result<Node, NodeError> {
         let Parts { node, peers, envelope, net, disk, seed, entries } = parts;
         let log = Log::open(disk.clone(), LogOptions::default())?;
-        let mut machine = Machine::open(disk, entries)?;
+        let machine = Machine::open(disk, entries)?;
         let machine_open = machine.open_mark();
         let (ledger, changes, log_bytes) = (machine.ledger(), machine.changes(), machine.log_bytes());
         let (hashes, difference) = (machine.hashes(), machine.difference());
         envelope.name(ledger.read().expect("ledger lock").cluster());
         let addresses = peers.clone();
-        let config = Arc::new(config(members::voters_on_disk(&mut Store(log.clone()), &mut machine, &peers).await?));
+        let config = Arc::new(config());
         let network = Peers { net, addresses: peers.clone(), envelope: envelope.clone() };
         let raft = Raft::new(node.0, config, network, Store(log.clone()), machine);
         let raft = scoped(seed, raft).await.map_err(|error| NodeError::Raft(error.to_string()))?;
@@ -326,7 +326,7 @@ pub(crate) fn read_vote(vote: &[u8]) -> Option<(u64, NodeId)> {
     Some((vote.leader_id.term, NodeId(vote.leader_id.node_id)))
 }
 
-fn config(nodes: usize) -> Config {
+fn config() -> Config {
     let config = Config {
         cluster_name: "baton".into(),
         heartbeat_interval: HEARTBEAT_MS,
@@ -338,8 +338,9 @@ fn config(nodes: usize) -> Config {
         // A node that comes back is found within a quarter of a second.
         backoff: "50ms, 100ms, 200ms ...250ms".into(),
         enable_pre_vote: Some(true),
-        // A group of one needs nobody's vote; others elect anew, because the durable commit mark may lag.
-        enable_leader_restore: Some(nodes == 1),
+        // A leader that comes back is elected anew, into another term, alone too: what it wrote last may have been lost with its
+        // disk's cache after a follower, or a node that is joining, had it, and nothing else may take its place in the same term.
+        enable_leader_restore: Some(false),
         ..Config::default()
     };
     config.validate().expect("constants that openraft accepts")
