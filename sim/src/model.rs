@@ -89,17 +89,25 @@ pub struct Pace {
     start: Instant,
     /// Until when steps do not end, in milliseconds after `start`.
     hung_ms: Arc<AtomicU64>,
+    begun: Arc<AtomicU64>,
+    /// How many steps had begun when one ended last.
+    ended: Arc<AtomicU64>,
 }
 
 impl Pace {
     /// Made inside the worker's host, whose clock it reads.
     pub fn new(step: Duration, row: Duration) -> Pace {
-        Pace { step, row, start: Instant::now(), hung_ms: Arc::default() }
+        Pace { step, row, start: Instant::now(), hung_ms: Arc::default(), begun: Arc::default(), ended: Arc::default() }
     }
 
     /// The step that begins next takes at least so long.
     pub fn hang(&self, now_ms: u64, for_ms: u64) {
         self.hung_ms.store(now_ms + for_ms, Ordering::Relaxed);
+    }
+
+    /// How many steps have begun, and how many had when one ended last: equal between steps.
+    pub fn steps(&self) -> (u64, u64) {
+        (self.begun.load(Ordering::Relaxed), self.ended.load(Ordering::Relaxed))
     }
 
     fn of(&self, rows: usize) -> Duration {
@@ -116,10 +124,15 @@ struct Paced {
 
 impl Backend for Paced {
     fn run(&mut self, batch: &Batch, layers: &mut dyn FnMut(usize)) -> Output {
+        self.pace.ended.store(self.pace.begun.load(Ordering::Relaxed), Ordering::Relaxed);
         self.backend.run(batch, layers)
     }
 
     fn inline_delay(&self, rows: usize) -> Option<Duration> {
+        // A step has rows; without, it is only asked whether time is simulated.
+        if rows > 0 {
+            self.pace.begun.fetch_add(1, Ordering::Relaxed);
+        }
         Some(self.pace.of(rows))
     }
 }

@@ -33,6 +33,16 @@ pub const ALL: &[Scenario] = &[
         "vLLM #52234: blocks that never arrived whole are read, and the answer is another one"
     ),
     scenario!(
+        "a_stale_writer_touches_no_block_of_another",
+        Some(Bug::FreeEarly),
+        "SGLang #24527: after an abort a prefill worker still writes into blocks that another request has by then"
+    ),
+    scenario!(
+        "a_rolling_update_pairs_only_what_computes_alike",
+        Some(Bug::IgnoreNumerics),
+        "a rolling update: prefill workers of the new version fill blocks for decode workers of the old one"
+    ),
+    scenario!(
         "an_aborted_handoff_keeps_no_block",
         Some(Bug::LeakOnAbort),
         "vLLM #46283: blocks of an aborted load are never reclaimed"

@@ -1,6 +1,8 @@
 //! A backend without a model: what it writes into a block is a hash of the whole prefix as it stands in the arena, and
 //! so is the next token. A lost, stale, swapped or foreign block changes every token after it. For tests and simulation.
 
+use std::ops::Range;
+
 use baton_core::arena::Half;
 use baton_core::{Arena, SampledToken, TokenId};
 use xxhash_rust::xxh3::{Xxh3, xxh3_64_with_seed};
@@ -67,61 +69,92 @@ fn logprob(prefix: u64, token: TokenId) -> f32 {
 
 /// Writes the span's rows and returns the hash of the prefix up to each of them, itself included.
 fn write_span(batch: &Batch, span: &Span, salt: u64) -> Vec<u64> {
-    let (arena, table) = (batch.arena(), batch.table(span));
-    let mut prefix = Xxh3::new();
-    let mut bytes = Vec::new();
-    for position in 0..span.position {
-        token_bytes(arena, table, position, &mut bytes);
-        prefix.update(&bytes);
-    }
-    let tokens = &batch.tokens[span.row..span.row + span.rows];
-    let rows = tokens.iter().enumerate().map(|(i, token)| {
+    let tokens = Tokens::new(batch.arena(), batch.table(span));
+    let (mut prefix, mut bytes) = (Xxh3::new(), Vec::new());
+    tokens.read(0..span.position, &mut bytes);
+    prefix.update(&bytes);
+    let rows = batch.tokens[span.row..span.row + span.rows].iter().zip(span.position..).map(|(token, position)| {
         let state = xxh3_64_with_seed(&prefix.digest().to_le_bytes(), u64::from(*token) ^ salt);
-        write_token(arena, table, span.position + i, state);
-        token_bytes(arena, table, span.position + i, &mut bytes);
+        tokens.write(position, state);
+        tokens.read(position..position + 1, &mut bytes);
         prefix.update(&bytes);
         prefix.digest()
     });
     rows.collect()
 }
 
-/// Calls `each` with the address of every (kv_head, layer, half) part of a position, each `part_bytes` long.
-fn parts(arena: &Arena, table: &[u32], position: usize, mut each: impl FnMut(*mut u8)) {
-    let layout = arena.layout();
-    let block_tokens = layout.block_tokens as usize;
-    let (block, token) = (arena.block(table[position / block_tokens]), position % block_tokens);
-    for head in 0..layout.kv_heads as usize {
-        for layer in 0..layout.layers as usize {
-            for half in [Half::Key, Half::Value] {
-                let offset = layout.offset(head, layer, half) + token * part_bytes(arena);
-                // SAFETY: the offset lies inside the block.
-                each(unsafe { block.add(offset) });
+/// The tokens of one sequence in the arena. Each is in parts, one for every (kv_head, layer, half).
+struct Tokens<'a> {
+    arena: &'a Arena,
+    table: &'a [u32],
+    /// Of each part of a block's first token, from the block's start.
+    parts: Vec<usize>,
+    part_bytes: usize,
+    block_tokens: usize,
+}
+
+/// Bytes of a part in the model that simulations use, which reads more tokens than anything else there does.
+const USUAL: usize = 8;
+
+impl Tokens<'_> {
+    fn new<'a>(arena: &'a Arena, table: &'a [u32]) -> Tokens<'a> {
+        let layout = arena.layout();
+        let mut parts = Vec::with_capacity(2 * (layout.kv_heads * layout.layers) as usize);
+        for head in 0..layout.kv_heads as usize {
+            for layer in 0..layout.layers as usize {
+                parts.extend([Half::Key, Half::Value].map(|half| arena.offset(head, layer, half)));
+            }
+        }
+        Tokens { arena, table, parts, part_bytes: layout.row_bytes(), block_tokens: layout.block_tokens as usize }
+    }
+
+    /// The bytes of these positions, in place of what is in `out`.
+    fn read(&self, positions: Range<usize>, out: &mut Vec<u8>) {
+        out.clear();
+        out.resize(positions.len() * self.parts.len() * self.part_bytes, 0);
+        let mut copies = out.chunks_exact_mut(self.part_bytes);
+        let (mut left, mut token) = (positions.len(), positions.start % self.block_tokens);
+        for index in &self.table[positions.start / self.block_tokens..] {
+            let (block, tokens) = (self.arena.block(*index), (self.block_tokens - token).min(left));
+            for token in token..token + tokens {
+                for (part, copy) in self.parts.iter().zip(&mut copies) {
+                    // SAFETY: the part of this token lies inside the block, which the sequence of this span holds as filled up
+                    // to this position.
+                    unsafe { read_part(block.add(part + token * self.part_bytes), copy) };
+                }
+            }
+            (left, token) = (left - tokens, 0);
+            if left == 0 {
+                break;
+            }
+        }
+    }
+
+    /// Writes what follows from `state` to a position.
+    fn write(&self, position: usize, state: u64) {
+        let (block, token) = (self.arena.block(self.table[position / self.block_tokens]), position % self.block_tokens);
+        let mut words = (0u64..).map(|at| xxh3_64_with_seed(&state.to_le_bytes(), at).to_le_bytes());
+        for part in &self.parts {
+            let start = part + token * self.part_bytes;
+            for (at, word) in (0..self.part_bytes).step_by(8).zip(&mut words) {
+                let count = (self.part_bytes - at).min(8);
+                // SAFETY: the scheduler gave this position to this span alone; `at + count` stays inside the part, and that
+                // inside the block.
+                unsafe { std::ptr::copy_nonoverlapping(word.as_ptr(), block.add(start + at), count) };
             }
         }
     }
 }
 
-fn part_bytes(arena: &Arena) -> usize {
-    arena.layout().row_bytes()
-}
-
-fn token_bytes(arena: &Arena, table: &[u32], position: usize, out: &mut Vec<u8>) {
-    let len = part_bytes(arena);
-    out.clear();
-    // SAFETY: the sequence of this span holds the block as filled up to this position.
-    parts(arena, table, position, |part| out.extend_from_slice(unsafe { std::slice::from_raw_parts(part, len) }));
-}
-
-fn write_token(arena: &Arena, table: &[u32], position: usize, state: u64) {
-    let len = part_bytes(arena);
-    let mut salt = 0;
-    parts(arena, table, position, |part| {
-        for at in (0..len).step_by(8) {
-            let word = xxh3_64_with_seed(&state.to_le_bytes(), salt).to_le_bytes();
-            let count = (len - at).min(8);
-            // SAFETY: the scheduler gave this position to this span alone; `at + count` stays inside the part.
-            unsafe { std::ptr::copy_nonoverlapping(word.as_ptr(), part.add(at), count) };
-            salt += 1;
-        }
-    });
+/// Copies one part of a token out.
+///
+/// # Safety
+/// So many bytes can be read there.
+unsafe fn read_part(from: *const u8, copy: &mut [u8]) {
+    match <&mut [u8; USUAL]>::try_from(&mut *copy) {
+        // SAFETY: the caller's promise, of that many bytes.
+        Ok(usual) => *usual = unsafe { from.cast::<[u8; USUAL]>().read() },
+        // SAFETY: the caller's promise.
+        Err(_) => unsafe { std::ptr::copy_nonoverlapping(from, copy.as_mut_ptr(), copy.len()) },
+    }
 }

@@ -16,6 +16,7 @@ mod owners;
 mod quiet;
 mod quotas;
 mod same_bytes;
+mod stuck;
 mod typed_errors;
 
 use std::time::Duration;
@@ -76,6 +77,7 @@ pub fn all() -> Vec<Box<dyn Invariant>> {
         Box::new(own_disk::OwnDisk::default()),
         Box::new(linear::Linear),
         Box::new(drained::Drained),
+        Box::new(stuck::Stuck::default()),
         Box::new(healed::Healed),
         Box::new(quiet::Quiet),
     ]
