@@ -5,6 +5,7 @@ use std::time::Duration;
 use baton_core::TokenId;
 
 use crate::draw::{Purpose, between, chance, rng};
+use crate::model::BLOCK_TOKENS;
 use crate::topology::Topology;
 
 /// When the first request is sent; by then a cluster without faults has begun.
@@ -58,14 +59,17 @@ pub fn draw(seed: u64, topology: &Topology) -> Vec<Ask> {
         let cancel_after = Duration::from_millis(between(&mut rng, 1, 400));
         let cancels = chance(&mut rng, 12) && !healed;
         let resumes = topology.gateways > 1 && stream && chance(&mut rng, 50);
+        let (gateway, tokens_max) = (rng.below(topology.gateways as u64) as usize, between(&mut rng, 1, 48) as u32);
+        let seed = chance(&mut rng, 50).then(|| rng.below(1 << 40));
+        let choices = if chance(&mut rng, 25) { between(&mut rng, 2, 3) as u32 } else { 1 };
         asks.push(Ask {
             number,
             at: (!healed).then_some(at),
-            gateway: rng.below(topology.gateways as u64) as usize,
+            gateway,
+            tokens_max: tokens_max.min(room(topology, prompt.len(), choices)),
             prompt,
-            tokens_max: between(&mut rng, 1, 48) as u32,
-            seed: chance(&mut rng, 50).then(|| rng.below(1 << 40)),
-            choices: if chance(&mut rng, 25) { between(&mut rng, 2, 3) as u32 } else { 1 },
+            seed,
+            choices,
             stream,
             batch: chance(&mut rng, 20),
             resumable_s: resumes.then_some(10),
@@ -73,4 +77,11 @@ pub fn draw(seed: u64, topology: &Topology) -> Vec<Ask> {
         });
     }
     asks
+}
+
+/// What each choice may generate so that the smallest worker can hold them all, each with blocks of its own behind the prompt's.
+fn room(topology: &Topology, prompt: usize, choices: u32) -> u32 {
+    let block = BLOCK_TOKENS as usize;
+    let own_blocks = (topology.engine.blocks - prompt.div_ceil(block)) / choices as usize;
+    (own_blocks.saturating_sub(1) * block).max(1) as u32
 }

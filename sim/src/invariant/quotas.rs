@@ -20,6 +20,8 @@ struct Tenant {
     limits: Limits,
     /// Ledger time when they were seen first; the change itself was then or before.
     since_ms: u64,
+    /// The latest ledger time: what was accepted was accepted by then, and nodes that come back are behind for a while.
+    latest_ms: u64,
     accepted: BTreeSet<RequestId>,
 }
 
@@ -27,7 +29,8 @@ impl Quotas {
     fn look(&mut self, ledger: &Ledger) -> Result<(), String> {
         for (name, account) in ledger.tenants() {
             let now_ms = ledger.time_ms();
-            let fresh = || Tenant { limits: account.limits.clone(), since_ms: now_ms, accepted: BTreeSet::new() };
+            let (limits, since_ms) = (&account.limits, now_ms);
+            let fresh = || Tenant { limits: limits.clone(), since_ms, latest_ms: since_ms, accepted: BTreeSet::new() };
             let tenant = self.tenants.entry(name.clone()).or_insert_with(fresh);
             if tenant.since_ms > now_ms {
                 // The ledger of a node that is behind.
@@ -36,23 +39,24 @@ impl Quotas {
             if tenant.limits != account.limits {
                 *tenant = fresh();
             }
+            tenant.latest_ms = tenant.latest_ms.max(now_ms);
             let since_ms = tenant.since_ms;
             let own = ledger.open().filter(|(_, open)| open.tenant == *name && open.accepted_ms > since_ms);
             let open: Vec<RequestId> = own.map(|(request, _)| *request).collect();
             tenant.accepted.extend(&open);
-            tenant.check(name, open.len() as u64, now_ms)?;
+            tenant.check(name, open.len() as u64)?;
         }
         Ok(())
     }
 }
 
 impl Tenant {
-    fn check(&self, name: &str, open: u64, now_ms: u64) -> Result<(), String> {
+    fn check(&self, name: &str, open: u64) -> Result<(), String> {
         let Limits { requests_open_max, requests_per_minute, .. } = self.limits;
         if requests_open_max > 0 && open > requests_open_max {
             return Err(format!("{name} has {open} requests open and may have {requests_open_max}"));
         }
-        let (accepted, passed_ms) = (self.accepted.len() as u64, now_ms - self.since_ms);
+        let (accepted, passed_ms) = (self.accepted.len() as u64, self.latest_ms - self.since_ms);
         let may = requests_per_minute * (MINUTE_MS + passed_ms);
         if requests_per_minute > 0 && accepted * MINUTE_MS > may {
             return Err(format!("{name} asked {accepted} times in {passed_ms} ms, at {requests_per_minute} a minute"));
