@@ -228,7 +228,8 @@ impl Outgoing {
     /// Counts the next extents that were sent, at most so many, as those of a layer.
     fn enter(&mut self, layer: usize, extents: usize) {
         let from = self.pieces.last().map_or(0, |(_, end)| *end);
-        let sent = &self.extents[from..];
+        // Of a `send` that was given up on the way nothing is known, and the commit will not be confirmed.
+        let sent = self.extents.get(from..).unwrap_or(&[]);
         let sent = &sent[..extents.min(sent.len())];
         self.sent.digest = sent.iter().fold(self.sent.digest, |digest, extent| digest.wrapping_add(extent.sum));
         self.sent.extents += sent.len() as u64;
@@ -356,7 +357,7 @@ impl Outgoing {
             let asked: BTreeSet<u32> = of_layer.iter().map(|(_, position)| *position).collect();
             let starts = std::iter::once(0).chain(self.pieces.iter().map(|(_, end)| *end));
             let pieces = self.pieces.iter().zip(starts).filter(|((of, _), _)| *of == layer);
-            let sent = pieces.flat_map(|((_, end), start)| &self.extents[start..*end]);
+            let sent = pieces.flat_map(|((_, end), start)| self.extents.get(start..*end).unwrap_or(&[]));
             let sent: BTreeMap<u32, (BlockId, u64)> = sent
                 .filter(|extent| asked.contains(&extent.position))
                 .map(|extent| (extent.position, (extent.source, extent.sum)))

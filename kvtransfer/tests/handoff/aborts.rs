@@ -224,3 +224,25 @@ async fn a_cancelled_send_harms_no_other() {
     completes(&world, 32).await;
     until(|| world.held.count() == 0).await;
 }
+
+/// A transfer one of whose sends was given up on the way may go on, and is not confirmed.
+#[tokio::test]
+async fn a_transfer_with_a_cancelled_send_is_not_confirmed() {
+    let world = World::new(4).await;
+    let blocks = pairs(&ids(0..4));
+    let (grant, incoming) = world.grant_first(4);
+    let mut outgoing = world.links.open(grant).await.unwrap();
+    outgoing.send(0, &blocks[..2]).await.unwrap();
+    let was_cancelled = tokio::select! {
+        biased;
+        _ = outgoing.send(0, &blocks[2..]) => false,
+        () = std::future::ready(()) => true,
+    };
+    assert!(was_cancelled, "it waits until its blocks are written");
+    for layer in 1..3 {
+        outgoing.send(layer, &blocks).await.unwrap();
+    }
+    assert!(outgoing.commit().await.is_err());
+    assert!(incoming.wait().await.is_err());
+    until(|| world.held.count() == 0).await;
+}
