@@ -43,7 +43,8 @@ async fn a_prefix_that_another_worker_holds_is_fetched_from_it() {
     let requests = [chat(&long_prompt(1), 12), chat(&long_prompt(2), 12)];
     fleet.kill("decode-1").await;
     let expected = [text(&fleet, &requests[0]).await, text(&fleet, &requests[1]).await];
-    let mut events = fleet.client(0).with("x-baton-resumable", "120").open(CHAT, &chat("On and on", 30)).await;
+    // Long enough that the gateway dies before it has read all of it, however late that is.
+    let mut events = fleet.client(0).with("x-baton-resumable", "120").open(CHAT, &chat("On and on", 900)).await;
     events.until_text(1).await;
     fleet.kill("gateway-0").await;
     fleet.restart("decode-1").await;

@@ -54,8 +54,13 @@ async fn ranks_as_processes_change_no_byte() {
             let further = 1..ranks.parse().expect("a number");
             further.map(|rank: usize| format!("{role}-0/rank-{rank}")).collect::<Vec<_>>()
         };
-        let named: Vec<_> = ranks(&cluster).into_iter().map(|rank| rank.id).collect();
-        assert_eq!(named, [expected("prefill", prefill), expected("decode", decode)].concat());
+        let expected = [expected("prefill", prefill), expected("decode", decode)].concat();
+        // The gateway may know the workers before `up` has heard of their processes.
+        wait_for(&format!("the ranks {expected:?}"), || async {
+            let named: Vec<_> = ranks(&cluster).into_iter().map(|rank| rank.id).collect();
+            (named == expected).then_some(())
+        })
+        .await;
         assert_eq!(answers(&cluster.client).await, reference, "{prefill} processes of prefill, {decode} of decode");
     }
 }

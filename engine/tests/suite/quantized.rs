@@ -7,7 +7,7 @@ use baton_engine::{CpuModel, EngineConfig, LoadOptions, ModelSpec, load};
 use baton_kernels::Quantize;
 
 use crate::common::{CONFIG, Choices, bits, dir, in_company, load_quantized, load_tiny_as, model_engine, prompt};
-use crate::references::check_as;
+use crate::references::{check_as, profiles};
 use crate::tensor_parallel::{ROOMY, said};
 
 /// A sampled request with log-probabilities.
@@ -109,7 +109,12 @@ fn ranks_that_would_cut_a_block_are_refused() {
 #[test]
 fn eight_bits_are_near_the_reference() {
     for name in ["llama-gqa-llama3", "llama-bias-linear", "qwen2-bias-tied", "qwen3-norm-tied", "mistral-window"] {
-        check_as(name, LoadOptions { quantize: Some(Quantize::Q8_0), ..LoadOptions::default() }, 6e-2);
+        for profile in profiles() {
+            let options =
+                LoadOptions { profile: Some(profile), quantize: Some(Quantize::Q8_0), ..LoadOptions::default() };
+            // The worst row is off by 0.054 in f32acc, by 0.061 in bf16dp.
+            check_as(name, options, 7e-2);
+        }
     }
 }
 

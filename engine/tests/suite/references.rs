@@ -6,7 +6,7 @@ use std::path::Path;
 use baton_core::{Request, TokenId};
 use baton_engine::testing::{drain, request, work};
 use baton_engine::{Engine, LoadOptions, load};
-use baton_kernels::Quantize;
+use baton_kernels::{Cpu, Profile, Quantize};
 use serde_json::Value;
 
 use crate::common::{CONFIG, Choices};
@@ -50,8 +50,17 @@ fn read(file: &Path) -> Value {
     serde_json::from_slice(&std::fs::read(file).expect("read a fixture")).expect("a fixture is JSON")
 }
 
+/// In every profile that this machine has.
 fn check(name: &str) {
-    check_as(name, LoadOptions::default(), 2e-2);
+    profiles().for_each(|profile| check_in(name, profile));
+}
+
+fn check_in(name: &str, profile: Profile) {
+    check_as(name, LoadOptions { profile: Some(profile), ..LoadOptions::default() }, 2e-2);
+}
+
+pub(crate) fn profiles() -> impl Iterator<Item = Profile> {
+    [Profile::F32Acc, Profile::Bf16Dp].into_iter().filter(|profile| Cpu::new(1, *profile).is_ok())
 }
 
 /// Every row of a fixture's logits to within a relative error.
@@ -97,9 +106,11 @@ fn mistral_with_a_window_shorter_than_the_prompt() {
     check("mistral-window");
 }
 
+/// In one profile: after position 15 two experts are so near each other in the reference that another rounding takes the other
+/// one, in `bf16dp`, and that row is off by 0.3. The other mixture has no such tie, and is checked in both.
 #[test]
 fn qwen3_with_experts_weighed_over_all() {
-    check("qwen3-moe");
+    check_in("qwen3-moe", Profile::F32Acc);
 }
 
 #[test]
