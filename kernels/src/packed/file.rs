@@ -116,10 +116,9 @@ mod tests {
             bytes.resize(at, 0);
             // One by one, which is as good as all together.
             for panel in 0..pieces.panels(run) {
-                let mut out = Aligned([0; ALIGNMENT]);
-                let out = &mut out.0[..pieces.panel_bytes(run)];
-                cpu.pack_panels(&pieces, run, panel..panel + 1, out);
-                bytes.extend_from_slice(out);
+                let mut out = vec![0; pieces.panel_bytes(run)];
+                cpu.pack_panels(&pieces, run, panel..panel + 1, &mut out);
+                bytes.extend(out);
             }
         }
         let packed = cpu.pack_as(&parts, quantize);
