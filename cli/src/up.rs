@@ -15,7 +15,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use baton_core::Rng;
+use baton_core::{Rng, Role};
 use clap::Args;
 use tokio::time::Instant;
 
@@ -23,7 +23,7 @@ use self::control::Control;
 use self::lock::Lock;
 use self::plan::Topology;
 use self::supervisor::{Cluster, Supervisor};
-use crate::device::Devices;
+use crate::device::{Device, Devices};
 use crate::exit::Failure;
 use crate::log::LogFlags;
 use crate::surroundings;
@@ -34,7 +34,8 @@ const INSIDE: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 /// Start a cluster on this machine and keep it running.
 ///
 /// Coordinators, prefill workers, decode workers and a gateway run as processes of their own. One that dies is started
-/// again. Ctrl-C or SIGTERM ends them all; should `baton up` itself be killed, they die with it.
+/// again. Ctrl-C or SIGTERM ends them all; should `baton up` itself be killed, they die with it. All start at once; only of a
+/// model over 64 MiB on CPUs that the workers share, prefill workers start when the decode workers serve.
 #[derive(Args, Debug)]
 #[command(
     after_help = "Exit codes:\n  0  ended as asked\n  1  a process could not be brought to serve\n  2  refused before anything served: port in use, model unreadable, data directory in use; nothing is left running"
@@ -207,6 +208,10 @@ fn topology(
         model,
         prefill: flags.prefill as usize,
         decode: flags.decode as usize,
+        decode_first: !small
+            && flags.device.of(Role::Decode, 0) == Device::Cpu
+            && prefill_threads * flags.prefill as usize + decode_threads * flags.decode as usize
+                > surroundings::cores(),
         gateway,
         open: flags.open,
         weights_cache: match &flags.weights_cache {

@@ -16,14 +16,14 @@ use std::time::Duration;
 
 use baton_core::limits::BLOCK_TOKENS;
 use baton_core::{BlockLayout, KvDtype, NumericsClass};
-use baton_kernels::{Collective, Cpu, Dtype, HEAD_DIM_MAX, Matrix, Packed, Profile, Quantize};
+use baton_kernels::{Collective, Cpu, Dtype, HEAD_DIM_MAX, Matrix, Packed, Pieces, Profile, Quantize};
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::experts::{Expert, Experts};
 use crate::load::checkpoint::{Checkpoint, Tensor};
 use crate::load::config::{Mixture, ModelConfig};
 use crate::load::error::LoadError;
-use crate::load::kept::{About, Kept, Place, Reader};
+use crate::load::kept::{About, Kept, Place, Reader, Writer};
 use crate::model::{CpuModel, Dense, Layer, Mlp, Weights};
 use crate::ranks::process::{RankOptions, Starting, Watch};
 use crate::shard::{Shard, Steps};
@@ -257,41 +257,36 @@ impl Source {
         Ok((weights, spec))
     }
 
-    /// A rank's weights: mapped if they are kept, else packed, and then kept if they are to be.
+    /// A rank's weights: mapped if they are kept, else packed, into a file if they are to be kept.
     fn weights(
         &self,
         rank: usize,
         cpu: &Cpu,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<(Weights, About), LoadError> {
-        let Some(place) = self.place(rank)? else { return self.pack(rank, cpu, progress, Kept::No) };
+        let Some(place) = self.place(rank)? else { return self.pack(rank, cpu, progress) };
+        if let Some(reader) = place.open_checked() {
+            return self.read(rank, cpu, reader);
+        }
+        // One at a time checks, or packs, what all of them want.
+        let lock = place.lock();
         if let Some(reader) = place.open() {
             return self.read(rank, cpu, reader);
         }
-        let unkept = |error: &dyn std::fmt::Display| tracing::warn!(%error, "packed weights cannot be kept");
-        let _lock = match place.lock() {
-            Ok(lock) => lock,
-            Err(error) => {
-                unkept(&error);
-                return self.pack(rank, cpu, progress, Kept::No);
-            }
-        };
-        // Somebody else may have written it meanwhile.
-        if let Some(reader) = place.open() {
-            return self.read(rank, cpu, reader);
-        }
-        let kept = place.write().map(Kept::Write).unwrap_or_else(|error| {
-            unkept(&error);
-            Kept::No
+        let kept = lock.and_then(|lock| {
+            let writer = place.write()?;
+            self.keep(rank, cpu, progress, writer).map(|()| lock)
         });
-        let packed = self.pack(rank, cpu, progress, kept)?;
-        match place.open() {
-            Some(reader) => {
-                drop(packed);
-                self.read(rank, cpu, reader)
+        match kept {
+            Ok(_lock) => {
+                if let Some(reader) = place.open() {
+                    return self.read(rank, cpu, reader);
+                }
             }
-            None => Ok(packed),
+            Err(error @ LoadError::Keep { .. }) => tracing::warn!(%error, "packed weights are not kept"),
+            Err(error) => return Err(error),
         }
+        self.pack(rank, cpu, progress)
     }
 
     fn place(&self, rank: usize) -> Result<Option<Place>, LoadError> {
@@ -303,22 +298,27 @@ impl Source {
     }
 
     /// Rank 0 checks and hashes all weights, those of other ranks too.
-    fn pack(
+    fn pack(&self, rank: usize, cpu: &Cpu, progress: &mut dyn FnMut(Progress)) -> Result<(Weights, About), LoadError> {
+        let mut loader = self.loader(rank, cpu, progress, Kept::No);
+        let weights = loader.weights(&self.config)?;
+        Ok((weights, loader.about(&self.config)))
+    }
+
+    /// As `pack`, into a file that is read afterwards; little of the weights is in memory at a time.
+    fn keep(
         &self,
         rank: usize,
         cpu: &Cpu,
         progress: &mut dyn FnMut(Progress),
-        kept: Kept,
-    ) -> Result<(Weights, About), LoadError> {
-        let mut loader = self.loader(rank, cpu, progress, kept);
-        let weights = loader.weights(&self.config)?;
-        let about = About { parameters: loader.parameters, weights_hash: loader.hash(&self.config) };
-        if let Kept::Write(writer) = loader.kept
-            && let Err(error) = writer.finish(about.clone())
-        {
-            tracing::warn!(%error, "packed weights cannot be kept");
+        writer: Writer,
+    ) -> Result<(), LoadError> {
+        let mut loader = self.loader(rank, cpu, progress, Kept::Write(writer));
+        loader.weights(&self.config)?;
+        let about = loader.about(&self.config);
+        match loader.kept {
+            Kept::Write(writer) => writer.finish(about),
+            Kept::No | Kept::Read(_) => Ok(()),
         }
-        Ok((weights, about))
     }
 
     fn read(&self, rank: usize, cpu: &Cpu, reader: Reader) -> Result<(Weights, About), LoadError> {
@@ -403,11 +403,6 @@ struct Rows {
     /// Rows it has.
     of: usize,
     range: Range<usize>,
-}
-
-fn rows_of(whole: Matrix<'_>, range: Range<usize>) -> Matrix<'_> {
-    let width = whole.bytes.len() / whole.rows;
-    Matrix { bytes: &whole.bytes[range.start * width..range.end * width], rows: range.len(), ..whole }
 }
 
 struct Loader<'a> {
@@ -524,9 +519,8 @@ impl Loader<'_> {
         let tensors = tensors.collect::<Result<Vec<Tensor>, LoadError>>()?;
         tensors.iter().try_for_each(|tensor| self.inspect(tensor))?;
         let whole = tensors.iter().map(Tensor::matrix);
-        let matrices: Vec<_> = whole.zip(parts).map(|(whole, part)| rows_of(whole, part.range.clone())).collect();
-        let packed = self.cpu.pack_as(&matrices, self.quantize);
-        self.kept.write(|writer| writer.matrix(&name, &packed));
+        let matrices: Vec<_> = whole.zip(parts).map(|(whole, part)| whole.some_rows(part.range.clone())).collect();
+        let packed = self.packed(&name, &matrices)?;
         tensors.iter().for_each(Tensor::give_pages_back);
         Ok(packed)
     }
@@ -546,10 +540,16 @@ impl Loader<'_> {
         let bytes = |cols: usize| cols / whole.dtype.unit() * whole.dtype.unit_bytes();
         let cut = |row: &[u8]| row[bytes(own.start)..bytes(own.end)].to_vec();
         let kept: Vec<u8> = whole.bytes.chunks_exact(bytes(cols)).flat_map(cut).collect();
-        let packed = self.cpu.pack_as(&[Matrix { bytes: &kept, cols: own.len(), ..whole }], self.quantize);
-        self.kept.write(|writer| writer.matrix(&part.tensor, &packed));
+        let packed = self.packed(&part.tensor, &[Matrix { bytes: &kept, cols: own.len(), ..whole }])?;
         tensor.give_pages_back();
         Ok(packed)
+    }
+
+    /// The parts as one matrix. One that is kept is on its way to the file, out of which it comes back, and nothing here.
+    fn packed(&mut self, name: &str, parts: &[Matrix]) -> Result<Packed, LoadError> {
+        let Kept::Write(writer) = &mut self.kept else { return Ok(self.cpu.pack_as(parts, self.quantize)) };
+        writer.matrix(name, self.cpu, &Pieces::new(parts, self.quantize))?;
+        Ok(Packed::default())
     }
 
     fn vector(&mut self, name: &str, len: usize) -> Result<Vec<f32>, LoadError> {
@@ -559,7 +559,9 @@ impl Loader<'_> {
         let tensor = self.checkpoint.tensor(name, &[len])?;
         self.inspect(&tensor)?;
         let values = tensor.values()?;
-        self.kept.write(|writer| writer.vector(name, &values));
+        if let Kept::Write(writer) = &mut self.kept {
+            writer.vector(name, &values)?;
+        }
         Ok(values)
     }
 
@@ -590,6 +592,11 @@ impl Loader<'_> {
             bytes_total: self.total,
         });
         Ok(())
+    }
+
+    /// What is known when all is loaded.
+    fn about(&mut self, config: &ModelConfig) -> About {
+        About { parameters: self.parameters, weights_hash: self.hash(config) }
     }
 
     /// Equal for equal weights and equal numbers in config.json, however the weights are cut into files.

@@ -30,7 +30,7 @@ use crate::packed::{Format, PANEL, Quantize, Run, locate};
 use crate::pool::{Part, Pool};
 use crate::quant::Block;
 use crate::reference::finish_log_sum;
-use crate::{Attention, Matrix, Packed, Profile, RopeStore, Segments, Unsupported, bf16};
+use crate::{Attention, Matrix, Packed, Pieces, Profile, RopeStore, Segments, Unsupported, bf16};
 
 /// Cycles of work, about, below which handing out parts costs more than it gains.
 const PARALLEL_CYCLES: usize = 8_000;
@@ -171,17 +171,28 @@ impl Cpu {
     /// As `pack`, with floating-point parts quantized if asked.
     pub fn pack_as(&self, parts: &[Matrix], quantize: Option<Quantize>) -> Packed {
         let (packed, parts) = Packed::new(parts, quantize);
-        for (run, parts) in packed.runs().iter().zip(parts) {
-            let job = |part: Part| {
-                let panels = part.share(run.panels());
-                match run.format {
-                    Format::Bf16 => self.pack_pairs(run, parts, panels),
-                    _ => pack_blocks(run, parts, panels),
-                }
-            };
-            self.state().run(run.bytes(), &job);
-        }
+        packed.runs().iter().zip(parts).for_each(|(run, parts)| self.pack_run(run, parts));
         packed
+    }
+
+    /// Packs some panels of one run over `out`, which begins at a word and has room for exactly these.
+    ///
+    /// # Panics
+    /// If it has not, or there are no such panels.
+    pub fn pack_panels(&self, pieces: &Pieces, run: usize, panels: Range<usize>, out: &mut [u8]) {
+        let (run, parts) = pieces.lay(run, panels, out);
+        self.pack_run(&run, &parts);
+    }
+
+    fn pack_run(&self, run: &Run, parts: &[Matrix]) {
+        let job = |part: Part| {
+            let panels = part.share(run.panels());
+            match run.format {
+                Format::Bf16 => self.pack_pairs(run, parts, panels),
+                _ => pack_blocks(run, parts, panels),
+            }
+        };
+        self.state().run(run.bytes(), &job);
     }
 
     fn pack_pairs(&self, run: &Run, parts: &[Matrix], panels: Range<usize>) {

@@ -32,6 +32,7 @@ pub use collective::{Broken, Collective};
 pub use cpu::Cpu;
 pub use f8::F8Matrix;
 pub use packed::file::{ALIGNMENT, Mapped};
+pub use packed::pieces::Pieces;
 pub use packed::{Dtype, Matrix, Packed, Quantize};
 pub use profile::{Profile, Unsupported};
 pub use rope::RopeTable;

@@ -20,6 +20,8 @@ enum Held {
     Mapped {
         _file: Mapped,
     },
+    /// Somebody else's, who lends it for as long as this lives.
+    Lent,
 }
 
 // SAFETY: plain memory, owned or of a mapping that is owned; shared use is governed by the holders' borrows.
@@ -44,6 +46,11 @@ impl Memory {
             advise(base, bytes);
         }
         Memory { base, bytes: layout.size(), held: Held::Allocated(layout) }
+    }
+
+    /// Memory of the caller's, who sees to it that this does not outlive it and is alone with it.
+    pub(crate) fn lent(memory: &mut [u8]) -> Memory {
+        Memory { base: memory.as_mut_ptr(), bytes: memory.len(), held: Held::Lent }
     }
 
     /// A part of a file.

@@ -16,6 +16,9 @@
 //! ```
 
 pub(crate) mod file;
+pub(crate) mod pieces;
+
+use std::ops::Range;
 
 use crate::bf16;
 use crate::memory::Memory;
@@ -215,7 +218,16 @@ pub struct Matrix<'a> {
     pub cols: usize,
 }
 
-impl Matrix<'_> {
+impl<'a> Matrix<'a> {
+    /// Some of its rows.
+    ///
+    /// # Panics
+    /// If it has no such rows.
+    pub fn some_rows(&self, range: Range<usize>) -> Matrix<'a> {
+        let width = self.bytes.len() / self.rows;
+        Matrix { bytes: &self.bytes[range.start * width..range.end * width], rows: range.len(), ..*self }
+    }
+
     fn row(&self, row: usize) -> &[u8] {
         let width = self.bytes.len() / self.rows;
         &self.bytes[row * width..][..width]
@@ -254,7 +266,8 @@ fn fill<T, const B: usize>(out: &mut [T], bytes: &[u8], value: impl Fn([u8; B]) 
     }
 }
 
-/// A weight matrix in panels. Neighbouring rows of one format are a run.
+/// A weight matrix in panels. Neighbouring rows of one format are a run. The default has no rows.
+#[derive(Default)]
 pub struct Packed {
     runs: Vec<Run>,
     rows: usize,
@@ -327,24 +340,32 @@ impl Packed {
     /// Memory for a matrix of this shape; whoever packs writes every panel before anyone reads. With each run come the
     /// parts that fill it.
     pub(crate) fn new<'a, 'b>(parts: &'a [Matrix<'b>], quantize: Option<Quantize>) -> (Packed, Vec<&'a [Matrix<'b>]>) {
-        let cols = parts.first().map_or(0, |part| part.cols);
-        for part in parts {
-            assert_eq!(part.cols, cols, "parts of one matrix differ in width");
-            let bytes = part.dtype.row_bytes(cols).and_then(|bytes| bytes.checked_mul(part.rows));
-            assert_eq!(Some(part.bytes.len()), bytes, "bytes do not fit the shape");
-        }
-        let format = |part: &Matrix| Format::of(part.dtype, quantize);
+        let (cols, groups) = groups(parts, quantize);
         let (mut runs, mut first) = (Vec::new(), 0);
-        let groups: Vec<&[Matrix]> = parts.chunk_by(|a, b| format(a) == format(b)).collect();
-        for group in &groups {
+        for (format, group) in &groups {
             let rows = group.iter().map(|part| part.rows).sum::<usize>();
-            let format = format(&group[0]);
             let memory = Memory::new(rows.div_ceil(PANEL) * format.panel_bytes(cols));
-            runs.push(Run { memory, format, first, rows, cols });
+            runs.push(Run { memory, format: *format, first, rows, cols });
             first += rows;
         }
-        (Packed { runs, rows: first, cols }, groups)
+        (Packed { runs, rows: first, cols }, groups.into_iter().map(|(_, group)| group).collect())
     }
+}
+
+/// The width of a matrix of these parts, and its runs: the format of each and the parts that fill it.
+///
+/// # Panics
+/// If the parts differ in width or their bytes do not fit their shapes.
+fn groups<'a, 'b>(parts: &'a [Matrix<'b>], quantize: Option<Quantize>) -> (usize, Vec<(Format, &'a [Matrix<'b>])>) {
+    let cols = parts.first().map_or(0, |part| part.cols);
+    for part in parts {
+        assert_eq!(part.cols, cols, "parts of one matrix differ in width");
+        let bytes = part.dtype.row_bytes(cols).and_then(|bytes| bytes.checked_mul(part.rows));
+        assert_eq!(Some(part.bytes.len()), bytes, "bytes do not fit the shape");
+    }
+    let format = |part: &Matrix| Format::of(part.dtype, quantize);
+    let groups = parts.chunk_by(|a, b| format(a) == format(b));
+    (cols, groups.map(|group| (format(&group[0]), group)).collect())
 }
 
 impl Run {

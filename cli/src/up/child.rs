@@ -78,6 +78,8 @@ pub(crate) struct Child {
     pub(crate) death: Option<(Instant, String)>,
     ready_at: Option<Instant>,
     pub(crate) start_at: Instant,
+    /// It waits for others to serve before its first life.
+    held: bool,
     orders: Option<mpsc::Sender<Order>>,
     life: Option<JoinHandle<()>>,
 }
@@ -100,6 +102,7 @@ impl Child {
             death: None,
             ready_at: None,
             start_at: Instant::now(),
+            held: false,
             orders: None,
             life: None,
         }
@@ -139,6 +142,21 @@ impl Child {
     /// Whether a process that has ended so did what it was to do.
     pub(crate) fn is_dismissed(&self, code: Option<u8>) -> bool {
         self.drained && code == Some(0)
+    }
+
+    /// Keeps it from being started, until `release`.
+    pub(crate) fn hold(&mut self) {
+        self.held = true;
+    }
+
+    /// Lets one that was held be started; whether it was.
+    pub(crate) fn release(&mut self) -> bool {
+        std::mem::take(&mut self.held)
+    }
+
+    /// Whether it is to be started as soon as it may be.
+    pub(crate) fn waits(&self) -> bool {
+        !self.alive() && !self.held
     }
 
     /// Notes a death and when the next life may begin.
@@ -257,6 +275,16 @@ fn describe(ended: std::io::Result<ExitStatus>) -> (String, Option<u8>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_child_that_is_held_waits_until_it_is_released() {
+        let plan = Plan { role: baton_core::Role::Prefill, id: "prefill-0".to_string(), arguments: Vec::new() };
+        let mut child = Child::new(plan);
+        assert!(child.waits() && !child.release());
+        child.hold();
+        assert!(!child.waits() && !child.alive());
+        assert!(child.release() && child.waits() && !child.release());
+    }
 
     #[test]
     fn backoff_starts_at_nothing_and_is_bounded() {

@@ -14,6 +14,9 @@ pub(crate) struct Topology {
     /// Workers named so far.
     pub(crate) prefill: usize,
     pub(crate) decode: usize,
+    /// Prefill workers are started when all decode workers serve: loading, and answering their first canary, at once they would
+    /// be in each other's way, and decode workers serve without the others.
+    pub(crate) decode_first: bool,
     /// Where each coordinator listens; node ids count from 1.
     pub(crate) coordinators: Vec<SocketAddr>,
     /// Where the gateway listens.
@@ -175,6 +178,7 @@ mod tests {
             model: "/m/name".into(),
             prefill,
             decode,
+            decode_first: false,
             coordinators: (0..coordinators).map(|n| SocketAddr::from(([127, 0, 0, 1], 100 + n))).collect(),
             gateway: SocketAddr::from(([127, 0, 0, 1], 8000)),
             open: true,

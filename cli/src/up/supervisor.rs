@@ -1,4 +1,4 @@
-//! Starts all children at once, starts again those that die, adds and drains workers on demand, and ends them all.
+//! Starts all children at once, or the prefill workers after the decode workers, starts again those that die, adds and drains workers on demand, and ends them all.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -91,7 +91,10 @@ impl Supervisor {
         wishes: mpsc::Receiver<Wish>,
         started: Instant,
     ) -> std::io::Result<Supervisor> {
-        let children: BTreeMap<_, _> = topology.plans().into_iter().map(Child::new).enumerate().collect();
+        let mut children: BTreeMap<_, _> = topology.plans().into_iter().map(Child::new).enumerate().collect();
+        if topology.decode_first {
+            children.values_mut().filter(|child| child.plan.role == Role::Prefill).for_each(Child::hold);
+        }
         let (sender, notices) = mpsc::channel(256);
         Ok(Supervisor {
             cluster,
@@ -217,6 +220,7 @@ impl Supervisor {
                     heard = Instant::now();
                     self.give_up(&notice)?;
                     self.take(notice);
+                    self.release();
                 }
                 () = tokio::time::sleep_until(restart_at) => self.restart_due(),
                 () = tokio::time::sleep_until(heard + START_SILENCE) => return Err(self.silent()),
@@ -236,6 +240,14 @@ impl Supervisor {
                 }
                 () = tokio::time::sleep_until(restart_at) => self.restart_due(),
             }
+        }
+    }
+
+    /// Starts the children that were to wait for the decode workers, once all of these serve.
+    fn release(&mut self) {
+        let decode = self.children.values().filter(|child| child.plan.role == Role::Decode).all(|child| child.served);
+        if decode && self.children.values_mut().filter_map(|child| child.release().then_some(())).count() > 0 {
+            self.restart_due();
         }
     }
 
@@ -338,14 +350,14 @@ impl Supervisor {
 
     /// When the next child is to be started; far away when all run.
     fn restart_at(&self) -> Instant {
-        let waiting = self.children.values().filter(|child| !child.alive()).map(|child| child.start_at);
+        let waiting = self.children.values().filter(|child| child.waits()).map(|child| child.start_at);
         waiting.min().unwrap_or_else(|| Instant::now() + Duration::from_secs(3600))
     }
 
     fn restart_due(&mut self) {
         let (now, logs) = (Instant::now(), self.logs());
         for (index, child) in &mut self.children {
-            if child.alive() || child.start_at > now {
+            if !child.waits() || child.start_at > now {
                 continue;
             }
             if let Err(error) = child.start(*index, &logs, self.sender.clone()) {

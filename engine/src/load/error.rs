@@ -30,6 +30,8 @@ pub enum LoadError {
     Integers { file: PathBuf, tensor: String, reason: String },
     #[error("{}: {what} is not in it as this model has it; remove the file", file.display())]
     Kept { file: PathBuf, what: String },
+    #[error("{}: cannot be written: {error}", file.display())]
+    Keep { file: PathBuf, error: std::io::Error },
     #[error("{}: truncated or overlong: {found} bytes; its header describes {expected}; copy the file again", file.display())]
     Truncated { file: PathBuf, found: u64, expected: u64 },
     #[error("{}: not a safetensors header: {reason}", file.display())]

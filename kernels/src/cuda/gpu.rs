@@ -171,7 +171,7 @@ impl Gpu {
 
     /// Rotations of every position.
     pub fn rotations(&self, table: &RopeTable) -> Result<Floats, GpuError> {
-        self.floats_of(table.values())
+        self.floats_of(&table.values())
     }
 
     /// Blocks in the GPU's memory.

@@ -5,7 +5,6 @@
 //!          padding to a page | panels of the first run | padding to a page | ...
 //! ```
 
-use std::io::{self, Write};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -14,14 +13,14 @@ use crate::memory::Memory;
 
 /// Where panels begin in a file: a multiple of what memory is mapped in.
 pub const ALIGNMENT: usize = 4096;
-const WORD: usize = 8;
+pub(super) const WORD: usize = 8;
 const RUN_WORDS: usize = 4;
 
 /// The mapping of a whole file that begins at a page.
 pub type Mapped = Arc<dyn AsRef<[u8]> + Send + Sync>;
 
 /// Formats by their number in files.
-const FORMATS: [Format; 9] = [
+pub(super) const FORMATS: [Format; 9] = [
     Format::Bf16,
     Format::Q8_0,
     Format::Q4_0,
@@ -34,26 +33,7 @@ const FORMATS: [Format; 9] = [
 ];
 
 impl Packed {
-    /// Writes the matrix where a page of the file begins; returns how many bytes that were.
-    pub fn write(&self, to: &mut impl Write) -> io::Result<usize> {
-        let mut words = vec![self.rows, self.cols, self.runs.len()];
-        for run in &self.runs {
-            let format = FORMATS.iter().position(|format| *format == run.format).unwrap_or(0);
-            words.extend([format, run.first, run.rows, run.panel_bytes()]);
-        }
-        let mut written = words.len() * WORD;
-        words.iter().try_for_each(|word| to.write_all(&(*word as u64).to_le_bytes()))?;
-        for run in &self.runs {
-            let padding = written.next_multiple_of(ALIGNMENT) - written;
-            to.write_all(&[0; ALIGNMENT][..padding])?;
-            // SAFETY: `pack` has written all panels, and nobody writes them again.
-            to.write_all(unsafe { std::slice::from_raw_parts(run.memory.base(), run.panel_bytes()) })?;
-            written += padding + run.panel_bytes();
-        }
-        Ok(written)
-    }
-
-    /// The matrix that `write` has put into these bytes of the file, which begin at a page. None: they are none.
+    /// The matrix in these bytes of the file, which begin at a page; `Pieces` makes them. None: they are none.
     pub fn map(file: &Mapped, place: Range<usize>) -> Option<Packed> {
         let bytes = (**file).as_ref().get(place.clone())?;
         if !place.start.is_multiple_of(ALIGNMENT) || !bytes.as_ptr().addr().is_multiple_of(ALIGNMENT) {
@@ -85,11 +65,7 @@ impl Packed {
 }
 
 impl Run {
-    fn panel_bytes(&self) -> usize {
-        self.panels() * self.format.panel_bytes(self.cols)
-    }
-
-    /// The same of numbers that a file holds.
+    /// Bytes of all panels, of numbers that a file holds.
     fn panel_bytes_checked(&self) -> Option<usize> {
         // No more columns than bytes that would hold a bit of each.
         let sane = self.cols < usize::MAX / (4 * super::STEP);
@@ -100,7 +76,7 @@ impl Run {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Cpu, Dtype, Matrix, Profile, Quantize};
+    use crate::{Cpu, Dtype, Matrix, Pieces, Profile, Quantize};
 
     /// Bytes that begin at a page.
     #[repr(C, align(4096))]
@@ -132,9 +108,20 @@ mod tests {
         let (first, second) = numbers.split_at(70 * 64 * 4);
         let part = |bytes, rows| Matrix { dtype: Dtype::F32, bytes, rows, cols: 64 };
         let cpu = Cpu::new(1, Profile::F32Acc).unwrap();
-        let packed = cpu.pack_as(&[part(first, 70), part(second, 3)], quantize);
-        let mut bytes = Vec::new();
-        assert_eq!(packed.write(&mut bytes).unwrap(), bytes.len());
+        let parts = [part(first, 70), part(second, 3)];
+        let pieces = Pieces::new(&parts, quantize);
+        let mut bytes = pieces.head();
+        for run in 0..pieces.runs() {
+            let at = bytes.len().next_multiple_of(ALIGNMENT);
+            bytes.resize(at, 0);
+            // One by one, which is as good as all together.
+            for panel in 0..pieces.panels(run) {
+                let mut out = vec![0; pieces.panel_bytes(run)];
+                cpu.pack_panels(&pieces, run, panel..panel + 1, &mut out);
+                bytes.extend(out);
+            }
+        }
+        let packed = cpu.pack_as(&parts, quantize);
         (packed, bytes)
     }
 
