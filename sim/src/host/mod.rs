@@ -42,6 +42,8 @@ pub struct World {
     pub stalls: Arc<BTreeMap<String, Stalls>>,
     /// How often the crowd of clients has been moved: those that wait go away, those that are to come come now.
     pub crowd: watch::Sender<u64>,
+    /// Orders that the operator has not carried out yet.
+    pub orders: watch::Sender<usize>,
     /// How long clients pause before they read on.
     pub slow_ms: Arc<AtomicU64>,
     /// Of each host: how many thousandths its clock is too fast.
@@ -139,6 +141,7 @@ impl World {
             flips: Arc::new(flips),
             stalls: Arc::new(stalls),
             crowd: watch::Sender::new(0),
+            orders: watch::Sender::new(0),
             slow_ms: Arc::default(),
             drifts: Arc::new(drifts),
             ahead_ms: Arc::new(ahead_ms),
