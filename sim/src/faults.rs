@@ -199,6 +199,7 @@ impl Faults {
             What::DiskFull { host } => world.disks[host].limit(Some(0)),
             What::DiskSlow { host, ms } => world.disks[host].slow(Duration::from_millis(*ms)),
             What::Hang { host } | What::Wedge { host } => {
+                world.seen().wedged |= matches!(what, What::Wedge { .. });
                 if let Some(pace) = world.seen().paces.get(host) {
                     pace.hang(now_ms, for_ms);
                 }

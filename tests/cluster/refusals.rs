@@ -165,7 +165,9 @@ async fn strangers_and_the_past_are_refused_and_counted() {
 #[test]
 fn a_closed_output_ends_it_quietly() {
     let mut command = std::process::Command::new(baton_tests::cluster::binary());
-    command.args(["--log", "error", "sim", "show", "--seed", "1", "--profile", "calm"]).stdout(std::process::Stdio::piped());
+    command
+        .args(["--log", "error", "sim", "show", "--seed", "1", "--profile", "calm"])
+        .stdout(std::process::Stdio::piped());
     let mut showing = command.stderr(std::process::Stdio::piped()).spawn().expect("the binary runs");
     drop(showing.stdout.take());
     let output = showing.wait_with_output().expect("it ends");

@@ -97,6 +97,8 @@ pub struct Seen {
     pub upgraded: BTreeSet<String>,
     /// Hosts whose process is one of the release before.
     pub earlier: BTreeSet<String>,
+    /// A worker hangs, or has hung, while the last requests are served.
+    pub wedged: bool,
     /// Coordinators on whose disk a bit has flipped.
     pub rotten: BTreeSet<String>,
     /// One of them that serves all the same.
