@@ -7,6 +7,9 @@ pub(crate) const FAILED: u8 = 1;
 /// Refused before anything served: flags, configuration, model, port, data directory.
 pub(crate) const REFUSED: u8 = 2;
 
+/// Nobody reads what is printed any more: as of a process that SIGPIPE has ended.
+pub(crate) const OUTPUT_CLOSED: u8 = 128 + 13;
+
 /// Files of the data directory are damaged or missing, or the ledger in them is not the leader's (sysexits' EX_CONFIG).
 pub(crate) const DAMAGED: u8 = 78;
 

@@ -16,6 +16,7 @@ mod http;
 mod log;
 mod model;
 mod order;
+mod out;
 mod process;
 mod role;
 mod scale;

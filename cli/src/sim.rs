@@ -19,6 +19,7 @@ use tokio::time::{Duration, Instant};
 use crate::allocator;
 use crate::bench::figure::{self, Figure};
 use crate::exit::Failure;
+use crate::out::say;
 use crate::surroundings;
 
 /// What to do with simulated clusters.
@@ -342,14 +343,14 @@ fn apart(plan: &Plan, bug: &BugFlag) -> Result<Report, Failure> {
 fn tell(flags: &FaultsFlags, report: &Report, again: &str) {
     let again = format!("{again}{}", flags.bug.again());
     if flags.reports {
-        println!("{}", serde_json::to_string(report).expect("a report is plain data"));
+        say!("{}\n", serde_json::to_string(report).expect("a report is plain data"));
     } else if report.violation.is_some() {
         eprint!("{}", baton_sim::show::summary(report));
         eprintln!(
             "repeat: baton sim faults {again}\nshrink: baton sim shrink {again}\nread:   baton sim show {again}\n"
         );
     } else if flags.seed.is_some() && !flags.json {
-        print!("{}", baton_sim::show::summary(report));
+        say!("{}", baton_sim::show::summary(report));
     }
 }
 
@@ -362,7 +363,7 @@ fn end(flags: &FaultsFlags, ran: u64, failed: u64, since: Instant) -> Result<(),
             Figure::new("sim_seeds_per_s", ran as f64 / seconds, "seeds/s"),
         ]);
     } else if !flags.reports {
-        println!("{ran} seeds in {seconds:.1} s, {failed} failed");
+        say!("{ran} seeds in {seconds:.1} s, {failed} failed\n");
     }
     match failed {
         0 => Ok(()),
@@ -385,7 +386,7 @@ fn meta(flags: MetaFlags) -> Result<(), Failure> {
     let same = (first.len() - differ.len()) as f64;
     match flags.json {
         true => figure::print(&[Figure::at_least("sim_seeds_that_repeat", same, "seeds", first.len() as f64)]),
-        false => println!("{same} of {} seeds are the same run in two processes", first.len()),
+        false => say!("{same} of {} seeds are the same run in two processes\n", first.len()),
     }
     match differ.is_empty() {
         true => Ok(()),
@@ -416,13 +417,15 @@ fn shrink(flags: ShrinkFlags) -> Result<(), Failure> {
         return Err(Failure::refuse(format!("{} does not fail: nothing to make smaller", flags.run.again())));
     };
     let (before, after) = (plan.faults.len(), shrunk.plan.faults.len());
-    println!("{before} faults became {after} in {} runs, {:.1} s", shrunk.runs, since.elapsed().as_secs_f64());
-    print!("{}", baton_sim::show::summary(&shrunk.report));
-    println!("{}", shrunk.plan.text());
     if let Some(path) = &flags.save {
         save(path, &shrunk.plan)?;
+    }
+    say!("{before} faults became {after} in {} runs, {:.1} s\n", shrunk.runs, since.elapsed().as_secs_f64());
+    say!("{}", baton_sim::show::summary(&shrunk.report));
+    say!("{}\n", shrunk.plan.text());
+    if let Some(path) = &flags.save {
         let again = format!("--plan {}{}", path.display(), flags.run.bug.again());
-        println!("repeat: baton sim faults {again}\nread:   baton sim show {again}");
+        say!("repeat: baton sim faults {again}\nread:   baton sim show {again}\n");
     }
     Ok(())
 }
@@ -431,10 +434,10 @@ fn show(flags: ShowFlags) -> Result<(), Failure> {
     flags.run.bug.plant()?;
     let detail = if flags.network { baton_sim::Detail::Network } else { baton_sim::Detail::Story };
     let report = baton_sim::run_with(&flags.run.plan()?, detail);
-    print!("{}", baton_sim::show::text(&report));
+    say!("{}", baton_sim::show::text(&report));
     if let Some(path) = &flags.html {
         std::fs::write(path, baton_sim::show::html(&report)).with_context(|| format!("write {}", path.display()))?;
-        println!("written to {}", path.display());
+        say!("written to {}\n", path.display());
     }
     match report.violation {
         None => Ok(()),
@@ -460,10 +463,10 @@ fn planted(flags: PlantedFlags) -> Result<(), Failure> {
                 figure::print(&[Figure { target: Some(flags.seeds as f64), ..figure }]);
             }
             (false, Some((seed, Violation { invariant, what, .. }))) => {
-                println!("{:<18} {:<8} seed {seed:<4} {invariant}: {what}", format!("{bug:?}"), profile.name);
+                say!("{:<18} {:<8} seed {seed:<4} {invariant}: {what}\n", format!("{bug:?}"), profile.name);
             }
             (false, None) => {
-                println!("{:<18} {:<8} not found in {} seeds", format!("{bug:?}"), profile.name, hunt.seeds);
+                say!("{:<18} {:<8} not found in {} seeds\n", format!("{bug:?}"), profile.name, hunt.seeds);
             }
         }
     }
@@ -471,7 +474,7 @@ fn planted(flags: PlantedFlags) -> Result<(), Failure> {
     match (counts.get(counts.len() / 2), flags.json) {
         (None, _) => return Err(Failure::refuse(format!("no planted bug has {:?} in its name", flags.only))),
         (Some(median), true) => figure::print(&[Figure::new("sim_planted_median", *median as f64, "seeds")]),
-        (Some(median), false) => println!("{} bugs, {missed} not found, median {median} seeds", counts.len()),
+        (Some(median), false) => say!("{} bugs, {missed} not found, median {median} seeds\n", counts.len()),
     }
     match missed {
         0 => Ok(()),
@@ -494,7 +497,7 @@ fn scenarios(flags: ScenariosFlags) -> Result<(), Failure> {
         if !flags.json {
             let verdicts: Vec<String> =
                 verdicts.iter().map(|(what, so)| format!("{what}: {}", if *so { "yes" } else { "NO" })).collect();
-            println!("{:<45} {} ({})", scenario.name, verdicts.join(", "), scenario.about);
+            say!("{:<45} {} ({})\n", scenario.name, verdicts.join(", "), scenario.about);
         }
     }
     if flags.json {

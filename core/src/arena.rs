@@ -149,8 +149,10 @@ impl BlockLayout {
 
 /// Start of the blocks in their allocation: a huge page's size, so that the kernel can back the arena with such pages.
 const ALIGNMENT: usize = 2 << 20;
+/// Of an arena that fills no such page.
+const ALIGNMENT_SMALL: usize = 4 << 10;
 
-/// Memory for `blocks` blocks, zeroed, aligned to 2 MiB (a shared one to a page). Pages are taken from the machine when they are first touched.
+/// Memory for `blocks` blocks, zeroed, aligned to 2 MiB where it is as large (a smaller and a shared one to a page). Pages are taken from the machine when they are first touched.
 pub struct Arena {
     base: *mut u8,
     memory: Memory,
@@ -195,14 +197,15 @@ impl Arena {
         let bytes = layout.block_bytes().checked_mul(blocks).expect("arena size overflows");
         assert!(bytes > 0, "an arena holds at least one block");
         // Asked for with a larger alignment, zeroed memory would be written at once instead of coming as untouched pages.
-        let allocation = Layout::from_size_align(bytes + ALIGNMENT, 16).expect("arena size overflows");
+        let alignment = if bytes < ALIGNMENT { ALIGNMENT_SMALL } else { ALIGNMENT };
+        let allocation = Layout::from_size_align(bytes + alignment, 16).expect("arena size overflows");
         // SAFETY: the size is not zero.
         let start = unsafe { alloc_zeroed(allocation) };
         if start.is_null() {
             handle_alloc_error(allocation);
         }
-        // SAFETY: the offset is below ALIGNMENT, by which the allocation exceeds the blocks.
-        let base = unsafe { start.add(start.align_offset(ALIGNMENT)) };
+        // SAFETY: the offset is below the alignment, by which the allocation exceeds the blocks.
+        let base = unsafe { start.add(start.align_offset(alignment)) };
         let stride = layout.block_bytes();
         Arena {
             base,

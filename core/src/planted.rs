@@ -77,6 +77,8 @@ pub enum Bug {
     EmptyVotes,
     /// A coordinator that joins is given a number that another one had before it left.
     NumberTwice,
+    /// That a worker makes no progress is noticed by nobody, as long as it answers.
+    GreenHealth,
 }
 
 impl Bug {
@@ -114,6 +116,7 @@ impl Bug {
         Bug::QuotaUnchecked,
         Bug::EmptyVotes,
         Bug::NumberTwice,
+        Bug::GreenHealth,
     ];
 
     /// The bug of this name, as `Debug` writes it.

@@ -89,7 +89,10 @@ impl Drop for Adopted {
 
 /// Makes this gateway the one that tells the end of what it has taken over. Until then whoever served it is held
 /// responsible, so that a stream that cannot be taken over ends when nobody has come for it in time.
-pub(crate) async fn adopt(gateway: &Gateway, caller: &Caller, taken: &TakenOver) -> Result<Adopted, ApiError> {
+///
+/// The question is asked to its end though the client goes away meanwhile: an end that is told before the ledger has taken
+/// the question is one of another gateway's request, and so none, and the question is taken afterwards.
+pub(crate) async fn adopt(gateway: &Arc<Gateway>, caller: &Caller, taken: &TakenOver) -> Result<Adopted, ApiError> {
     let end = FinishedRequest {
         request: taken.request.id.to_string(),
         epoch: taken.assignment.epoch.0,
@@ -98,15 +101,20 @@ pub(crate) async fn adopt(gateway: &Gateway, caller: &Caller, taken: &TakenOver)
         generated_tokens: taken.said.tokens.iter().map(|tokens| tokens.tokens.len() as u64).sum(),
         ..FinishedRequest::default()
     };
-    // Before it is asked: the ledger may take the question and its answer be lost, or the client go away meanwhile.
+    // Before it is asked: the ledger may take the question and its answer be lost.
     let mut adopted = Adopted { finishes: gateway.servers.finishes.clone(), end: Some(end) };
-    let now = locate(gateway, caller, taken.request.id, &gateway.servers.gateway).await?;
-    // What was found before may come from a coordinator that had been deposed without knowing.
-    if now.epoch != taken.assignment.epoch {
-        adopted.end.iter_mut().for_each(|end| end.epoch = now.epoch.0);
-        return Err(ApiError::stream_lost());
-    }
-    Ok(adopted)
+    let (gateway, caller) = (gateway.clone(), caller.clone());
+    let (id, epoch) = (taken.request.id, taken.assignment.epoch);
+    let asking = tokio::spawn(async move {
+        let now = locate(&gateway, &caller, id, &gateway.servers.gateway).await?;
+        // What was found before may come from a coordinator that had been deposed without knowing.
+        if now.epoch != epoch {
+            adopted.end.iter_mut().for_each(|end| end.epoch = now.epoch.0);
+            return Err(ApiError::stream_lost());
+        }
+        Ok(adopted)
+    });
+    asking.await.unwrap_or_else(|error| Err(ApiError::internal(error.to_string())))
 }
 
 /// Takes over the stream called `name`, if it is this caller's.

@@ -16,6 +16,9 @@ const STALLED_MS: (u64, u64) = (8_300, 9_500);
 const LEAVE_MS: u64 = 4_000;
 /// The longest that the spare coordinator is meant to be of the group.
 const GROWN_MS: u64 = 4_000;
+/// When a worker begins to hang for good, and until when: the last requests have long been sent by then.
+const WEDGED_FROM_MS: (u64, u64) = (3_500, 6_500);
+const WEDGED_UNTIL_MS: u64 = 14_000;
 /// Between one process of a rolling restart and the next.
 const ROLLING_MS: u64 = 500;
 
@@ -51,6 +54,7 @@ pub(crate) fn draw(rng: &mut Rng, topology: &Topology, chosen: Weight, at_ms: u6
             let what = What::Leave { host, from, after_ms: between(rng, 0, 40) };
             vec![Fault { at_ms: early(rng, LEAVE_MS), for_ms: LEAVE_MS, what }]
         }
+        Weight::Wedge => wedge(rng, topology),
         Weight::Rolling => rolling(rng, topology),
         Weight::Update => update(rng, topology),
         Weight::Grow => grow(rng, topology, at_ms),
@@ -86,6 +90,18 @@ fn rebirth(rng: &mut Rng, topology: &Topology, at_ms: u64) -> Vec<Fault> {
         Fault { at_ms, for_ms: after_ms + held_ms, what: What::Hold { a, b } },
         Fault { at_ms: at_ms + after_ms, for_ms: lost_ms, what: crash },
     ]
+}
+
+/// A worker hangs and answers, until the last requests have ended; another of its role goes on, or there is none that may.
+fn wedge(rng: &mut Rng, topology: &Topology) -> Vec<Fault> {
+    let pools = [Role::Decode, Role::Prefill].map(|role| topology.worker_names(role));
+    let mut pools: Vec<Vec<String>> = pools.into_iter().filter(|pool| pool.len() > 1).collect();
+    if pools.is_empty() {
+        return Vec::new();
+    }
+    let pool = pools.swap_remove(rng.below(pools.len() as u64) as usize);
+    let (host, at_ms) = (any(rng, pool), between(rng, WEDGED_FROM_MS.0, WEDGED_FROM_MS.1));
+    vec![Fault { at_ms, for_ms: WEDGED_UNTIL_MS - at_ms, what: What::Wedge { host } }]
 }
 
 /// The spare coordinator joins for a while, and in half of the cases dies meanwhile.

@@ -17,6 +17,8 @@ pub enum Purpose {
     Host = 6,
     /// What is asked of coordinators without a gateway.
     Asks = 7,
+    /// Which workers are of one machine.
+    Machines = 8,
 }
 
 /// The generator for a purpose; `number` tells several of one purpose apart.

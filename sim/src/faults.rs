@@ -13,6 +13,7 @@ use turmoil::Sim;
 
 use crate::host::World;
 use crate::host::operator::Order;
+use crate::machine::Machines;
 use crate::members;
 use crate::net::Damage;
 use crate::network::Network;
@@ -41,6 +42,7 @@ const LEFT_MS: u64 = 400;
 /// The faults of a plan over time.
 pub(crate) struct Faults {
     faults: Vec<Fault>,
+    machines: Machines,
     begun: Vec<bool>,
     over: Vec<bool>,
     /// Faults that waited for their moment and have had it.
@@ -63,14 +65,18 @@ pub(crate) struct Faults {
 
 impl Faults {
     pub(crate) fn new(plan: &Plan, topology: &Topology, operator: mpsc::Sender<Order>) -> Faults {
-        let count = plan.faults.len();
         let (mut coordinators, mut servers) = (topology.coordinator_names(), topology.servers());
         if plan.uses(&topology.spare()) {
             coordinators.push(topology.spare());
             servers.push(topology.spare());
         }
+        let machines = Machines::of(plan);
+        let faults: Vec<Fault> =
+            plan.faults.iter().flat_map(|fault| machines.spread(fault.clone(), &servers)).collect();
+        let count = faults.len();
         Faults {
-            faults: plan.faults.clone(),
+            faults,
+            machines,
             begun: vec![false; count],
             over: vec![false; count],
             struck: vec![false; count],
@@ -86,9 +92,10 @@ impl Faults {
         }
     }
 
-    /// When the last one is over.
+    /// When the last one is over that is not to outlast the last requests.
     pub(crate) fn end(&self) -> Duration {
-        let end = self.faults.iter().map(|fault| fault.at_ms + fault.for_ms).max();
+        let waited_for = self.faults.iter().filter(|fault| !matches!(fault.what, What::Wedge { .. }));
+        let end = waited_for.map(|fault| fault.at_ms + fault.for_ms).max();
         Duration::from_millis(end.unwrap_or(0))
     }
 
@@ -165,10 +172,13 @@ impl Faults {
             What::Crash { host, kept } => self.crash(sim, world, host, *kept),
             What::Drain { host } => {
                 *self.down.entry(host.clone()).or_default() += 1;
-                self.order(Order::Worker(host.clone(), v1::Order::Drain));
+                self.order(world, Order::Worker(host.clone(), v1::Order::Drain));
             }
             What::Limit { requests_open, requests_per_minute } => {
-                self.order(Order::Limit { requests_open: *requests_open, requests_per_minute: *requests_per_minute });
+                self.order(
+                    world,
+                    Order::Limit { requests_open: *requests_open, requests_per_minute: *requests_per_minute },
+                );
             }
             What::Save { host } => {
                 if let Some(observer) = world.seen().coordinators.get(host) {
@@ -188,7 +198,8 @@ impl Faults {
             }
             What::DiskFull { host } => world.disks[host].limit(Some(0)),
             What::DiskSlow { host, ms } => world.disks[host].slow(Duration::from_millis(*ms)),
-            What::Hang { host } => {
+            What::Hang { host } | What::Wedge { host } => {
+                world.seen().wedged |= matches!(what, What::Wedge { .. });
                 if let Some(pace) = world.seen().paces.get(host) {
                     pace.hang(now_ms, for_ms);
                 }
@@ -204,9 +215,9 @@ impl Faults {
             What::Stall { from, to, .. } => world.stalls[from].begin(to),
             What::Flip { host } => {
                 let other = if kind(host) == "prefill" { v1::Order::BecomeDecode } else { v1::Order::BecomePrefill };
-                self.order(Order::Worker(host.clone(), other));
+                self.order(world, Order::Worker(host.clone(), other));
             }
-            What::HandOver { to } => self.order(Order::Lead(to.clone())),
+            What::HandOver { to } => self.order(world, Order::Lead(to.clone())),
             What::Flips { host, count } => world.flips[host].arm(Damage::Bit, *count),
             What::Doubles { host, count } => world.flips[host].arm(Damage::Twice, *count),
             What::Swaps { host, count } => world.flips[host].arm(Damage::Swapped, *count),
@@ -265,7 +276,7 @@ impl Faults {
         match what.clone() {
             What::CrashAmid { host, kept } if !self.is_down(&host) && self.is_amid(world, &host) => {
                 world.record.note(&host, "dies in the middle of something");
-                self.crash(sim, world, &host, kept);
+                self.machines.all(&host).iter().for_each(|host| self.crash(sim, world, host, kept));
                 true
             }
             What::CutLeader {} => {
@@ -299,7 +310,7 @@ impl Faults {
             What::Rot { host, part } if !self.is_down(&host) => members::rot(sim, world, &host, part),
             What::Shrink { host } if members::may_go(world, &host) => {
                 members::ordered(world, &host);
-                self.order(Order::Remove(host));
+                self.order(world, Order::Remove(host));
                 true
             }
             What::Stall { from, to, new_ms } if now_ms >= self.faults[number].at_ms + new_ms => {
@@ -349,8 +360,10 @@ impl Faults {
     }
 
     /// A full queue of orders: the operator has enough to do.
-    fn order(&self, order: Order) {
-        let _ = self.operator.try_send(order);
+    fn order(&self, world: &World, order: Order) {
+        if self.operator.try_send(order).is_ok() {
+            world.orders.send_modify(|open| *open += 1);
+        }
     }
 
     /// Ends the process and starts it again, unless a fault keeps it down.
@@ -379,7 +392,10 @@ impl Faults {
         let leader = self.leaders.remove(&number);
         match what {
             What::CrashAmid { .. } | What::Unheard { .. } if !self.struck[number] => {}
-            What::CrashAmid { host, .. } | What::Crash { host, .. } | What::Drain { host } => self.up(sim, world, host),
+            What::CrashAmid { host, .. } => {
+                self.machines.all(host).iter().for_each(|host| self.up(sim, world, host));
+            }
+            What::Crash { host, .. } | What::Drain { host } => self.up(sim, world, host),
             What::Unheard { .. } => leader.iter().for_each(|host| self.up(sim, world, host)),
             What::SlowClients { .. } => world.slow_ms.store(0, Ordering::Relaxed),
             What::Drift { host, .. } => drop(world.drifts[host].send_replace(0)),
@@ -395,7 +411,7 @@ impl Faults {
                 }
             }
             What::Limit { .. } if !self.any_other(what) => {
-                self.order(Order::Limit { requests_open: 0, requests_per_minute: 0 });
+                self.order(world, Order::Limit { requests_open: 0, requests_per_minute: 0 });
             }
             What::Latency { a, b, .. } if !self.any_other(what) => {
                 sim.set_link_max_message_latency(a.as_str(), b.as_str(), world.topology.latency_max);
@@ -408,11 +424,11 @@ impl Faults {
             What::Stall { from, to, .. } if !self.any_other(what) => world.stalls[from].end(to),
             What::Grow { host } if !self.any_other(what) && world.seen().joins.contains_key(host) => {
                 members::ordered(world, host);
-                self.order(Order::Remove(host.clone()));
+                self.order(world, Order::Remove(host.clone()));
             }
             What::Flip { host } if !self.any_other(what) => {
                 let own = if kind(host) == "prefill" { Role::Prefill } else { Role::Decode };
-                self.order(Order::Role(host.clone(), own));
+                self.order(world, Order::Role(host.clone(), own));
             }
             _ => {}
         }

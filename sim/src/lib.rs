@@ -7,6 +7,7 @@ mod faults;
 pub mod handoff;
 pub mod host;
 pub mod invariant;
+mod machine;
 mod members;
 pub mod memory;
 pub mod model;

@@ -100,9 +100,9 @@ impl Pace {
         Pace { step, row, start: Instant::now(), hung_ms: Arc::default(), begun: Arc::default(), ended: Arc::default() }
     }
 
-    /// The step that begins next takes at least so long.
+    /// Steps that begin from now on take at least so long; of several hangs the longest counts.
     pub fn hang(&self, now_ms: u64, for_ms: u64) {
-        self.hung_ms.store(now_ms + for_ms, Ordering::Relaxed);
+        self.hung_ms.fetch_max(now_ms + for_ms, Ordering::Relaxed);
     }
 
     /// How many steps have begun, and how many had when one ended last: equal between steps.

@@ -19,7 +19,11 @@ const TICK_MS_MAX: u64 = 20;
 const SHORT_MS: u64 = 3_000;
 const LONG_PERCENT: u64 = 20;
 
-/// Everything that decides a run: hosts and requests follow from the seed, faults stand here.
+/// How many of 100 runs have workers of one machine, and how many workers a machine has.
+const MACHINE_PERCENT: u64 = 25;
+const MACHINE_WORKERS: (u64, u64) = (2, 3);
+
+/// Everything that decides a run: hosts and requests follow from the seed, machines and faults stand here.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Plan {
@@ -29,6 +33,10 @@ pub struct Plan {
     /// The run's tick, so that a plan which is kept stays what it was; None: as the seed draws it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tick_ms: Option<u64>,
+    /// Workers that are processes of one machine: what strikes the machine, its network or its clock strikes them all. Whoever
+    /// stands in none has one of its own.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub machines: Vec<Vec<String>>,
     pub faults: Vec<Fault>,
 }
 
@@ -66,6 +74,8 @@ pub enum What {
     DiskSlow { host: String, ms: u64 },
     /// The worker's step does not end; its other tasks go on.
     Hang { host: String },
+    /// The same, and the run does not wait for its end: what is sent after all other faults has to do without the worker.
+    Wedge { host: String },
     /// A bit flips in each of the next so many pieces of KV that the host sends.
     Flips { host: String, count: u64 },
     /// An operator drains the worker; it is started again at the end.
@@ -133,6 +143,8 @@ pub enum PlanError {
         "the plan's fault {number} changes the coordinators' group: only {spare} can grow it, and only others leave it"
     )]
     Member { number: usize, spare: String },
+    #[error("the plan's machines name {0:?}, which is no worker of this seed or stands in two of them")]
+    Machine(String),
     #[error(transparent)]
     Profile(#[from] UnknownProfile),
 }
@@ -147,7 +159,8 @@ impl Plan {
         let mut faults: Vec<Fault> = (0..count).flat_map(|_| draw(&mut rng, &topology, &weights)).collect();
         faults.sort_by_key(|fault| fault.at_ms);
         let tick_ms = Some(topology.tick.as_millis() as u64);
-        Plan { version: VERSION, seed, profile: profile.name.to_string(), tick_ms, faults }
+        let machines = machines(seed, &topology);
+        Plan { version: VERSION, seed, profile: profile.name.to_string(), tick_ms, machines, faults }
     }
 
     /// Reads a saved plan.
@@ -164,6 +177,13 @@ impl Plan {
             return Err(PlanError::Tick(tick_ms));
         }
         let topology = Topology::draw(plan.seed);
+        let mut workers = topology.workers();
+        for worker in plan.machines.iter().flatten() {
+            match workers.iter().position(|other| other == worker) {
+                Some(at) => drop(workers.swap_remove(at)),
+                None => return Err(PlanError::Machine(worker.clone())),
+            }
+        }
         let mut hosts = topology.servers();
         hosts.push(topology.spare());
         for (number, fault) in plan.faults.iter().enumerate() {
@@ -204,6 +224,7 @@ impl What {
             | What::DiskFull { host }
             | What::DiskSlow { host, .. }
             | What::Hang { host }
+            | What::Wedge { host }
             | What::Flips { host, .. }
             | What::Drain { host }
             | What::Upgrade { host }
@@ -226,6 +247,17 @@ impl What {
             What::Limit { .. } | What::CutLeader {} | What::Unheard { .. } | What::SlowClients { .. } => vec![],
         }
     }
+}
+
+/// Which workers of a seed are of one machine.
+fn machines(seed: u64, topology: &Topology) -> Vec<Vec<String>> {
+    let mut rng = rng(seed, Purpose::Machines, 0);
+    let mut workers = topology.workers();
+    if !chance(&mut rng, MACHINE_PERCENT) {
+        return Vec::new();
+    }
+    let count = between(&mut rng, MACHINE_WORKERS.0, MACHINE_WORKERS.1).min(workers.len() as u64);
+    vec![(0..count).map(|_| workers.swap_remove(rng.below(workers.len() as u64) as usize)).collect()]
 }
 
 /// One blow: a fault, or several that belong together. None: this cluster has nobody whom it could strike.
@@ -325,6 +357,7 @@ fn single(rng: &mut baton_core::Rng, topology: &Topology, chosen: Weight) -> Opt
         Weight::Shrink if topology.coordinators > 1 => What::Shrink { host: one(rng, &["coordinator"])? },
         Weight::Replace | Weight::Shrink | Weight::Rot => return None,
         Weight::LosePool
+        | Weight::Wedge
         | Weight::Depose
         | Weight::Stall
         | Weight::Leave
@@ -355,6 +388,9 @@ mod tests {
         check(&Plan { tick_ms: Some(0), ..plan.clone() }.text(), "tick of 0 ms");
         let grows = Fault { at_ms: 1, for_ms: 1, what: What::Grow { host: "coordinator-1".into() } };
         check(&Plan { faults: vec![grows], ..plan.clone() }.text(), "changes the coordinators' group");
+        check(&Plan { machines: vec![vec!["gateway-1".into()]], ..plan.clone() }.text(), "machines name");
+        let twice = vec![vec!["decode-1".into(), "decode-1".into()]];
+        check(&Plan { machines: twice, ..plan.clone() }.text(), "in two of them");
         let elsewhere = Fault { at_ms: 1, for_ms: 1, what: What::Hang { host: "decode-9".into() } };
         check(&Plan { faults: vec![elsewhere], ..plan }.text(), "decode-9");
     }

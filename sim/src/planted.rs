@@ -27,7 +27,7 @@ pub fn profile_of(bug: Bug) -> &'static str {
         Bug::SkipChecksum | Bug::CommitEarly | Bug::FreeEarly => "handoff",
         Bug::OrphansKept | Bug::SameLife | Bug::SkipLifeCheck | Bug::SilentEnd => "crash",
         Bug::ApplyTwice | Bug::SkipEpochCheck => "network",
-        Bug::SameHandle => "handoff",
+        Bug::SameHandle | Bug::GreenHealth => "handoff",
         Bug::EmptyVotes | Bug::NumberTwice => "members",
         _ => "swarm",
     }

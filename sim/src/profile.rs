@@ -19,6 +19,8 @@ pub enum Weight {
     DiskFull,
     DiskSlow,
     Hang,
+    /// A worker that hangs until the last requests have ended, where another of its role goes on.
+    Wedge,
     Flips,
     Drain,
     Upgrade,
@@ -59,7 +61,7 @@ pub enum Weight {
 use Weight::{
     Clock, CrashAmid, CrashCoordinator, CrashGateway, CrashWorker, Depose, DiskFull, DiskSlow, Drain, Flip, Flips,
     Grow, HandOver, Hang, Hold, Isolate, Latency, Leave, Limit, LosePool, Partition, Rebirth, Replace, Rolling, Rot,
-    Save, Shrink, Skew, SlowClients, Stall, Starve, Unheard, Update, Upgrade,
+    Save, Shrink, Skew, SlowClients, Stall, Starve, Unheard, Update, Upgrade, Wedge,
 };
 
 /// How faults are drawn.
@@ -120,6 +122,7 @@ const PROFILES: &[Profile] = &[
             (Clock, 2),
             (Rot, 1),
             (SlowClients, 1),
+            (Wedge, 1),
         ],
         left_out: 40,
     },
@@ -239,6 +242,7 @@ const PROFILES: &[Profile] = &[
             (Leave, 4),
             (Stall, 1),
             (Rebirth, 2),
+            (Wedge, 2),
         ],
         left_out: 0,
     },

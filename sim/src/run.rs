@@ -222,7 +222,9 @@ impl Drive<'_> {
             if self.sim.elapsed() > last + ENDING {
                 let notes = self.notes.lock();
                 let waiting: Vec<usize> = notes.iter().filter(|t| t.ended.is_none()).map(|t| t.ask.number).collect();
-                return Err(self.violation("L1 heals", format!("requests {waiting:?} have not ended")));
+                let orders = *self.world.orders.borrow();
+                let what = format!("requests {waiting:?} and {orders} orders of the operator have not ended");
+                return Err(self.violation("L1 heals", what));
             }
         }
         let ended = self.sim.elapsed();

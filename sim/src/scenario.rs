@@ -139,6 +139,16 @@ pub const ALL: &[Scenario] = &[
         "found here: a request that was refused when it was asked for again stayed open, because the first question was granted"
     ),
     scenario!(
+        "an_end_does_not_overtake_its_adoption",
+        None,
+        "found here: a client went away while its stream was taken over; the end came before the ledger had the new gateway, and counted for nothing"
+    ),
+    scenario!(
+        "orders_are_carried_out_though_clients_have_ended",
+        None,
+        "the check's own: an operator that waited for a hung worker ended with the clients, and a spare coordinator stayed"
+    ),
+    scenario!(
         "a_quota_holds_in_a_burst",
         Some(Bug::QuotaUnchecked),
         "requests that are looked at together pass a limit that each alone would keep"

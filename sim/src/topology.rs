@@ -103,6 +103,10 @@ impl Topology {
         }
     }
 
+    pub fn workers(&self) -> Vec<String> {
+        [Role::Prefill, Role::Decode].into_iter().flat_map(|role| self.worker_names(role)).collect()
+    }
+
     pub fn gateway_names(&self) -> Vec<String> {
         names("gateway", self.gateways)
     }
@@ -110,8 +114,7 @@ impl Topology {
     /// Every host but that of the clients.
     pub fn servers(&self) -> Vec<String> {
         let mut all = self.coordinator_names();
-        all.extend(self.worker_names(Role::Prefill));
-        all.extend(self.worker_names(Role::Decode));
+        all.extend(self.workers());
         all.extend(self.gateway_names());
         all
     }

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use baton_core::planted::{self, Bug};
 use baton_proto::v1;
 use tokio::time::Instant;
 
@@ -68,6 +69,9 @@ impl Progress {
 
     /// How long it has been stuck in this life, as of its last report. None: it works, or has nothing to do.
     pub(super) fn stuck(&self) -> Option<Duration> {
+        if planted::is(Bug::GreenHealth) {
+            return None;
+        }
         let prefill_us = (STEP_TOKENS_MAX * 1_000_000).checked_div(self.prefill_rate).unwrap_or(0);
         let patience = Duration::from_micros(prefill_us.max(STUCK_STEPS.saturating_mul(self.step_us))).max(STUCK);
         let counted = (self.at - self.moved).checked_sub(patience);

@@ -106,7 +106,7 @@ impl Notes {
     }
 }
 
-/// Runs all clients to their ends. `healed` tells when the last requests may be sent.
+/// Runs all clients, and the operator, to their ends. `healed` tells when the last requests may be sent.
 pub async fn run(
     world: World,
     notes: Notes,
@@ -135,6 +135,8 @@ pub async fn run(
         });
     }
     while clients.join_next().await.is_some() {}
+    // The operator is of this host: what it has been told to do and has not done yet would not be done any more.
+    let _ = world.orders.subscribe().wait_for(|open| *open == 0).await;
     Ok(())
 }
 

@@ -42,6 +42,8 @@ pub struct World {
     pub stalls: Arc<BTreeMap<String, Stalls>>,
     /// How often the crowd of clients has been moved: those that wait go away, those that are to come come now.
     pub crowd: watch::Sender<u64>,
+    /// Orders that the operator has not carried out yet.
+    pub orders: watch::Sender<usize>,
     /// How long clients pause before they read on.
     pub slow_ms: Arc<AtomicU64>,
     /// Of each host: how many thousandths its clock is too fast.
@@ -95,6 +97,8 @@ pub struct Seen {
     pub upgraded: BTreeSet<String>,
     /// Hosts whose process is one of the release before.
     pub earlier: BTreeSet<String>,
+    /// A worker hangs, or has hung, while the last requests are served.
+    pub wedged: bool,
     /// Coordinators on whose disk a bit has flipped.
     pub rotten: BTreeSet<String>,
     /// One of them that serves all the same.
@@ -139,6 +143,7 @@ impl World {
             flips: Arc::new(flips),
             stalls: Arc::new(stalls),
             crowd: watch::Sender::new(0),
+            orders: watch::Sender::new(0),
             slow_ms: Arc::default(),
             drifts: Arc::new(drifts),
             ahead_ms: Arc::new(ahead_ms),

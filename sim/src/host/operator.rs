@@ -58,6 +58,7 @@ async fn see_to(world: World, order: Order) {
     let done = carry_out(&world, &order).await;
     let what = if done { "is taken" } else { "is not taken by any coordinator" };
     world.record.note(CLIENTS, format!("the operator's {order:?} {what}"));
+    world.orders.send_modify(|open| *open -= 1);
 }
 
 async fn carry_out(world: &World, order: &Order) -> bool {

@@ -11,6 +11,9 @@ use crate::run::HEALING;
 /// A few hundred steps of an engine, which no request of a run takes.
 const WAIT_MAX: Duration = Duration::from_secs(6);
 
+/// So much more where a worker hangs meanwhile: one that has made few steps is given so long for one before it counts as stuck.
+const WEDGED_MAX: Duration = Duration::from_secs(10);
+
 pub(super) struct Healed;
 
 impl Invariant for Healed {
@@ -19,12 +22,13 @@ impl Invariant for Healed {
     }
 
     fn step(&mut self, look: &Look) -> Result<(), String> {
+        let wait_max = if look.world.seen().wedged { WAIT_MAX + WEDGED_MAX } else { WAIT_MAX };
         for told in look.told.iter().filter(|told| told.ask.at.is_none()) {
             match &told.ended {
                 None => {}
                 Some((at, End::Complete)) => {
                     let waited = look.healed.map_or(Duration::ZERO, |healed| at.saturating_sub(healed + HEALING));
-                    if waited > WAIT_MAX {
+                    if waited > wait_max {
                         return Err(format!("request {} took {waited:?} in a cluster at rest", told.ask.number));
                     }
                 }

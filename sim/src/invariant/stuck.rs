@@ -31,7 +31,14 @@ struct Worker {
     /// Of the steps of this life.
     longest: Duration,
     /// What it had been given when it ought to have been known; None before.
-    given: Option<BTreeSet<(RequestId, Epoch)>>,
+    given: Option<Given>,
+}
+
+/// What a worker has been given.
+struct Given {
+    requests: BTreeSet<(RequestId, Epoch)>,
+    /// Index of the ledger that was furthest.
+    index: u64,
 }
 
 impl Invariant for Stuck {
@@ -61,9 +68,10 @@ impl Invariant for Stuck {
             if begun.saturating_sub(worker.before) < STEPS_MIN || look.now < since + may_take {
                 continue;
             }
-            let given = given(&seen, host, worker.life);
-            let known = worker.given.get_or_insert_with(|| given.clone());
-            if let Some((request, _)) = given.difference(known).next() {
+            let known = worker.given.get_or_insert_with(|| given(&seen, host, worker.life, 0));
+            // A coordinator that catches up still has what has long ended.
+            let now = given(&seen, host, worker.life, known.index);
+            if let Some((request, _)) = now.requests.difference(&known.requests).next() {
                 let seconds = (look.now - since).as_secs_f64();
                 return Err(format!("{host} has been in one step for {seconds:.1} s, and is given {request}"));
             }
@@ -72,15 +80,19 @@ impl Invariant for Stuck {
     }
 }
 
-/// What any ledger has assigned to this life, and still has open.
-fn given(seen: &Seen, host: &str, life: Incarnation) -> BTreeSet<(RequestId, Epoch)> {
-    let mut given = BTreeSet::new();
+/// What any ledger that is as far as `from` has assigned to this life, and still has open.
+fn given(seen: &Seen, host: &str, life: Incarnation, from: u64) -> Given {
+    let mut given = Given { requests: BTreeSet::new(), index: from };
     for observer in seen.coordinators.values() {
         let read = observer.read(|ledger| {
+            if ledger.index() < from {
+                return;
+            }
+            given.index = given.index.max(ledger.index());
             for (request, open) in ledger.open() {
                 let mut places = open.prefill.iter().chain([&open.decode]);
                 if places.any(|place| *place.worker.0 == *host && place.incarnation == life) {
-                    given.insert((*request, open.epoch));
+                    given.requests.insert((*request, open.epoch));
                 }
             }
         });

@@ -1,0 +1,23 @@
+//! Standard output that may be closed: `baton sim shrink | head` ends with `head`, as any program does there.
+
+use std::fmt::Arguments;
+use std::io::{ErrorKind, Write};
+
+use crate::exit::OUTPUT_CLOSED;
+
+/// `print!` where standard output may be closed.
+macro_rules! say {
+    ($($text:tt)*) => { $crate::out::print(format_args!($($text)*)) };
+}
+pub(crate) use say;
+
+/// Prints, and ends the process where nobody reads any more.
+pub(crate) fn print(text: Arguments<'_>) {
+    let mut out = std::io::stdout().lock();
+    if let Err(error) = out.write_fmt(text).and_then(|()| out.flush()) {
+        if error.kind() == ErrorKind::BrokenPipe {
+            std::process::exit(i32::from(OUTPUT_CLOSED));
+        }
+        panic!("standard output cannot be written: {error}");
+    }
+}
