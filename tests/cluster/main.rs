@@ -7,6 +7,7 @@ mod chaos;
 mod control;
 mod explain;
 mod faults;
+mod kept;
 mod kv_dtypes;
 mod late;
 mod ledger;
