@@ -16,6 +16,7 @@ pub(crate) fn print(text: Arguments<'_>) {
     let mut out = std::io::stdout().lock();
     if let Err(error) = out.write_fmt(text).and_then(|()| out.flush()) {
         if error.kind() == ErrorKind::BrokenPipe {
+            #[allow(clippy::disallowed_methods, reason = "nobody is left to tell anything")]
             std::process::exit(i32::from(OUTPUT_CLOSED));
         }
         panic!("standard output cannot be written: {error}");

@@ -149,6 +149,11 @@ pub const ALL: &[Scenario] = &[
         "the check's own: an operator that waited for a hung worker ended with the clients, and a spare coordinator stayed"
     ),
     scenario!(
+        "a_stuck_worker_is_not_healthy",
+        Some(Bug::GreenHealth),
+        "Dynamo #9434: health stays green while a pool is poisoned: a worker that answers every question and ends no step is given request after request"
+    ),
+    scenario!(
         "a_quota_holds_in_a_burst",
         Some(Bug::QuotaUnchecked),
         "requests that are looked at together pass a limit that each alone would keep"
