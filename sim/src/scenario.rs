@@ -154,6 +154,11 @@ pub const ALL: &[Scenario] = &[
         "Dynamo #9434: health stays green while a pool is poisoned: a worker that answers every question and ends no step is given request after request"
     ),
     scenario!(
+        "a_ledger_that_is_read_anew_gives_nothing",
+        None,
+        "the check's own: a lone coordinator that was started again has read only part of its log, and what had long ended there seemed to be new"
+    ),
+    scenario!(
         "a_quota_holds_in_a_burst",
         Some(Bug::QuotaUnchecked),
         "requests that are looked at together pass a limit that each alone would keep"

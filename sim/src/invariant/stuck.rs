@@ -20,6 +20,8 @@ const KNOWN: Duration = Duration::from_millis(2_500);
 #[derive(Default)]
 pub(super) struct Stuck {
     workers: BTreeMap<String, Worker>,
+    /// Index of the ledger that was furthest, ever.
+    furthest: u64,
 }
 
 struct Worker {
@@ -48,6 +50,8 @@ impl Invariant for Stuck {
 
     fn step(&mut self, look: &Look) -> Result<(), String> {
         let seen = look.world.seen();
+        let indices = seen.coordinators.values().filter_map(|observer| observer.read(|ledger| ledger.index()));
+        self.furthest = indices.fold(self.furthest, u64::max);
         for (host, shell) in &seen.workers {
             let (begun, ended) = seen.paces.get(host).map_or((0, 0), |pace| pace.steps());
             let fresh =
@@ -68,9 +72,12 @@ impl Invariant for Stuck {
             if begun.saturating_sub(worker.before) < STEPS_MIN || look.now < since + may_take {
                 continue;
             }
-            let known = worker.given.get_or_insert_with(|| given(&seen, host, worker.life, 0));
-            // A coordinator that catches up still has what has long ended.
-            let now = given(&seen, host, worker.life, known.index);
+            // A coordinator that catches up, or has just been started again, still has what has long ended.
+            let Some(known) = &worker.given else {
+                worker.given = given(&seen, host, worker.life, self.furthest);
+                continue;
+            };
+            let Some(now) = given(&seen, host, worker.life, known.index) else { continue };
             if let Some((request, _)) = now.requests.difference(&known.requests).next() {
                 let seconds = (look.now - since).as_secs_f64();
                 return Err(format!("{host} has been in one step for {seconds:.1} s, and is given {request}"));
@@ -80,14 +87,15 @@ impl Invariant for Stuck {
     }
 }
 
-/// What any ledger that is as far as `from` has assigned to this life, and still has open.
-fn given(seen: &Seen, host: &str, life: Incarnation, from: u64) -> Given {
-    let mut given = Given { requests: BTreeSet::new(), index: from };
+/// What any ledger that is as far as `from` has assigned to this life, and still has open; None if there is no such ledger.
+fn given(seen: &Seen, host: &str, life: Incarnation, from: u64) -> Option<Given> {
+    let mut given = None;
     for observer in seen.coordinators.values() {
         let read = observer.read(|ledger| {
             if ledger.index() < from {
                 return;
             }
+            let given = given.get_or_insert_with(|| Given { requests: BTreeSet::new(), index: from });
             given.index = given.index.max(ledger.index());
             for (request, open) in ledger.open() {
                 let mut places = open.prefill.iter().chain([&open.decode]);
