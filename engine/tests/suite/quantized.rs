@@ -4,7 +4,7 @@
 use baton_core::{Request, SampledToken};
 use baton_engine::testing::{TinyModel, drain, request, work};
 use baton_engine::{CpuModel, EngineConfig, LoadOptions, ModelSpec, load};
-use baton_kernels::Quantize;
+use baton_kernels::{Profile, Quantize};
 
 use crate::common::{CONFIG, Choices, bits, dir, in_company, load_quantized, load_tiny_as, model_engine, prompt};
 use crate::references::{check_as, profiles};
@@ -112,8 +112,9 @@ fn eight_bits_are_near_the_reference() {
         for profile in profiles() {
             let options =
                 LoadOptions { profile: Some(profile), quantize: Some(Quantize::Q8_0), ..LoadOptions::default() };
-            // The worst row is off by 0.054 in f32acc, by 0.061 in bf16dp.
-            check_as(name, options, 7e-2);
+            // The worst row is off by 0.054 in f32acc, by 0.061 in bf16dp, which rounds what it multiplies.
+            let limit = if profile == Profile::Bf16Dp { 7e-2 } else { 6e-2 };
+            check_as(name, options, limit);
         }
     }
 }
