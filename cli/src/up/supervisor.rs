@@ -246,7 +246,7 @@ impl Supervisor {
     /// Starts the children that were to wait for the decode workers, once all of these serve.
     fn release(&mut self) {
         let decode = self.children.values().filter(|child| child.plan.role == Role::Decode).all(|child| child.served);
-        if decode && self.children.values_mut().filter_map(|child| child.release().then_some(())).count() > 0 {
+        if decode && self.children.values_mut().fold(false, |any, child| child.release() || any) {
             self.restart_due();
         }
     }
