@@ -243,11 +243,11 @@ impl Supervisor {
         }
     }
 
-    /// Starts the children that were to wait for the decode workers, once all of these serve.
+    /// Lets the children be started that were to wait for the decode workers, once all of these serve.
     fn release(&mut self) {
         let decode = self.children.values().filter(|child| child.plan.role == Role::Decode).all(|child| child.served);
-        if decode && self.children.values_mut().fold(false, |any, child| child.release() || any) {
-            self.restart_due();
+        if decode {
+            self.children.values_mut().for_each(Child::release);
         }
     }
 
