@@ -69,6 +69,15 @@ impl Pace {
         }
     }
 
+    /// What a step of so many rows should take; None: nothing is known that it could be told from. A row of a prompt costs at
+    /// most what a step that decodes does, for which all weights are read, too.
+    pub(crate) fn expected(&self, rows: Rows) -> Option<Duration> {
+        let (decode, token) = (self.decode.get(), self.prefill.get().or(self.decode.get()));
+        let decodes = if rows.decodes > 0 { decode? } else { 0.0 };
+        let prompts = if rows.prompts > 0 { token? * rows.prompts as f64 } else { 0.0 };
+        Duration::try_from_secs_f64(decodes + prompts).ok()
+    }
+
     /// Prompt tokens per second; 0: unknown.
     pub(crate) fn prefill_tokens_per_s(&self) -> u64 {
         self.prefill.get().filter(|seconds| *seconds > 0.0).map_or(0, |seconds| (1.0 / seconds) as u64)
@@ -198,6 +207,21 @@ mod tests {
             pace.add(both(1, 16), Duration::from_secs(3));
         }
         assert_eq!(pace.prompts_beside().rows, BESIDE_MIN, "a prompt gets on");
+    }
+
+    #[test]
+    fn a_step_is_expected_to_take_what_its_rows_took() {
+        let ms = Duration::from_millis;
+        let mut pace = Pace::default();
+        assert_eq!((pace.expected(decodes(1)), pace.expected(both(0, 10))), (None, None));
+        pace.add(decodes(1), ms(60));
+        assert_eq!((pace.expected(decodes(8)), pace.expected(both(0, 10))), (Some(ms(60)), Some(ms(600))));
+        pace.add(both(0, 100), ms(300));
+        assert_eq!((pace.expected(both(0, 10)), pace.expected(both(1, 10))), (Some(ms(30)), Some(ms(90))));
+
+        let mut prompts_alone = Pace::default();
+        prompts_alone.add(both(0, 100), ms(300));
+        assert_eq!(prompts_alone.expected(both(1, 10)), None, "a step that decodes reads all weights for one row");
     }
 
     /// A prompt whose tokens cost the more the further they stand: steps stay as long from its beginning to its end.

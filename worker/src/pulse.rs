@@ -1,5 +1,5 @@
 //! Whether the engine thread gets on: how long its present pass (commands and one step) has taken, against how long
-//! passes take.
+//! passes take, and what its step was expected to take.
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard};
@@ -10,10 +10,12 @@ use tokio::time::Instant;
 
 /// Passes whose lengths are remembered.
 const LENGTHS_MAX: usize = 512;
-/// With fewer passes than this the longest usual one is not known yet.
-const LENGTHS_MIN: usize = 32;
-/// What a pass may take until then: the first prompt on a slow machine is no deadlock.
+/// What every pass may take.
+const AT_LEAST: Duration = Duration::from_millis(STEP_STUCK_MS);
+/// What one may take whose step nobody could expect anything of: the first prompt on a slow machine is no deadlock.
 const UNKNOWN: Duration = Duration::from_millis(10 * STEP_STUCK_MS);
+/// How many times longer than usual, or than expected, is still in time.
+const TIMES: u32 = 3;
 
 /// Shared by the engine thread, which writes, and the heartbeats, which read.
 #[derive(Debug, Default)]
@@ -23,6 +25,8 @@ pub(crate) struct Pulse(Mutex<State>);
 struct State {
     /// When the present pass began; None while the thread rests.
     since: Option<Instant>,
+    /// What it may take for what it computes.
+    due: Duration,
     /// Of the latest passes, oldest first.
     lengths: VecDeque<Duration>,
     /// Times somebody asked and found that there is work and the thread gets on.
@@ -35,6 +39,12 @@ impl Pulse {
         let mut state = self.lock();
         state.end(now);
         state.since = Some(now);
+        state.due = AT_LEAST;
+    }
+
+    /// What the step of the present pass is expected to take; None: nothing like it has been computed yet.
+    pub(crate) fn expect(&self, step: Option<Duration>) {
+        self.lock().due = step.map_or(UNKNOWN, |step| (step * TIMES).max(AT_LEAST));
     }
 
     /// The thread has nothing to do.
@@ -78,15 +88,15 @@ impl State {
         age.saturating_sub(self.allowed())
     }
 
-    /// Three times what 99 of 100 passes take.
+    /// As long as expected, or as 99 of 100 passes take, several times.
     fn allowed(&self) -> Duration {
-        if self.lengths.len() < LENGTHS_MIN {
-            return UNKNOWN;
-        }
         let mut lengths: Vec<Duration> = self.lengths.iter().copied().collect();
+        if lengths.is_empty() {
+            return self.due;
+        }
         let at = lengths.len() * 99 / 100;
         let (_, p99, _) = lengths.select_nth_unstable(at);
-        (*p99 * 3).max(Duration::from_millis(STEP_STUCK_MS))
+        self.due.max(*p99 * TIMES)
     }
 }
 
@@ -115,8 +125,28 @@ mod tests {
         check(100, ms(10), ms(1_500), ms(500));
         check(100, ms(600), ms(1_700), ms(0));
         check(100, ms(600), ms(2_000), ms(200));
-        check(3, ms(10), ms(9_000), ms(0));
-        check(3, ms(10), ms(11_000), ms(1_000));
+        check(3, ms(10), ms(1_500), ms(500));
+        check(0, ms(10), ms(1_500), ms(500));
+    }
+
+    #[test]
+    fn a_pass_may_take_what_its_step_is_expected_to() {
+        let check = |passes, expected, age, stuck| {
+            let (pulse, now) = after(passes, ms(10));
+            pulse.expect(expected);
+            assert_eq!(pulse.stuck(now + age), stuck, "{passes} passes, {expected:?} expected, then {age:?}");
+            // The next pass is another one.
+            pulse.begin(now + age);
+            pulse.expect(Some(ms(1)));
+            assert!(pulse.stuck(now + age * 5) > ms(0), "{passes} passes, {expected:?} expected, then {age:?}, and on");
+        };
+        for passes in [0, 3, 100] {
+            check(passes, None, ms(9_000), ms(0));
+            check(passes, None, ms(11_000), ms(1_000));
+            check(passes, Some(ms(10)), ms(1_500), ms(500));
+            check(passes, Some(ms(2_000)), ms(5_900), ms(0));
+            check(passes, Some(ms(2_000)), ms(6_500), ms(500));
+        }
     }
 
     #[test]

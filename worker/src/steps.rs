@@ -97,18 +97,25 @@ impl Steps {
 
     /// One step; false when there is nothing to do.
     pub(crate) fn step(&mut self) -> bool {
-        let Some(batch) = self.engine.plan() else { return false };
+        let Some(batch) = self.plan() else { return false };
         self.compute(batch, Instant::now());
         true
     }
 
     /// One step of a backend whose time is simulated.
     pub(crate) async fn step_inline(&mut self) -> bool {
-        let Some(batch) = self.engine.plan() else { return false };
+        let Some(batch) = self.plan() else { return false };
         let began = Instant::now();
         tokio::time::sleep(self.backend.inline_delay(batch.tokens.len()).unwrap_or_default()).await;
         self.compute(batch, began);
         true
+    }
+
+    /// The next batch, of which it is told how long it should take.
+    fn plan(&mut self) -> Option<Batch> {
+        let batch = self.engine.plan()?;
+        self.published.pulse.expect(self.pace.expected(Rows::of(&batch)));
+        Some(batch)
     }
 
     fn compute(&mut self, batch: Batch, began: Instant) {

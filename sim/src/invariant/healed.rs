@@ -11,7 +11,8 @@ use crate::run::HEALING;
 /// A few hundred steps of an engine, which no request of a run takes.
 const WAIT_MAX: Duration = Duration::from_secs(6);
 
-/// So much more where a worker hangs meanwhile: one that has made few steps is given so long for one before it counts as stuck.
+/// So much more where a worker hangs meanwhile: one that has made no step yet is given so long for its first before it counts
+/// as stuck.
 const WEDGED_MAX: Duration = Duration::from_secs(10);
 
 pub(super) struct Healed;
