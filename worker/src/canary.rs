@@ -6,6 +6,9 @@ use std::sync::Arc;
 use baton_core::canary::{self, CANARY_OUTPUT_TOKENS};
 use baton_core::{RequestId, TokenId};
 use baton_engine::{Backend, Cache, Choice, Engine, EngineConfig, Event, Goal, ModelSpec, Output, Work};
+use tokio::time::Instant;
+
+use crate::pace::{Pace, Rows};
 
 /// The backend has not answered the canary.
 #[derive(Debug, thiserror::Error)]
@@ -20,8 +23,15 @@ pub enum CanaryError {
     Short { tokens: usize },
 }
 
-/// Runs the canary to its end and returns its tokens. Blocks for as long as a few steps take.
-pub(crate) fn golden(spec: &ModelSpec, backend: &mut dyn Backend) -> Result<Vec<TokenId>, CanaryError> {
+/// What a backend makes of the canary.
+pub(crate) struct Golden {
+    pub(crate) tokens: Vec<TokenId>,
+    /// How fast its steps were: what the first ones of requests are measured by.
+    pub(crate) pace: Pace,
+}
+
+/// Runs the canary to its end. Blocks for as long as a few steps take.
+pub(crate) fn golden(spec: &ModelSpec, backend: &mut dyn Backend) -> Result<Golden, CanaryError> {
     let prompt = canary::prompt(spec.vocab as u64, spec.positions_max as u64);
     if prompt.is_empty() {
         return Err(CanaryError::NoRoom { positions_max: spec.positions_max });
@@ -42,9 +52,11 @@ pub(crate) fn golden(spec: &ModelSpec, backend: &mut dyn Backend) -> Result<Vec<
     let choices = vec![Choice::default()];
     let work = Work { request: Arc::new(request), choices, goal: Goal::Generate, filled: None, moved: false };
     engine.admit(work).map_err(CanaryError::Refused)?;
-    let (mut events, mut tokens) = (Vec::new(), Vec::new());
+    let (mut events, mut tokens, mut pace) = (Vec::new(), Vec::new(), Pace::default());
     while let Some(batch) = engine.plan() {
+        let (rows, began) = (Rows::of(&batch), Instant::now());
         let output = if batch.is_empty() { Output::default() } else { backend.run(&batch, &mut |_| {}) };
+        pace.add(rows, began.elapsed());
         engine.commit(batch, output, &mut events);
     }
     for event in events {
@@ -53,7 +65,7 @@ pub(crate) fn golden(spec: &ModelSpec, backend: &mut dyn Backend) -> Result<Vec<
         }
     }
     match tokens.len() == CANARY_OUTPUT_TOKENS as usize {
-        true => Ok(tokens),
+        true => Ok(Golden { tokens, pace }),
         false => Err(CanaryError::Short { tokens: tokens.len() }),
     }
 }
@@ -68,17 +80,17 @@ mod tests {
     #[test]
     fn equal_backends_answer_equally() {
         let spec = hash_spec();
-        let answer = || golden(&spec, &mut HashBackend::new(spec.vocab)).unwrap();
+        let answer = || golden(&spec, &mut HashBackend::new(spec.vocab)).unwrap().tokens;
         let first = answer();
         assert_eq!((first.len(), answer()), (4, first));
         let other = ModelSpec { vocab: 999, ..spec.clone() };
-        assert_ne!(golden(&other, &mut HashBackend::new(999)).unwrap(), answer());
+        assert_ne!(golden(&other, &mut HashBackend::new(999)).unwrap().tokens, answer());
     }
 
     #[test]
     fn a_model_without_room_says_so() {
         let spec = ModelSpec { positions_max: 4, ..hash_spec() };
-        let error = golden(&spec, &mut HashBackend::new(spec.vocab)).unwrap_err();
+        let error = golden(&spec, &mut HashBackend::new(spec.vocab)).err().unwrap();
         assert!(error.to_string().contains("4 positions"), "{error}");
     }
 }

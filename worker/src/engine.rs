@@ -16,6 +16,7 @@ use tokio::time::{Instant, timeout};
 use crate::error::Error;
 use crate::inbox::{Admit, Command, Inbox, Key};
 use crate::outlet::{Outlet, Phases};
+use crate::pace::Pace;
 use crate::pulse::Pulse;
 use crate::steps::{Published, Steps};
 
@@ -147,7 +148,8 @@ pub(crate) struct EngineThread {
 }
 
 impl EngineThread {
-    pub(crate) fn start(engine: Engine, mut backend: Box<dyn Backend>) -> io::Result<EngineThread> {
+    /// `canary`: how fast the backend's steps were so far.
+    pub(crate) fn start(engine: Engine, mut backend: Box<dyn Backend>, canary: Pace) -> io::Result<EngineThread> {
         let (inbox, published) = (Arc::new(Inbox::default()), Arc::new(Published::default()));
         let handle = EngineHandle {
             inbox: inbox.clone(),
@@ -176,7 +178,7 @@ impl EngineThread {
         let (alive, died) = oneshot::channel();
         let alive = Alive { inbox: inbox.clone(), _end: alive };
         let inline = backend.inline_delay(0).is_some();
-        let steps = Steps::new(engine, backend, published.clone());
+        let steps = Steps::new(engine, backend, published.clone(), canary);
         let driver = match inline {
             true => Driver::Task(tokio::spawn(async move {
                 let _alive = alive;

@@ -20,7 +20,7 @@ use tonic::service::Routes;
 
 use crate::assigned::Assigned;
 use crate::audit::Audit;
-use crate::canary;
+use crate::canary::{self, Golden};
 use crate::card::LoadedModel;
 use crate::channels::Channels;
 use crate::config::Config;
@@ -92,7 +92,7 @@ pub async fn open(role: Role, config: Config, model: LoadedModel, env: Env) -> R
     spec.layout.block_tokens = (units.tokens() * units.each()) as u32;
     let listen = net.listen(&config.listen).await;
     let listener = listen.map_err(|source| StartError::Listen { address: config.listen.clone(), source })?;
-    let (golden, mut backend) = golden(&spec, backend).await?;
+    let (Golden { tokens: golden, pace }, mut backend) = golden(&spec, backend).await?;
     metrics::describe(role, &spec, &config.engine);
     let cache = cache(role, &*net, &spec, &*backend, &config.engine)?;
     if !backend.fills_arena() {
@@ -114,7 +114,7 @@ pub async fn open(role: Role, config: Config, model: LoadedModel, env: Env) -> R
         cache.arena().attach(device);
     }
     let engine = Engine::over(cache, spec.clone(), config.engine);
-    let engine = EngineThread::start(engine, backend).map_err(StartError::Thread)?;
+    let engine = EngineThread::start(engine, backend, pace).map_err(StartError::Thread)?;
     let pid = process.id;
     Ok(Opened { config, net, spec, units, engine, tiers, receiver, listener, card, role, rng, pid, golden })
 }
@@ -159,10 +159,7 @@ fn cache(
 }
 
 /// The golden tokens, computed beside the runtime where that takes long.
-async fn golden(
-    spec: &ModelSpec,
-    mut backend: Box<dyn Backend>,
-) -> Result<(Vec<TokenId>, Box<dyn Backend>), StartError> {
+async fn golden(spec: &ModelSpec, mut backend: Box<dyn Backend>) -> Result<(Golden, Box<dyn Backend>), StartError> {
     if backend.inline_delay(0).is_some() {
         return Ok((canary::golden(spec, &mut *backend)?, backend));
     }

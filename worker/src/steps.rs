@@ -55,11 +55,13 @@ pub(crate) struct Steps {
     events: Vec<Event>,
     published: Arc<Published>,
     pace: Pace,
+    /// How fast the canary's steps were.
+    canary: Pace,
     metrics: StepMetrics,
 }
 
 impl Steps {
-    pub(crate) fn new(engine: Engine, backend: Box<dyn Backend>, published: Arc<Published>) -> Steps {
+    pub(crate) fn new(engine: Engine, backend: Box<dyn Backend>, published: Arc<Published>, canary: Pace) -> Steps {
         let metrics = StepMetrics::new(&engine.spec().name);
         Steps {
             engine,
@@ -71,6 +73,7 @@ impl Steps {
             events: Vec::new(),
             published,
             pace: Pace::default(),
+            canary,
             metrics,
         }
     }
@@ -114,7 +117,8 @@ impl Steps {
     /// The next batch, of which it is told how long it should take.
     fn plan(&mut self) -> Option<Batch> {
         let batch = self.engine.plan()?;
-        self.published.pulse.expect(self.pace.expected(Rows::of(&batch)));
+        let rows = Rows::of(&batch);
+        self.published.pulse.expect(self.pace.expected(rows).or_else(|| self.canary.expected(rows)));
         Some(batch)
     }
 
@@ -330,7 +334,7 @@ mod tests {
         };
         let cache = Cache::of(Arena::new(model.spec.layout, config.blocks));
         let engine = Engine::over(cache, model.spec, config);
-        let mut steps = Steps::new(engine, model.backend, Arc::default());
+        let mut steps = Steps::new(engine, model.backend, Arc::default(), Pace::default());
         let (outlet, inlet) = outlet(16);
         let (end, ended) = oneshot::channel();
         let listening = Arc::new(Listening { inlet: Mutex::new(inlet), heard: Mutex::default() });

@@ -11,9 +11,8 @@ use crate::run::HEALING;
 /// A few hundred steps of an engine, which no request of a run takes.
 const WAIT_MAX: Duration = Duration::from_secs(6);
 
-/// So much more where a worker hangs meanwhile: one that has made no step yet is given so long for its first before it counts
-/// as stuck.
-const WEDGED_MAX: Duration = Duration::from_secs(10);
+/// So much more where a worker hangs meanwhile: until that is known, and what it was given goes to another.
+const WEDGED_MAX: Duration = Duration::from_millis(3_500);
 
 pub(super) struct Healed;
 

@@ -9,8 +9,6 @@ use baton_core::{Epoch, Incarnation, RequestId};
 use super::{Invariant, Look};
 use crate::host::Seen;
 
-/// A worker that has made fewer steps than this may still be slow to begin, and nobody knows its usual ones.
-const STEPS_MIN: u64 = 40;
 /// A step may take so many times the longest before it, and at least so long.
 const TIMES: u32 = 3;
 const AT_LEAST: Duration = Duration::from_secs(1);
@@ -69,7 +67,7 @@ impl Invariant for Stuck {
             }
             let since = worker.step.get_or_insert((begun, look.now)).1;
             let may_take = (TIMES * worker.longest).max(AT_LEAST) + KNOWN;
-            if begun.saturating_sub(worker.before) < STEPS_MIN || look.now < since + may_take {
+            if look.now < since + may_take {
                 continue;
             }
             // A coordinator that catches up, or has just been started again, still has what has long ended.
