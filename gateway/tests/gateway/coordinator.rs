@@ -23,7 +23,7 @@ pub(crate) struct FakeLedger {
     pub refusals: Mutex<Vec<Refusal>>,
     /// Which coordinator leads.
     pub leader: watch::Sender<usize>,
-    /// While true, questions are heard and not answered.
+    /// While true, questions for workers, and for a request of another gateway, are heard and not answered.
     pub holds: watch::Sender<bool>,
     /// Grows when every stream of questions is to break.
     pub cuts: watch::Sender<u64>,
@@ -187,11 +187,15 @@ impl Coordinator for CoordinatorService {
 
     async fn locate(&self, request: Request<LocateRequest>) -> Answer<LocateReply> {
         let request = request.into_inner();
+        self.ledger.seen.send_modify(|seen| seen.locates.push(request.clone()));
+        if !request.gateway.is_empty() {
+            let _ = self.ledger.holds.subscribe().wait_for(|holds| !holds).await;
+            self.ledger.seen.send_modify(|seen| seen.adopted.push(request.request.clone()));
+        }
         let outcome = Some(match self.not_leader() {
             Some(refusal) => locate_reply::Outcome::Refused(refusal),
             None => self.ledger.locate(&request),
         });
-        self.ledger.seen.send_modify(|seen| seen.locates.push(request));
         Ok(Response::new(LocateReply { outcome }))
     }
 

@@ -176,6 +176,29 @@ async fn a_stream_taken_over_survives_the_loss_of_its_worker() {
     }
 }
 
+/// A client leaves while the gateway that takes its stream over asks to become responsible for it: the question is asked to its
+/// end, and the end told after it, for an end that comes first is one of another gateway's request.
+#[tokio::test]
+async fn an_end_does_not_overtake_the_taking_over() {
+    let mut world = World::new(vec![Script { pause_after: Some(3), ..script() }]).await;
+    let gateway = world.mortal_gateway("gateway-1").await;
+    let stream = stream_with(&gateway.address, CHAT, &[RESUMABLE], &hi(json!({"stream": true}))).await;
+    let name = name(&stream);
+    drop(gateway);
+    world.ledger.holds.send_replace(true);
+    let address = world.address();
+    let client = tokio::spawn(async move { resume(&address, &name, None).await });
+    world.until(|seen| seen.locates.iter().any(|locate| !locate.gateway.is_empty())).await;
+    client.abort();
+    world.until(|seen| seen.cancels.len() == 1).await;
+    world.ledger.holds.send_replace(false);
+    world.until(|seen| seen.finishes.len() == 1).await;
+    let seen = world.seen.borrow();
+    let ended = &seen.finishes[0];
+    assert_eq!((ended.outcome.as_str(), ended.epoch), ("cancelled", 1));
+    assert_eq!(seen.adopted, [ended.request.clone()], "the end was told before the request was this gateway's");
+}
+
 /// A stream that ended while nobody listened is told to its end, and can be asked for again.
 #[tokio::test]
 async fn a_stream_that_has_ended_meanwhile_is_told_to_its_end() {

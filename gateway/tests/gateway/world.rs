@@ -28,6 +28,8 @@ pub(crate) struct Seen {
     /// Which coordinator got how many questions in one message.
     pub batches: Vec<(usize, usize)>,
     pub locates: Vec<LocateRequest>,
+    /// Requests that a gateway other than their first was made responsible for.
+    pub adopted: Vec<String>,
     pub finishes: Vec<FinishedRequest>,
     pub starts: Vec<(String, Start)>,
     pub resumes: Vec<Resume>,
