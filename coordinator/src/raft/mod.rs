@@ -5,6 +5,7 @@ mod envelope;
 #[cfg(test)]
 mod group_tests;
 mod inbound;
+mod line;
 mod machine;
 mod members;
 mod network;

@@ -9,7 +9,7 @@ use baton_core::Net;
 use baton_core::limits::MESSAGE_BYTES_MAX;
 use baton_proto::v1::Blob;
 use baton_proto::v1::raft_client::RaftClient;
-use futures::{Stream, StreamExt};
+use futures::Stream;
 use openraft::alias::{SnapshotMetaOf, SnapshotOf, VoteOf};
 use openraft::base::{BoxFuture, BoxStream};
 use openraft::errors::{RPCError, ReplicationClosed, StreamingError, Unreachable};
@@ -25,19 +25,18 @@ use tonic::transport::Channel;
 use tonic::{Response, Status};
 
 use super::envelope::Envelope;
+use super::line::{Appends, Line};
 use super::types::Types;
 use super::wire::{decode, encode};
 
 /// A snapshot of the largest ledger, over a slow link.
 const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(30);
-/// Before a refused stream of entries is tried again.
-const REFUSED_PAUSE: Duration = Duration::from_millis(20);
 /// Bytes of a snapshot in one part.
 const SNAPSHOT_PART_BYTES: usize = 1 << 20;
 
 const _: () = assert!(SNAPSHOT_PART_BYTES < MESSAGE_BYTES_MAX);
 
-type CallError = RPCError<Types>;
+pub(super) type CallError = RPCError<Types>;
 pub(super) type Append = AppendEntriesRequest<Types>;
 pub(super) type Appended = StreamAppendResult<Types>;
 pub(super) type SnapshotMessage = (VoteOf<Types>, SnapshotMetaOf<Types>, Vec<u8>);
@@ -57,7 +56,7 @@ impl RaftNetworkFactory<Types> for Peers {
         let address = self.addresses.get(&target).unwrap_or(&node.addr);
         let channel = baton_proto::channel(self.net.clone(), address).map_err(|error| error.to_string());
         let client = |channel| RaftClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
-        Peer { to: target, client: channel.map(client), envelope: self.envelope.clone() }
+        Peer { to: target, client: channel.map(client), envelope: self.envelope.clone(), line: None }
     }
 }
 
@@ -67,22 +66,24 @@ pub(super) struct Peer {
     /// Err where its address is none.
     client: Result<RaftClient<Channel>, String>,
     envelope: Envelope,
+    /// Where appends go, while nobody sends any.
+    pub(super) line: Option<Line>,
 }
 
 fn unreachable(error: impl Display) -> Unreachable<Types> {
     Unreachable::new(&AnyError::error(error.to_string()))
 }
 
-fn failed(error: impl Display) -> CallError {
+pub(super) fn failed(error: impl Display) -> CallError {
     RPCError::Unreachable(unreachable(error))
 }
 
 impl Peer {
-    fn client(&self) -> Result<RaftClient<Channel>, CallError> {
+    pub(super) fn client(&self) -> Result<RaftClient<Channel>, CallError> {
         self.client.clone().map_err(failed)
     }
 
-    fn blob<T: Serialize>(&self, message: &T) -> Blob {
+    pub(super) fn blob<T: Serialize>(&self, message: &T) -> Blob {
         self.envelope.seal(self.to, message)
     }
 }
@@ -123,24 +124,7 @@ impl RaftNetworkV2<Types> for Peer {
     where
         S: Stream<Item = Append> + OptionalSend + Unpin + 'static,
     {
-        Box::pin(async move {
-            let mut client = self.client()?;
-            let (to, envelope) = (self.to, self.envelope.clone());
-            let call = client.stream_append(input.map(move |append| envelope.seal(to, &append)));
-            let answers = match tokio::time::timeout(option.soft_ttl(), call).await.map_err(failed)? {
-                Ok(answers) => answers,
-                Err(status) => {
-                    // Replication asks again at once, and who stands aside says no at once.
-                    tokio::time::sleep(REFUSED_PAUSE).await;
-                    return Err(failed(status));
-                }
-            };
-            let decoded = answers.into_inner().map(|answer| match answer {
-                Ok(blob) => decode(&blob.data).map_err(failed),
-                Err(status) => Err(failed(status)),
-            });
-            Ok(Box::pin(decoded) as BoxStream<'s, _>)
-        })
+        Box::pin(async move { Ok(Box::pin(Appends::new(self, option.soft_ttl(), input)) as BoxStream<'s, _>) })
     }
 
     async fn full_snapshot(
