@@ -90,12 +90,17 @@ impl coordinator_server::Coordinator for Aside {
     type WatchStream = Streamed<v1::ClusterView>;
     type AssignmentsStream = Streamed<v1::AssignedBatch>;
     type WatchAccessStream = Streamed<v1::Access>;
+    type HeartbeatsStream = Streamed<v1::HeartbeatReply>;
 
     async fn register(&self, _: Request<v1::RegisterRequest>) -> Answer<v1::RegisterReply> {
         self.refused()
     }
 
     async fn heartbeat(&self, _: Request<v1::HeartbeatRequest>) -> Answer<v1::HeartbeatReply> {
+        self.refused()
+    }
+
+    async fn heartbeats(&self, _: Request<Streaming<v1::HeartbeatRequest>>) -> Answer<Self::HeartbeatsStream> {
         self.refused()
     }
 

@@ -267,8 +267,11 @@ fn client(net: &Arc<dyn Net>, address: &str) -> Result<Client, BadAddress> {
 
 /// An RPC's answer within the deadline that every RPC has.
 pub(crate) async fn deadline<R>(call: impl Future<Output = Result<Response<R>, Status>>) -> Result<R, Status> {
-    match tokio::time::timeout(RPC_TIMEOUT, call).await {
-        Ok(answer) => answer.map(Response::into_inner),
-        Err(_) => Err(Status::deadline_exceeded("no answer in time")),
-    }
+    in_time(call).await.map(Response::into_inner)
+}
+
+/// What is to be answered as soon as an RPC.
+pub(crate) async fn in_time<T>(call: impl Future<Output = Result<T, Status>>) -> Result<T, Status> {
+    let late = |_| Status::deadline_exceeded("no answer in time");
+    tokio::time::timeout(RPC_TIMEOUT, call).await.map_err(late)?
 }

@@ -7,9 +7,9 @@ use std::time::Duration;
 use baton_core::{Refused, limits};
 use baton_proto::v1::heartbeat_reply::Outcome;
 use baton_proto::v1::{HeartbeatRequest, LeaveRequest, Load, Member, RegisterRequest};
-use baton_proto::{WIRE_VERSION, convert};
+use baton_proto::{Beats, WIRE_VERSION, convert};
 
-use crate::coordinators::{Coordinators, deadline};
+use crate::coordinators::{Coordinators, deadline, in_time};
 
 const HEARTBEAT: Duration = Duration::from_millis(limits::HEARTBEAT_MS);
 const REGISTER_PAUSE: Duration = Duration::from_millis(500);
@@ -80,7 +80,8 @@ async fn beat(
     sequence: &AtomicU64,
     running: &impl Fn() -> usize,
 ) {
-    let Some(mut client) = coordinators.client(address) else { return std::future::pending().await };
+    let Some(client) = coordinators.client(address) else { return std::future::pending().await };
+    let mut beats = Beats::new(client);
     loop {
         let request = HeartbeatRequest {
             id: member.id.clone(),
@@ -91,7 +92,7 @@ async fn beat(
             cluster: coordinators.cluster(),
             ..HeartbeatRequest::default()
         };
-        match deadline(client.heartbeat(request)).await.ok().and_then(|reply| reply.outcome) {
+        match in_time(beats.tell(request)).await.ok().and_then(|reply| reply.outcome) {
             Some(Outcome::Refused(refusal)) if convert::refused(&refusal) == Refused::Stale => return,
             Some(Outcome::Refused(refusal)) if convert::refused(&refusal) == Refused::Foreign => {
                 tracing::error!(coordinator = address, detail = refusal.detail, "not a coordinator of this cluster");

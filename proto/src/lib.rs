@@ -1,6 +1,7 @@
 //! The wire: generated types, their conversion to core's, and clients and servers over `core::Net`.
 #![forbid(unsafe_code)]
 
+pub mod beats;
 pub mod channel;
 pub mod codec;
 pub mod convert;
@@ -13,6 +14,7 @@ pub mod v1 {
     tonic::include_proto!("baton.v1");
 }
 
+pub use beats::Beats;
 pub use channel::channel;
 pub use convert::BadMessage;
 pub use tcp::TcpNet;

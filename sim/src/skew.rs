@@ -64,8 +64,8 @@ const ADDED: &[Call] = &[
         answered: &[&[1, 5, 5], &[1, 8, 1, 8], &[1, 8, 1, 9]],
     },
 ];
-/// A call that there was not.
-const UNKNOWN: &str = "/baton.v1.Worker/Lend";
+/// Calls that there were not.
+const UNKNOWN: [&str; 2] = ["/baton.v1.Worker/Lend", "/baton.v1.Coordinator/Heartbeats"];
 
 /// The process's end of a connection that it has made.
 pub(crate) fn connected(outside: Stream) -> Stream {
@@ -103,7 +103,7 @@ type Answer = Response<Either<Without, http_body_util::Empty<Bytes>>>;
 
 async fn pass(request: Request<Incoming>, mut ask: Asking) -> Result<Answer, hyper::Error> {
     let path = request.uri().path().to_string();
-    if path == UNKNOWN {
+    if UNKNOWN.contains(&&*path) {
         return Ok(unimplemented().map(Either::Right));
     }
     let (asked, answered) = match ADDED.iter().find(|call| call.path == path) {

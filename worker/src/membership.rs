@@ -13,7 +13,7 @@ use baton_proto::v1::coordinator_client::CoordinatorClient;
 use baton_proto::v1::heartbeat_reply::Outcome as Beat;
 use baton_proto::v1::register_reply::Outcome as Answer;
 use baton_proto::v1::{HeartbeatRequest, LeaveRequest, Load, Member, RegisterRequest, Registered};
-use baton_proto::{WIRE_VERSION, channel};
+use baton_proto::{Beats, WIRE_VERSION, channel};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{MissedTickBehavior, sleep, timeout};
 use tonic::transport::Channel;
@@ -94,8 +94,12 @@ fn client(net: &Arc<dyn Net>, address: &str) -> Result<CoordinatorClient<Channel
 }
 
 async fn timed<T>(call: impl Future<Output = Result<tonic::Response<T>, tonic::Status>>) -> Result<T, tonic::Status> {
+    in_time(call).await.map(tonic::Response::into_inner)
+}
+
+async fn in_time<T>(call: impl Future<Output = Result<T, tonic::Status>>) -> Result<T, tonic::Status> {
     let late = |_| tonic::Status::deadline_exceeded("no answer in time");
-    Ok(timeout(RPC_TIMEOUT, call).await.map_err(late)??.into_inner())
+    timeout(RPC_TIMEOUT, call).await.map_err(late)?
 }
 
 /// A registered worker: it sends heartbeats to every coordinator node until this is dropped.
@@ -196,10 +200,11 @@ async fn beat_all(net: Arc<dyn Net>, me: Arc<Me>, every: Duration) {
 
 /// Heartbeats to one coordinator node, for ever.
 async fn beat(net: Arc<dyn Net>, address: String, me: Arc<Me>, every: Duration) {
-    let Ok(mut client) = client(&net, &address) else {
+    let Ok(client) = client(&net, &address) else {
         tracing::error!(%address, "not a coordinator's address; it gets no heartbeats");
         return;
     };
+    let mut beats = Beats::new(client);
     let (mut sequence, mut known, mut receivers_seen) = (0, Known::default(), 0);
     let mut ticks = tokio::time::interval(every);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -207,7 +212,7 @@ async fn beat(net: Arc<dyn Net>, address: String, me: Arc<Me>, every: Duration) 
         ticks.tick().await;
         sequence += 1;
         let (request, next) = me.heartbeat(sequence, &known, receivers_seen);
-        let answer = timed(client.heartbeat(request)).await.map(|reply| reply.outcome);
+        let answer = in_time(beats.tell(request)).await.map(|reply| reply.outcome);
         known = match answer {
             Ok(Some(Beat::Accepted(accepted))) => {
                 me.of_cluster(&address, true);

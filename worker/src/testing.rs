@@ -17,8 +17,10 @@ use baton_proto::v1::{
     HeartbeatRequest, LeaveReply, LeaveRequest, Load, Member, ModelCard, Order, RegisterReply, RegisterRequest,
     Registered, WatchRequest, heartbeat_reply, register_reply,
 };
+use futures::StreamExt;
+use tokio::sync::watch;
 use tokio::task::JoinSet;
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 
 use crate::card::LoadedModel;
 
@@ -50,6 +52,12 @@ struct State {
     /// What heartbeats are told of the coordinators.
     coordinators: Vec<String>,
     beats: usize,
+    /// Calls for many heartbeats that were begun.
+    calls: usize,
+    /// Whether such calls are unknown here.
+    earlier: bool,
+    /// Grows when those that are open are to end.
+    ends: watch::Sender<u64>,
     registrations: usize,
     left: BTreeSet<String>,
 }
@@ -98,6 +106,21 @@ impl FakeCoordinator {
         lock(&self.state).beats
     }
 
+    /// Calls that heartbeats came by; one of an earlier release knows no such calls.
+    pub fn beat_calls(&self) -> usize {
+        lock(&self.state).calls
+    }
+
+    /// Is of an earlier release from now on.
+    pub fn be_earlier(&self) {
+        lock(&self.state).earlier = true;
+    }
+
+    /// Ends the calls that heartbeats come by.
+    pub fn end_beat_calls(&self) {
+        lock(&self.state).ends.send_modify(|ends| *ends += 1);
+    }
+
     /// A worker as it registered last.
     pub fn member(&self, id: &str) -> Option<Member> {
         lock(&self.state).members.get(id).cloned()
@@ -126,6 +149,7 @@ impl FakeCoordinator {
     }
 }
 
+#[derive(Clone)]
 struct Service(Arc<Mutex<State>>);
 
 #[tonic::async_trait]
@@ -166,6 +190,29 @@ impl Coordinator for Service {
             Some(reason) => heartbeat_reply::Outcome::Refused(refusal(reason, "as told")),
         };
         Ok(Response::new(HeartbeatReply { outcome: Some(outcome) }))
+    }
+
+    type HeartbeatsStream = Pin<Box<dyn futures::Stream<Item = Result<HeartbeatReply, Status>> + Send>>;
+
+    async fn heartbeats(
+        &self,
+        beats: Request<Streaming<HeartbeatRequest>>,
+    ) -> Result<Response<Self::HeartbeatsStream>, Status> {
+        let mut ends = {
+            let mut state = lock(&self.0);
+            if state.earlier {
+                return Err(Status::unimplemented("not known yet"));
+            }
+            state.calls += 1;
+            state.ends.subscribe()
+        };
+        let service = self.clone();
+        let answers = beats.into_inner().then(move |beat| {
+            let service = service.clone();
+            async move { service.heartbeat(Request::new(beat?)).await.map(Response::into_inner) }
+        });
+        let ended = async move { drop(ends.changed().await) };
+        Ok(Response::new(Box::pin(answers.take_until(Box::pin(ended)))))
     }
 
     async fn leave(&self, request: Request<LeaveRequest>) -> Result<Response<LeaveReply>, Status> {

@@ -6,6 +6,8 @@ mod envelope;
 mod group_tests;
 mod inbound;
 mod line;
+#[cfg(test)]
+mod line_tests;
 mod machine;
 mod members;
 mod network;

@@ -352,6 +352,15 @@ impl Shared {
         Ok(())
     }
 
+    fn heard(&self, request: v1::HeartbeatRequest) -> Result<v1::HeartbeatReply, Status> {
+        use v1::heartbeat_reply::Outcome;
+        let outcome = match self.heartbeat(request)? {
+            Ok(accepted) => Outcome::Accepted(accepted),
+            Err(refused) => Outcome::Refused(refused),
+        };
+        Ok(v1::HeartbeatReply { outcome: Some(outcome) })
+    }
+
     fn heartbeat(&self, request: v1::HeartbeatRequest) -> Result<Result<v1::HeartbeatAccepted, Refusal>, Status> {
         let member = baton_proto::convert::required("member", request.member.clone())?;
         if let Err(detail) = self.same_cluster(&request.cluster) {
@@ -553,11 +562,26 @@ fn unexpected(outcome: &Outcome) -> Refusal {
     unavailable("the ledger answered another question")
 }
 
+impl Service {
+    /// Resolves when this node stops: it has no more answers, and whoever asks goes elsewhere, instead of waiting on an old
+    /// connection.
+    fn stopped(&self) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+        let mut stopping = self.0.stopping.subscribe();
+        Box::pin(async move {
+            match planted::is(Bug::StreamsOutliveNode) {
+                true => std::future::pending().await,
+                false => stopped(&mut stopping).await,
+            }
+        })
+    }
+}
+
 #[tonic::async_trait]
 impl v1::coordinator_server::Coordinator for Service {
     type WatchStream = Pin<Box<dyn Stream<Item = Result<v1::ClusterView, Status>> + Send>>;
     type AssignmentsStream = Pin<Box<dyn Stream<Item = Result<v1::AssignedBatch, Status>> + Send>>;
     type WatchAccessStream = Pin<Box<dyn Stream<Item = Result<v1::Access, Status>> + Send>>;
+    type HeartbeatsStream = Pin<Box<dyn Stream<Item = Result<v1::HeartbeatReply, Status>> + Send>>;
 
     async fn register(&self, request: Request<v1::RegisterRequest>) -> Result<Response<v1::RegisterReply>, Status> {
         use v1::register_reply::Outcome;
@@ -569,12 +593,16 @@ impl v1::coordinator_server::Coordinator for Service {
     }
 
     async fn heartbeat(&self, request: Request<v1::HeartbeatRequest>) -> Result<Response<v1::HeartbeatReply>, Status> {
-        use v1::heartbeat_reply::Outcome;
-        let outcome = match self.0.heartbeat(request.into_inner())? {
-            Ok(accepted) => Outcome::Accepted(accepted),
-            Err(refused) => Outcome::Refused(refused),
-        };
-        Ok(Response::new(v1::HeartbeatReply { outcome: Some(outcome) }))
+        self.0.heard(request.into_inner()).map(Response::new)
+    }
+
+    async fn heartbeats(
+        &self,
+        request: Request<tonic::Streaming<v1::HeartbeatRequest>>,
+    ) -> Result<Response<Self::HeartbeatsStream>, Status> {
+        let shared = self.0.clone();
+        let answers = request.into_inner().map(move |beat| shared.heard(beat?));
+        Ok(Response::new(Box::pin(answers.take_until(self.stopped()))))
     }
 
     async fn leave(&self, request: Request<v1::LeaveRequest>) -> Result<Response<v1::LeaveReply>, Status> {
@@ -602,16 +630,8 @@ impl v1::coordinator_server::Coordinator for Service {
         &self,
         request: Request<tonic::Streaming<v1::AssignBatch>>,
     ) -> Result<Response<Self::AssignmentsStream>, Status> {
-        // A node that stops has no more answers: whoever asks goes elsewhere, instead of waiting on an old connection.
-        let mut stopping = self.0.stopping.subscribe();
-        let stopped = async move {
-            match planted::is(Bug::StreamsOutliveNode) {
-                true => std::future::pending().await,
-                false => stopped(&mut stopping).await,
-            }
-        };
         let answers = stream::assignments(self.0.clone(), request.into_inner());
-        Ok(Response::new(Box::pin(answers.take_until(Box::pin(stopped)))))
+        Ok(Response::new(Box::pin(answers.take_until(self.stopped()))))
     }
 
     async fn locate(&self, request: Request<v1::LocateRequest>) -> Result<Response<v1::LocateReply>, Status> {

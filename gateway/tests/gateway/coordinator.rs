@@ -164,6 +164,17 @@ impl Coordinator for CoordinatorService {
         Ok(Response::new(HeartbeatReply { outcome: Some(heartbeat_reply::Outcome::Accepted(accepted)) }))
     }
 
+    type HeartbeatsStream = Events<HeartbeatReply>;
+
+    async fn heartbeats(&self, beats: Request<Streaming<HeartbeatRequest>>) -> Answer<Self::HeartbeatsStream> {
+        let fake = self.clone();
+        let answer = move |beat: Result<HeartbeatRequest, Status>| {
+            let fake = fake.clone();
+            async move { fake.heartbeat(Request::new(beat?)).await.map(Response::into_inner) }
+        };
+        Ok(Response::new(beats.into_inner().then(answer).boxed()))
+    }
+
     async fn leave(&self, _: Request<LeaveRequest>) -> Answer<LeaveReply> {
         Ok(Response::new(LeaveReply {}))
     }

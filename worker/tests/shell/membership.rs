@@ -168,6 +168,31 @@ async fn golden_tokens_are_registered() {
     assert_eq!((first.len(), golden()), (4, first));
 }
 
+/// Heartbeats are messages of one call; when it ends they begin another.
+#[tokio::test]
+async fn heartbeats_keep_to_one_call() {
+    let coordinator = FakeCoordinator::start(&net()).await.unwrap();
+    let _worker = start(config(&[&coordinator])).await.unwrap();
+    eventually("heartbeats come", || coordinator.beats() > 4).await;
+    assert_eq!(coordinator.beat_calls(), 1);
+    coordinator.end_beat_calls();
+    let before = coordinator.beats();
+    eventually("they go on", || coordinator.beats() > before + 4).await;
+    assert_eq!(coordinator.beat_calls(), 2);
+}
+
+/// A coordinator of the release before knows no call for many heartbeats: it hears each by one of its own.
+#[tokio::test]
+async fn a_coordinator_of_an_earlier_release_hears_heartbeats_too() {
+    let coordinator = FakeCoordinator::start(&net()).await.unwrap();
+    coordinator.be_earlier();
+    let worker = start(config(&[&coordinator])).await.unwrap();
+    let told = compute(&worker, 1, 5).await;
+    eventually("the index has arrived", || told.iter().all(|hash| coordinator.index("prefill-0").contains(hash))).await;
+    assert_eq!(coordinator.beat_calls(), 0);
+    assert!(coordinator.load("prefill-0").is_some());
+}
+
 /// A coordinator that joins hears from the worker, one that is off the list does not any more.
 #[tokio::test]
 async fn heartbeats_follow_the_list_of_coordinators() {
