@@ -279,18 +279,20 @@ impl CpuModel {
         Ok(drawn)
     }
 
-    /// Reads the draws off the logits of their rows, a few rows at a time. `drawn` are the rows that are left.
+    /// Reads the draws off the logits of their rows, a few rows at a time, which the threads share. `drawn` are the rows that
+    /// are left.
     fn draw(&mut self, draws: &[Draw], drawn: &[usize]) -> Result<Vec<SampledToken>, Broken> {
         let mut tokens = Vec::with_capacity(draws.len());
-        let mut rest = draws.iter().peekable();
+        let mut of_rows = draws.chunk_by(|a, b| a.row == b.row);
         for chunk in chunks(drawn.len()) {
             self.logits(chunk.clone())?;
             let CpuModel { rank: Rank { cpu, config, .. }, scratch, .. } = self;
-            for (row, logits) in drawn[chunk].iter().zip(scratch.logits.chunks_exact_mut(config.vocab)) {
-                while let Some(draw) = rest.next_if(|draw| draw.row == *row) {
-                    tokens.push(sampling::draw(cpu, logits, draw));
-                }
-            }
+            let rows = scratch.logits.chunks_exact_mut(config.vocab).zip(of_rows.by_ref());
+            let mut rows: Vec<_> = rows.take(chunk.len()).map(|(logits, draws)| (logits, draws, Vec::new())).collect();
+            cpu.spread(&mut rows, |(logits, draws, found)| {
+                found.extend(draws.iter().map(|draw| sampling::draw(cpu, logits, draw)));
+            });
+            tokens.extend(rows.into_iter().flat_map(|(_, _, found)| found));
         }
         Ok(tokens)
     }

@@ -433,6 +433,16 @@ impl Cpu {
         within.map_or((0, f32::NEG_INFINITY), |i| ((best * SEARCH + i) as u32, row[best * SEARCH + i]))
     }
 
+    /// Calls `f` once for each item; every thread has a share of neighbours. `f` may use what this device does on one thread.
+    pub fn spread<T: Send>(&self, items: &mut [T], f: impl Fn(&mut T) + Sync) {
+        let (count, items) = (items.len(), Out(items.as_mut_ptr()));
+        let cycles = if count > 1 { PARALLEL_CYCLES } else { 0 };
+        self.state().run(cycles, &|part| {
+            // SAFETY: each item is in the share of one part.
+            part.share(count).for_each(|i| f(unsafe { &mut *items.at(i) }));
+        });
+    }
+
     /// Runs a kernel over shares of `count / width` rows.
     fn rows<K: Kernel<Output = ()>>(&self, count: usize, width: usize, kernel: impl Fn(Range<usize>) -> K + Sync) {
         self.state().run(count / 4, &|part| self.launch(kernel(part.share(count / width.max(1)))));
