@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use baton_core::{SampledToken, TokenId};
-use baton_kernels::{Attention, Broken, Collective, Cpu, Packed, RopeStore, RopeTable, Span};
+use baton_kernels::{self as kernels, Attention, Broken, Collective, Cpu, Packed, RopeStore, RopeTable, Span};
 
 use crate::backend::Backend;
 use crate::batch::{Batch, Draw, Output};
@@ -118,10 +118,6 @@ struct Scratch {
     attended: Vec<f32>,
     /// (row, hidden)
     delta: Vec<f32>,
-    /// (row, gate | up)
-    gate_up: Vec<f32>,
-    /// (row, intermediate)
-    gated: Vec<f32>,
     /// (drawn row, vocab)
     logits: Vec<f32>,
     /// (drawn row, the rank's tokens)
@@ -279,18 +275,20 @@ impl CpuModel {
         Ok(drawn)
     }
 
-    /// Reads the draws off the logits of their rows, a few rows at a time. `drawn` are the rows that are left.
+    /// Reads the draws off the logits of their rows, a few rows at a time, which the threads share. `drawn` are the rows that
+    /// are left.
     fn draw(&mut self, draws: &[Draw], drawn: &[usize]) -> Result<Vec<SampledToken>, Broken> {
         let mut tokens = Vec::with_capacity(draws.len());
-        let mut rest = draws.iter().peekable();
+        let mut of_rows = draws.chunk_by(|a, b| a.row == b.row);
         for chunk in chunks(drawn.len()) {
             self.logits(chunk.clone())?;
             let CpuModel { rank: Rank { cpu, config, .. }, scratch, .. } = self;
-            for (row, logits) in drawn[chunk].iter().zip(scratch.logits.chunks_exact_mut(config.vocab)) {
-                while let Some(draw) = rest.next_if(|draw| draw.row == *row) {
-                    tokens.push(sampling::draw(cpu, logits, draw));
-                }
-            }
+            let rows = scratch.logits.chunks_exact_mut(config.vocab).zip(of_rows.by_ref());
+            let mut rows: Vec<_> = rows.take(chunk.len()).map(|(logits, draws)| (logits, draws, Vec::new())).collect();
+            cpu.spread(&mut rows, |(logits, draws, found)| {
+                found.extend(draws.iter().map(|draw| sampling::draw(cpu, logits, draw)));
+            });
+            tokens.extend(rows.into_iter().flat_map(|(_, _, found)| found));
         }
         Ok(tokens)
     }
@@ -366,6 +364,11 @@ impl Rank {
         y: &mut [f32],
     ) -> Result<(), Broken> {
         self.cpu.matmul_segments(x, rows, w, self.shard.segments(cols), y);
+        self.add_up(bias, y)
+    }
+
+    /// All ranks' y into one, and the bias.
+    fn add_up(&mut self, bias: &Option<Vec<f32>>, y: &mut [f32]) -> Result<(), Broken> {
         self.collective.all_reduce(y)?;
         if let Some(bias) = bias {
             self.cpu.add_bias(y, bias);
@@ -383,12 +386,11 @@ fn mix(rank: &mut Rank, layer: &Layer, next: &[f32], rows: usize, scratch: &mut 
     rank.cpu.add_rms_norm(x, delta, &layer.mlp_norm, eps, normed);
     match &layer.mlp {
         Mlp::Dense(dense) => {
-            let wide = rank.shard.inner.len();
-            let gate_up = sized(&mut scratch.gate_up, rows * 2 * wide);
-            let gated = sized(&mut scratch.gated, rows * wide);
-            matmul(&rank.cpu, normed, rows, &dense.gate_up, &dense.gate_up_bias, gate_up);
-            rank.cpu.silu_mul(gate_up, wide, gated);
-            rank.sum(gated, rows, &dense.down, &dense.down_bias, rank.config.intermediate, delta)?;
+            let segments = rank.shard.segments(rank.config.intermediate);
+            let bias = dense.gate_up_bias.as_deref();
+            let mlp = kernels::Mlp { x: normed, rows, gate_up: &dense.gate_up, bias, down: &dense.down, segments };
+            rank.cpu.mlp(&mlp, delta);
+            rank.add_up(&dense.down_bias, delta)?;
         }
         Mlp::Experts(experts) => {
             let Rank { cpu, collective, shard, .. } = rank;

@@ -6,6 +6,7 @@ pub(crate) mod ceiling;
 mod isa;
 mod lanes;
 mod matmul;
+mod mlp;
 mod quantized;
 mod rows;
 mod scaled;
@@ -24,6 +25,7 @@ use self::attend::{Attend, Operands, Plan};
 use self::isa::Isa;
 use self::lanes::{Kernel, Lanes};
 use self::matmul::{Dot, Exact, Fours, Full, Inputs, Matmul, Pack, Pairs, pieces};
+pub use self::mlp::Mlp;
 use self::quantized::{Grid, Multiply, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0, Quantized, WORDS};
 use self::rows::{Add, ExpSum, Largest, MixRows, Norm, Rope, SiluMul};
 use crate::packed::{Format, PANEL, Quantize, Run, locate};
@@ -50,6 +52,10 @@ struct State {
     pool: Pool,
     /// A matmul's inputs, rounded.
     inputs: Vec<u32>,
+    /// An MLP's inputs of down, rounded.
+    gated: Vec<u32>,
+    /// What an MLP that goes step by step has in between.
+    steps: Vec<f32>,
     /// Attention's tiles, one share per thread.
     scratch: Vec<Line>,
 }
@@ -65,6 +71,28 @@ struct Product<'a> {
     /// The run's first output of the first row.
     y: Out<f32>,
     y_stride: usize,
+}
+
+impl Product<'_> {
+    /// Pieces of each of its chains over pairs.
+    fn pieces<D: Dot>(&self) -> Vec<Vec<Range<usize>>> {
+        let pairs = self.w.pairs();
+        match self.segments {
+            Some(segments) => pieces::<D>(pairs, self.rows, segments.chains(self.w.format.step())),
+            None => pieces::<D>(pairs, self.rows, std::iter::once(0..pairs)),
+        }
+    }
+
+    /// What multiplying pairs takes, about.
+    fn cycles(&self) -> usize {
+        (self.w.bytes() / 16).max(self.rows * self.w.panels() * self.w.pairs() * 4)
+    }
+}
+
+/// The first `len` values of a buffer, which grows if it must. Their content is left over from the last use.
+fn sized<T: Copy + Default>(buffer: &mut Vec<T>, len: usize) -> &mut [T] {
+    buffer.resize(buffer.len().max(len), T::default());
+    &mut buffer[..len]
 }
 
 /// Writes the blocks of some panels; rows past the last are zero.
@@ -143,7 +171,13 @@ impl Cpu {
     /// On a given instruction set, which the machine has. Profile `bf16dp` is emulated where it must be.
     fn with_isa(threads: usize, profile: Profile, isa: Isa) -> Cpu {
         assert!(isa.supported());
-        let state = State { pool: Pool::new(threads), inputs: Vec::new(), scratch: Vec::new() };
+        let state = State {
+            pool: Pool::new(threads),
+            inputs: Vec::new(),
+            gated: Vec::new(),
+            steps: Vec::new(),
+            scratch: Vec::new(),
+        };
         Cpu { profile, isa, threads, state: Mutex::new(state) }
     }
 
@@ -250,26 +284,31 @@ impl Cpu {
     }
 
     fn multiply_pairs<D: Dot>(&self, product: Product) {
-        let Product { x, rows, w, segments, y, y_stride } = product;
         let mut state = self.state();
-        let words = rows * w.pairs() * D::WORDS;
         let mut inputs = std::mem::take(&mut state.inputs);
-        inputs.resize(inputs.len().max(words), 0);
-        let pieces = match segments {
-            Some(segments) => pieces::<D>(w.pairs(), rows, segments.chains(w.format.step())),
-            None => pieces::<D>(w.pairs(), rows, std::iter::once(0..w.pairs())),
-        };
-        let to = Out(inputs.as_mut_ptr());
+        let pieces = product.pieces::<D>();
+        self.round::<D>(&mut state, &product, &pieces, &mut inputs);
+        self.multiply_rounded::<D>(&mut state, &product, &pieces, &inputs);
+        state.inputs = inputs;
+    }
+
+    /// A product's inputs, rounded and laid out piece by piece.
+    fn round<D: Dot>(&self, state: &mut State, product: &Product, pieces: &[Vec<Range<usize>>], to: &mut Vec<u32>) {
+        let Product { x, rows, w, .. } = *product;
+        let to = Out(sized(to, rows * w.pairs() * D::WORDS).as_mut_ptr());
         state.run(x.len() / 8, &|part| {
-            let (pieces, shown) = (&pieces, part.share(rows));
+            let shown = part.share(rows);
             self.launch(Inputs::<D> { x, cols: w.cols(), rows, pieces, to, shown, dot: PhantomData });
         });
-        let cycles = (w.bytes() / 16).max(rows * w.panels() * w.pairs() * 4);
-        state.run(cycles, &|part| {
-            let (x, pieces, panels) = (&inputs[..words], &pieces, part.share(w.panels()));
+    }
+
+    /// A product whose inputs `x` are as `round` leaves them.
+    fn multiply_rounded<D: Dot>(&self, state: &mut State, product: &Product, pieces: &[Vec<Range<usize>>], x: &[u32]) {
+        let Product { rows, w, y, y_stride, .. } = *product;
+        state.run(product.cycles(), &|part| {
+            let panels = part.share(w.panels());
             self.launch(Matmul::<D> { w, x, rows, pieces, y, y_stride, panels, dot: PhantomData });
         });
-        state.inputs = inputs;
     }
 
     fn multiply_blocks<G: Grid>(&self, product: Product) {
@@ -431,6 +470,16 @@ impl Cpu {
         }
         let within = row.iter().skip(best * SEARCH).take(SEARCH).position(|&x| x == max && max > f32::NEG_INFINITY);
         within.map_or((0, f32::NEG_INFINITY), |i| ((best * SEARCH + i) as u32, row[best * SEARCH + i]))
+    }
+
+    /// Calls `f` once for each item; every thread has a share of neighbours. `f` may use what this device does on one thread.
+    pub fn spread<T: Send>(&self, items: &mut [T], f: impl Fn(&mut T) + Sync) {
+        let (count, items) = (items.len(), Out(items.as_mut_ptr()));
+        let cycles = if count > 1 { PARALLEL_CYCLES } else { 0 };
+        self.state().run(cycles, &|part| {
+            // SAFETY: each item is in the share of one part.
+            part.share(count).for_each(|i| f(unsafe { &mut *items.at(i) }));
+        });
     }
 
     /// Runs a kernel over shares of `count / width` rows.

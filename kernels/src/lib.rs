@@ -29,7 +29,7 @@ mod segments;
 pub use attention::{Attention, HEAD_DIM_MAX, Heads, KvHeads, RopeStore, Span};
 pub use bf16::round_f16;
 pub use collective::{Broken, Collective};
-pub use cpu::Cpu;
+pub use cpu::{Cpu, Mlp};
 pub use f8::F8Matrix;
 pub use packed::file::{ALIGNMENT, Mapped};
 pub use packed::pieces::Pieces;

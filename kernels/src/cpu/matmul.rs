@@ -14,10 +14,13 @@ use super::{Out, put};
 use crate::bf16;
 use crate::packed::{PANEL, Run, STEP};
 
-/// Steps per block: 32 KiB of a panel, which stays in L1 while all row tiles pass over it.
-const BLOCK_STEPS: usize = 128;
+/// Steps per block at most: 128 KiB of a panel, which stays in L2 while all row tiles pass over it. Blocks that would stay in
+/// L1 are no faster, and their sums rest in memory more often.
+const BLOCK_STEPS: usize = 512;
+/// Steps per block that is widened: 32 KiB of f32, in L1.
+const WIDE_STEPS: usize = 64;
 /// Rows whose sums are kept at once.
-const GROUP: usize = 192;
+pub(crate) const GROUP: usize = 192;
 /// Rows from which it pays to widen a block of bf16 to f32 once, instead of in every tile.
 const WIDEN_ROWS: usize = 40;
 /// Rows per tile at most: 6 × 4 vectors of sums leave 8 registers of 32.
@@ -285,16 +288,20 @@ pub(crate) fn pieces<D: Dot>(
     rows: usize,
     chains: impl Iterator<Item = Range<usize>>,
 ) -> Vec<Vec<Range<usize>>> {
-    let size = match rows {
+    let most = match rows {
         0..=TILE_ROWS => pairs.max(1),
-        _ if widens::<D>(rows) => BLOCK_STEPS / 2,
+        _ if widens::<D>(rows) => WIDE_STEPS,
         _ => BLOCK_STEPS,
     };
-    let chain = |steps: Range<usize>| {
-        let starts = steps.clone().step_by(size).chain(steps.is_empty().then_some(steps.start));
-        starts.map(|start| start..steps.end.min(start + size)).collect()
-    };
-    chains.map(chain).collect()
+    chains.map(|steps| balanced(steps, most)).collect()
+}
+
+/// A range cut into the fewest parts of at most `most`, all about as long: each reads ahead as much as it is long, and what
+/// follows a short one would come late.
+fn balanced(range: Range<usize>, most: usize) -> Vec<Range<usize>> {
+    let count = range.len().div_ceil(most).max(1);
+    let end = |part: usize| range.start + range.len() * part / count;
+    (0..count).map(|part| end(part)..end(part + 1)).collect()
 }
 
 fn widens<D: Dot>(rows: usize) -> bool {
@@ -317,10 +324,11 @@ pub(crate) struct Matmul<'a, D> {
 
 /// What a thread keeps at hand; nothing in it is read before it is written.
 #[repr(align(64))]
-struct Scratch {
-    sums: [[f32; GROUP * PANEL]; LEVELS],
+pub(crate) struct Scratch {
+    /// (level, row, output)
+    pub(crate) sums: [[f32; GROUP * PANEL]; LEVELS],
     /// A block of weights in f32.
-    wide: [f32; BLOCK_STEPS * PANEL],
+    wide: [f32; 2 * WIDE_STEPS * PANEL],
 }
 
 impl<D: Dot> Kernel for Matmul<'_, D> {
@@ -335,7 +343,7 @@ impl<D: Dot> Kernel for Matmul<'_, D> {
             for row in (0..self.rows).step_by(GROUP) {
                 let rows = GROUP.min(self.rows - row);
                 for panel in self.panels.clone() {
-                    self.group::<L>(panel, row, rows, scratch);
+                    self.group::<L>(panel, row, rows, scratch, 0);
                     self.write::<L>(panel, row, rows, (&raw const (*scratch).sums).cast());
                 }
             }
@@ -344,12 +352,19 @@ impl<D: Dot> Kernel for Matmul<'_, D> {
 }
 
 impl<D: Dot> Matmul<'_, D> {
-    /// Sums of one row group against one panel, into the first level.
+    /// Sums of one row group against one panel, into level `base`; those behind it hold finished parts meanwhile.
     #[inline(always)]
-    unsafe fn group<L: Lanes>(&self, panel: usize, row: usize, rows: usize, scratch: *mut Scratch) {
+    pub(crate) unsafe fn group<L: Lanes>(
+        &self,
+        panel: usize,
+        row: usize,
+        rows: usize,
+        scratch: *mut Scratch,
+        base: usize,
+    ) {
         unsafe {
             let (sums, wide) = (&raw mut (*scratch).sums, &raw mut (*scratch).wide);
-            let sums = sums.cast::<f32>();
+            let sums = sums.cast::<f32>().add(base * GROUP * PANEL);
             for (part, pieces) in self.pieces.iter().enumerate() {
                 // Finished parts lie on the levels below as in a binary counter.
                 let mut level = part.count_ones() as usize;
@@ -469,11 +484,7 @@ unsafe fn round<L: Lanes, D: Dot>(x: *const f32, len: usize, to: *mut u32) {
         let paired = D::WORDS == 1;
         let whole = len / 16 * 16;
         for i in (0..whole).step_by(16) {
-            let values = L::round_bf16(L::load(x.add(i)));
-            match paired {
-                true => L::store_bf16(to.cast::<u16>().add(i), values),
-                false => L::store(to.cast::<f32>().add(i), values),
-            }
+            put_rounded::<L, D>(L::load(x.add(i)), to.add(i / 2 * D::WORDS));
         }
         for i in whole..len.next_multiple_of(2) {
             let value = if i < len { bf16::round(x.add(i).read()) } else { 0 };
@@ -481,6 +492,17 @@ unsafe fn round<L: Lanes, D: Dot>(x: *const f32, len: usize, to: *mut u32) {
                 true => to.cast::<u16>().add(i).write(value),
                 false => to.cast::<f32>().add(i).write(bf16::widen(value)),
             }
+        }
+    }
+}
+
+/// Sixteen values rounded to bf16, as inputs of eight steps.
+#[inline(always)]
+pub(crate) unsafe fn put_rounded<L: Lanes, D: Dot>(x: L::F, to: *mut u32) {
+    unsafe {
+        match D::WORDS {
+            1 => L::store_bf16(to.cast(), L::round_bf16(x)),
+            _ => L::store(to.cast(), L::round_bf16(x)),
         }
     }
 }
@@ -519,6 +541,25 @@ pub(crate) unsafe fn transpose<L: Lanes>(from: [*const u32; 16], words: usize, t
             for (lane, row) in from.into_iter().enumerate() {
                 to.add(word * PANEL + lane).write(row.add(word).read_unaligned());
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// The parts follow one another without a gap, none is longer than asked, and they differ by one at most.
+        #[test]
+        fn cuts_evenly(start in 0usize..5000, len in 0usize..5000, most in 1usize..600) {
+            let parts = balanced(start..start + len, most);
+            prop_assert_eq!(parts.first().map(|part| part.start), Some(start));
+            prop_assert_eq!(parts.last().map(|part| part.end), Some(start + len));
+            prop_assert!(parts.windows(2).all(|pair| pair[0].end == pair[1].start));
+            let (shortest, longest) = parts.iter().fold((usize::MAX, 0), |(low, high), part| (low.min(part.len()), high.max(part.len())));
+            prop_assert!(longest <= most && longest - shortest <= 1);
         }
     }
 }

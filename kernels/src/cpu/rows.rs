@@ -148,12 +148,19 @@ impl Kernel for SiluMul<'_> {
                 let gate = self.gate_up.as_ptr().add(row * 2 * width);
                 let (up, out) = (gate.add(width), self.out.at(row * width));
                 for i in (0..width).step_by(16) {
-                    let x = get::<L>(gate, i, width);
-                    let silu = L::div(x, L::add(L::splat(1.0), exp::<L>(L::negate(x))));
-                    put::<L>(out, i, width, L::mul(silu, get::<L>(up, i, width)));
+                    put::<L>(out, i, width, silu_mul::<L>(get::<L>(gate, i, width), get::<L>(up, i, width)));
                 }
             }
         }
+    }
+}
+
+/// silu(gate)·up
+#[inline(always)]
+pub(crate) unsafe fn silu_mul<L: Lanes>(gate: L::F, up: L::F) -> L::F {
+    unsafe {
+        let silu = L::div(gate, L::add(L::splat(1.0), exp::<L>(L::negate(gate))));
+        L::mul(silu, up)
     }
 }
 

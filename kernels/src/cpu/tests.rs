@@ -111,6 +111,35 @@ fn ranks_together_multiply_as_one() {
     }
 }
 
+/// An MLP as one operation is its operations one after another, whatever splits it: panels, pieces, segments that end within a
+/// panel, ranks, threads, biases, and widths that do not fit it.
+#[test]
+fn an_mlp_is_its_steps() {
+    for cpu in devices(2).chain(devices(1)) {
+        for (rows, hidden, width) in
+            [(1, 33, 64), (3, 64, 192), (7, 70, 128), (45, 20, 320), (200, 16, 192), (4, 32, 100)]
+        {
+            let w = pack(&cpu, &numbers(1, 2 * width * hidden), 2 * width, hidden);
+            let (x, bias) = (numbers(2, rows * hidden), numbers(3, 2 * width));
+            for (biased, world) in [(false, 1), (true, 1), (true, 2)] {
+                let segments = Segments::of(width * world, world - 1, world);
+                let down = pack(&cpu, &numbers(4, 65 * width), 65, width);
+                let mut gate_up = matmul(&cpu, &x, &w, false);
+                if biased {
+                    reference::add_bias(&mut gate_up, &bias);
+                }
+                let (mut gated, mut expected) = (vec![0.0; rows * width], vec![f32::NAN; rows * 65]);
+                reference::silu_mul(&gate_up, width, &mut gated);
+                reference::matmul_segments(cpu.profile, &gated, rows, &down, segments, &mut expected);
+                let mut y = vec![f32::NAN; rows * 65];
+                let bias = biased.then_some(&bias[..]);
+                cpu.mlp(&Mlp { x: &x, rows, gate_up: &w, bias, down: &down, segments }, &mut y);
+                assert_eq!(bits(&y), bits(&expected), "{} {} {rows} {hidden} {width}", cpu.isa(), cpu.profile);
+            }
+        }
+    }
+}
+
 /// The reference itself is a product: close to f64 arithmetic on rounded values.
 #[test]
 fn the_reference_multiplies() {
