@@ -1,4 +1,4 @@
-//! Threads that run one job together: the calling thread takes part, the others wait briefly awake, then parked.
+//! Threads that run one job together: the calling thread takes part, the others wait briefly spinning, then parked.
 //! Work is split statically by part number; nothing is stolen, so that results cannot depend on timing.
 //!
 //! Threads are not pinned: two workers on one machine share its cores, and a pinned pair would fight for one.
@@ -9,10 +9,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle, Thread};
 use std::time::{Duration, Instant};
 
-/// Longest spin before a thread lets others run.
+/// Longest spin before a thread parks: about what a wake-up costs.
 const SPIN: Duration = Duration::from_micros(10);
-/// Longest wait before it parks: about what a wake-up costs on a virtual machine, whose idle cores are given away.
-const AWAKE: Duration = Duration::from_micros(100);
 
 /// One thread's share of a job.
 #[derive(Clone, Copy, Debug)]
@@ -131,17 +129,15 @@ impl Shared {
     }
 }
 
-/// Spins a little, then spins only while nobody else wants the core, then parks until the condition holds. Whoever makes it
-/// true unparks this thread.
+/// Spins a little, then parks until the condition holds. Whoever makes it true unparks this thread.
 #[allow(clippy::disallowed_methods, reason = "bounds a spin; no result depends on it")]
 fn wait_until(condition: impl Fn() -> bool) {
     let start = Instant::now();
     while !condition() {
-        match start.elapsed() {
-            waited if waited <= SPIN => std::hint::spin_loop(),
-            waited if waited <= AWAKE => thread::yield_now(),
-            _ => thread::park(),
+        if start.elapsed() > SPIN {
+            thread::park();
         }
+        std::hint::spin_loop();
     }
 }
 
