@@ -8,6 +8,7 @@ use serde_json::json;
 
 use crate::admin::{self, ClusterFlags, EXIT_CODES, ask};
 use crate::exit::Failure;
+use crate::out::{say, sayln};
 use crate::table;
 
 /// `baton tenant …`
@@ -155,7 +156,7 @@ async fn create_key(flags: KeyFlags) -> Result<(), Failure> {
         async move { client.create_key(key).await }
     };
     ask(&flags.cluster.coordinators()?, call).await?;
-    println!("{text}");
+    sayln!("{text}");
     eprintln!("This is the only time the key is shown. Revoke it with `baton key revoke {}`.", key.id);
     Ok(())
 }
@@ -175,8 +176,8 @@ async fn list(
 ) -> Result<(), Failure> {
     let list = tenants(&flags.cluster).await?;
     match flags.json {
-        true => println!("{}", as_json(&list)),
-        false => print!("{}", as_text(&list)),
+        true => sayln!("{}", as_json(&list)),
+        false => say!("{}", as_text(&list)),
     }
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! `baton chat`: a conversation in the terminal, streamed. Reads a pipe as well: one message a line.
 
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::sync::Arc;
 
 use baton_proto::TcpNet;
@@ -10,6 +10,7 @@ use tokio::task::JoinHandle;
 
 use crate::exit::Failure;
 use crate::http::{Client, HttpError};
+use crate::out::{say, sayln};
 
 /// Talk to a model in the terminal.
 ///
@@ -61,7 +62,7 @@ async fn converse(flags: ChatFlags) -> Result<(), Failure> {
     };
     let person = std::io::stdin().is_terminal() && std::io::stdout().is_terminal();
     if person {
-        println!("{model} at {}. Ctrl-C stops an answer, Ctrl-D ends.", flags.url);
+        sayln!("{model} at {}. Ctrl-C stops an answer, Ctrl-D ends.", flags.url);
     }
     let mut talk = Talk { flags, client, model, messages: Vec::new() };
     talk.begin();
@@ -78,12 +79,11 @@ async fn converse(flags: ChatFlags) -> Result<(), Failure> {
 async fn ask(lines: &mut Lines, person: bool) -> std::io::Result<Option<String>> {
     loop {
         if person {
-            print!("\n> ");
-            std::io::stdout().flush()?;
+            say!("\n> ");
         }
         tokio::select! {
             line = lines.next() => return line,
-            _ = tokio::signal::ctrl_c(), if person => println!("\nCtrl-D ends."),
+            _ = tokio::signal::ctrl_c(), if person => sayln!("\nCtrl-D ends."),
         }
     }
 }
@@ -144,7 +144,7 @@ impl Talk {
             outcome = print_stream(&self.client, self.body(), &mut text) => outcome,
             _ = tokio::signal::ctrl_c(), if person => Ok(()),
         };
-        println!();
+        sayln!();
         match outcome {
             Ok(()) => self.messages.push(json!({"role": "assistant", "content": text})),
             Err(error) if person => {
@@ -162,8 +162,7 @@ async fn print_stream(client: &Client, body: Value, text: &mut String) -> Result
     while let Some(event) = answer.event().await? {
         let Some(piece) = piece(&event)? else { continue };
         text.push_str(&piece);
-        print!("{piece}");
-        let _ = std::io::stdout().flush();
+        say!("{piece}");
     }
     Ok(())
 }

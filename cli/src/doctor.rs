@@ -6,6 +6,7 @@ use baton_kernels::Profile;
 use clap::Args;
 
 use crate::exit::Failure;
+use crate::out::say;
 use crate::surroundings;
 use crate::table;
 
@@ -45,7 +46,7 @@ pub(crate) fn run(flags: DoctorFlags) -> Result<(), Failure> {
         return crate::device::doctor(&flags, surroundings::cubins());
     }
     let rows: Vec<Vec<String>> = findings().into_iter().map(|(what, found)| vec![what.to_string(), found]).collect();
-    print!("{}", table::render(&["WHAT", "FOUND"], &rows));
+    say!("{}", table::render(&["WHAT", "FOUND"], &rows));
     Ok(())
 }
 

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use crate::admin::{self, ClusterFlags, ask};
 use crate::exit::Failure;
+use crate::out::{say, sayln};
 use crate::table;
 
 /// Show why a request was assigned where it was, or refused.
@@ -42,8 +43,8 @@ pub(crate) fn run(flags: ExplainFlags) -> Result<(), Failure> {
             )));
         }
         match flags.json {
-            true => println!("{}", as_json(request, &explained)),
-            false => print!("{}", as_text(request, &explained)),
+            true => sayln!("{}", as_json(request, &explained)),
+            false => say!("{}", as_text(request, &explained)),
         }
         Ok(())
     })

@@ -1,5 +1,6 @@
 //! The binary `baton`. The only reader of flags and environment, the only one that installs signal handlers, logs and
 //! the metrics recorder, and the only one that ends the process.
+#![deny(clippy::print_stdout, reason = "standard output may be closed: out::say")]
 
 mod access;
 mod admin;

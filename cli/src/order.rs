@@ -13,6 +13,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use crate::admin::{self, ClusterFlags};
 use crate::exit::Failure;
+use crate::out::sayln;
 
 const RPC_TIMEOUT: Duration = Duration::from_millis(RPC_TIMEOUT_MS);
 const RETRY: Duration = Duration::from_millis(50);
@@ -87,12 +88,12 @@ pub(crate) fn drain(flags: DrainFlags) -> Result<(), Failure> {
         let life = life(&look(&coordinators).await?, worker)?;
         order(&coordinators, worker, Order::Drain).await?;
         if flags.no_wait {
-            println!("{worker} drains");
+            sayln!("{worker} drains");
             return Ok(());
         }
         until(&coordinators, worker, |view| view.is_none_or(|view| !view.live || incarnation(view) != life)).await?;
         until_ended(&flags.cluster, worker).await?;
-        println!("{worker} is gone after {:.2} s", since.elapsed().as_secs_f64());
+        sayln!("{worker} is gone after {:.2} s", since.elapsed().as_secs_f64());
         Ok(())
     })
 }
@@ -104,17 +105,17 @@ pub(crate) fn change(flags: ChangeFlags) -> Result<(), Failure> {
         let view = look(&coordinators).await?;
         let life = life(&view, worker)?;
         if find(&view, worker).is_some_and(|view| role_of(view) == Some(role)) {
-            println!("{worker} serves as {role} already");
+            sayln!("{worker} serves as {role} already");
             return Ok(());
         }
         order(&coordinators, worker, flags.role.order()).await?;
         if flags.no_wait {
-            println!("{worker} becomes {role}");
+            sayln!("{worker} becomes {role}");
             return Ok(());
         }
         let serves = |view: &MemberView| view.live && incarnation(view) != life && role_of(view) == Some(role);
         until(&coordinators, worker, |view| view.is_some_and(serves)).await?;
-        println!("{worker} serves as {role} after {:.2} s", since.elapsed().as_secs_f64());
+        sayln!("{worker} serves as {role} after {:.2} s", since.elapsed().as_secs_f64());
         Ok(())
     })
 }

@@ -11,6 +11,13 @@ macro_rules! say {
 }
 pub(crate) use say;
 
+/// `println!` where standard output may be closed.
+macro_rules! sayln {
+    () => { $crate::out::print(format_args!("\n")) };
+    ($($text:tt)*) => { $crate::out::print(format_args!("{}\n", format_args!($($text)*))) };
+}
+pub(crate) use sayln;
+
 /// Prints, and ends the process where nobody reads any more.
 pub(crate) fn print(text: Arguments<'_>) {
     let mut out = std::io::stdout().lock();
@@ -21,4 +28,10 @@ pub(crate) fn print(text: Arguments<'_>) {
         }
         panic!("standard output cannot be written: {error}");
     }
+}
+
+/// Prints a line for whoever reads; that nobody does any more ends nothing.
+pub(crate) fn offer(line: Arguments<'_>) {
+    let mut out = std::io::stdout().lock();
+    let _ = writeln!(out, "{line}").and_then(|()| out.flush());
 }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use crate::exit::Failure;
+use crate::out::sayln;
 use crate::up::control::{self, Ask};
 
 /// Give the cluster of a `baton up` more or fewer workers.
@@ -33,6 +34,6 @@ pub(crate) fn run(flags: ScaleFlags) -> Result<(), Failure> {
     let count = |count: Option<u64>| count.map(|count| count as usize);
     let wish = Ask::Scale { prefill: count(flags.prefill), decode: count(flags.decode) };
     let workers = runtime.block_on(control::ask(&data, &wish, |note| eprintln!("{note}")))?;
-    println!("{workers}");
+    sayln!("{workers}");
     Ok(())
 }

@@ -8,6 +8,7 @@ use serde_json::json;
 
 use crate::admin::{self, ClusterFlags, EXIT_CODES, ask};
 use crate::exit::Failure;
+use crate::out::{say, sayln};
 
 /// `baton setting …`
 #[derive(Debug, Subcommand)]
@@ -76,14 +77,14 @@ async fn list(flags: ListFlags) -> Result<(), Failure> {
         list.set.into_iter().map(|setting| (setting.name, setting.value.unwrap_or_default())).collect();
     if flags.json {
         let in_force: toml::Table = toml::from_str(&list.in_force).map_err(|error| anyhow::anyhow!(error))?;
-        println!("{}", json!({"set": set, "in_force": in_force}));
+        sayln!("{}", json!({"set": set, "in_force": in_force}));
         return Ok(());
     }
-    print!("{}", list.in_force);
-    println!();
+    say!("{}", list.in_force);
+    sayln!();
     match set.is_empty() {
-        true => println!("# set for the cluster: nothing; all of it is of the leader's own file, or the default"),
-        false => println!("# set for the cluster: {}", set.into_keys().collect::<Vec<_>>().join(", ")),
+        true => sayln!("# set for the cluster: nothing; all of it is of the leader's own file, or the default"),
+        false => sayln!("# set for the cluster: {}", set.into_keys().collect::<Vec<_>>().join(", ")),
     }
     Ok(())
 }

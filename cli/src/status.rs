@@ -12,6 +12,7 @@ use clap::Args;
 use serde::Serialize;
 
 use crate::exit::Failure;
+use crate::out::{say, sayln};
 use crate::table;
 use crate::up::cluster_file::{ClusterFile, Process};
 
@@ -64,8 +65,8 @@ async fn show(flags: StatusFlags) -> Result<(), Failure> {
     let answered = view.is_some();
     let status = Status { storages, ..Status::new(file, view.unwrap_or_default()) };
     match flags.json {
-        true => println!("{}", serde_json::to_string(&status)?),
-        false => print!("{}", status.text()),
+        true => sayln!("{}", serde_json::to_string(&status)?),
+        false => say!("{}", status.text()),
     }
     match answered {
         true => Ok(()),

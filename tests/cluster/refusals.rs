@@ -161,15 +161,18 @@ async fn strangers_and_the_past_are_refused_and_counted() {
     }
 }
 
-/// Goal: `baton sim show | head` ends with `head`, without a word. Method: nobody reads from the first byte on.
+/// Goal: `baton sim show | head` ends with `head`, without a word, and so does every command that only tells. Method: nobody
+/// reads from the first byte on.
 #[test]
 fn a_closed_output_ends_it_quietly() {
-    let mut command = std::process::Command::new(baton_tests::cluster::binary());
-    command
-        .args(["--log", "error", "sim", "show", "--seed", "1", "--profile", "calm"])
-        .stdout(std::process::Stdio::piped());
-    let mut showing = command.stderr(std::process::Stdio::piped()).spawn().expect("the binary runs");
-    drop(showing.stdout.take());
-    let output = showing.wait_with_output().expect("it ends");
-    assert_eq!((output.status.code(), String::from_utf8_lossy(&output.stderr)), (Some(141), "".into()));
+    for command in ["sim show --seed 1 --profile calm", "doctor", "doctor --json"] {
+        let mut telling = std::process::Command::new(baton_tests::cluster::binary());
+        telling.args(["--log", "error"]).args(command.split(' '));
+        telling.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
+        let mut telling = telling.spawn().expect("the binary runs");
+        drop(telling.stdout.take());
+        let output = telling.wait_with_output().expect("it ends");
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert_eq!((output.status.code(), &*error), (Some(141), ""), "{command}");
+    }
 }

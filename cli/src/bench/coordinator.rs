@@ -13,6 +13,7 @@ use self::group::Group;
 use super::figure::{self, Figure};
 use super::percentile::Distribution;
 use crate::exit::Failure;
+use crate::out::say;
 
 /// Batched assignments a second that three nodes must reach on two cores.
 const ASSIGNMENTS_PER_S: f64 = 40_000.0;
@@ -66,7 +67,7 @@ async fn measure(flags: CoordinatorFlags) -> Result<(), Failure> {
     let figures = figures(&alone, &batched, &writes, flags.clients);
     match flags.json {
         true => figure::print(&figures),
-        false => print!("{}", text(nodes, &figures)),
+        false => say!("{}", text(nodes, &figures)),
     }
     Ok(())
 }

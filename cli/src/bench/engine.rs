@@ -13,6 +13,7 @@ use tokio::time::Instant;
 use super::figure::{self, Figure};
 use crate::device::Device;
 use crate::exit::Failure;
+use crate::out::{say, sayln};
 use crate::surroundings;
 use crate::table;
 
@@ -102,7 +103,7 @@ pub(crate) fn run(flags: EngineFlags) -> Result<(), Failure> {
         true => figure::print(&figures),
         false => {
             let cpu = model.cpu();
-            println!(
+            sayln!(
                 "{}: {} parameters, {} ranks, {} threads, {} on {}",
                 spec.name,
                 spec.parameters,
@@ -113,7 +114,7 @@ pub(crate) fn run(flags: EngineFlags) -> Result<(), Failure> {
             );
             let rows: Vec<_> =
                 figures.iter().map(|f| vec![f.name.clone(), format!("{:.2}", f.value), f.unit.into()]).collect();
-            print!("{}", table::render(&["FIGURE", "VALUE", "UNIT"], &rows));
+            say!("{}", table::render(&["FIGURE", "VALUE", "UNIT"], &rows));
         }
     }
     Ok(())

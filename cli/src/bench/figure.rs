@@ -2,6 +2,8 @@
 
 use serde::Serialize;
 
+use crate::out::sayln;
+
 /// A number with its unit and, where there is one, the target it must reach.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub(crate) struct Figure {
@@ -32,6 +34,6 @@ impl Figure {
 /// Prints each as a JSON line.
 pub(crate) fn print(figures: &[Figure]) {
     for figure in figures {
-        println!("{}", serde_json::to_string(figure).expect("a figure is plain data"));
+        sayln!("{}", serde_json::to_string(figure).expect("a figure is plain data"));
     }
 }

@@ -16,6 +16,7 @@ use self::pair::{Order, Pair, Seen};
 use super::figure::{self, Figure};
 use super::percentile::Distribution;
 use crate::exit::Failure;
+use crate::out::say;
 use crate::{surroundings, table};
 
 /// Tokens that one step computes at most, as in a worker.
@@ -76,7 +77,7 @@ pub(crate) fn run(flags: HandoffFlags) -> Result<(), Failure> {
     }
     match flags.json {
         true => figure::print(&figures),
-        false => print!("{}", table::render(&["FIGURE", "VALUE", "UNIT", "TARGET", ""], &rows(&figures))),
+        false => say!("{}", table::render(&["FIGURE", "VALUE", "UNIT", "TARGET", ""], &rows(&figures))),
     }
     Ok(())
 }

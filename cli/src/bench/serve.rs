@@ -16,6 +16,7 @@ use super::figure::{self, Figure};
 use super::percentile::Distribution;
 use crate::exit::Failure;
 use crate::http::{Client, HttpError};
+use crate::out::say;
 use crate::table;
 
 /// Which of OpenAI's endpoints is asked.
@@ -110,7 +111,7 @@ async fn measure(flags: ServeFlags) -> Result<(), Failure> {
     eprintln!("seed {seed}");
     match load.flags.json {
         true => figure::print(&report.figures()),
-        false => print!("{}", report.text()),
+        false => say!("{}", report.text()),
     }
     match report.failed() {
         0 => Ok(()),

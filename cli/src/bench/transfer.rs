@@ -17,6 +17,7 @@ use self::path::Paths;
 use super::figure::{self, Figure};
 use crate::device::{self, Device, Devices};
 use crate::exit::Failure;
+use crate::out::say;
 use crate::table;
 
 /// Bytes of one pass that no cache holds.
@@ -86,7 +87,7 @@ pub(crate) fn run(flags: TransferFlags) -> Result<(), Failure> {
             let figures = device::transfer(from, to, flags.rounds, &runtime)?;
             match flags.json {
                 true => figure::print(&figures),
-                false => print!("{}", render(&figures)),
+                false => say!("{}", render(&figures)),
             }
             return Ok(());
         }
@@ -107,7 +108,7 @@ pub(crate) fn run(flags: TransferFlags) -> Result<(), Failure> {
     }
     match flags.json {
         true => figure::print(&figures),
-        false => print!("{}", render(&figures)),
+        false => say!("{}", render(&figures)),
     }
     Ok(())
 }

@@ -18,6 +18,7 @@ use crate::bench::engine::EngineFlags;
 use crate::bench::figure::{self, Figure};
 use crate::doctor::DoctorFlags;
 use crate::exit::Failure;
+use crate::out::{say, sayln};
 use crate::role::worker::Room;
 use crate::{surroundings, table};
 
@@ -81,9 +82,9 @@ pub(crate) fn bench(flags: &EngineFlags, directory: &Path, index: usize, threads
         figure::print(&figures);
         return Ok(());
     }
-    println!("{}: {} parameters, {} on {}", spec.name, spec.parameters, spec.numerics, model.gpu().name());
+    sayln!("{}: {} parameters, {} on {}", spec.name, spec.parameters, spec.numerics, model.gpu().name());
     let rows: Vec<_> = figures.iter().map(|f| vec![f.name.clone(), format!("{:.2}", f.value), f.unit.into()]).collect();
-    print!("{}", table::render(&["FIGURE", "VALUE", "UNIT"], &rows));
+    say!("{}", table::render(&["FIGURE", "VALUE", "UNIT"], &rows));
     Ok(())
 }
 
@@ -116,7 +117,7 @@ pub(crate) fn doctor(flags: &DoctorFlags, cubins: PathBuf) -> Result<(), Failure
     let found = gpus();
     rows.extend(found.iter().flatten().enumerate().map(|(index, gpu)| vec![format!("cuda:{index}"), describe(gpu)]));
     if !flags.json {
-        print!("{}", table::render(&["WHAT", "FOUND"], &rows));
+        say!("{}", table::render(&["WHAT", "FOUND"], &rows));
     }
     found.map_err(Failure::refused)?;
     let gpu = Gpu::open(flags.gpu_index, &Cubins::new(cubins)).map_err(Failure::refused)?;
@@ -132,7 +133,7 @@ pub(crate) fn doctor(flags: &DoctorFlags, cubins: PathBuf) -> Result<(), Failure
     show(flags, &figures);
     let failed = checks.iter().filter(|check| !check.ok).count();
     if !flags.json {
-        println!("{} passed, {failed} failed", checks.len() - failed);
+        sayln!("{} passed, {failed} failed", checks.len() - failed);
     }
     if flags.measure {
         let ceilings = Ceilings { copy_gbps: flags.copy_gbps, matmul_tflops: flags.matmul_tflops };
@@ -160,7 +161,7 @@ fn show(flags: &DoctorFlags, figures: &[Figure]) {
             ]
         })
         .collect();
-    print!("{}", table::render(&["KERNEL", "VALUE", "UNIT", ""], &rows));
+    say!("{}", table::render(&["KERNEL", "VALUE", "UNIT", ""], &rows));
 }
 
 fn describe(gpu: &GpuFound) -> String {

@@ -17,6 +17,7 @@ use tokio::time::Instant;
 
 use crate::bench::figure::Figure;
 use crate::exit::Failure;
+use crate::out::sayln;
 use crate::surroundings;
 
 /// The two ends serve the same model.
@@ -102,7 +103,7 @@ pub(crate) fn send(from: usize, runtime: &Runtime) -> Result<(), Failure> {
         let order = Order::parse(&line?)?;
         let open = || Gpu::open(from, &Cubins::new(surroundings::cubins())).map_err(Failure::refused);
         let counters = runtime.block_on(carry_out(&order, &mut sending, &open))?;
-        println!("{}", report(&counters));
+        sayln!("{}", report(&counters));
         std::io::stdout().flush()?;
     }
     Ok(())

@@ -7,6 +7,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::cluster_file::Process;
 use super::supervisor::Cluster;
+use crate::out::offer;
 use crate::table;
 
 /// The terminal.
@@ -34,17 +35,17 @@ impl Screen {
 
     /// One line that something happened.
     pub(crate) fn note(&self, line: &str) {
-        self.bar.suspend(|| println!("{line}"));
+        self.bar.suspend(|| offer(format_args!("{line}")));
     }
 
     pub(crate) fn announce(&self, cluster: &Cluster, processes: &[Process], took: Duration) {
         self.clear();
         let row = |p: &Process| vec![p.role.to_string(), p.id.clone(), p.pid.to_string(), p.address.clone()];
         let rows: Vec<_> = processes.iter().map(row).collect();
-        println!("{}", table::render(&["ROLE", "ID", "PID", "ADDRESS"], &rows));
-        println!("{} serves at {}/v1 after {:.2} s. Try:\n", cluster.model, cluster.url, took.as_secs_f64());
-        println!("  {}\n", curl(&cluster.url, &cluster.model, has_chat_template(&self.model)));
-        println!("Logs: {}. Ctrl-C ends everything.", cluster.data.join("logs").display());
+        offer(format_args!("{}", table::render(&["ROLE", "ID", "PID", "ADDRESS"], &rows)));
+        offer(format_args!("{} serves at {}/v1 after {:.2} s. Try:\n", cluster.model, cluster.url, took.as_secs_f64()));
+        offer(format_args!("  {}\n", curl(&cluster.url, &cluster.model, has_chat_template(&self.model))));
+        offer(format_args!("Logs: {}. Ctrl-C ends everything.", cluster.data.join("logs").display()));
     }
 }
 

@@ -10,6 +10,7 @@ use super::super::{EXIT_CODES, RoleFlags, metrics};
 use super::{LISTEN, not_started};
 use crate::admin::{ClusterFlags, ask};
 use crate::exit::Failure;
+use crate::out::sayln;
 
 /// What can be done to a group of coordinators.
 #[derive(Debug, Subcommand)]
@@ -120,7 +121,7 @@ fn leave(node: u64, cluster: &ClusterFlags) -> Result<(), Failure> {
     let coordinators = cluster.coordinators()?;
     let remove = |mut client: crate::admin::Client| async move { client.remove_node(NodeNumber { node }).await };
     crate::admin::run(ask(&coordinators, remove))?;
-    println!("coordinator {node} has left for ever; its process ends and its directory can go");
+    sayln!("coordinator {node} has left for ever; its process ends and its directory can go");
     Ok(())
 }
 
@@ -130,8 +131,8 @@ fn transfer(node: Option<u64>, cluster: &ClusterFlags) -> Result<(), Failure> {
     let transfer = |mut client: crate::admin::Client| async move { client.transfer_leader(number).await };
     crate::admin::run(ask(&coordinators, transfer))?;
     match node {
-        Some(node) => println!("coordinator {node} leads"),
-        None => println!("another coordinator leads"),
+        Some(node) => sayln!("coordinator {node} leads"),
+        None => sayln!("another coordinator leads"),
     }
     Ok(())
 }
