@@ -3,7 +3,7 @@
 use std::fmt::Arguments;
 use std::io::{ErrorKind, Write};
 
-use crate::exit::OUTPUT_CLOSED;
+use crate::exit::{FAILED, OUTPUT_CLOSED};
 
 /// `print!` where standard output may be closed.
 macro_rules! say {
@@ -18,16 +18,19 @@ macro_rules! sayln {
 }
 pub(crate) use sayln;
 
-/// Prints, and ends the process where nobody reads any more.
+/// Prints, and ends the process where that cannot be: without a word where nobody reads any more.
 pub(crate) fn print(text: Arguments<'_>) {
     let mut out = std::io::stdout().lock();
-    if let Err(error) = out.write_fmt(text).and_then(|()| out.flush()) {
-        if error.kind() == ErrorKind::BrokenPipe {
-            #[allow(clippy::disallowed_methods, reason = "nobody is left to tell anything")]
-            std::process::exit(i32::from(OUTPUT_CLOSED));
+    let Err(error) = out.write_fmt(text).and_then(|()| out.flush()) else { return };
+    let code = match error.kind() {
+        ErrorKind::BrokenPipe => OUTPUT_CLOSED,
+        _ => {
+            eprintln!("error: standard output cannot be written: {error}");
+            FAILED
         }
-        panic!("standard output cannot be written: {error}");
-    }
+    };
+    #[allow(clippy::disallowed_methods, reason = "what was asked for cannot be told")]
+    std::process::exit(i32::from(code));
 }
 
 /// Prints a line for whoever reads; that nobody does any more ends nothing.

@@ -162,10 +162,10 @@ async fn strangers_and_the_past_are_refused_and_counted() {
 }
 
 /// Goal: `baton sim show | head` ends with `head`, without a word, and so does every command that only tells. Method: nobody
-/// reads from the first byte on.
+/// reads from the first byte on. A full disk in its place is an error that says so.
 #[test]
 fn a_closed_output_ends_it_quietly() {
-    for command in ["sim show --seed 1 --profile calm", "doctor", "doctor --json"] {
+    for command in ["sim show --seed 1 --profile calm", "doctor"] {
         let mut telling = std::process::Command::new(baton_tests::cluster::binary());
         telling.args(["--log", "error"]).args(command.split(' '));
         telling.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
@@ -175,4 +175,10 @@ fn a_closed_output_ends_it_quietly() {
         let error = String::from_utf8_lossy(&output.stderr);
         assert_eq!((output.status.code(), &*error), (Some(141), ""), "{command}");
     }
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").expect("Linux has it");
+    let mut telling = std::process::Command::new(baton_tests::cluster::binary());
+    let output = telling.arg("doctor").stdout(full).output().expect("it runs");
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{error}");
+    assert!(error.starts_with("error: standard output cannot be written"), "{error}");
 }
