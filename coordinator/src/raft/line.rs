@@ -31,11 +31,11 @@ pub(super) struct Line {
 
 impl Line {
     /// Opens a call with its first append.
-    async fn open(mut client: RaftClient<Channel>, append: Blob, timeout: Duration) -> Result<Line, CallError> {
+    async fn open(mut client: RaftClient<Channel>, append: Blob, timeout: Duration) -> Result<Box<Line>, CallError> {
         let (mut appends, told) = mpsc::channel(APPENDS_MAX);
         appends.start_send(append).map_err(failed)?;
         match tokio::time::timeout(timeout, client.stream_append(told)).await.map_err(failed)? {
-            Ok(answers) => Ok(Line { appends, answers: answers.into_inner() }),
+            Ok(answers) => Ok(Box::new(Line { appends, answers: answers.into_inner() })),
             Err(status) => {
                 // Replication asks again at once, and who stands aside says no at once.
                 tokio::time::sleep(REFUSED_PAUSE).await;
@@ -52,8 +52,8 @@ impl Line {
 
 enum State {
     Closed,
-    Opening(BoxFuture<'static, Result<Line, CallError>>),
-    Open(Line),
+    Opening(BoxFuture<'static, Result<Box<Line>, CallError>>),
+    Open(Box<Line>),
 }
 
 /// Appends on their way over a peer's line, and their answers in order. What is dropped before its last answer, or ends with an

@@ -67,7 +67,7 @@ pub(super) struct Peer {
     client: Result<RaftClient<Channel>, String>,
     envelope: Envelope,
     /// Where appends go, while nobody sends any.
-    pub(super) line: Option<Line>,
+    pub(super) line: Option<Box<Line>>,
 }
 
 fn unreachable(error: impl Display) -> Unreachable<Types> {

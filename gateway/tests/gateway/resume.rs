@@ -196,7 +196,11 @@ async fn an_end_does_not_overtake_the_taking_over() {
     let seen = world.seen.borrow();
     let ended = &seen.finishes[0];
     assert_eq!((ended.outcome.as_str(), ended.epoch), ("cancelled", 1));
-    assert_eq!(seen.adopted, [ended.request.clone()], "the end was told before the request was this gateway's");
+    assert_eq!(
+        seen.adopted,
+        std::slice::from_ref(&ended.request),
+        "the end was told before the request was this gateway's"
+    );
 }
 
 /// A stream that ended while nobody listened is told to its end, and can be asked for again.
