@@ -9,8 +9,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle, Thread};
 use std::time::{Duration, Instant};
 
-/// Longest spin before a thread parks: about what a wake-up costs.
-const SPIN: Duration = Duration::from_micros(10);
+/// How long a thread spins before it parks, at least: about what a wake-up costs.
+const SPIN_MIN: Duration = Duration::from_micros(10);
+/// The same at most: what parts of one operation differ by.
+const SPIN_MAX: Duration = Duration::from_micros(50);
 
 /// One thread's share of a job.
 #[derive(Clone, Copy, Debug)]
@@ -31,6 +33,7 @@ type Work = &'static (dyn Fn(Part) + Sync);
 pub(crate) struct Pool {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
+    patience: Patience,
 }
 
 struct Shared {
@@ -59,7 +62,7 @@ impl Pool {
             let thread = thread::Builder::new().name(format!("kernels-{index}"));
             thread.spawn(move || shared.serve(part)).expect("the system starts a thread")
         };
-        Pool { threads: (1..threads).map(start).collect(), shared }
+        Pool { threads: (1..threads).map(start).collect(), shared, patience: Patience::default() }
     }
 
     pub(crate) fn threads(&self) -> usize {
@@ -88,8 +91,8 @@ impl Pool {
         assert!(!self.shared.panicked.swap(false, Ordering::Relaxed), "a kernel thread panicked");
     }
 
-    fn finish(&self) {
-        wait_until(|| self.shared.pending.load(Ordering::Acquire) == 0);
+    fn finish(&mut self) {
+        self.patience.wait_until(|| self.shared.pending.load(Ordering::Acquire) == 0);
         *self.shared.job() = None;
     }
 }
@@ -111,9 +114,9 @@ impl Shared {
     }
 
     fn serve(&self, part: Part) {
-        let mut seen = 0;
+        let (mut seen, mut patience) = (0, Patience::default());
         loop {
-            wait_until(|| self.generation.load(Ordering::Acquire) != seen);
+            patience.wait_until(|| self.generation.load(Ordering::Acquire) != seen);
             seen = seen.wrapping_add(1);
             if self.stop.load(Ordering::Relaxed) {
                 return;
@@ -129,15 +132,29 @@ impl Shared {
     }
 }
 
-/// Spins a little, then parks until the condition holds. Whoever makes it true unparks this thread.
-#[allow(clippy::disallowed_methods, reason = "bounds a spin; no result depends on it")]
-fn wait_until(condition: impl Fn() -> bool) {
-    let start = Instant::now();
-    while !condition() {
-        if start.elapsed() > SPIN {
-            thread::park();
+/// How long one thread spins for what it waits for. Where that came in time it waits longer the next time; where it did not, the
+/// other threads may be waiting for a core, which a thread that parks leaves to them, and gets back at once when it is woken.
+struct Patience(Duration);
+
+impl Default for Patience {
+    fn default() -> Patience {
+        Patience(SPIN_MAX)
+    }
+}
+
+impl Patience {
+    /// Spins a little, then parks until the condition holds. Whoever makes it true unparks this thread.
+    #[allow(clippy::disallowed_methods, reason = "bounds a spin; no result depends on it")]
+    fn wait_until(&mut self, condition: impl Fn() -> bool) {
+        let (start, mut in_time) = (Instant::now(), true);
+        while !condition() {
+            if start.elapsed() > self.0 {
+                in_time = false;
+                thread::park();
+            }
+            std::hint::spin_loop();
         }
-        std::hint::spin_loop();
+        self.0 = if in_time { (self.0 * 2).min(SPIN_MAX) } else { (self.0 / 2).max(SPIN_MIN) };
     }
 }
 
