@@ -8,8 +8,8 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -176,7 +176,7 @@ async fn accept(listener: TcpListener, target: String, plan: watch::Receiver<Pla
             accepted = listener.accept() => {
                 let Ok((client, _)) = accepted else { return };
                 counts.connections.fetch_add(1, Ordering::Relaxed);
-                let connection = Connection { plan: plan.clone(), counts: counts.clone(), inode: inode(&client) };
+                let connection = Connection { plan: plan.clone(), counts: counts.clone(), ends: ends(&client), inode: OnceLock::new() };
                 connections.spawn(connection.serve(client, target.clone()));
             }
             Some(_) = connections.join_next() => {}
@@ -187,11 +187,14 @@ async fn accept(listener: TcpListener, target: String, plan: watch::Receiver<Pla
 /// How often the kernel's table is read for one connection: a read of it may miss a line while other sockets come and go.
 const LOOKS: usize = 20;
 
-/// The socket at the other end, if it is on this machine: its number in `/proc/net/tcp`. Both addresses are compared: the
-/// client's port alone may also be that of an earlier connection to elsewhere.
-fn inode(client: &TcpStream) -> Option<u64> {
-    let peer = proc_address(client.peer_addr().ok()?)?;
-    let own = proc_address(client.local_addr().ok()?)?;
+/// Both ends of a connection as `/proc/net/tcp` writes them, the client's first. The client's port alone may also be that of an
+/// earlier connection to elsewhere.
+fn ends(client: &TcpStream) -> Option<[String; 2]> {
+    Some([proc_address(client.peer_addr().ok()?)?, proc_address(client.local_addr().ok()?)?])
+}
+
+/// The client's socket, if it is on this machine: its number in `/proc/net/tcp`.
+fn inode([peer, own]: &[String; 2]) -> Option<u64> {
     let look = || {
         let table = std::fs::read_to_string("/proc/net/tcp").ok()?;
         let mut lines = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
@@ -216,8 +219,11 @@ fn holds(pid: i32, inode: u64) -> bool {
 struct Connection {
     plan: watch::Receiver<Plan>,
     counts: Arc<Counts>,
-    /// Of the client's socket.
-    inode: Option<u64>,
+    /// See `ends`.
+    ends: Option<[String; 2]>,
+    /// Of the client's socket, once somebody asks whose it is: the kernel's table is long where many connections come and go, and
+    /// nobody is accepted while it is read.
+    inode: OnceLock<Option<u64>>,
 }
 
 /// A connection to be ended with RST.
@@ -257,7 +263,8 @@ impl Connection {
 
     /// The fault of a way, as far as it meets this connection.
     fn fault(&self, plan: &Plan, way: Way) -> Fault {
-        let meets = |pid: i32| self.inode.is_some_and(|inode| holds(pid, inode));
+        let inode = || *self.inode.get_or_init(|| self.ends.as_ref().and_then(inode));
+        let meets = |pid: i32| inode().is_some_and(|inode| holds(pid, inode));
         if plan.ways[way as usize] == Fault::Pass || plan.only.is_some_and(|pid| !meets(pid)) {
             return Fault::Pass;
         }
