@@ -18,7 +18,8 @@ pub(crate) const EXIT_CODES: &str = "Exit codes:
   0  done, or ended as asked (Ctrl-C, SIGTERM)
   1  something failed after it had begun
   2  refused before anything served: flags, configuration, model, port or data directory; nothing is left running
- 78  a coordinator's data is damaged (path and offset are named) or differs from the leader's (index and hashes are named)";
+ 78  a coordinator's data is damaged (path and offset are named) or differs from the leader's (index and hashes are named)
+141  nobody reads its output any more";
 
 /// An error on its way to the terminal, with the exit code it becomes.
 #[derive(Debug)]
