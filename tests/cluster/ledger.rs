@@ -109,6 +109,12 @@ async fn a_node_whose_ledger_differs_stops_and_says_why() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nobody_follows_an_emptied_coordinator() {
     let mut fleet = Fleet::start(&Shape { prefill: 0, ..Shape::default() }).await;
+    // Before that it sends no heartbeats, and an emptied coordinator would refuse it its registration.
+    wait_for("the gateway to be registered", || async {
+        let status = fleet.status().await?;
+        status["processes"].as_array()?.iter().any(|process| process["role"] == "gateway").then_some(())
+    })
+    .await;
     fleet.kill("coordinator-1").await;
     std::fs::remove_dir_all(fleet.data("coordinator-1")).expect("it is there");
     fleet.restart("coordinator-1").await;
@@ -127,6 +133,9 @@ async fn nobody_follows_an_emptied_coordinator() {
     let reply = client.post("/v1/completions", &body).await;
     assert_eq!((reply.status, reply.headers["x-baton-refused"].to_str().ok()), (503, Some("foreign")), "{reply:?}");
     let foreign = async |name: &str| fleet.metric("coordinator-1", name, "reason=\"foreign\"").await;
-    assert!(foreign("baton_coordinator_heartbeats_refused_total").await >= 2.0, "the worker's and the gateway's");
+    wait_for("the worker's and the gateway's heartbeat to be refused", || async {
+        (foreign("baton_coordinator_heartbeats_refused_total").await >= 2.0).then_some(())
+    })
+    .await;
     assert!(foreign("baton_coordinator_commands_refused_total").await >= 1.0);
 }
