@@ -38,7 +38,10 @@ impl Beats {
     /// heartbeat begins another.
     pub async fn tell(&mut self, beat: HeartbeatRequest) -> Result<HeartbeatReply, Status> {
         if self.singly {
-            return self.client.heartbeat(beat).await.map(Response::into_inner);
+            let told = self.client.heartbeat(beat).await.map(Response::into_inner);
+            // One that was gone may have come back as a later release.
+            self.singly = told.is_ok();
+            return told;
         }
         let beat = match self.call.take().and_then(Call::going_on) {
             Some(call) => match call.beats.try_send(beat) {

@@ -56,6 +56,8 @@ struct State {
     calls: usize,
     /// Whether such calls are unknown here.
     earlier: bool,
+    /// Whether the next heartbeat finds nobody.
+    away: bool,
     /// Grows when those that are open are to end.
     ends: watch::Sender<u64>,
     registrations: usize,
@@ -114,6 +116,12 @@ impl FakeCoordinator {
     /// Is of an earlier release from now on.
     pub fn be_earlier(&self) {
         lock(&self.state).earlier = true;
+    }
+
+    /// Is replaced by one of this release: the next heartbeat finds nobody.
+    pub fn be_replaced(&self) {
+        let mut state = lock(&self.state);
+        (state.earlier, state.away) = (false, true);
     }
 
     /// Ends the calls that heartbeats come by.
@@ -180,6 +188,9 @@ impl Coordinator for Service {
     async fn heartbeat(&self, request: Request<HeartbeatRequest>) -> Result<Response<HeartbeatReply>, Status> {
         let beat = request.into_inner();
         let mut state = lock(&self.0);
+        if std::mem::take(&mut state.away) {
+            return Err(Status::unavailable("it is being replaced"));
+        }
         state.beats += 1;
         let reason = match state.lives.get(&beat.id) {
             Some(life) if *life > beat.incarnation => Some(Refused::Stale),

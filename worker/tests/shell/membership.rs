@@ -181,7 +181,8 @@ async fn heartbeats_keep_to_one_call() {
     assert_eq!(coordinator.beat_calls(), 2);
 }
 
-/// A coordinator of the release before knows no call for many heartbeats: it hears each by one of its own.
+/// A coordinator of the release before knows no call for many heartbeats: it hears each by one of its own. The one that
+/// replaces it hears them by one call again.
 #[tokio::test]
 async fn a_coordinator_of_an_earlier_release_hears_heartbeats_too() {
     let coordinator = FakeCoordinator::start(&net()).await.unwrap();
@@ -191,6 +192,8 @@ async fn a_coordinator_of_an_earlier_release_hears_heartbeats_too() {
     eventually("the index has arrived", || told.iter().all(|hash| coordinator.index("prefill-0").contains(hash))).await;
     assert_eq!(coordinator.beat_calls(), 0);
     assert!(coordinator.load("prefill-0").is_some());
+    coordinator.be_replaced();
+    eventually("heartbeats keep to one call", || coordinator.beat_calls() == 1).await;
 }
 
 /// A coordinator that joins hears from the worker, one that is off the list does not any more.
