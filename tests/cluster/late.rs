@@ -113,10 +113,7 @@ async fn a_prefill_worker_stopped_in_a_handoff_is_fenced_and_wakes_as_another() 
         })
         .await;
         fleet.signal(PREFILL, libc::SIGSTOP);
-        wait_for("the stopped worker to be fenced", || async {
-            life(&fleet).await.is_none_or(|(live, _)| !live).then_some(())
-        })
-        .await;
+        wait_for("the stopped worker to be fenced", || fleet.fenced(PREFILL)).await;
         for (nth, running) in running.into_iter().enumerate() {
             assert_eq!(running.await.expect("the stream ends"), expected[nth % 4], "beside a stopped worker");
         }

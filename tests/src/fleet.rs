@@ -371,6 +371,13 @@ impl Fleet {
         self.repeated.lock().expect("no panic while held").clone()
     }
 
+    /// Some once the cluster says that a worker is not live, or not there; None as well where nobody answers.
+    pub async fn fenced(&self, id: &str) -> Option<()> {
+        let status = self.status().await?;
+        let row = status["workers"].as_array()?.iter().find(|row| row["id"] == id);
+        row.is_none_or(|row| row["live"] != true).then_some(())
+    }
+
     /// What one coordinator says; None if it does not run or does not answer.
     pub async fn status_of(&self, id: &str) -> Option<Value> {
         self.member(id).child.as_ref()?;

@@ -37,11 +37,7 @@ pub async fn run(extent: Extent) -> Report {
         let stopped = Instant::now();
         fleet.signal(&victim, libc::SIGSTOP);
         stops.push(stopped);
-        wait_for("the stopped worker to be fenced", || async {
-            let gone = life(&fleet, &victim).await.is_none_or(|(live, _)| !live);
-            gone.then_some(())
-        })
-        .await;
+        wait_for("the stopped worker to be fenced", || fleet.fenced(&victim)).await;
         fenced.push(stopped.elapsed().as_secs_f64() * 1e3);
         go_on(&load, STREAMS_EACH).await;
         fleet.signal(&victim, libc::SIGCONT);
