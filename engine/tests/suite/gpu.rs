@@ -6,7 +6,7 @@ use std::path::Path;
 
 use baton_core::{Request, SampledToken, TokenId};
 use baton_engine::cuda::LoadedGpu;
-use baton_engine::testing::{TinyModel, drain, request, work};
+use baton_engine::testing::{Scaling, TinyModel, drain, request, work};
 use baton_engine::{Backend, Choice, Engine, EngineConfig, Filled, Goal, ModelSpec, Work};
 use baton_kernels::cuda::{Cubins, Gpu};
 
@@ -20,11 +20,6 @@ pub(crate) fn opened() -> Gpu {
         Some(cubins) => Gpu::open(0, &Cubins::new(cubins)).expect("a GPU"),
         None => Gpu::emulated(Path::new(env!("CARGO_TARGET_TMPDIR"))).expect("a C++ compiler builds the emulation"),
     }
-}
-
-/// Those that a GPU computes.
-fn families() -> Vec<TinyModel> {
-    TinyModel::families().into_iter().filter(|tiny| tiny.experts == 0).collect()
 }
 
 fn load(name: &str, tiny: &TinyModel) -> LoadedGpu {
@@ -51,21 +46,21 @@ fn alone(model: &mut dyn Backend, spec: &ModelSpec, request: &Request) -> Vec<Sa
     Choices::of(drain(&mut engine, model)).sampled(request.id.0, 0).to_vec()
 }
 
-/// A mixture of experts is refused with what to do, before any weight is read.
+/// Experts over weights of 8 bits are refused with what to do.
 #[test]
-fn experts_are_refused() {
+fn experts_of_8_bits_are_refused() {
     let dir = dir("gpu-experts");
-    TinyModel { architecture: "MixtralForCausalLM", experts: 4, ..TinyModel::llama() }
-        .write(&dir, 7)
-        .expect("write a model");
+    let tiny = TinyModel { architecture: "Qwen3MoeForCausalLM", experts: 4, ..TinyModel::llama() };
+    tiny.write_eights(&dir, 7, Scaling::Outputs, false).expect("write a model");
     let refused = LoadedGpu::on(opened(), &dir, 1, &mut |_| {}).err().expect("refused").to_string();
-    assert!(refused.contains("experts") && refused.contains("--device cpu"), "{refused}");
+    let said = ["experts.0.gate_proj.weight", "8 bits", "--device cpu"];
+    assert!(said.iter().all(|word| refused.contains(word)), "{refused}");
 }
 
 /// Alone, among others, in chunks, behind a prefix hit, and preempted: the same bits.
 #[test]
 fn bits_do_not_depend_on_company() {
-    for (index, tiny) in families().iter().enumerate() {
+    for (index, tiny) in TinyModel::families().iter().enumerate() {
         let LoadedGpu { mut model, spec } = load(&format!("gpu-company-{index}"), tiny);
         let requests: Vec<Request> =
             (0..4).map(|id| asking(id, &prompt(id as u64 % 3, 40 + id as usize, spec.vocab))).collect();
@@ -80,7 +75,7 @@ fn bits_do_not_depend_on_company() {
 /// sequence on with the same bits, its choices' shared blocks included.
 #[test]
 fn handed_over_equals_local() {
-    for (index, tiny) in families().iter().enumerate() {
+    for (index, tiny) in TinyModel::families().iter().enumerate() {
         let LoadedGpu { model: mut first, spec } = load(&format!("gpu-from-{index}"), tiny);
         let LoadedGpu { model: mut second, .. } = load(&format!("gpu-to-{index}"), tiny);
         for (len, choices) in [(31, 1), (33, 3)] {
@@ -112,7 +107,7 @@ fn handed_over_equals_local() {
 /// same bits; neither host's arena has a byte of them.
 #[test]
 fn handed_over_from_gpu_to_gpu_equals_local() {
-    let tiny = &families()[0];
+    let tiny = &TinyModel::families()[0];
     let LoadedGpu { model: mut first, spec } = load("gpu-direct-from", tiny);
     let LoadedGpu { model: mut second, .. } = load("gpu-direct-to", tiny);
     for (len, choices) in [(31, 1), (33, 3)] {
@@ -159,10 +154,19 @@ fn handed_over_from_gpu_to_gpu_equals_local() {
     }
 }
 
-/// Along the CPU's own tokens, log-probabilities agree as two roundings of one model do.
+/// Along the CPU's own tokens, log-probabilities agree as two roundings of one model do: also where only some layers have experts
+/// and their weights are a softmax over all.
 #[test]
 fn says_about_what_the_cpu_says() {
-    for (index, tiny) in families().iter().enumerate() {
+    let some = TinyModel {
+        architecture: "Qwen3MoeForCausalLM",
+        layers: 3,
+        experts: 3,
+        mlp_layers: &[0, 2],
+        config: serde_json::json!({"norm_topk_prob": false}),
+        ..TinyModel::llama()
+    };
+    for (index, tiny) in TinyModel::families().iter().chain([&some]).enumerate() {
         let mut cpu = load_tiny(&format!("gpu-cpu-{index}"), tiny, 1);
         let LoadedGpu { model: mut gpu, spec } = load(&format!("gpu-gpu-{index}"), tiny);
         assert_eq!(spec.weights_hash, cpu.spec.weights_hash);

@@ -57,6 +57,11 @@ pub fn all(gpu: &Gpu, extent: Extent, seed: u64) -> Result<Vec<Check>, GpuError>
     // What Hopper's own kernels take, with scales in more than one register.
     checker.eights(&[1, 4, 20], 64, 4352, Scaling::Blocks)?;
     checker.eights(&[1, 16, 20, 66], 128, 1024, Scaling::Outputs)?;
+    checker.routes(9, (5, 2))?;
+    checker.routes(3, (128, 8))?;
+    checker.routes(2, (1000, 7))?;
+    checker.experts(&[1, 3, 40, 160], (2, 1), (200, 35))?;
+    checker.experts(&[2, 30], (6, 3), (64, 96))?;
     checker.blocks()?;
     checker.found.extend(links(gpu, seed)?);
     checker.draws(1500)?;
@@ -70,6 +75,9 @@ pub fn all(gpu: &Gpu, extent: Extent, seed: u64) -> Result<Vec<Check>, GpuError>
         checker.eights(&[1, 8, 64, 100], 4096, 4096, Scaling::Blocks)?;
         checker.eights(&[1, 33], 17_024, 1024, Scaling::One)?;
         checker.eights(&[1, 16, 50], 1024, 14336, Scaling::Blocks)?;
+        checker.routes(300, (128, 8))?;
+        checker.experts(&[1, 64, 700], (64, 8), (1024, 384))?;
+        checker.experts(&[5, 90, 1500], (8, 2), (512, 448))?;
         let heads = Heads { heads: 32, kv_heads: 8, head_dim: 128 };
         checker.attention(heads, None, &[(256, 0), (1, 900), (100, 333), (1, 63), (1, 64)])?;
         checker.draws(128_256)?;
@@ -88,24 +96,24 @@ enum Scaling {
     Blocks,
 }
 
-struct Checker<'a> {
-    gpu: &'a Gpu,
-    cpu: Cpu,
-    rng: Rng,
+pub(super) struct Checker<'a> {
+    pub(super) gpu: &'a Gpu,
+    pub(super) cpu: Cpu,
+    pub(super) rng: Rng,
     found: Vec<Check>,
 }
 
 impl Checker<'_> {
-    fn values(&mut self, count: usize, spread: f64) -> Vec<f32> {
+    pub(super) fn values(&mut self, count: usize, spread: f64) -> Vec<f32> {
         (0..count).map(|_| ((self.rng.f64() + self.rng.f64() - 1.0) * spread) as f32).collect()
     }
 
-    fn close(&mut self, name: String, found: &[f32], expected: &[f32]) {
+    pub(super) fn close(&mut self, name: String, found: &[f32], expected: &[f32]) {
         let error = distance(found, expected);
         self.found.push(Check { name, error, ok: error <= ERROR_MAX });
     }
 
-    fn same(&mut self, name: String, same: bool) {
+    pub(super) fn same(&mut self, name: String, same: bool) {
         self.found.push(Check { name, error: if same { 0.0 } else { f64::INFINITY }, ok: same });
     }
 
@@ -117,7 +125,7 @@ impl Checker<'_> {
     }
 
     /// Random rows on the GPU and as the values they stand for.
-    fn inputs(&mut self, rows: usize, width: usize) -> Result<(Rows, Vec<f32>), GpuError> {
+    pub(super) fn inputs(&mut self, rows: usize, width: usize) -> Result<(Rows, Vec<f32>), GpuError> {
         let halves: Vec<u16> = self.values(rows * width, 1.0).into_iter().map(bf16::round).collect();
         let on_gpu = self.gpu.rows(rows, width)?;
         on_gpu.write(&halves)?;
@@ -544,7 +552,7 @@ fn widened(halves: &[u16]) -> Vec<f32> {
     halves.iter().map(|half| bf16::widen(*half)).collect()
 }
 
-fn equal_bits(a: &[f32], b: &[f32]) -> bool {
+pub(super) fn equal_bits(a: &[f32], b: &[f32]) -> bool {
     a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits())
 }
 
