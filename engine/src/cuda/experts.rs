@@ -79,7 +79,7 @@ impl Experts {
     ) -> Result<(), GpuError> {
         let Scratch { logits, shares, gate_up, gated, y } = scratch;
         gpu.matmul(x, 0..rows, &self.router, None, logits)?;
-        gpu.route(logits, rows, shares)?;
+        gpu.route(logits, rows, [&self.gate_up, &self.down], shares)?;
         gpu.matmul_experts(x, shares, &self.gate_up, gate_up)?;
         gpu.silu_mul(gate_up, shares.of_rows(rows), gated)?;
         gpu.matmul_segmented_experts(gated, shares, &self.down, y)?;

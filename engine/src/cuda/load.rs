@@ -124,7 +124,7 @@ struct Loader<'a> {
     digests: Vec<(String, u128)>,
 }
 
-impl Loader<'_> {
+impl<'a> Loader<'a> {
     fn weights(&mut self, config: &ModelConfig) -> Result<Weights, LoadError> {
         let (vocab, hidden) = (config.vocab, config.hidden);
         let embedding = Arc::new(self.table("model.embed_tokens.weight", vocab, hidden)?);
@@ -186,42 +186,51 @@ impl Loader<'_> {
         let down: Vec<(String, usize)> = (0..experts).map(|expert| named(expert, names.down, hidden)).collect();
         Ok(Experts {
             router: self.table(&format!("{block}.gate.weight"), experts, hidden)?,
-            gate_up: self.of_experts(&gate_up, hidden)?,
-            down: self.of_experts(&down, wide)?,
+            gate_up: self.of_experts(&gate_up, 2, hidden)?,
+            down: self.of_experts(&down, 1, wide)?,
             used,
         })
     }
 
-    /// The matrices of all experts as one, which is of 16 bits.
-    fn of_experts(&mut self, parts: &[(String, usize)], cols: usize) -> Result<GpuMatrix, LoadError> {
-        for (name, rows) in parts {
-            let tensor = self.checkpoint.kept(name, &[*rows, cols])?;
-            if tensor.eights().is_some() || !tensor.dtype.is_float() {
-                let what = "a GPU computes experts over weights of 16 bits; use --device cpu";
-                return Err(LoadError::Device(format!("{name} has weights of 8 bits, and {what}")));
-            }
-        }
-        self.matrix(parts, cols)
+    /// The matrices of all experts as one, of so many parts each.
+    fn of_experts(&mut self, parts: &[(String, usize)], each: usize, cols: usize) -> Result<GpuMatrix, LoadError> {
+        let mut tensors = self.floats(parts, cols)?;
+        let eights: Option<Vec<F8Matrix>> = tensors.iter().map(Tensor::eights).collect();
+        let experts: Option<Vec<Vec<F8Matrix>>> = eights.map(|all| all.chunks(each).map(<[_]>::to_vec).collect());
+        let matrix = match experts.filter(|experts| GpuMatrix::keeps_experts(experts)) {
+            Some(experts) => self.gpu.matrix_f8_of_experts(&experts)?,
+            None => self.widened(&mut tensors)?,
+        };
+        tensors.iter().for_each(Tensor::give_pages_back);
+        Ok(matrix)
     }
 
     fn matrix(&mut self, parts: &[(String, usize)], cols: usize) -> Result<GpuMatrix, LoadError> {
+        let mut tensors = self.floats(parts, cols)?;
+        let eights: Option<Vec<F8Matrix>> = tensors.iter().map(Tensor::eights).collect();
+        let matrix = match eights.filter(|parts| GpuMatrix::keeps(parts)) {
+            Some(parts) => self.gpu.matrix_f8(&parts)?,
+            None => self.widened(&mut tensors)?,
+        };
+        tensors.iter().for_each(Tensor::give_pages_back);
+        Ok(matrix)
+    }
+
+    fn widened(&mut self, tensors: &mut [Tensor]) -> Result<GpuMatrix, LoadError> {
+        tensors.iter_mut().for_each(Tensor::widen);
+        Ok(self.gpu.matrix(&tensors.iter().map(Tensor::matrix).collect::<Vec<_>>())?)
+    }
+
+    /// Tensors that are numbers as a GPU knows them, once they are inspected.
+    fn floats(&mut self, parts: &[(String, usize)], cols: usize) -> Result<Vec<Tensor<'a>>, LoadError> {
         let tensors = parts.iter().map(|(name, rows)| self.checkpoint.kept(name, &[*rows, cols]));
-        let mut tensors = tensors.collect::<Result<Vec<Tensor>, LoadError>>()?;
+        let tensors = tensors.collect::<Result<Vec<Tensor>, LoadError>>()?;
         if let Some(tensor) = tensors.iter().find(|tensor| !tensor.dtype.is_float()) {
             let name = &tensor.name;
             return Err(LoadError::Device(format!("{name} is of 8-bit integers, which are for --device cpu")));
         }
         tensors.iter().try_for_each(|tensor| self.inspect(tensor))?;
-        let eights: Option<Vec<F8Matrix>> = tensors.iter().map(Tensor::eights).collect();
-        let matrix = match eights.filter(|parts| GpuMatrix::keeps(parts)) {
-            Some(parts) => self.gpu.matrix_f8(&parts)?,
-            None => {
-                tensors.iter_mut().for_each(Tensor::widen);
-                self.gpu.matrix(&tensors.iter().map(Tensor::matrix).collect::<Vec<_>>())?
-            }
-        };
-        tensors.iter().for_each(Tensor::give_pages_back);
-        Ok(matrix)
+        Ok(tensors)
     }
 
     /// A matrix whose rows are looked up: bf16.

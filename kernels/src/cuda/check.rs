@@ -62,6 +62,9 @@ pub fn all(gpu: &Gpu, extent: Extent, seed: u64) -> Result<Vec<Check>, GpuError>
     checker.routes(2, (1000, 7))?;
     checker.experts(&[1, 3, 40, 160], (2, 1), (200, 35))?;
     checker.experts(&[2, 30], (6, 3), (64, 96))?;
+    for scaling in [Scaling::One, Scaling::Outputs, Scaling::Blocks] {
+        checker.experts_of_eights(&[2, 21], (3, 2), (160, 272), scaling)?;
+    }
     checker.blocks()?;
     checker.found.extend(links(gpu, seed)?);
     checker.draws(1500)?;
@@ -78,6 +81,7 @@ pub fn all(gpu: &Gpu, extent: Extent, seed: u64) -> Result<Vec<Check>, GpuError>
         checker.routes(300, (128, 8))?;
         checker.experts(&[1, 64, 700], (64, 8), (1024, 384))?;
         checker.experts(&[5, 90, 1500], (8, 2), (512, 448))?;
+        checker.experts_of_eights(&[1, 300], (64, 8), (1024, 384), Scaling::Blocks)?;
         let heads = Heads { heads: 32, kv_heads: 8, head_dim: 128 };
         checker.attention(heads, None, &[(256, 0), (1, 900), (100, 333), (1, 63), (1, 64)])?;
         checker.draws(128_256)?;
@@ -90,10 +94,26 @@ pub fn all(gpu: &Gpu, extent: Extent, seed: u64) -> Result<Vec<Check>, GpuError>
 
 /// What shares a scale.
 #[derive(Clone, Copy, Debug)]
-enum Scaling {
+pub(super) enum Scaling {
     One,
     Outputs,
     Blocks,
+}
+
+/// A matrix of 8 bits.
+pub(super) struct RandomEights {
+    bytes: Vec<u8>,
+    /// (outputs, inputs)
+    shape: (usize, usize),
+    scales: Vec<f32>,
+    block: (usize, usize),
+}
+
+impl RandomEights {
+    pub(super) fn matrix(&self) -> F8Matrix<'_> {
+        let (rows, cols) = self.shape;
+        F8Matrix { bytes: &self.bytes, rows, cols, scales: &self.scales, block: self.block }
+    }
 }
 
 pub(super) struct Checker<'a> {
@@ -117,7 +137,7 @@ impl Checker<'_> {
         self.found.push(Check { name, error: if same { 0.0 } else { f64::INFINITY }, ok: same });
     }
 
-    fn weights(&mut self, outputs: usize, inputs: usize) -> Result<(GpuMatrix, Packed), GpuError> {
+    pub(super) fn weights(&mut self, outputs: usize, inputs: usize) -> Result<(GpuMatrix, Packed), GpuError> {
         let values = self.values(outputs * inputs, 1.0 / (inputs as f64).sqrt());
         let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
         let matrix = Matrix { dtype: Dtype::F32, bytes: &bytes, rows: outputs, cols: inputs };
@@ -203,17 +223,8 @@ impl Checker<'_> {
     /// bf16, whose bits they have.
     fn eights(&mut self, rows: &[usize], outputs: usize, inputs: usize, scaling: Scaling) -> Result<(), GpuError> {
         let (gpu, most) = (self.gpu, rows.iter().copied().max().unwrap_or(1));
-        // Every byte but the two that are no numbers, small ones among them.
-        let bytes: Vec<u8> = (0..outputs * inputs).map(|_| self.rng.below(254) as u8).map(|b| b + b / 127).collect();
-        let block = match scaling {
-            Scaling::One => (outputs, inputs),
-            Scaling::Outputs => (1, inputs),
-            Scaling::Blocks => (128, 128),
-        };
-        let count = outputs.div_ceil(block.0) * inputs.div_ceil(block.1);
-        let spread = 0.02 / (inputs as f64).sqrt();
-        let scales: Vec<f32> = (0..count).map(|_| ((0.5 + self.rng.f64()) * spread) as f32).collect();
-        let matrix = F8Matrix { bytes: &bytes, rows: outputs, cols: inputs, scales: &scales, block };
+        let random = self.random_eights(outputs, inputs, scaling);
+        let matrix = random.matrix();
         let widened = matrix.widen();
         let wide = Matrix { dtype: Dtype::Bf16, bytes: &widened, rows: outputs, cols: inputs };
         let (packed, w, plain) = (self.cpu.pack(&[wide]), gpu.matrix_f8(&[matrix])?, gpu.matrix(&[wide])?);
@@ -244,6 +255,20 @@ impl Checker<'_> {
             }
         }
         Ok(())
+    }
+
+    pub(super) fn random_eights(&mut self, outputs: usize, inputs: usize, scaling: Scaling) -> RandomEights {
+        // Every byte but the two that are no numbers, small ones among them.
+        let bytes: Vec<u8> = (0..outputs * inputs).map(|_| self.rng.below(254) as u8).map(|b| b + b / 127).collect();
+        let block = match scaling {
+            Scaling::One => (outputs, inputs),
+            Scaling::Outputs => (1, inputs),
+            Scaling::Blocks => (128, 128),
+        };
+        let count = outputs.div_ceil(block.0) * inputs.div_ceil(block.1);
+        let spread = 0.02 / (inputs as f64).sqrt();
+        let scales: Vec<f32> = (0..count).map(|_| ((0.5 + self.rng.f64()) * spread) as f32).collect();
+        RandomEights { bytes, shape: (outputs, inputs), scales, block }
     }
 
     /// Spans of (rows, position of the first), over a cache whose blocks lie in random order.

@@ -1,9 +1,9 @@
 //! Mixtures of experts against the CPU's reference: the router's choice exactly, the matmuls of all experts within rounding and
 //! with equal bits whoever shares the batch, and their sum exactly.
 
-use super::check::{Checker, equal_bits};
+use super::check::{Checker, RandomEights, Scaling, equal_bits};
 use super::{Floats, Gpu, GpuError, GpuMatrix, GpuShares, Rows};
-use crate::{Dtype, Matrix, Packed, bf16, route};
+use crate::{Dtype, F8Matrix, Matrix, Packed, bf16, route};
 
 /// The matrices of all experts: here, each for itself here, and on the CPU.
 struct Experts {
@@ -18,9 +18,9 @@ impl Checker<'_> {
         let mut logits: Vec<f32> = self.values(rows * experts, 6.0).iter().map(|logit| logit.round() / 2.0).collect();
         logits.iter_mut().step_by(7).for_each(|logit| *logit *= -0.0);
         logits[..experts - used].fill(f32::NEG_INFINITY);
-        let there = self.gpu.floats_of(&logits)?;
+        let (there, (none, _)) = (self.gpu.floats_of(&logits)?, self.weights(1, 1)?);
         for over_chosen in [true, false] {
-            let shares = routed(self.gpu, &there, rows, (experts, used, over_chosen))?;
+            let shares = routed(self.gpu, &there, rows, (experts, used, over_chosen), [&none, &none])?;
             let found: Vec<(usize, u32)> =
                 shares.read()?.iter().map(|(expert, weight, _)| (*expert, weight.to_bits())).collect();
             let routed = logits.chunks_exact(experts).flat_map(|row| route(row, used, over_chosen));
@@ -48,7 +48,7 @@ impl Checker<'_> {
         let mut runs = Vec::new();
         for &rows in rows {
             let name = format!("({rows}, {used} of {experts}, {hidden}, {wide})");
-            let shares = routed(gpu, &there, rows, (experts, used, true))?;
+            let shares = routed(gpu, &there, rows, (experts, used, true), [&gate_up.all, &down.all])?;
             let routed = shares.read()?;
             let mut wider = gpu.floats(rows * used * 2 * wide)?;
             gpu.matmul_experts(&x, &shares, &gate_up.all, &mut wider)?;
@@ -82,6 +82,40 @@ impl Checker<'_> {
             let same = alone(gpu, routed, &gate_up, &x, used, wider, false)?
                 && alone(gpu, routed, &down, &inner, 1, narrow, true)?;
             self.same(format!("experts ({used} of {experts}, {hidden}, {wide}): the bits of one matrix alone"), same);
+        }
+        Ok(())
+    }
+
+    /// Experts over weights of 8 bits: the bits of what these mean in bf16.
+    pub(super) fn experts_of_eights(
+        &mut self,
+        rows: &[usize],
+        (experts, used): (usize, usize),
+        (hidden, wide): (usize, usize),
+        scaling: Scaling,
+    ) -> Result<(), GpuError> {
+        let (gpu, most) = (self.gpu, rows.iter().copied().max().unwrap_or(1));
+        let logits = self.values(most * experts, 4.0);
+        let there = gpu.floats_of(&logits)?;
+        let mut both = |outputs, inputs, parts: usize| {
+            let of = |_| (0..parts).map(|_| self.random_eights(outputs, inputs, scaling)).collect();
+            let random: Vec<Vec<RandomEights>> = (0..experts).map(of).collect();
+            in_both_forms(gpu, &random)
+        };
+        let (gate_up, down) = (both(wide, hidden, 2)?, both(hidden, wide, 1)?);
+        let ((x, _), (inner, _)) = (self.inputs(most, hidden)?, self.inputs(most * used, wide)?);
+        for &rows in rows {
+            let run = |gate_up: &GpuMatrix, down: &GpuMatrix| {
+                let shares = routed(gpu, &there, rows, (experts, used, true), [gate_up, down])?;
+                let (mut wider, mut y) = (gpu.floats(rows * used * 2 * wide)?, gpu.floats(rows * used * hidden)?);
+                gpu.matmul_experts(&x, &shares, gate_up, &mut wider)?;
+                gpu.matmul_segmented_experts(&inner, &shares, down, &mut y)?;
+                Ok((wider.read(rows * used * 2 * wide)?, y.read(rows * used * hidden)?))
+            };
+            let (found, expected) = (run(&gate_up.0, &down.0)?, run(&gate_up.1, &down.1)?);
+            let same = equal_bits(&found.0, &expected.0) && equal_bits(&found.1, &expected.1);
+            let name = format!("experts of 8 bits ({rows}, {used} of {experts}, {hidden}, {wide}), {scaling:?}");
+            self.same(format!("{name}: the bits of bf16"), same);
         }
         Ok(())
     }
@@ -123,11 +157,25 @@ fn routed(
     logits: &Floats,
     rows: usize,
     (experts, used, over_chosen): (usize, usize, bool),
+    matrices: [&GpuMatrix; 2],
 ) -> Result<GpuShares, GpuError> {
     let mut shares = gpu.shares(experts, used, over_chosen)?;
     shares.ensure(rows)?;
-    gpu.route(logits, rows, &mut shares)?;
+    gpu.route(logits, rows, matrices, &mut shares)?;
     Ok(shares)
+}
+
+/// The experts' parts in 8 bits, and as what these mean in bf16.
+fn in_both_forms(gpu: &Gpu, random: &[Vec<RandomEights>]) -> Result<(GpuMatrix, GpuMatrix), GpuError> {
+    let eights: Vec<Vec<F8Matrix>> =
+        random.iter().map(|parts| parts.iter().map(RandomEights::matrix).collect()).collect();
+    let parts: Vec<&F8Matrix> = eights.iter().flatten().collect();
+    let widened: Vec<Vec<u8>> = parts.iter().map(|part| part.widen()).collect();
+    let mut wide = Vec::with_capacity(parts.len());
+    for (part, bytes) in parts.iter().zip(&widened) {
+        wide.push(Matrix { dtype: Dtype::Bf16, bytes, rows: part.rows, cols: part.cols });
+    }
+    Ok((gpu.matrix_f8_of_experts(&eights)?, gpu.matrix(&wide)?))
 }
 
 /// Whether every share's row alone, through its expert's matrix alone, gives the same bits. `each` shares have one row of x.

@@ -1,10 +1,14 @@
 //! Mixtures of experts: a router's choice for each row, the matmuls of all experts in one launch, and what a row gets of them. As
 //! everywhere, a row's bits depend on nothing but the row. Nothing is read back: launches are as large as they could have to be.
 
+use super::eights::{Eights, PackedF8};
 use super::error::GpuError;
 use super::gpu::Gpu;
-use super::launch::{self, EXPERT_MATMULS, EXPERTS_MAX, Tiled};
+use super::launch::{self, EXPERT_EIGHTS, EXPERT_MATMULS, EXPERTS_MAX, TILE_OUTPUTS, Tiled};
 use super::memory::{Floats, GpuMatrix, Memory, Rows};
+use crate::F8Matrix;
+
+const _: () = assert!(EXPERT_EIGHTS[0].rows == EXPERT_MATMULS[0][0].rows, "one tile for both where weights differ");
 
 /// Words of a run (src/experts.cu).
 const RUN_WORDS: usize = 3;
@@ -20,6 +24,8 @@ pub struct GpuShares {
     experts: usize,
     used: usize,
     over_chosen: bool,
+    /// Whether weights are of 8 bits, for which there are kernels of small tiles only.
+    eights: bool,
     /// Those there is room for, and those routed.
     rows_most: usize,
     rows: usize,
@@ -56,6 +62,9 @@ impl GpuShares {
 
     /// The matmuls for as many rows as an expert has on average; those with the most are several tiles.
     fn tiled(&self) -> [Tiled; 2] {
+        if self.eights {
+            return EXPERT_MATMULS[0];
+        }
         let average = self.count().div_ceil(self.experts);
         *EXPERT_MATMULS.iter().find(|pair| average <= pair[0].rows).unwrap_or(&EXPERT_MATMULS[2])
     }
@@ -94,6 +103,25 @@ fn runs_most(shares: usize, experts: usize, tile: usize) -> usize {
 }
 
 impl Gpu {
+    /// The rows of the experts' parts, expert by expert, kept in 8 bits as by `matrix_f8`.
+    ///
+    /// # Panics
+    /// If they cannot be (`GpuMatrix::keeps_experts`).
+    pub fn matrix_f8_of_experts(&self, experts: &[Vec<F8Matrix>]) -> Result<GpuMatrix, GpuError> {
+        assert!(GpuMatrix::keeps_experts(experts), "experts that differ");
+        let one = PackedF8::new(&experts[0]);
+        let memory = Memory::new(&self.driver, one.cells.len() * experts.len())?;
+        let mut scales = Vec::with_capacity(one.scales.len() * experts.len());
+        for (expert, parts) in experts.iter().enumerate() {
+            let packed = PackedF8::new(parts);
+            memory.write(expert * one.cells.len(), &packed.cells)?;
+            scales.extend_from_slice(&packed.scales);
+        }
+        let PackedF8 { outputs, inputs, depth, each, shift, .. } = one;
+        let eights = Some(Eights { scales: self.floats_of(&scales)?, each, shift });
+        Ok(GpuMatrix { memory, outputs: outputs * experts.len(), inputs, depth, eights })
+    }
+
     /// For mixtures of so many experts, `used` of which each row visits. Weights are a softmax over the chosen ones, or over all.
     ///
     /// # Panics
@@ -101,13 +129,20 @@ impl Gpu {
     pub fn shares(&self, experts: usize, used: usize, over_chosen: bool) -> Result<GpuShares, GpuError> {
         assert!((1..=experts).contains(&used) && experts <= EXPERTS_MAX, "{used} of {experts} experts");
         let memory = Memory::new(&self.driver, 1)?;
-        Ok(GpuShares { memory, experts, used, over_chosen, rows_most: 0, rows: 0 })
+        Ok(GpuShares { memory, experts, used, over_chosen, eights: false, rows_most: 0, rows: 0 })
     }
 
-    /// Chooses each row's experts by its logits (row, expert), as `route` does, and sorts the shares.
-    pub fn route(&self, logits: &Floats, rows: usize, shares: &mut GpuShares) -> Result<(), GpuError> {
+    /// Chooses each row's experts by its logits (row, expert), as `route` does, and sorts the shares for products with `matrices`.
+    pub fn route(
+        &self,
+        logits: &Floats,
+        rows: usize,
+        matrices: [&GpuMatrix; 2],
+        shares: &mut GpuShares,
+    ) -> Result<(), GpuError> {
         assert!(rows <= shares.rows_most && logits.len() >= rows * shares.experts, "rows do not fit");
         shares.rows = rows;
+        shares.eights = matrices.iter().any(|matrix| matrix.eights.is_some());
         let arguments = shares.arguments();
         let over_chosen = u32::from(shares.over_chosen);
         self.launch(launch::ROUTE, [rows, 1, 1], &[&arguments, &logits.at(), &over_chosen])?;
@@ -142,7 +177,8 @@ impl Gpu {
         y: &mut Floats,
         segmented: usize,
     ) -> Result<(), GpuError> {
-        assert!(w.eights.is_none() && w.outputs.is_multiple_of(shares.experts), "no matrix of experts");
+        assert!(w.outputs.is_multiple_of(shares.experts), "no matrix of experts");
+        assert!(w.eights.is_none() || shares.eights, "shares that were sorted for other matrices");
         let (count, outputs) = (shares.count(), w.outputs / shares.experts);
         assert!(y.len() >= count * outputs, "outputs do not fit (shares, N)");
         let arguments = launch::Matmul {
@@ -156,9 +192,12 @@ impl Gpu {
             depth: w.depth as u32,
             fresh: 0,
         };
-        let tiled = shares.tiled()[segmented];
-        let runs = runs_most(count, shares.experts, tiled.rows);
-        self.launch(tiled.kernel, [runs, outputs.div_ceil(tiled.outputs), 1], &[&arguments, &shares.arguments()])
+        let (tiled, sorted) = (shares.tiled()[segmented], shares.arguments());
+        let grid = |tiled: Tiled| [runs_most(count, shares.experts, tiled.rows), outputs.div_ceil(tiled.outputs), 1];
+        let Some(eights) = &w.eights else { return self.launch(tiled.kernel, grid(tiled), &[&arguments, &sorted]) };
+        let scaled = launch::Eights { scales: eights.scales.at(), each: eights.each, shift: eights.shift };
+        let tiled = EXPERT_EIGHTS[segmented];
+        self.launch(tiled.kernel, grid(tiled), &[&arguments, &scaled, &sorted])
     }
 
     /// out (row, width) = the sum of the row's shares of y (share, width), by the experts' ids, each multiplied by its weight and added
@@ -167,6 +206,19 @@ impl Gpu {
         assert!(y.len() >= shares.count() * width && out.len() >= shares.rows * width, "rows do not fit");
         let grid = [shares.rows, width.div_ceil(launch::MIX_ROWS.threads as usize), 1];
         self.launch(launch::MIX_ROWS, grid, &[&shares.arguments(), &y.at(), &(width as u32), &out.at()])
+    }
+}
+
+impl GpuMatrix {
+    /// Whether the parts of all experts can be kept in 8 bits together: scaled alike, and in whole tiles.
+    pub fn keeps_experts(experts: &[Vec<F8Matrix>]) -> bool {
+        let outputs = |parts: &[F8Matrix]| parts.iter().map(|part| part.rows).sum::<usize>();
+        let several = |parts: &[F8Matrix]| parts.iter().any(|part| part.block.1 < part.cols);
+        let Some(first) = experts.first() else { return false };
+        outputs(first).is_multiple_of(TILE_OUTPUTS)
+            && experts.iter().all(|parts| {
+                GpuMatrix::keeps(parts) && several(parts) == several(first) && outputs(parts) == outputs(first)
+            })
     }
 }
 

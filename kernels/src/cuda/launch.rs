@@ -69,6 +69,12 @@ pub(crate) const EXPERT_MATMULS: [[Tiled; 2]; 3] = [
     ],
 ];
 
+/// The same over weights of 8 bits.
+pub(crate) const EXPERT_EIGHTS: [Tiled; 2] = [
+    Tiled { kernel: kernel("matmul_experts_f8", 128, EIGHTS[0].kernel.shared), rows: 16, outputs: 32 },
+    Tiled { kernel: kernel("matmul_segmented_experts_f8", 128, EIGHTS[1].kernel.shared), rows: 16, outputs: 32 },
+];
+
 /// Experts of a mixture at most.
 pub const EXPERTS_MAX: usize = 1024;
 
@@ -243,7 +249,7 @@ pub(crate) const ATTENTIONS: [[Kernel; 2]; 5] = [
 ];
 
 /// Every kernel but those of one architecture.
-pub(crate) const KERNELS: [Kernel; 40] = [
+pub(crate) const KERNELS: [Kernel; 42] = [
     EMBED,
     ADD_RMS_NORM,
     SILU_MUL,
@@ -268,6 +274,8 @@ pub(crate) const KERNELS: [Kernel; 40] = [
     MATMULS[1][1].kernel,
     MATMULS[2][0].kernel,
     MATMULS[2][1].kernel,
+    EXPERT_EIGHTS[0].kernel,
+    EXPERT_EIGHTS[1].kernel,
     EXPERT_MATMULS[0][0].kernel,
     EXPERT_MATMULS[0][1].kernel,
     EXPERT_MATMULS[1][0].kernel,

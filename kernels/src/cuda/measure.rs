@@ -267,7 +267,7 @@ impl Measure<'_> {
             let (mut both, mut gated) = (gpu.floats(count * 2 * wide)?, gpu.rows(count, wide)?);
             let mut step = || {
                 gpu.matmul(&x, 0..rows, &router, None, &mut logits)?;
-                gpu.route(&logits, rows, &mut shares)?;
+                gpu.route(&logits, rows, [&gate_up, &down], &mut shares)?;
                 gpu.matmul_experts(&x, &shares, &gate_up, &mut both)?;
                 gpu.silu_mul(&both, count, &mut gated)?;
                 gpu.matmul_segmented_experts(&gated, &shares, &down, &mut y)?;

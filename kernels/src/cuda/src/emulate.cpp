@@ -223,7 +223,8 @@ static const Entry ENTRIES[] = {
     ENTRY(gather_layer), ENTRY(give_layer), ENTRY(fetch_extents), ENTRY(sum_extents), ENTRY(copy_extents), ENTRY(adjust), ENTRY(sample), ENTRY(report),
     ENTRY(matmul_f8), ENTRY(matmul_segmented_f8), ENTRY(widen_f8), ENTRY(route), ENTRY(sort_shares), ENTRY(mix_rows),
     ENTRY(matmul_experts_16), ENTRY(matmul_experts_64), ENTRY(matmul_experts_128), ENTRY(matmul_segmented_experts_16),
-    ENTRY(matmul_segmented_experts_64), ENTRY(matmul_segmented_experts_128),
+    ENTRY(matmul_segmented_experts_64), ENTRY(matmul_segmented_experts_128), ENTRY(matmul_experts_f8),
+    ENTRY(matmul_segmented_experts_f8),
 };
 
 // 0, or 1 when there is no kernel of that name.

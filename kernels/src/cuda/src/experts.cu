@@ -135,27 +135,43 @@ struct RowsOfShares {
     __device__ __forceinline__ u32 before() const { return run->first; }
 };
 
-// y (share, outputs) = x (its row, K) . W^T of its expert, or, with segments, x (share, K). W is (expert, outputs, K). A grid of (runs
-// that there could be, outputs / TileOutputs).
-template <int TileRows, int TileOutputs, int WarpRows, int WarpOutputs, int Stages, bool Segmented>
-__device__ __forceinline__ void multiply_shares(Matmul& a, const Shares& s, u8* shared) {
+// Has `multiply` compute this thread block's run, if there is one: with its expert, and with a tile whose rows of x are those of its
+// shares, or, unless `Gathered`, the shares themselves. A grid of (runs that there could be, outputs / those of a tile).
+template <int TileRows, bool Gathered, class Multiply> __device__ __forceinline__ void take_run(const Shares& s, Multiply multiply) {
     __shared__ u32 rows[TileRows];
     begin();
     if (blockIdx.x >= *s.run_count) return;
     Run run = s.runs[blockIdx.x];
-    a.w += (u64)run.expert * a.outputs * a.depth;
-    if constexpr (Segmented) {
-        SameRows tile = {run.first, run.end};
-        multiply_tile<TileRows, TileOutputs, WarpRows, WarpOutputs, Stages, true>(a, tile, shared);
-    } else {
+    if constexpr (Gathered) {
         for (u32 i = threadIdx.x; i < run.end - run.first; i += blockDim.x) rows[i] = s.rows[run.first + i];
         __syncthreads();
         RowsOfShares tile = {0, run.end - run.first, rows, s.runs + blockIdx.x};
-        multiply_tile<TileRows, TileOutputs, WarpRows, WarpOutputs, Stages, false>(a, tile, shared);
+        multiply(run.expert, tile);
+    } else {
+        SameRows tile = {run.first, run.end};
+        multiply(run.expert, tile);
     }
 }
 
-// Threads and shared memory as those of matmul.cu.
+// y (share, outputs) = x (its row, K) . W^T of its expert, or, with segments, x (share, K). W is (expert, outputs, K).
+template <int TileRows, int TileOutputs, int WarpRows, int WarpOutputs, int Stages, bool Segmented>
+__device__ __forceinline__ void multiply_shares(Matmul& a, const Shares& s, u8* shared) {
+    take_run<TileRows, !Segmented>(s, [&](u32 expert, const auto& tile) {
+        a.w += (u64)expert * a.outputs * a.depth;
+        multiply_tile<TileRows, TileOutputs, WarpRows, WarpOutputs, Stages, Segmented>(a, tile, shared);
+    });
+}
+
+// The same over weights of 8 bits. The outputs of an expert are a multiple of 32, so that its cells lie one after another.
+template <bool Segmented> __device__ __forceinline__ void multiply_shares_of_eights(Matmul& a, Eights& e, const Shares& s, u8* shared) {
+    take_run<EIGHT_ROWS, !Segmented>(s, [&](u32 expert, const auto& tile) {
+        a.w = (const u16*)((const u8*)a.w + (u64)expert * a.outputs * a.depth);
+        e.scales += (u64)(expert * (a.outputs >> e.shift)) * e.each;
+        multiply_eights_tile<Segmented>(a, e, tile, shared);
+    });
+}
+
+// Threads and shared memory as those of matmul.cu and matmul_f8.cu.
 KERNEL void __launch_bounds__(64) matmul_experts_16(Matmul a, Shares s) {
     DYNAMIC_SHARED(shared);
     multiply_shares<16, 32, 1, 2, 8, false>(a, s, shared);
@@ -179,6 +195,15 @@ KERNEL void __launch_bounds__(256) matmul_experts_128(Matmul a, Shares s) {
 KERNEL void __launch_bounds__(256) matmul_segmented_experts_128(Matmul a, Shares s) {
     DYNAMIC_SHARED(shared);
     multiply_shares<128, 64, 4, 2, 4, true>(a, s, shared);
+}
+
+KERNEL void __launch_bounds__(128) matmul_experts_f8(Matmul a, Eights e, Shares s) {
+    DYNAMIC_SHARED(shared);
+    multiply_shares_of_eights<false>(a, e, s, shared);
+}
+KERNEL void __launch_bounds__(128) matmul_segmented_experts_f8(Matmul a, Eights e, Shares s) {
+    DYNAMIC_SHARED(shared);
+    multiply_shares_of_eights<true>(a, e, s, shared);
 }
 
 // out (row, width) = the sum of what its experts made of it, by their ids, each multiplied and added in one rounding. A grid of
