@@ -3,6 +3,7 @@
 //! GPU before they are used, and blocks that leave from the host are brought there, each layer while the next one computes. Links
 //! between GPUs of one host read and write the GPU's memory itself; they are only told when a layer is done.
 
+mod experts;
 mod load;
 mod steps;
 
@@ -24,6 +25,7 @@ use crate::sampling::Seen;
 
 pub use load::{GpuOptions, LoadedGpu, load};
 
+use experts::Experts;
 use steps::Steps;
 
 /// Rows of logits in memory at a time.
@@ -61,11 +63,40 @@ pub(crate) struct Layer {
     pub(crate) out: GpuMatrix,
     pub(crate) out_bias: Option<Floats>,
     pub(crate) mlp_norm: Floats,
+    pub(crate) mlp: Mlp,
+    pub(crate) window: Option<usize>,
+}
+
+/// The second half of a layer.
+pub(crate) enum Mlp {
+    Dense(Dense),
+    Experts(Experts),
+}
+
+/// An MLP that every row goes through.
+pub(crate) struct Dense {
     pub(crate) gate_up: GpuMatrix,
     pub(crate) gate_up_bias: Option<Floats>,
     pub(crate) down: GpuMatrix,
     pub(crate) down_bias: Option<Floats>,
-    pub(crate) window: Option<usize>,
+}
+
+impl Layer {
+    /// (bytes, weights) of the matrices that one row is multiplied with.
+    fn size(&self) -> (usize, usize) {
+        let matrices = |all: &[&GpuMatrix]| {
+            all.iter().map(|one| (one.bytes(), one.outputs() * one.inputs())).fold((0, 0), |sum, one| sum_of(sum, one))
+        };
+        let mlp = match &self.mlp {
+            Mlp::Dense(dense) => matrices(&[&dense.gate_up, &dense.down]),
+            Mlp::Experts(experts) => experts.size_per_row(),
+        };
+        sum_of(matrices(&[&self.qkv, &self.out]), mlp)
+    }
+}
+
+fn sum_of(a: (usize, usize), b: (usize, usize)) -> (usize, usize) {
+    (a.0 + b.0, a.1 + b.1)
 }
 
 /// Which of the host's blocks hold what the GPU's hold.
@@ -121,6 +152,7 @@ struct Scratch {
     gate_up: Floats,
     /// (row, intermediate)
     gated: Rows,
+    experts: Option<experts::Scratch>,
     /// (drawn row, vocab)
     logits: Floats,
     /// Rows kept of x and of qkv.
@@ -143,6 +175,7 @@ impl Scratch {
             delta: floats()?,
             gate_up: floats()?,
             gated: gpu.rows(1, config.intermediate)?,
+            experts: config.mixture.as_ref().map(|mixture| experts::Scratch::new(gpu, mixture)).transpose()?,
             logits: floats()?,
             kept_x: floats()?,
             kept_qkv: floats()?,
@@ -151,11 +184,12 @@ impl Scratch {
     }
 
     /// Where everything lies that a step of all its rows touches, but its spans.
-    fn places(&self) -> [u64; 8] {
-        let Scratch { x, normed, qkv, q, attended, delta, gate_up, gated, .. } = self;
-        let [x, qkv, delta, gate_up] = [x, qkv, delta, gate_up].map(Floats::place);
-        let [normed, q, attended, gated] = [normed, q, attended, gated].map(Rows::place);
-        [x, qkv, delta, gate_up, normed, q, attended, gated]
+    fn places(&self) -> Vec<u64> {
+        let Scratch { x, normed, qkv, q, attended, delta, gate_up, gated, experts, .. } = self;
+        let floats = [x, qkv, delta, gate_up].map(Floats::place);
+        let rows = [normed, q, attended, gated].map(Rows::place);
+        let experts = experts.iter().flat_map(experts::Scratch::places);
+        floats.into_iter().chain(rows).chain(experts).collect()
     }
 
     fn ensure(&mut self, rows: usize, drawn: usize, config: &ModelConfig) -> Result<(), GpuError> {
@@ -166,8 +200,13 @@ impl Scratch {
         self.q.ensure(rows)?;
         self.attended.ensure(rows)?;
         self.delta.ensure(rows * hidden)?;
-        self.gate_up.ensure(rows * 2 * wide)?;
-        self.gated.ensure(rows)?;
+        if config.mixture.as_ref().is_none_or(|mixture| mixture.layers.contains(&false)) {
+            self.gate_up.ensure(rows * 2 * wide)?;
+            self.gated.ensure(rows)?;
+        }
+        if let Some(experts) = &mut self.experts {
+            experts.ensure(rows, hidden)?;
+        }
         self.kept_x.ensure(drawn * hidden)?;
         self.kept_qkv.ensure(drawn * heads.qkv_width())?;
         self.logits.ensure(drawn.min(LOGIT_ROWS) * config.vocab)
@@ -187,18 +226,14 @@ impl GpuModel {
         &self.gpu
     }
 
-    /// Bytes of the matrices of all layers: read once per step.
+    /// Bytes of the matrices of all layers that a step of one row reads; without experts, of any step.
     pub fn layer_bytes(&self) -> usize {
-        let bytes = |layer: &Layer| layer.qkv.bytes() + layer.out.bytes() + layer.gate_up.bytes() + layer.down.bytes();
-        self.weights.layers.iter().map(bytes).sum()
+        self.weights.layers.iter().map(|layer| layer.size().0).sum()
     }
 
-    /// Weights of the matrices of all layers: each a multiplication and an addition per token.
+    /// Weights that a row meets in all layers: each a multiplication and an addition.
     pub fn layer_weights(&self) -> usize {
-        let weights = |matrix: &GpuMatrix| matrix.outputs() * matrix.inputs();
-        let all =
-            |layer: &Layer| [&layer.qkv, &layer.out, &layer.gate_up, &layer.down].map(weights).iter().sum::<usize>();
-        self.weights.layers.iter().map(all).sum()
+        self.weights.layers.iter().map(|layer| layer.size().1).sum()
     }
 
     /// Bytes of the output matrix: read once per step that draws.
@@ -486,12 +521,18 @@ fn attend(
 
 /// The second half of a layer, as `model::mix`.
 fn mix(gpu: &Gpu, layer: &Layer, next: &Floats, rows: usize, eps: f32, scratch: &mut Scratch) -> Result<(), GpuError> {
-    let Scratch { x, normed, attended, delta, gate_up, gated, .. } = scratch;
+    let Scratch { x, normed, attended, delta, gate_up, gated, experts, .. } = scratch;
     gpu.matmul_segmented(attended, 0..rows, &layer.out, layer.out_bias.as_ref(), delta)?;
     gpu.add_rms_norm(x, Some(delta), &layer.mlp_norm, rows, eps, normed)?;
-    gpu.matmul(normed, 0..rows, &layer.gate_up, layer.gate_up_bias.as_ref(), gate_up)?;
-    gpu.silu_mul(gate_up, rows, gated)?;
-    gpu.matmul_segmented(gated, 0..rows, &layer.down, layer.down_bias.as_ref(), delta)?;
+    match (&layer.mlp, experts) {
+        (Mlp::Experts(mixture), Some(scratch)) => mixture.run(gpu, normed, rows, delta, scratch)?,
+        (Mlp::Experts(_), None) => unreachable!("a mixture that the configuration does not have"),
+        (Mlp::Dense(dense), _) => {
+            gpu.matmul(normed, 0..rows, &dense.gate_up, dense.gate_up_bias.as_ref(), gate_up)?;
+            gpu.silu_mul(gate_up, rows, gated)?;
+            gpu.matmul_segmented(gated, 0..rows, &dense.down, dense.down_bias.as_ref(), delta)?;
+        }
+    }
     gpu.add_rms_norm(x, Some(delta), next, rows, eps, normed)
 }
 

@@ -48,6 +48,8 @@ pub struct TinyModel {
     pub tied: bool,
     /// Experts of each layer, two of which each row uses; 0 is an MLP.
     pub experts: usize,
+    /// Layers of a Qwen3-MoE that have an MLP all the same.
+    pub mlp_layers: &'static [usize],
     pub dtype: Dtype,
     /// Files the weights are cut into; 1 writes no index.
     pub shards: usize,
@@ -70,6 +72,7 @@ impl TinyModel {
             positions_max: 512,
             tied: false,
             experts: 0,
+            mlp_layers: &[],
             dtype: Dtype::Bf16,
             shards: 1,
             config: json!({}),
@@ -140,6 +143,7 @@ impl TinyModel {
             config["num_experts_per_tok"] = json!(2);
             config["moe_intermediate_size"] = json!(self.intermediate);
             config["norm_topk_prob"] = json!(true);
+            config["mlp_only_layers"] = json!(self.mlp_layers);
         }
         for (key, value) in self.config.as_object().into_iter().flatten() {
             match value {
@@ -175,9 +179,10 @@ impl TinyModel {
                 "MixtralForCausalLM" => ("block_sparse_moe", ["w1", "w3", "w2"]),
                 _ => ("mlp", ["gate_proj", "up_proj", "down_proj"]),
             };
+            let has_experts = self.experts > 0 && !self.mlp_layers.contains(&layer);
             let experts = (0..self.experts).map(|expert| format!("{block}.experts.{expert}"));
-            let mlps: Vec<String> = if self.experts > 0 { experts.collect() } else { vec![block.to_string()] };
-            if self.experts > 0 {
+            let mlps: Vec<String> = if has_experts { experts.collect() } else { vec![block.to_string()] };
+            if has_experts {
                 add(&format!("{block}.gate.weight"), &[self.experts, hidden]);
             }
             for mlp in mlps {

@@ -4,6 +4,7 @@
 //! `unsafe` lives in this folder: calls of the driver, and launches, whose operations check what their kernels touch.
 
 pub mod check;
+mod check_experts;
 mod check_links;
 mod compile;
 mod draws;
@@ -11,6 +12,7 @@ mod driver;
 mod eights;
 mod emulated;
 mod error;
+mod experts;
 mod gpu;
 mod launch;
 pub mod measure;
@@ -23,8 +25,9 @@ mod spans;
 pub use compile::{Cubins, compiler, source_hash};
 pub use draws::{GpuDraw, GpuDrawKind, GpuDraws, GpuNext};
 pub use error::GpuError;
+pub use experts::GpuShares;
 pub use gpu::{Gpu, GpuArena, PinnedArena, check_heads};
-pub use launch::HEAD_DIMS;
+pub use launch::{EXPERTS_MAX, HEAD_DIMS};
 pub use memory::{Floats, GpuMatrix, Rows};
 pub use nvidia::{GpuFound, driver_version, gpus};
 pub use recorded::Recorded;

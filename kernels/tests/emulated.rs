@@ -11,15 +11,22 @@ fn emulated() -> Gpu {
     Gpu::emulated(Path::new(env!("CARGO_TARGET_TMPDIR"))).expect("a C++ compiler builds the emulation")
 }
 
+fn check(seed: u64) {
+    let found = all(&emulated(), Extent::Small, seed).expect("the emulation runs");
+    let wrong: Vec<_> = found.iter().filter(|check| !check.ok).collect();
+    assert!(wrong.is_empty(), "seed {seed}: {wrong:#?}");
+    assert!(found.len() >= 100, "{} checks", found.len());
+}
+
 #[test]
 fn every_kernel_agrees_with_the_reference() {
-    let gpu = emulated();
-    for seed in [1, 20_261_127] {
-        let found = all(&gpu, Extent::Small, seed).expect("the emulation runs");
-        let wrong: Vec<_> = found.iter().filter(|check| !check.ok).collect();
-        assert!(wrong.is_empty(), "seed {seed}: {wrong:#?}");
-        assert!(found.len() >= 57, "{} checks", found.len());
-    }
+    check(1);
+}
+
+/// At the same time as the other, since it takes its time.
+#[test]
+fn every_kernel_agrees_with_the_reference_on_other_numbers() {
+    check(20_261_127);
 }
 
 /// Recorded launches read memory as it is when they are given again, and write where they wrote.

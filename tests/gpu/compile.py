@@ -17,10 +17,10 @@ ARCHS = {"sm_80": "sm_80", "sm_90a": "sm_90a", "sm_100a": "sm_100a", "sm_120": "
 # Threads of each kernel, which with its registers decide how many thread blocks a multiprocessor holds.
 REGISTERS = 255
 # Registers beyond which fewer than two thread blocks fit (65536 registers of a multiprocessor).
-BOUNDS = {"matmul_128": 128, "matmul_segmented_128": 255, "sample": 64, "report": 64, "adjust": 64,
-          "fetch_extents": 104, "sum_extents": 80, "copy_extents": 80}
+BOUNDS = {"matmul_128": 128, "matmul_segmented_128": 255, "matmul_experts_128": 128, "matmul_segmented_experts_128": 255,
+          "sample": 64, "report": 64, "adjust": 64, "fetch_extents": 104, "sum_extents": 80, "copy_extents": 80}
 SHARED_STATIC = 48 << 10
-KERNELS = {"sm_80": 34, "sm_90a": 52, "sm_100a": 34, "sm_120": 34}
+KERNELS = {"sm_80": 45, "sm_90a": 63, "sm_100a": 45, "sm_120": 45}
 # Kernels that give whole warpgroups to the tensor cores.
 WARPGROUPS = r"matmul_(segmented_)?(64_|64_narrow_|f8_64_)?hopper"
 # Kernels for few rows, fed by the copy engine.

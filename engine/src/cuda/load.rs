@@ -9,9 +9,9 @@ use baton_kernels::F8Matrix;
 use baton_kernels::cuda::{Cubins, Floats, Gpu, GpuError, GpuMatrix, check_heads};
 use xxhash_rust::xxh3::Xxh3;
 
-use super::{GpuModel, Layer, Weights};
+use super::{Dense, Experts, GpuModel, Layer, Mlp, Weights};
 use crate::load::checkpoint::{Checkpoint, Tensor};
-use crate::load::config::ModelConfig;
+use crate::load::config::{Mixture, ModelConfig};
 use crate::load::error::LoadError;
 use crate::load::{Phase, Progress, name};
 use crate::spec::ModelSpec;
@@ -59,9 +59,6 @@ fn load_on(gpu: Gpu, dir: &Path, threads: usize, progress: &mut dyn FnMut(Progre
     progress(Progress { phase: Phase::Open, bytes_done: 0, bytes_total: 0 });
     let config = ModelConfig::read(dir)?;
     check_heads(&config.heads)?;
-    if config.mixture.is_some() {
-        return Err(LoadError::Device("a GPU does not compute mixtures of experts; use --device cpu".to_string()));
-    }
     let checkpoint = Checkpoint::open(dir)?;
     enough(gpu.name(), gpu.memory()?.0 as u64, checkpoint.kept_bytes())?;
     let total = checkpoint.bytes();
@@ -127,7 +124,7 @@ struct Loader<'a> {
     digests: Vec<(String, u128)>,
 }
 
-impl Loader<'_> {
+impl<'a> Loader<'a> {
     fn weights(&mut self, config: &ModelConfig) -> Result<Weights, LoadError> {
         let (vocab, hidden) = (config.vocab, config.hidden);
         let embedding = Arc::new(self.table("model.embed_tokens.weight", vocab, hidden)?);
@@ -141,14 +138,12 @@ impl Loader<'_> {
     }
 
     fn layer(&mut self, config: &ModelConfig, layer: usize) -> Result<Layer, LoadError> {
-        let (heads, hidden, wide) = (config.heads, config.hidden, config.intermediate);
+        let (heads, hidden) = (config.heads, config.hidden);
         let (q, kv) = (heads.heads * heads.head_dim, heads.kv_heads * heads.head_dim);
         let name = |part: &str| format!("model.layers.{layer}.{part}");
         let weight = |part: &str| name(&format!("{part}.weight"));
         let qkv = [("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)];
-        let gate_up = [("mlp.gate_proj", wide), ("mlp.up_proj", wide)];
         let out = [("self_attn.o_proj", hidden)];
-        let down = [("mlp.down_proj", hidden)];
         let named = |parts: &[(&str, usize)], kind: &str| -> Vec<(String, usize)> {
             parts.iter().map(|(part, rows)| (name(&format!("{part}.{kind}")), *rows)).collect()
         };
@@ -161,32 +156,81 @@ impl Loader<'_> {
             out: self.matrix(&named(&out, "weight"), q)?,
             out_bias: self.bias(config.out_bias, &named(&out, "bias"))?,
             mlp_norm: self.vector(&weight("post_attention_layernorm"), hidden)?,
-            gate_up: self.matrix(&named(&gate_up, "weight"), hidden)?,
-            gate_up_bias: self.bias(config.mlp_bias, &named(&gate_up, "bias"))?,
-            down: self.matrix(&named(&down, "weight"), wide)?,
-            down_bias: self.bias(config.mlp_bias, &named(&down, "bias"))?,
+            mlp: match config.mixture.as_ref().filter(|mixture| mixture.layers[layer]) {
+                Some(mixture) => Mlp::Experts(self.experts(mixture, hidden, layer)?),
+                None => Mlp::Dense(self.dense(config, layer)?),
+            },
             window: config.windows[layer],
         })
     }
 
+    fn dense(&mut self, config: &ModelConfig, layer: usize) -> Result<Dense, LoadError> {
+        let (hidden, wide) = (config.hidden, config.intermediate);
+        let named = |part: &str, kind: &str, rows: usize| (format!("model.layers.{layer}.mlp.{part}.{kind}"), rows);
+        let gate_up = |kind: &str| ["gate_proj", "up_proj"].map(|part| named(part, kind, wide));
+        let down = |kind: &str| named("down_proj", kind, hidden);
+        Ok(Dense {
+            gate_up: self.matrix(&gate_up("weight"), hidden)?,
+            gate_up_bias: self.bias(config.mlp_bias, &gate_up("bias"))?,
+            down: self.matrix(&[down("weight")], wide)?,
+            down_bias: self.bias(config.mlp_bias, &[down("bias")])?,
+        })
+    }
+
+    fn experts(&mut self, mixture: &Mixture, hidden: usize, layer: usize) -> Result<Experts, LoadError> {
+        let Mixture { experts, used, intermediate: wide, names, .. } = *mixture;
+        let block = format!("model.layers.{layer}.{}", names.block);
+        let named = |expert: usize, part: &str, rows: usize| (format!("{block}.experts.{expert}.{part}.weight"), rows);
+        let gate_up = |expert| [names.gate, names.up].map(|part| named(expert, part, wide));
+        let gate_up: Vec<(String, usize)> = (0..experts).flat_map(gate_up).collect();
+        let down: Vec<(String, usize)> = (0..experts).map(|expert| named(expert, names.down, hidden)).collect();
+        Ok(Experts {
+            router: self.table(&format!("{block}.gate.weight"), experts, hidden)?,
+            gate_up: self.of_experts(&gate_up, 2, hidden)?,
+            down: self.of_experts(&down, 1, wide)?,
+            used,
+        })
+    }
+
+    /// The matrices of all experts as one, of so many parts each.
+    fn of_experts(&mut self, parts: &[(String, usize)], each: usize, cols: usize) -> Result<GpuMatrix, LoadError> {
+        let mut tensors = self.floats(parts, cols)?;
+        let eights: Option<Vec<F8Matrix>> = tensors.iter().map(Tensor::eights).collect();
+        let experts: Option<Vec<Vec<F8Matrix>>> = eights.map(|all| all.chunks(each).map(<[_]>::to_vec).collect());
+        let matrix = match experts.filter(|experts| GpuMatrix::keeps_experts(experts)) {
+            Some(experts) => self.gpu.matrix_f8_of_experts(&experts)?,
+            None => self.widened(&mut tensors)?,
+        };
+        tensors.iter().for_each(Tensor::give_pages_back);
+        Ok(matrix)
+    }
+
     fn matrix(&mut self, parts: &[(String, usize)], cols: usize) -> Result<GpuMatrix, LoadError> {
+        let mut tensors = self.floats(parts, cols)?;
+        let eights: Option<Vec<F8Matrix>> = tensors.iter().map(Tensor::eights).collect();
+        let matrix = match eights.filter(|parts| GpuMatrix::keeps(parts)) {
+            Some(parts) => self.gpu.matrix_f8(&parts)?,
+            None => self.widened(&mut tensors)?,
+        };
+        tensors.iter().for_each(Tensor::give_pages_back);
+        Ok(matrix)
+    }
+
+    fn widened(&mut self, tensors: &mut [Tensor]) -> Result<GpuMatrix, LoadError> {
+        tensors.iter_mut().for_each(Tensor::widen);
+        Ok(self.gpu.matrix(&tensors.iter().map(Tensor::matrix).collect::<Vec<_>>())?)
+    }
+
+    /// Tensors that are numbers as a GPU knows them, once they are inspected.
+    fn floats(&mut self, parts: &[(String, usize)], cols: usize) -> Result<Vec<Tensor<'a>>, LoadError> {
         let tensors = parts.iter().map(|(name, rows)| self.checkpoint.kept(name, &[*rows, cols]));
-        let mut tensors = tensors.collect::<Result<Vec<Tensor>, LoadError>>()?;
+        let tensors = tensors.collect::<Result<Vec<Tensor>, LoadError>>()?;
         if let Some(tensor) = tensors.iter().find(|tensor| !tensor.dtype.is_float()) {
             let name = &tensor.name;
             return Err(LoadError::Device(format!("{name} is of 8-bit integers, which are for --device cpu")));
         }
         tensors.iter().try_for_each(|tensor| self.inspect(tensor))?;
-        let eights: Option<Vec<F8Matrix>> = tensors.iter().map(Tensor::eights).collect();
-        let matrix = match eights.filter(|parts| GpuMatrix::keeps(parts)) {
-            Some(parts) => self.gpu.matrix_f8(&parts)?,
-            None => {
-                tensors.iter_mut().for_each(Tensor::widen);
-                self.gpu.matrix(&tensors.iter().map(Tensor::matrix).collect::<Vec<_>>())?
-            }
-        };
-        tensors.iter().for_each(Tensor::give_pages_back);
-        Ok(matrix)
+        Ok(tensors)
     }
 
     /// A matrix whose rows are looked up: bf16.

@@ -58,7 +58,15 @@ fn on_a_gpu_they_stay_and_have_the_bits_of_bf16() {
 
     use crate::gpu::opened;
 
-    for (index, model) in models().iter().enumerate() {
+    let experts = TinyModel {
+        architecture: "Qwen3MoeForCausalLM",
+        hidden: 160,
+        intermediate: 144,
+        layers: 1,
+        experts: 3,
+        ..TinyModel::llama()
+    };
+    for (index, model) in models().iter().chain([&experts]).enumerate() {
         for scaling in Scaling::ALL {
             let loaded = |widened: bool| {
                 let dir = written(&format!("gpu-{index}"), model, scaling, widened);

@@ -57,6 +57,14 @@ pub fn all(gpu: &Gpu, extent: Extent, seed: u64) -> Result<Vec<Check>, GpuError>
     // What Hopper's own kernels take, with scales in more than one register.
     checker.eights(&[1, 4, 20], 64, 4352, Scaling::Blocks)?;
     checker.eights(&[1, 16, 20, 66], 128, 1024, Scaling::Outputs)?;
+    checker.routes(9, (5, 2))?;
+    checker.routes(3, (128, 8))?;
+    checker.routes(2, (1000, 7))?;
+    checker.experts(&[1, 3, 40, 160], (2, 1), (200, 35))?;
+    checker.experts(&[2, 30], (6, 3), (64, 96))?;
+    for scaling in [Scaling::One, Scaling::Outputs, Scaling::Blocks] {
+        checker.experts_of_eights(&[2, 21], (3, 2), (160, 272), scaling)?;
+    }
     checker.blocks()?;
     checker.found.extend(links(gpu, seed)?);
     checker.draws(1500)?;
@@ -70,6 +78,10 @@ pub fn all(gpu: &Gpu, extent: Extent, seed: u64) -> Result<Vec<Check>, GpuError>
         checker.eights(&[1, 8, 64, 100], 4096, 4096, Scaling::Blocks)?;
         checker.eights(&[1, 33], 17_024, 1024, Scaling::One)?;
         checker.eights(&[1, 16, 50], 1024, 14336, Scaling::Blocks)?;
+        checker.routes(300, (128, 8))?;
+        checker.experts(&[1, 64, 700], (64, 8), (1024, 384))?;
+        checker.experts(&[5, 90, 1500], (8, 2), (512, 448))?;
+        checker.experts_of_eights(&[1, 300], (64, 8), (1024, 384), Scaling::Blocks)?;
         let heads = Heads { heads: 32, kv_heads: 8, head_dim: 128 };
         checker.attention(heads, None, &[(256, 0), (1, 900), (100, 333), (1, 63), (1, 64)])?;
         checker.draws(128_256)?;
@@ -82,34 +94,50 @@ pub fn all(gpu: &Gpu, extent: Extent, seed: u64) -> Result<Vec<Check>, GpuError>
 
 /// What shares a scale.
 #[derive(Clone, Copy, Debug)]
-enum Scaling {
+pub(super) enum Scaling {
     One,
     Outputs,
     Blocks,
 }
 
-struct Checker<'a> {
-    gpu: &'a Gpu,
-    cpu: Cpu,
-    rng: Rng,
+/// A matrix of 8 bits.
+pub(super) struct RandomEights {
+    bytes: Vec<u8>,
+    /// (outputs, inputs)
+    shape: (usize, usize),
+    scales: Vec<f32>,
+    block: (usize, usize),
+}
+
+impl RandomEights {
+    pub(super) fn matrix(&self) -> F8Matrix<'_> {
+        let (rows, cols) = self.shape;
+        F8Matrix { bytes: &self.bytes, rows, cols, scales: &self.scales, block: self.block }
+    }
+}
+
+pub(super) struct Checker<'a> {
+    pub(super) gpu: &'a Gpu,
+    pub(super) cpu: Cpu,
+    pub(super) rng: Rng,
     found: Vec<Check>,
 }
 
 impl Checker<'_> {
-    fn values(&mut self, count: usize, spread: f64) -> Vec<f32> {
+    pub(super) fn values(&mut self, count: usize, spread: f64) -> Vec<f32> {
         (0..count).map(|_| ((self.rng.f64() + self.rng.f64() - 1.0) * spread) as f32).collect()
     }
 
-    fn close(&mut self, name: String, found: &[f32], expected: &[f32]) {
+    pub(super) fn close(&mut self, name: String, found: &[f32], expected: &[f32]) {
         let error = distance(found, expected);
         self.found.push(Check { name, error, ok: error <= ERROR_MAX });
     }
 
-    fn same(&mut self, name: String, same: bool) {
+    pub(super) fn same(&mut self, name: String, same: bool) {
         self.found.push(Check { name, error: if same { 0.0 } else { f64::INFINITY }, ok: same });
     }
 
-    fn weights(&mut self, outputs: usize, inputs: usize) -> Result<(GpuMatrix, Packed), GpuError> {
+    pub(super) fn weights(&mut self, outputs: usize, inputs: usize) -> Result<(GpuMatrix, Packed), GpuError> {
         let values = self.values(outputs * inputs, 1.0 / (inputs as f64).sqrt());
         let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
         let matrix = Matrix { dtype: Dtype::F32, bytes: &bytes, rows: outputs, cols: inputs };
@@ -117,7 +145,7 @@ impl Checker<'_> {
     }
 
     /// Random rows on the GPU and as the values they stand for.
-    fn inputs(&mut self, rows: usize, width: usize) -> Result<(Rows, Vec<f32>), GpuError> {
+    pub(super) fn inputs(&mut self, rows: usize, width: usize) -> Result<(Rows, Vec<f32>), GpuError> {
         let halves: Vec<u16> = self.values(rows * width, 1.0).into_iter().map(bf16::round).collect();
         let on_gpu = self.gpu.rows(rows, width)?;
         on_gpu.write(&halves)?;
@@ -195,17 +223,8 @@ impl Checker<'_> {
     /// bf16, whose bits they have.
     fn eights(&mut self, rows: &[usize], outputs: usize, inputs: usize, scaling: Scaling) -> Result<(), GpuError> {
         let (gpu, most) = (self.gpu, rows.iter().copied().max().unwrap_or(1));
-        // Every byte but the two that are no numbers, small ones among them.
-        let bytes: Vec<u8> = (0..outputs * inputs).map(|_| self.rng.below(254) as u8).map(|b| b + b / 127).collect();
-        let block = match scaling {
-            Scaling::One => (outputs, inputs),
-            Scaling::Outputs => (1, inputs),
-            Scaling::Blocks => (128, 128),
-        };
-        let count = outputs.div_ceil(block.0) * inputs.div_ceil(block.1);
-        let spread = 0.02 / (inputs as f64).sqrt();
-        let scales: Vec<f32> = (0..count).map(|_| ((0.5 + self.rng.f64()) * spread) as f32).collect();
-        let matrix = F8Matrix { bytes: &bytes, rows: outputs, cols: inputs, scales: &scales, block };
+        let random = self.random_eights(outputs, inputs, scaling);
+        let matrix = random.matrix();
         let widened = matrix.widen();
         let wide = Matrix { dtype: Dtype::Bf16, bytes: &widened, rows: outputs, cols: inputs };
         let (packed, w, plain) = (self.cpu.pack(&[wide]), gpu.matrix_f8(&[matrix])?, gpu.matrix(&[wide])?);
@@ -236,6 +255,20 @@ impl Checker<'_> {
             }
         }
         Ok(())
+    }
+
+    pub(super) fn random_eights(&mut self, outputs: usize, inputs: usize, scaling: Scaling) -> RandomEights {
+        // Every byte but the two that are no numbers, small ones among them.
+        let bytes: Vec<u8> = (0..outputs * inputs).map(|_| self.rng.below(254) as u8).map(|b| b + b / 127).collect();
+        let block = match scaling {
+            Scaling::One => (outputs, inputs),
+            Scaling::Outputs => (1, inputs),
+            Scaling::Blocks => (128, 128),
+        };
+        let count = outputs.div_ceil(block.0) * inputs.div_ceil(block.1);
+        let spread = 0.02 / (inputs as f64).sqrt();
+        let scales: Vec<f32> = (0..count).map(|_| ((0.5 + self.rng.f64()) * spread) as f32).collect();
+        RandomEights { bytes, shape: (outputs, inputs), scales, block }
     }
 
     /// Spans of (rows, position of the first), over a cache whose blocks lie in random order.
@@ -544,7 +577,7 @@ fn widened(halves: &[u16]) -> Vec<f32> {
     halves.iter().map(|half| bf16::widen(*half)).collect()
 }
 
-fn equal_bits(a: &[f32], b: &[f32]) -> bool {
+pub(super) fn equal_bits(a: &[f32], b: &[f32]) -> bool {
     a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits())
 }
 

@@ -11,13 +11,14 @@ use super::error::GpuError;
 
 pub(crate) const COMMON: &str = include_str!("src/common.cuh");
 const INCLUDE: &str = "#include \"common.cuh\"\n";
-pub(crate) const FILES: [(&str, &str); 8] = [
+pub(crate) const FILES: [(&str, &str); 9] = [
     ("attention.cu", include_str!("src/attention.cu")),
     ("blocks.cu", include_str!("src/blocks.cu")),
     ("matmul.cu", include_str!("src/matmul.cu")),
     ("matmul_f8.cu", include_str!("src/matmul_f8.cu")),
     ("matmul_hopper.cu", include_str!("src/matmul_hopper.cu")),
     ("matmul_f8_hopper.cu", include_str!("src/matmul_f8_hopper.cu")),
+    ("experts.cu", include_str!("src/experts.cu")),
     ("rows.cu", include_str!("src/rows.cu")),
     ("sampling.cu", include_str!("src/sampling.cu")),
 ];

@@ -17,6 +17,9 @@ pub(crate) const MERGE: &str = "attention_merge";
 pub(crate) const COPY_BLOCKS: Kernel = kernel("copy_blocks", 256, 0);
 pub(crate) const GATHER_LAYER: Kernel = kernel("gather_layer", 256, 0);
 pub(crate) const GIVE_LAYER: Kernel = kernel("give_layer", 256, 0);
+pub(crate) const ROUTE: Kernel = kernel("route", 128, 0);
+pub(crate) const SORT_SHARES: Kernel = kernel("sort_shares", 256, 0);
+pub(crate) const MIX_ROWS: Kernel = kernel("mix_rows", 256, 0);
 pub(crate) const ADJUST: Kernel = kernel("adjust", 512, 0);
 pub(crate) const SAMPLE: Kernel = kernel("sample", 512, 0);
 pub(crate) const REPORT: Kernel = kernel("report", 512, 0);
@@ -49,6 +52,31 @@ pub(crate) const MATMULS: [[Tiled; 2]; 3] = [
         Tiled { kernel: kernel("matmul_segmented_128", 256, stages(128, 64, 4)), rows: 128, outputs: 64 },
     ],
 ];
+
+/// The same over the experts of a mixture, by the rows that an expert has on average.
+pub(crate) const EXPERT_MATMULS: [[Tiled; 2]; 3] = [
+    [
+        Tiled { kernel: kernel("matmul_experts_16", 64, stages(16, 32, 8)), rows: 16, outputs: 32 },
+        Tiled { kernel: kernel("matmul_segmented_experts_16", 64, stages(16, 32, 8)), rows: 16, outputs: 32 },
+    ],
+    [
+        Tiled { kernel: kernel("matmul_experts_64", 128, stages(64, 64, 4)), rows: 64, outputs: 64 },
+        Tiled { kernel: kernel("matmul_segmented_experts_64", 128, stages(64, 64, 4)), rows: 64, outputs: 64 },
+    ],
+    [
+        Tiled { kernel: kernel("matmul_experts_128", 256, stages(128, 128, 3)), rows: 128, outputs: 128 },
+        Tiled { kernel: kernel("matmul_segmented_experts_128", 256, stages(128, 64, 4)), rows: 128, outputs: 64 },
+    ],
+];
+
+/// The same over weights of 8 bits.
+pub(crate) const EXPERT_EIGHTS: [Tiled; 2] = [
+    Tiled { kernel: kernel("matmul_experts_f8", 128, EIGHTS[0].kernel.shared), rows: 16, outputs: 32 },
+    Tiled { kernel: kernel("matmul_segmented_experts_f8", 128, EIGHTS[1].kernel.shared), rows: 16, outputs: 32 },
+];
+
+/// Experts of a mixture at most.
+pub const EXPERTS_MAX: usize = 1024;
 
 /// A kernel of matmul_hopper.cu: its tile, and the rows of what the copy engine brings at a time.
 #[derive(Clone, Copy)]
@@ -221,7 +249,7 @@ pub(crate) const ATTENTIONS: [[Kernel; 2]; 5] = [
 ];
 
 /// Every kernel but those of one architecture.
-pub(crate) const KERNELS: [Kernel; 31] = [
+pub(crate) const KERNELS: [Kernel; 42] = [
     EMBED,
     ADD_RMS_NORM,
     SILU_MUL,
@@ -231,6 +259,9 @@ pub(crate) const KERNELS: [Kernel; 31] = [
     COPY_BLOCKS,
     GATHER_LAYER,
     GIVE_LAYER,
+    ROUTE,
+    SORT_SHARES,
+    MIX_ROWS,
     ADJUST,
     SAMPLE,
     REPORT,
@@ -243,6 +274,14 @@ pub(crate) const KERNELS: [Kernel; 31] = [
     MATMULS[1][1].kernel,
     MATMULS[2][0].kernel,
     MATMULS[2][1].kernel,
+    EXPERT_EIGHTS[0].kernel,
+    EXPERT_EIGHTS[1].kernel,
+    EXPERT_MATMULS[0][0].kernel,
+    EXPERT_MATMULS[0][1].kernel,
+    EXPERT_MATMULS[1][0].kernel,
+    EXPERT_MATMULS[1][1].kernel,
+    EXPERT_MATMULS[2][0].kernel,
+    EXPERT_MATMULS[2][1].kernel,
     ATTENTIONS[0][0],
     ATTENTIONS[0][1],
     ATTENTIONS[1][0],
@@ -297,7 +336,7 @@ macro_rules! argument {
 }
 
 plain!(u8, u16, u32, i32, f32, u64, Tile, Decode, Edit, Adjust, Sample, Report, Alternative);
-argument!(Layout, Rope, Matmul, Eights, Attention, TensorMap);
+argument!(Layout, Rope, Matmul, Eights, Shares, Attention, TensorMap);
 
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -338,6 +377,21 @@ pub(crate) struct Eights {
     pub(crate) scales: u64,
     pub(crate) each: u32,
     pub(crate) shift: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct Shares {
+    pub(crate) chosen: u64,
+    pub(crate) weights: u64,
+    pub(crate) places: u64,
+    pub(crate) rows: u64,
+    pub(crate) run_count: u64,
+    pub(crate) runs: u64,
+    pub(crate) count: u32,
+    pub(crate) experts: u32,
+    pub(crate) used: u32,
+    pub(crate) tile_rows: u32,
 }
 
 /// What the copy engine knows of a matrix of bf16: as the driver fills it in.

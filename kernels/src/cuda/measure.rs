@@ -40,6 +40,8 @@ const HEADS: Heads = Heads { heads: 32, kv_heads: 8, head_dim: 128 };
 /// (outputs, inputs, whether they are added in segments) of the matmuls of a layer.
 const SHAPES: [(usize, usize, bool); 4] =
     [(6144, HIDDEN, false), (HIDDEN, HIDDEN, true), (2 * WIDE, HIDDEN, false), (HIDDEN, WIDE, true)];
+/// A mixture of experts: (experts, those of a row, hidden, inner width).
+const MIXTURE: (usize, usize, usize, usize) = (128, 8, 2048, 768);
 /// Layers in turn, whose weights together are many times any cache.
 const LAYERS: usize = 3;
 
@@ -73,6 +75,7 @@ pub fn all(gpu: &Gpu, ceilings: Ceilings) -> Result<Vec<Measured>, GpuError> {
         measure.layer_matmuls("_f8", &layers, rows)?;
     }
     drop(layers);
+    measure.experts(&[1, 8, 64, 4096])?;
     measure.attention("decode, 1 of 1024", 1, 1, 1024)?;
     measure.attention("decode, 1 of 8192", 1, 1, 8192)?;
     measure.attention("decode, 64 of 1024", 1, 64, 1024)?;
@@ -242,6 +245,43 @@ impl Measure<'_> {
         self.add(format!("{name}, time"), seconds * 1e6, "us", None);
         self.add(format!("{name} in a graph, time"), as_graph * 1e6, "us", None);
         self.add(name, bytes as f64 / seconds / 1e9, "GB/s", self.ceilings.copy_gbps);
+        Ok(())
+    }
+
+    /// A mixture from the normed rows on to what is added to them, few rows in a graph.
+    fn experts(&mut self, rows: &[usize]) -> Result<(), GpuError> {
+        let (gpu, (experts, used, hidden, wide)) = (self.gpu, MIXTURE);
+        let mut matrix = |outputs: usize, inputs: usize, times: usize| {
+            let bytes: Vec<u8> = self.halves(outputs * inputs).into_iter().flat_map(u16::to_le_bytes).collect();
+            let one = Matrix { dtype: Dtype::Bf16, bytes: &bytes, rows: outputs, cols: inputs };
+            gpu.matrix(&vec![one; times])
+        };
+        let router = matrix(experts, hidden, 1)?;
+        let (gate_up, down) = (matrix(2 * wide, hidden, experts)?, matrix(hidden, wide, experts)?);
+        for &rows in rows {
+            let (x, mut out) = (self.rows_of(rows, hidden)?, gpu.floats(rows * hidden)?);
+            let mut shares = gpu.shares(experts, used, true)?;
+            shares.ensure(rows)?;
+            let count = shares.of_rows(rows);
+            let (mut logits, mut y) = (gpu.floats(rows * experts)?, gpu.floats(count * hidden)?);
+            let (mut both, mut gated) = (gpu.floats(count * 2 * wide)?, gpu.rows(count, wide)?);
+            let mut step = || {
+                gpu.matmul(&x, 0..rows, &router, None, &mut logits)?;
+                gpu.route(&logits, rows, [&gate_up, &down], &mut shares)?;
+                gpu.matmul_experts(&x, &shares, &gate_up, &mut both)?;
+                gpu.silu_mul(&both, count, &mut gated)?;
+                gpu.matmul_segmented_experts(&gated, &shares, &down, &mut y)?;
+                gpu.mix_rows(&y, hidden, &shares, &mut out)
+            };
+            let seconds = match rows {
+                ..=64 => time_recorded(gpu, step)?,
+                _ => time(gpu, &mut step)?,
+            };
+            let name = format!("experts ({rows}, {used} of {experts}, {hidden}, {wide})");
+            self.add(format!("{name}, time"), seconds * 1e6, "us", None);
+            let flops = 2.0 * (count * 3 * wide * hidden) as f64;
+            self.add(name, flops / seconds / 1e12, "TFLOP/s", self.ceilings.matmul_tflops);
+        }
         Ok(())
     }
 

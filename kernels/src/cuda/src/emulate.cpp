@@ -204,6 +204,7 @@ template <class... A> void invoke(void (*kernel)(A...), void** arguments) { Call
 #include "matmul.cu"
 #include "matmul_f8.cu"
 #include "matmul_hopper.cu"
+#include "experts.cu"
 #include "rows.cu"
 #include "sampling.cu"
 
@@ -220,7 +221,10 @@ static const Entry ENTRIES[] = {
     ENTRY(matmul_128), ENTRY(matmul_segmented_16), ENTRY(matmul_segmented_64), ENTRY(matmul_segmented_128), ENTRIES_FOR(16),
     ENTRIES_FOR(32), ENTRIES_FOR(64), ENTRIES_FOR(96), ENTRIES_FOR(128), ENTRY(attention_merge), ENTRY(copy_blocks),
     ENTRY(gather_layer), ENTRY(give_layer), ENTRY(fetch_extents), ENTRY(sum_extents), ENTRY(copy_extents), ENTRY(adjust), ENTRY(sample), ENTRY(report),
-    ENTRY(matmul_f8), ENTRY(matmul_segmented_f8), ENTRY(widen_f8),
+    ENTRY(matmul_f8), ENTRY(matmul_segmented_f8), ENTRY(widen_f8), ENTRY(route), ENTRY(sort_shares), ENTRY(mix_rows),
+    ENTRY(matmul_experts_16), ENTRY(matmul_experts_64), ENTRY(matmul_experts_128), ENTRY(matmul_segmented_experts_16),
+    ENTRY(matmul_segmented_experts_64), ENTRY(matmul_segmented_experts_128), ENTRY(matmul_experts_f8),
+    ENTRY(matmul_segmented_experts_f8),
 };
 
 // 0, or 1 when there is no kernel of that name.

@@ -5,5 +5,6 @@
 #include "matmul_f8.cu"
 #include "matmul_hopper.cu"
 #include "matmul_f8_hopper.cu"
+#include "experts.cu"
 #include "rows.cu"
 #include "sampling.cu"

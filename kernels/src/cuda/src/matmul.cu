@@ -34,12 +34,20 @@ struct ExchangedRows {
     __device__ __forceinline__ const u8* at(int row, int part) const { return first + tile_at<PARTS>(row, part); }
 };
 
-template <int Rows, int Threads>
-__device__ __forceinline__ void load_rows(const Matmul& a, u8* stage, u32 row, u32 k) {
+// The rows of a tile, which begin at `first`: those behind `end` are none. They are the same rows of x and of y.
+struct SameRows {
+    u32 first, end;
+    __device__ __forceinline__ u32 of(u32 row) const { return row; }
+    // Rows of y before that of 0.
+    __device__ __forceinline__ u32 before() const { return 0; }
+};
+
+template <int Rows, int Threads, class Tile>
+__device__ __forceinline__ void load_rows(const Matmul& a, const Tile& tile, u8* stage, u32 k) {
     for (int i = threadIdx.x; i < Rows * PARTS; i += Threads) {
-        u32 r = row + i / PARTS;
-        bool present = r < a.rows;
-        copy_async(stage + tile_at<PARTS>(i / PARTS, i % PARTS), a.x + (u64)(present ? r : 0) * a.x_stride + k + i % PARTS * 8,
+        u32 r = tile.first + i / PARTS;
+        bool present = r < tile.end;
+        copy_async(stage + tile_at<PARTS>(i / PARTS, i % PARTS), a.x + (u64)(present ? tile.of(r) : 0) * a.x_stride + k + i % PARTS * 8,
                    present);
     }
 }
@@ -86,13 +94,13 @@ template <int Tiles> __device__ __forceinline__ void fold(Held<Tiles, true>& hel
 template <int Tiles> __device__ __forceinline__ void fold(Held<Tiles, false>&, float (&)[Tiles][4], u32) {}
 
 // A warp computes (TileRows / WarpRows) x (TileOutputs / WarpOutputs) outputs of the thread block's tile.
-template <int TileRows, int TileOutputs, int WarpRows, int WarpOutputs, int Stages, bool Segmented>
-__device__ __forceinline__ void multiply(const Matmul& a, u8* shared) {
+template <int TileRows, int TileOutputs, int WarpRows, int WarpOutputs, int Stages, bool Segmented, class Tile>
+__device__ __forceinline__ void multiply_tile(const Matmul& a, const Tile& tile, u8* shared) {
     constexpr int Threads = 32 * WarpRows * WarpOutputs;
     constexpr int High = TileRows / WarpRows / 16, Wide = TileOutputs / WarpOutputs / 8;
     constexpr int StageBytes = (TileRows + TileOutputs) * STEP_K * 2, WeightsAt = TileRows * STEP_K * 2;
     static_assert(High >= 1 && Wide % 2 == 0, "a warp's tile is a multiple of 16 x 16");
-    u32 row = blockIdx.x * TileRows, output = blockIdx.y * TileOutputs;
+    u32 output = blockIdx.y * TileOutputs;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int warp_row = warp / WarpOutputs * High * 16, warp_output = warp % WarpOutputs * Wide * 8;
     u32 stages = a.depth / STEP_K, steps = a.depth / 16;
@@ -116,7 +124,7 @@ __device__ __forceinline__ void multiply(const Matmul& a, u8* shared) {
     after_previous();
 #pragma unroll
     for (u32 s = 0; s < Stages - 1; s++) {
-        if (s < stages) load_rows<TileRows, Threads>(a, shared + s * StageBytes, row, s * STEP_K);
+        if (s < stages) load_rows<TileRows, Threads>(a, tile, shared + s * StageBytes, s * STEP_K);
         copy_commit();
     }
     for (u32 s = 0; s < stages; s++) {
@@ -126,7 +134,7 @@ __device__ __forceinline__ void multiply(const Matmul& a, u8* shared) {
         u32 next = s + Stages - 1;
         if (next < stages) {
             u8* stage = shared + next % Stages * StageBytes;
-            load_rows<TileRows, Threads>(a, stage, row, next * STEP_K);
+            load_rows<TileRows, Threads>(a, tile, stage, next * STEP_K);
             load_weights<TileOutputs, Threads>(a, stage + WeightsAt, output, next * STEP_K);
         }
         copy_commit();
@@ -159,15 +167,22 @@ __device__ __forceinline__ void multiply(const Matmul& a, u8* shared) {
     }
     copy_wait<0>();
 
+    float* y = a.y + (u64)tile.before() * a.outputs;
 #pragma unroll
     for (int t = 0; t < High * Wide; t++) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            u32 r = row + warp_row + t / Wide * 16 + lane / 4 + i / 2 * 8;
+            u32 r = tile.first + warp_row + t / Wide * 16 + lane / 4 + i / 2 * 8;
             u32 n = output + warp_output + t % Wide * 8 + lane % 4 * 2 + i % 2;
-            if (r < a.rows && n < a.outputs) a.y[(u64)r * a.outputs + n] = a.bias ? sum[t][i] + a.bias[n] : sum[t][i];
+            if (r < tile.end && n < a.outputs) y[(u64)r * a.outputs + n] = a.bias ? sum[t][i] + a.bias[n] : sum[t][i];
         }
     }
+}
+
+template <int TileRows, int TileOutputs, int WarpRows, int WarpOutputs, int Stages, bool Segmented>
+__device__ __forceinline__ void multiply(const Matmul& a, u8* shared) {
+    SameRows tile = {blockIdx.x * TileRows, a.rows};
+    multiply_tile<TileRows, TileOutputs, WarpRows, WarpOutputs, Stages, Segmented>(a, tile, shared);
 }
 
 // Few rows: bound by reading W. 64 threads, 48 KiB.

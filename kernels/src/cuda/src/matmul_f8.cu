@@ -130,9 +130,10 @@ __device__ __forceinline__ void multiply_turned(float (&sum)[Wide][4], const u8*
 // 16 rows and 32 outputs a thread block, 8 outputs a warp.
 //
 //     stage = (two of 64 k, 16 rows, 64 k) of x, then (4 of 8 outputs, two of 64 k) cells: 8 KiB
-template <bool Segmented> __device__ __forceinline__ void multiply_eights(const Matmul& a, const Eights& e, u8* shared) {
+template <bool Segmented, class Tile>
+__device__ __forceinline__ void multiply_eights_tile(const Matmul& a, const Eights& e, const Tile& tile, u8* shared) {
     constexpr u32 XBytes = EIGHT_ROWS * SCALED_K * 2, StageBytes = XBytes + EIGHT_OUTPUTS * SCALED_K;
-    u32 row = blockIdx.x * EIGHT_ROWS, output = blockIdx.y * EIGHT_OUTPUTS;
+    u32 output = blockIdx.y * EIGHT_OUTPUTS;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     u32 stages = (a.depth + SCALED_K - 1) / SCALED_K, steps = a.depth / 16, width = a.depth / STEP_K;
     auto load_cells = [&](u32 s) {
@@ -146,9 +147,9 @@ template <bool Segmented> __device__ __forceinline__ void multiply_eights(const 
     auto load_x = [&](u32 s) {
         for (u32 i = threadIdx.x; i < EIGHT_ROWS * SCALED_K / 8; i += 128) {
             u32 half = i / (EIGHT_ROWS * PARTS), r = i / PARTS % EIGHT_ROWS, k = s * SCALED_K + half * STEP_K + i % PARTS * 8;
-            bool present = row + r < a.rows && k < a.depth;
+            bool present = tile.first + r < tile.end && k < a.depth;
             u8* to = shared + s % EIGHT_STAGES * StageBytes + half * (XBytes / 2) + tile_at<PARTS>(r, i % PARTS);
-            copy_async(to, a.x + (present ? (u64)(row + r) * a.x_stride + k : 0), present);
+            copy_async(to, a.x + (present ? (u64)tile.of(tile.first + r) * a.x_stride + k : 0), present);
         }
     };
     u32 own = output + warp * 8 + lane / 4;
@@ -197,11 +198,17 @@ template <bool Segmented> __device__ __forceinline__ void multiply_eights(const 
         for (; segment < SEGMENTS; segment++) fold(held, sum[0], segment);
     }
     copy_wait<0>();
+    float* y = a.y + (u64)tile.before() * a.outputs;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        u32 r = row + lane / 4 + i / 2 * 8, n = output + warp * 8 + lane % 4 * 2 + i % 2;
-        if (r < a.rows && n < a.outputs) a.y[(u64)r * a.outputs + n] = a.bias ? sum[0][0][i] + a.bias[n] : sum[0][0][i];
+        u32 r = tile.first + lane / 4 + i / 2 * 8, n = output + warp * 8 + lane % 4 * 2 + i % 2;
+        if (r < tile.end && n < a.outputs) y[(u64)r * a.outputs + n] = a.bias ? sum[0][0][i] + a.bias[n] : sum[0][0][i];
     }
+}
+
+template <bool Segmented> __device__ __forceinline__ void multiply_eights(const Matmul& a, const Eights& e, u8* shared) {
+    SameRows tile = {blockIdx.x * EIGHT_ROWS, a.rows};
+    multiply_eights_tile<Segmented>(a, e, tile, shared);
 }
 
 // 128 threads, 48 KiB.
