@@ -84,9 +84,8 @@ pub(crate) struct Dense {
 impl Layer {
     /// (bytes, weights) of the matrices that one row is multiplied with.
     fn size(&self) -> (usize, usize) {
-        let matrices = |all: &[&GpuMatrix]| {
-            all.iter().map(|one| (one.bytes(), one.outputs() * one.inputs())).fold((0, 0), |sum, one| sum_of(sum, one))
-        };
+        let matrices =
+            |all: &[&GpuMatrix]| all.iter().map(|one| (one.bytes(), one.outputs() * one.inputs())).fold((0, 0), sum_of);
         let mlp = match &self.mlp {
             Mlp::Dense(dense) => matrices(&[&dense.gate_up, &dense.down]),
             Mlp::Experts(experts) => experts.size_per_row(),

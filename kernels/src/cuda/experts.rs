@@ -240,4 +240,21 @@ mod tests {
         }
         assert_eq!(runs_most(8 + 7 * 16, 8, tile), 15, "7 of 17 and one of 1");
     }
+
+    /// Experts that differ, or end within a tile, become bf16.
+    #[test]
+    fn experts_that_fit_are_kept_in_8_bits() {
+        let one = |rows: usize, block: (usize, usize)| {
+            let scales = vec![1.0; rows.div_ceil(block.0) * 256usize.div_ceil(block.1)];
+            let bytes = vec![0; rows * 256];
+            let (bytes, scales) = (Vec::leak(bytes), Vec::leak(scales));
+            F8Matrix { bytes, rows, cols: 256, scales, block }
+        };
+        let keeps = |experts: &[Vec<F8Matrix>]| GpuMatrix::keeps_experts(experts);
+        assert!(keeps(&[vec![one(16, (16, 256)); 2], vec![one(16, (1, 256)); 2]]));
+        assert!(!keeps(&[vec![one(16, (16, 256))]]), "half a tile");
+        assert!(!keeps(&[vec![one(32, (32, 256))], vec![one(32, (128, 128))]]), "one has several scales for an output");
+        assert!(!keeps(&[vec![one(32, (32, 256))], vec![one(64, (64, 256))]]), "one is larger");
+        assert!(!keeps(&[]));
+    }
 }

@@ -135,40 +135,57 @@ struct RowsOfShares {
     __device__ __forceinline__ u32 before() const { return run->first; }
 };
 
-// Has `multiply` compute this thread block's run, if there is one: with its expert, and with a tile whose rows of x are those of its
-// shares, or, unless `Gathered`, the shares themselves. A grid of (runs that there could be, outputs / those of a tile).
-template <int TileRows, bool Gathered, class Multiply> __device__ __forceinline__ void take_run(const Shares& s, Multiply multiply) {
-    __shared__ u32 rows[TileRows];
-    begin();
-    if (blockIdx.x >= *s.run_count) return;
-    Run run = s.runs[blockIdx.x];
-    if constexpr (Gathered) {
-        for (u32 i = threadIdx.x; i < run.end - run.first; i += blockDim.x) rows[i] = s.rows[run.first + i];
-        __syncthreads();
-        RowsOfShares tile = {0, run.end - run.first, rows, s.runs + blockIdx.x};
-        multiply(run.expert, tile);
-    } else {
-        SameRows tile = {run.first, run.end};
-        multiply(run.expert, tile);
-    }
+// This thread block's run as a tile whose rows of x are those of its shares, kept in `rows`; it ends at 0 if there is none.
+__device__ __forceinline__ RowsOfShares rows_of_run(const Shares& s, u32* rows, u32& expert) {
+    RowsOfShares tile = {0, 0, rows, s.runs + blockIdx.x};
+    if (blockIdx.x >= *s.run_count) return tile;
+    Run run = *tile.run;
+    for (u32 i = threadIdx.x; i < run.end - run.first; i += blockDim.x) rows[i] = s.rows[run.first + i];
+    __syncthreads();
+    expert = run.expert;
+    tile.end = run.end - run.first;
+    return tile;
 }
 
-// y (share, outputs) = x (its row, K) . W^T of its expert, or, with segments, x (share, K). W is (expert, outputs, K).
+// The same, with the shares themselves as rows of x.
+__device__ __forceinline__ SameRows shares_of_run(const Shares& s, u32& expert) {
+    SameRows tile = {0, 0};
+    if (blockIdx.x >= *s.run_count) return tile;
+    Run run = s.runs[blockIdx.x];
+    expert = run.expert;
+    tile.first = run.first;
+    tile.end = run.end;
+    return tile;
+}
+
+template <bool Segmented> __device__ __forceinline__ auto tile_of_run(const Shares& s, u32* rows, u32& expert) {
+    if constexpr (Segmented) return shares_of_run(s, expert);
+    else return rows_of_run(s, rows, expert);
+}
+
+// y (share, outputs) = x (its row, K) . W^T of its expert, or, with segments, x (share, K). W is (expert, outputs, K). A grid of (runs
+// that there could be, outputs / those of a tile).
 template <int TileRows, int TileOutputs, int WarpRows, int WarpOutputs, int Stages, bool Segmented>
 __device__ __forceinline__ void multiply_shares(Matmul& a, const Shares& s, u8* shared) {
-    take_run<TileRows, !Segmented>(s, [&](u32 expert, const auto& tile) {
-        a.w += (u64)expert * a.outputs * a.depth;
-        multiply_tile<TileRows, TileOutputs, WarpRows, WarpOutputs, Stages, Segmented>(a, tile, shared);
-    });
+    __shared__ u32 rows[TileRows];
+    u32 expert = 0;
+    begin();
+    auto tile = tile_of_run<Segmented>(s, rows, expert);
+    if (tile.end == 0) return;
+    a.w += (u64)expert * a.outputs * a.depth;
+    multiply_tile<TileRows, TileOutputs, WarpRows, WarpOutputs, Stages, Segmented>(a, tile, shared);
 }
 
 // The same over weights of 8 bits. The outputs of an expert are a multiple of 32, so that its cells lie one after another.
 template <bool Segmented> __device__ __forceinline__ void multiply_shares_of_eights(Matmul& a, Eights& e, const Shares& s, u8* shared) {
-    take_run<EIGHT_ROWS, !Segmented>(s, [&](u32 expert, const auto& tile) {
-        a.w = (const u16*)((const u8*)a.w + (u64)expert * a.outputs * a.depth);
-        e.scales += (u64)(expert * (a.outputs >> e.shift)) * e.each;
-        multiply_eights_tile<Segmented>(a, e, tile, shared);
-    });
+    __shared__ u32 rows[EIGHT_ROWS];
+    u32 expert = 0;
+    begin();
+    auto tile = tile_of_run<Segmented>(s, rows, expert);
+    if (tile.end == 0) return;
+    a.w = (const u16*)((const u8*)a.w + (u64)expert * a.outputs * a.depth);
+    e.scales += (u64)(expert * (a.outputs >> e.shift)) * e.each;
+    multiply_eights_tile<Segmented>(a, e, tile, shared);
 }
 
 // Threads and shared memory as those of matmul.cu and matmul_f8.cu.
