@@ -31,8 +31,6 @@ const STAGE_BYTES: usize = 16 << 20;
 /// Threads that make memory present at most, and the pieces they begin at.
 const TOUCHING: usize = 8;
 const TOUCHED_AT_ONCE: usize = 2 << 20;
-/// Shared memory a launch may ask for without having it raised.
-const SHARED_PLAIN: u32 = 48 << 10;
 
 /// One GPU as the driver describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -345,7 +343,8 @@ fn function(module: sys::CUmodule, kernel: &Kernel) -> Result<sys::CUfunction, G
     let name = CString::new(kernel.name).expect("kernel names have no zeros");
     // SAFETY: the module is loaded.
     let function = unsafe { result::module::get_function(module, name) }.map_err(failed("cuModuleGetFunction"))?;
-    if kernel.shared > SHARED_PLAIN {
+    // Without it a launch gets 48 KiB, of which what the kernel has besides is a part.
+    if kernel.shared > 0 {
         let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         // SAFETY: the function exists, and the device has so much (`open`).
         unsafe { result::function::set_function_attribute(function, attribute, kernel.shared as i32) }
