@@ -159,6 +159,11 @@ pub const ALL: &[Scenario] = &[
         "the check's own: a lone coordinator that was started again has read only part of its log, and what had long ended there seemed to be new"
     ),
     scenario!(
+        "a_new_leader_hears_before_it_places",
+        None,
+        "a lone coordinator that was started again gave what had queued to workers that it had not heard of, all to the one that was stuck"
+    ),
+    scenario!(
         "a_quota_holds_in_a_burst",
         Some(Bug::QuotaUnchecked),
         "requests that are looked at together pass a limit that each alone would keep"

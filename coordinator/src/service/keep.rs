@@ -14,10 +14,10 @@ use super::{Shared, stopped};
 use crate::log::Identity;
 use crate::placement::{headroom, holds};
 use crate::raft::ProposeError;
-use crate::state::Command;
+use crate::state::{Command, Ledger};
 
 const ROUND: Duration = Duration::from_millis(100);
-/// A new leader takes no command before its vote is written: it tries again so soon.
+/// A new leader takes no command before its vote is written, and waits for workers: it tries again so soon.
 const LEAD_AGAIN: Duration = Duration::from_millis(5);
 
 /// Runs until this node stops.
@@ -37,12 +37,22 @@ pub(super) async fn keep(shared: Arc<Shared>) {
             _ = rounds.tick() => round(&shared).await,
             () = tokio::time::sleep(LEAD_AGAIN), if too_early => {}
         }
-        let followed = shared.lead.follow(&shared.node, &shared.cluster_proposed).await;
-        too_early = followed == Err(ProposeError::NotLeader);
+        let followed =
+            shared.lead.follow(&shared.node, &shared.cluster_proposed, |ledger| heard(&shared, ledger)).await;
+        too_early = matches!(followed, Ok(false) | Err(ProposeError::NotLeader));
         if let Err(error) = followed {
             tracing::debug!(%error, "does not lead yet");
         }
     }
+}
+
+/// Whether this node has heard of all live workers.
+fn heard(shared: &Shared, ledger: &Ledger) -> bool {
+    let roster = shared.roster();
+    ledger
+        .workers()
+        .filter(|(_, worker)| worker.live)
+        .all(|(id, worker)| roster.worker(id, worker.incarnation).is_some())
 }
 
 async fn round(shared: &Shared) {
