@@ -8,6 +8,8 @@ use serde_json::Value;
 use crate::serving::{CHAT, chat, long_prompt};
 
 const STREAMS: usize = 3;
+/// Of each: so many that some are still to come when the order to drain has arrived. The model reads 4,096.
+const TOKENS: u32 = 2_700;
 
 /// Two decode workers without a prefill worker: requests go to the first while both are idle.
 fn shape(flags: &[&str]) -> Shape {
@@ -67,7 +69,7 @@ async fn a_prefix_that_another_worker_holds_is_fetched_from_it() {
 async fn driven_out(fleet: &mut Fleet) -> Vec<Streamed> {
     let mut running = Vec::new();
     for number in 0..STREAMS {
-        let mut events = fleet.client(0).open(CHAT, &chat(&long_prompt(number), 1200)).await;
+        let mut events = fleet.client(0).open(CHAT, &chat(&long_prompt(number), TOKENS)).await;
         events.until_text(1).await;
         running.push(events);
     }
@@ -90,7 +92,7 @@ async fn undisturbed() -> Vec<Streamed> {
     let fleet = Fleet::start(&Shape { prefill: 0, ..Shape::default() }).await;
     let mut streamed = Vec::new();
     for number in 0..STREAMS {
-        streamed.push(fleet.client(0).stream(CHAT, &chat(&long_prompt(number), 1200)).await.joined());
+        streamed.push(fleet.client(0).stream(CHAT, &chat(&long_prompt(number), TOKENS)).await.joined());
     }
     streamed
 }
