@@ -8,7 +8,7 @@ use baton_tests::{Client, Fault, Fleet, Reply, RoleProcess, Shape, Way};
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use crate::serving::{CHAT, COMPLETIONS, chat, long_prompt};
+use crate::serving::{CHAT, COMPLETIONS, LONG, chat, long_prompt};
 
 /// What takes a second by design may take so long on a busy machine.
 const SOON: Duration = Duration::from_secs(3);
@@ -187,7 +187,7 @@ async fn limits_hold_over_all_gateways() {
     let why: Value = serde_json::from_str(&fleet.done(&["explain", id, "--json"]).await).expect("JSON");
     assert_eq!((&why["decisions"][0]["outcome"], &why["decisions"][0]["reason"]), (&json!("refused"), &json!("quota")));
 
-    let mut open = client(0, &alone).open(CHAT, &chat(&long_prompt(1), 2700)).await;
+    let mut open = client(0, &alone).open(CHAT, &chat(&long_prompt(1), LONG)).await;
     open.until_text(1).await;
     comes_again(&ask(1, &alone).await);
     drop(open);

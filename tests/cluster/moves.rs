@@ -5,11 +5,9 @@ use baton_tests::cluster::wait_for;
 use baton_tests::{Fault, Fleet, Shape, Streamed, Way};
 use serde_json::Value;
 
-use crate::serving::{CHAT, chat, long_prompt};
+use crate::serving::{CHAT, LONG, chat, long_prompt};
 
 const STREAMS: usize = 3;
-/// Of each: so many that some are still to come when the order to drain has arrived. The model reads 4,096.
-const TOKENS: u32 = 2_700;
 
 /// Two decode workers without a prefill worker: requests go to the first while both are idle.
 fn shape(flags: &[&str]) -> Shape {
@@ -69,7 +67,7 @@ async fn a_prefix_that_another_worker_holds_is_fetched_from_it() {
 async fn driven_out(fleet: &mut Fleet) -> Vec<Streamed> {
     let mut running = Vec::new();
     for number in 0..STREAMS {
-        let mut events = fleet.client(0).open(CHAT, &chat(&long_prompt(number), TOKENS)).await;
+        let mut events = fleet.client(0).open(CHAT, &chat(&long_prompt(number), LONG)).await;
         events.until_text(1).await;
         running.push(events);
     }
@@ -92,7 +90,7 @@ async fn undisturbed() -> Vec<Streamed> {
     let fleet = Fleet::start(&Shape { prefill: 0, ..Shape::default() }).await;
     let mut streamed = Vec::new();
     for number in 0..STREAMS {
-        streamed.push(fleet.client(0).stream(CHAT, &chat(&long_prompt(number), TOKENS)).await.joined());
+        streamed.push(fleet.client(0).stream(CHAT, &chat(&long_prompt(number), LONG)).await.joined());
     }
     streamed
 }
